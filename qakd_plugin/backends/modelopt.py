@@ -1,0 +1,225 @@
+"""NVIDIA ModelOpt: models prepared by ``modelopt.torch.quantization.quantize``.
+
+Facts of the toolkit that shape this file: a quantizer is a ``TensorQuantizer`` child named ``weight_quantizer``,
+``input_quantizer`` or ``output_quantizer``; its range is the fixed buffer ``_amax``, its arithmetic
+``round(x * (maxbound / amax)) / (maxbound / amax)``; BatchNorm is never fused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._optional import require
+from ..calibration import RangeObserver, best_weight_clip
+from ..deploy.export_form import ActivationQDQ, QuantizedLayer, QuantizedModule, replace_modules, store_weight
+from ..errors import NotPreparedError, UnsupportedQuantizerError
+from ..placement import Placement, place_quantizers
+from .base import QParams, Quantizer, Role
+
+_SMALLEST_AMAX = 2.0**-24
+"""ModelOpt maps everything to zero where amax is not above this."""
+
+
+class ModelOptAdapter:
+    """Adapter for ``mtq.quantize``."""
+
+    name = "modelopt"
+
+    def detect(self, model: nn.Module) -> bool:
+        quantizer_class = _quantizer_class()
+        return quantizer_class is not None and any(isinstance(m, quantizer_class) for m in model.modules())
+
+    def quantizers(self, model: nn.Module) -> list[Quantizer]:
+        quantizer_class = _quantizer_class()
+        assert quantizer_class is not None
+        return [
+            Quantizer(fqn, module, _role(fqn))
+            for fqn, module in model.named_modules()
+            if isinstance(module, quantizer_class) and not module._disabled
+        ]
+
+    def qparams(self, quantizer: Quantizer) -> QParams:
+        q: Any = quantizer.module
+        if isinstance(q.num_bits, tuple) or q._dynamic or (q.block_sizes and q.block_sizes.get("type") == "dynamic"):
+            raise UnsupportedQuantizerError(
+                f"{quantizer.fqn}: num_bits={q.num_bits}, block_sizes={q.block_sizes} is not a static integer quantizer. "
+                "Use an integer configuration such as mtq.INT8_DEFAULT_CFG or qakd_plugin.prepare(...)."
+            )
+        amax = q.amax
+        if amax is None:
+            raise NotPreparedError(
+                f"{quantizer.fqn} has no calibrated range (amax). Pass a forward_loop to mtq.quantize that runs several batches, "
+                "or prepare the model with qakd_plugin.prepare(model, calibration_batches)."
+            )
+        amax = amax.detach().float()
+        dead = amax <= _SMALLEST_AMAX
+        if quantizer.role == "activation" and bool(dead.any()):
+            raise NotPreparedError(
+                f"{quantizer.fqn} saw only zeros during calibration (amax {float(amax.min()):.3g}). "
+                "Calibrate on real batches, or exclude this layer from quantization."
+            )
+        maxbound = float(q.maxbound)
+        # A weight channel of zeros has no range; its codes are zero whatever the scale is.
+        scale = torch.where(dead, torch.ones_like(amax), 1.0 / (maxbound / amax))
+        quant_min = 0 if q.unsigned else int(-maxbound if q.narrow_range else -maxbound - 1)
+        axis, block = _axis_and_block(q, amax, quantizer.fqn)
+        if block is None:
+            scale = scale.reshape(()) if axis is None else scale.reshape(-1)
+        return QParams(
+            scale=scale,
+            zero_point=torch.zeros_like(scale, dtype=torch.int32),
+            quant_min=quant_min,
+            quant_max=int(maxbound),
+            axis=axis,
+            block=block,
+        )
+
+    def set_fake_quant(self, model: nn.Module, enabled: bool) -> None:
+        for quantizer in self.quantizers(model):
+            q: Any = quantizer.module
+            q.enable_quant() if enabled else q.disable_quant()
+
+    def freeze_ranges(self, model: nn.Module, frozen: bool) -> None:
+        """Nothing to do: ModelOpt's ranges change only when they are calibrated."""
+
+    def set_mode(self, model: nn.Module, training: bool) -> None:
+        model.train(training)
+
+    def prepare(
+        self, model: nn.Module, batches: Sequence[Tensor], weight_bits: int, activation_bits: int, keep: Sequence[str]
+    ) -> nn.Module:
+        mtq = require("modelopt.torch.quantization", extra="modelopt", purpose="prepare a model with toolkit='modelopt'")
+        placement = place_quantizers(model, keep)
+        config = modelopt_config(placement, weight_bits, activation_bits)
+        prepared: nn.Module = copy.deepcopy(model).eval()
+
+        def forward_loop(network: nn.Module) -> None:
+            with torch.no_grad():
+                for batch in batches:
+                    network(batch)
+
+        with contextlib.redirect_stdout(io.StringIO()):  # mtq prints how many quantizers it inserted
+            prepared = mtq.quantize(prepared, config, forward_loop)
+        _minimize_error(prepared, batches, placement)
+        return prepared
+
+    def export_form(self, model: nn.Module) -> nn.Module:
+        form = copy.deepcopy(model).eval()
+        active = {q.fqn: q for q in self.quantizers(form)}
+        parents = {fqn.rpartition(".")[0] for fqn in active}
+        replacements = {name: self._exported(form.get_submodule(name), name, active) for name in sorted(parents)}
+        return replace_modules(form, replacements)
+
+    def _exported(self, module: Any, name: str, active: dict[str, Quantizer]) -> nn.Module:
+        """``module`` with its quantizers made explicit."""
+
+        def activation(which: str) -> ActivationQDQ | None:
+            quantizer = active.get(f"{name}.{which}" if name else which)
+            return None if quantizer is None else ActivationQDQ(self.qparams(quantizer), quantizer.fqn)
+
+        input_qdq, output_qdq = activation("input_quantizer"), activation("output_quantizer")
+        weight = active.get(f"{name}.weight_quantizer" if name else "weight_quantizer")
+        stored = None
+        if weight is not None:
+            with torch.no_grad():
+                fake_quantized: Tensor = weight.module(module._parameters["weight"])
+            qparams = self.qparams(weight)
+            stored = store_weight(fake_quantized, qparams, name)
+        plain = _plain(module)
+        if stored is None:
+            return QuantizedModule(plain, input_qdq, output_qdq)
+        bias = plain.bias
+        assert bias is None or isinstance(bias, Tensor)
+        return QuantizedLayer(plain, stored, bias, input_qdq=input_qdq, output_qdq=output_qdq)
+
+
+def modelopt_config(placement: Placement, weight_bits: int, activation_bits: int) -> dict[str, Any]:
+    """The configuration for ``mtq.quantize`` that :func:`qakd_plugin.prepare` uses.
+
+    Args:
+        placement: from :func:`qakd_plugin.placement.place_quantizers`.
+        weight_bits: of all layers but the first and the last, which take 8.
+        activation_bits: likewise, for their inputs.
+    """
+    entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
+
+    def enable(name: str, **attributes: Any) -> None:
+        entries.append({"quantizer_name": name, "cfg": attributes, "enable": True})
+
+    for layer in placement.layers:
+        edge = layer in placement.edges
+        bits = 8 if edge else weight_bits
+        enable(f"{layer}.weight_quantizer", num_bits=bits, axis=0, narrow_range=bits == 8)
+        bits = 8 if edge else activation_bits
+        if bits < 8 or layer not in placement.covered:
+            enable(f"{layer}.input_quantizer", num_bits=bits, axis=None, unsigned=bits < 8 and layer in placement.unsigned)
+    for output in placement.outputs:
+        enable(f"{output.name}.output_quantizer", num_bits=8, axis=None)
+    return {"quant_cfg": entries, "algorithm": "max"}
+
+
+@torch.no_grad()
+def _minimize_error(model: nn.Module, batches: Iterable[Tensor], placement: Placement) -> None:
+    """Replace the ranges of max calibration by those with the least squared error over all batches."""
+    adapter = ModelOptAdapter()
+    clamps = {f"{output.name}.output_quantizer": output.clamp for output in placement.outputs}
+    quantizers = adapter.quantizers(model)
+    observers: dict[str, RangeObserver] = {}
+    hooks = []
+    for quantizer in quantizers:
+        if quantizer.role == "weight":
+            q: Any = quantizer.module
+            qparams = adapter.qparams(quantizer)
+            weight = model.get_submodule(quantizer.fqn.rpartition(".")[0])._parameters["weight"]
+            assert weight is not None
+            clip = best_weight_clip(weight, qparams.quant_min, qparams.quant_max, qparams.axis)
+            q.amax = clip.reshape(q.amax.shape)
+        else:
+            observer = observers[quantizer.fqn] = RangeObserver(clamp=clamps.get(quantizer.fqn))
+            hooks.append(quantizer.module.register_forward_pre_hook(lambda _, args, o=observer: o.observe(args[0])))
+    adapter.set_fake_quant(model, False)
+    for batch in batches:
+        model(batch)
+    adapter.set_fake_quant(model, True)
+    for hook in hooks:
+        hook.remove()
+    for quantizer in quantizers:
+        if quantizer.fqn in observers:
+            q = quantizer.module
+            clip_value = observers[quantizer.fqn].best_clip(int(q.maxbound))
+            q.amax = torch.full_like(q.amax, clip_value)
+
+
+def _quantizer_class() -> type[nn.Module] | None:
+    """ModelOpt's TensorQuantizer, if ModelOpt is loaded: a model it prepared cannot exist otherwise."""
+    module = sys.modules.get("modelopt.torch.quantization.nn.modules.tensor_quantizer")
+    return None if module is None else module.TensorQuantizer  # type: ignore[no-any-return]
+
+
+def _role(fqn: str) -> Role:
+    return "weight" if "weight_quantizer" in fqn.split(".")[-2:] or fqn.endswith("weight_quantizer") else "activation"
+
+
+def _axis_and_block(q: Any, amax: Tensor, name: str) -> tuple[int | None, int | None]:
+    if q.block_sizes:
+        raise UnsupportedQuantizerError(
+            f"{name}: block_sizes={q.block_sizes} has no export form yet. Use per-channel weights (axis=0)."
+        )
+    if amax.numel() == 1:
+        return None, None
+    axis = q.axis[0] if isinstance(q.axis, tuple) else q.axis
+    return int(axis), None
+
+
+def _plain(module: Any) -> nn.Module:
+    """The user's own float module, without ModelOpt's dynamic class. ``module`` belongs to a copy and is consumed."""
+    plain: nn.Module = module.export() if hasattr(module, "export") else module
+    return plain

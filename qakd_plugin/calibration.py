@@ -1,0 +1,87 @@
+"""Ranges from observed tensors: a streaming histogram, and the clipping range with the least squared error."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_BINS = 2048
+_CANDIDATES = 200
+
+
+class RangeObserver:
+    """Histogram of absolute values over any number of batches, in memory that does not grow with them.
+
+    Args:
+        clamp: (0, upper bound) of a ReLU behind the quantizer: only what it lets through counts.
+    """
+
+    def __init__(self, *, clamp: tuple[float, float] | None = None) -> None:
+        self.clamp = clamp
+        self.maximum = 0.0
+        self._limit = 0.0
+        self._counts = torch.zeros(_BINS, dtype=torch.float64)
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> None:
+        """Add one tensor of any shape."""
+        values = (x.abs() if self.clamp is None else x.clamp(*self.clamp)).detach().float().flatten()
+        if values.numel() == 0:
+            return
+        top = float(values.max())
+        if not top < float("inf"):
+            raise ValueError("the observed tensor is not finite")
+        self.maximum = max(self.maximum, top)
+        if top > self._limit:
+            self._grow(top)
+        if self._limit > 0:
+            self._counts += torch.histc(values, bins=_BINS, min=0.0, max=self._limit).double().cpu()
+
+    def _grow(self, top: float) -> None:
+        """Double the covered range until it holds ``top``; counts are merged pairwise, so nothing is lost but resolution."""
+        if self._limit == 0:
+            self._limit = top
+            return
+        while self._limit < top:
+            self._counts = torch.cat([self._counts.reshape(-1, 2).sum(1), torch.zeros(_BINS // 2, dtype=torch.float64)])
+            self._limit *= 2
+
+    def best_clip(self, levels: int) -> float:
+        """The clipping range with the least squared quantization error.
+
+        Args:
+            levels: highest integer code; the step is ``clip / levels``.
+        """
+        if self.maximum == 0:
+            return 0.0
+        centers = (torch.arange(_BINS, dtype=torch.float64) + 0.5) * (self._limit / _BINS)
+        clips = self.maximum * torch.linspace(1.0 / _CANDIDATES, 1.0, _CANDIDATES, dtype=torch.float64)
+        steps = (clips / levels)[:, None]
+        quantized = torch.clamp(torch.round(centers / steps), max=levels) * steps
+        errors = ((quantized - centers) ** 2 * self._counts).sum(1)
+        return float(clips[int(errors.argmin())])
+
+
+@torch.no_grad()
+def best_weight_clip(weight: Tensor, quant_min: int, quant_max: int, axis: int | None) -> Tensor:
+    """Clipping range of a weight with the least squared error, per channel or per tensor.
+
+    Args:
+        weight: float, any shape.
+        quant_min: lowest integer code (negative or 0).
+        quant_max: highest integer code; the step is ``clip / quant_max``.
+        axis: channel dimension, or None for one range.
+
+    Returns:
+        Clips: (C,) per channel, 0-d per tensor; 0 where all weights are 0.
+    """
+    rows = weight.detach().float().movedim(axis, 0).flatten(1) if axis is not None else weight.detach().float().reshape(1, -1)
+    largest = rows.abs().amax(1)
+    best, best_error = largest.clone(), torch.full_like(largest, float("inf"))
+    for fraction in torch.linspace(0.2, 1.0, 81).tolist():
+        step = (largest * fraction / quant_max).clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+        error = ((torch.clamp(torch.round(rows / step), quant_min, quant_max) * step - rows) ** 2).sum(1)
+        better = error <= best_error
+        best = torch.where(better, largest * fraction, best)
+        best_error = torch.where(better, error, best_error)
+    return best if axis is not None else best.reshape(())

@@ -1,0 +1,71 @@
+"""Small questions asked of an onnx-ir graph by several passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+QUANTIZER_KEY = "qakd.quantizer"
+"""Node metadata: the dotted names, comma-separated, of the quantizers of the trained model that this node carries out."""
+
+WEIGHT_KEY = "qakd.weight"
+"""Node metadata of a weight's DequantizeLinear: the dotted name of its layer in the trained model."""
+
+
+def constant(value: ir.Value | None) -> npt.NDArray[np.generic] | None:
+    """The array behind an initializer or Constant node, or None."""
+    if value is None:
+        return None
+    tensor = ir.convenience.get_const_tensor(value)
+    return None if tensor is None else np.asarray(tensor.numpy())
+
+
+def scalar(value: ir.Value | None, default: float) -> float:
+    """The number behind a constant scalar input, ``default`` where the input is absent or not constant."""
+    array = constant(value)
+    return default if array is None else float(array.reshape(()))
+
+
+def initializer(graph: ir.Graph, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
+    """The initializer ``name``, registered on first use."""
+    if name in graph.initializers:
+        return graph.initializers[name]
+    value = ir.Value(name=name, const_value=ir.tensor(array, name=name), shape=ir.Shape(array.shape))
+    value.dtype = ir.DataType.from_numpy(array.dtype)
+    graph.register_initializer(value)
+    return value
+
+
+def only_consumer(value: ir.Value) -> ir.Node | None:
+    """The single node that reads ``value``, if there is exactly one and it is no graph output."""
+    uses = list(value.uses())
+    return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
+
+
+def producer(value: ir.Value | None, *op_types: str) -> ir.Node | None:
+    """The node that makes ``value``, if it is one of ``op_types``."""
+    node = None if value is None else value.producer()
+    return node if node is not None and node.op_type in op_types else None
+
+
+def activation_quantizers(graph: ir.Graph) -> Iterator[ir.Node]:
+    """Every QuantizeLinear, in execution order."""
+    return (node for node in graph if node.op_type == "QuantizeLinear")
+
+
+def weight_dequantizers(graph: ir.Graph) -> Iterator[ir.Node]:
+    """Every DequantizeLinear of stored integers, in execution order."""
+    for node in graph:
+        if node.op_type == "DequantizeLinear" and constant(node.inputs[0]) is not None:
+            yield node
+
+
+def replace(old: ir.Node, new: ir.Value) -> None:
+    """Let every reader of ``old``'s output read ``new``, and remove ``old``."""
+    output, graph = old.outputs[0], old.graph
+    assert graph is not None
+    ir.convenience.replace_all_uses_with(output, new, replace_graph_outputs=True)
+    graph.remove(old, safe=True)

@@ -1,0 +1,158 @@
+"""Canonical graph -> the form ONNX Runtime's CPU kernels are fastest with. Exact: the same codes, the same numbers.
+
+ONNX Runtime fuses ``DQ -> Conv -> Q`` into an integer kernel, but it cannot absorb a ReLU in front of a signed Q, and a float
+Clip there stops the fusion. With unsigned codes the ReLU is the lower end of the range, and the upper end can be clipped on the
+integers instead:
+
+    Conv -> [Relu | Clip(0, c)]* -> [Clip] -> Q(s8, s) -> DQ   becomes   Conv -> Q(u8, zero point 0, s) -> Clip_u8(0, q_max) -> DQ
+
+and every other tensor is shifted by 128. The runtime also rounds float biases to multiples of s_x * s_w; weights of few bits
+are therefore stored times a power of two, with a scale divided by it, so that this rounding stays far below one output step.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from .graph import activation_quantizers, constant, initializer, only_consumer, producer, scalar, weight_dequantizers
+
+_NON_NEGATIVE_MAPS = {"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Identity", "GlobalAveragePool",
+                      "AveragePool", "ReduceMean", "Concat", "Split", "Slice", "Gather", "DequantizeLinear", "QuantizeLinear",
+                      "Add", "Mul"}  # fmt: skip
+"""Operators whose output is not negative where none of their data inputs is."""
+
+
+def to_onnxruntime_form(model: ir.Model) -> ir.Model:
+    """A copy of a canonical model in ONNX Runtime's form."""
+    model = ir.serde.deserialize_model(ir.serde.serialize_model(model))
+    graph = model.graph
+    positive = _non_negative_values(graph)
+    for quantize in list(activation_quantizers(graph)):
+        _to_unsigned(graph, quantize, positive)
+    for dequantize in weight_dequantizers(graph):
+        _widen(graph, dequantize)
+        _add_zero_point(graph, dequantize)
+    for node in list(graph):
+        if node.op_type == "Gemm" and producer(node.inputs[1], "DequantizeLinear") is not None:
+            _split_bias(graph, node)
+    common.RemoveUnusedNodesPass()(model)
+    return model
+
+
+def _to_unsigned(graph: ir.Graph, quantize: ir.Node, positive: set[ir.Value]) -> None:
+    """Give one int8 quantizer uint8 codes; narrower ranges and ReLUs move onto the integers."""
+    kind = constant(quantize.inputs[2] if len(quantize.inputs) > 2 else None)
+    if kind is None or kind.dtype != np.int8 or kind.size != 1 or int(kind.reshape(())) != 0:
+        return
+    scale = np.float32(scalar(quantize.inputs[1], 0.0))
+    source, low, high = _absorbed(quantize, scale)
+    if low == 0 or quantize.inputs[0] in positive:
+        zero_point, low = 0, max(low, 0)
+    else:
+        zero_point = 128
+    quantize.replace_input_with(0, source)
+    zero = initializer(graph, f"zero_point_u8_{zero_point}", np.asarray(zero_point, dtype=np.uint8))
+    quantize.replace_input_with(2, zero)
+    readers = [use.node for use in quantize.outputs[0].uses()]
+    codes = quantize.outputs[0]
+    codes.dtype = ir.DataType.UINT8
+    if (low + zero_point, high + zero_point) != (0, 255):
+        bounds = [
+            initializer(graph, f"code_u8_{bound + zero_point}", np.asarray(bound + zero_point, dtype=np.uint8))
+            for bound in (low, high)
+        ]
+        clip = ir.node("Clip", [codes, *bounds], name=f"{quantize.name}/Clip")
+        clip.outputs[0].name, clip.outputs[0].dtype = f"{clip.name}:out", ir.DataType.UINT8
+        graph.insert_after(quantize, clip)
+        codes = clip.outputs[0]
+    for reader in readers:
+        reader.replace_input_with(0, codes)
+        reader.replace_input_with(2, zero)
+
+
+def _absorbed(quantize: ir.Node, scale: np.float32) -> tuple[ir.Value, int, int]:
+    """The value in front of the clamps before a quantizer, and the code range that stands for those clamps.
+
+    Rounding is monotonic, so quantizing a clamped value is clamping the quantized one.
+    """
+    source = quantize.inputs[0]
+    assert source is not None
+    low, high = -128, 127
+    while (node := producer(source, "Relu", "Clip")) is not None:
+        if node.op_type == "Relu":
+            bounds = (0.0, np.inf)
+        else:
+            optional = [*node.inputs[1:], None, None]
+            bounds = (scalar(optional[0], -np.inf), scalar(optional[1], np.inf))
+        codes = np.clip(np.rint(np.asarray(bounds, dtype=np.float32) / scale), -128, 127)
+        low, high = max(low, int(codes[0])), min(high, int(codes[1]))
+        source = node.inputs[0]
+        assert source is not None
+        if only_consumer(node.outputs[0]) is None:
+            break
+    return source, low, high
+
+
+def _non_negative_values(graph: ir.Graph) -> set[ir.Value]:
+    """Values that cannot be negative, whatever the input."""
+    positive: set[ir.Value] = set()
+    for node in graph:
+        if node.op_type in {"Relu", "Sigmoid", "HardSigmoid", "Softmax"}:
+            positive.update(node.outputs)
+        elif node.op_type == "Clip" and len(node.inputs) > 1 and scalar(node.inputs[1], -np.inf) >= 0:
+            positive.update(node.outputs)
+        elif node.op_type == "Clip" and node.inputs[0] in positive:
+            positive.update(node.outputs)
+        elif node.op_type in _NON_NEGATIVE_MAPS:
+            data = [value for value in node.inputs if value is not None and constant(value) is None]
+            if data and all(value in positive for value in data):
+                positive.update(node.outputs)
+    return positive
+
+
+def _widen(graph: ir.Graph, dequantize: ir.Node) -> None:
+    """Store codes times the largest power of two that fits into int8; the scale is divided by it, so products are the same."""
+    codes, scale = constant(dequantize.inputs[0]), constant(dequantize.inputs[1])
+    assert codes is not None
+    assert scale is not None
+    largest = int(np.abs(codes.astype(np.int32)).max(initial=0))
+    if codes.dtype != np.int8 or not 0 < largest <= 63:
+        return
+    factor = 2 ** int(np.floor(np.log2(127 / largest)))
+    codes_value, scale_value = dequantize.inputs[0], dequantize.inputs[1]
+    assert codes_value is not None
+    assert scale_value is not None
+    dequantize.replace_input_with(0, initializer(graph, f"{codes_value.name}.x{factor}", (codes * factor).astype(np.int8)))
+    dequantize.replace_input_with(1, initializer(graph, f"{scale_value.name}.d{factor}", (scale / factor).astype(np.float32)))
+
+
+def _add_zero_point(graph: ir.Graph, dequantize: ir.Node) -> None:
+    """Write the zero point of a weight out: without the input, ONNX Runtime does not turn Gemm into QGemm."""
+    codes, scale = constant(dequantize.inputs[0]), constant(dequantize.inputs[1])
+    assert codes is not None
+    assert scale is not None
+    if len(dequantize.inputs) > 2 and dequantize.inputs[2] is not None:
+        return
+    name = "zero_point_s8" + "".join(f"_{size}" for size in scale.shape)
+    dequantize.resize_inputs(3)
+    dequantize.replace_input_with(2, initializer(graph, name, np.zeros(scale.shape, dtype=codes.dtype)))
+
+
+def _split_bias(graph: ir.Graph, gemm: ir.Node) -> None:
+    """Add the float bias of a Gemm behind it: with it inside, ONNX Runtime computes in float; as an Add it stays exact."""
+    bias = gemm.inputs[2] if len(gemm.inputs) > 2 else None
+    if bias is None:
+        return
+    gemm.resize_inputs(2)
+    output = gemm.outputs[0]
+    add = ir.node("Add", [output, bias], name=f"{gemm.name}/Add")
+    graph.insert_after(gemm, add)
+    total = add.outputs[0]
+    ir.convenience.replace_all_uses_with(output, total, replace_graph_outputs=True)
+    add.replace_input_with(0, output)
+    if total.is_graph_output():
+        total.name, total.dtype, total.shape, output.name = output.name, output.dtype, output.shape, f"{gemm.name}:out"
+    else:
+        total.name = f"{add.name}:out"

@@ -1,0 +1,242 @@
+"""From what the exporter wrote to the canonical graph: int8, zero point 0, BatchNorm folded, nothing local left in the file.
+
+Every pass here is exact: it changes how the numbers are computed, never which numbers come out (float rounding aside).
+"""
+
+from __future__ import annotations
+
+import ast
+import logging
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from .graph import QUANTIZER_KEY, WEIGHT_KEY, constant, initializer, only_consumer, producer, replace, scalar
+
+_log = logging.getLogger(__name__)
+_SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+def canonicalize(model: ir.Model) -> ir.Model:
+    """Run all passes on a freshly exported model, in place."""
+    graph = model.graph
+    name_nodes(graph)
+    fold_batch_norm(graph)
+    quantize_behind_relu(graph)
+    merge_clips(graph)
+    carry_through_max_pool(graph)
+    merge_equal_quantizers(graph)
+    _clean(model)
+    return model
+
+
+def name_nodes(graph: ir.Graph) -> None:
+    """Name every node after the module it came from, and label quantizers and weights for parity checks.
+
+    The exporter merges initializers of equal value, so a scale's name says nothing; the module scope of the node does. A module
+    called several times labels its quantizers ``name``, ``name#1``, ``name#2`` in the order of the calls.
+    """
+    used: dict[str, int] = {}
+
+    def unique(name: str) -> str:
+        count = used.get(name, 0)
+        used[name] = count + 1
+        return f"{name}#{count}" if count else name
+
+    for node in graph:
+        scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "['']"))
+        module = scopes[-2] if len(scopes) > 1 else ""
+        node.name = unique(f"{module}/{node.op_type}" if module else node.op_type)
+        if node.op_type == "QuantizeLinear":
+            label = node.name.removesuffix("/QuantizeLinear").replace("/QuantizeLinear#", "#")
+            node.metadata_props[QUANTIZER_KEY] = label
+        elif node.op_type == "DequantizeLinear" and constant(node.inputs[0]) is not None:
+            node.metadata_props[WEIGHT_KEY] = module
+    for node in graph:
+        for index, output in enumerate(node.outputs):
+            if not output.is_graph_output():
+                output.name = f"{node.name}:{index}" if len(node.outputs) > 1 else f"{node.name}:out"
+
+
+def fold_batch_norm(graph: ir.Graph) -> None:
+    """``DQ(q, s) -> Conv -> BatchNorm`` becomes ``DQ(sign(a) q, s |a|) -> Conv`` with a float bias, a = gamma / sigma.
+
+    Integer codes stay as trained, up to the sign of a channel. A channel with gamma = 0 puts out its beta: its codes become 0.
+    Left alone, with a warning, where a code -128 would have to change its sign.
+    """
+    for node in list(graph):
+        if node.op_type != "BatchNormalization" or any(output.uses() for output in node.outputs[1:]):
+            continue
+        conv = producer(node.inputs[0], "Conv")
+        if conv is None or only_consumer(conv.outputs[0]) is not node:
+            continue
+        dequantize = producer(conv.inputs[1], "DequantizeLinear")
+        numbers = [constant(value) for value in node.inputs[1:5]]
+        if dequantize is None or any(number is None for number in numbers):
+            continue
+        codes, scale = constant(dequantize.inputs[0]), constant(dequantize.inputs[1])
+        if codes is None or scale is None or only_consumer(dequantize.outputs[0]) is not conv:
+            continue
+        gamma, beta, mean, variance = (np.asarray(number, dtype=np.float64) for number in numbers)
+        factor = gamma / np.sqrt(variance + node.attributes.get_float("epsilon", 1e-5))
+        flipped = factor < 0
+        if bool((codes[flipped] == -128).any()):
+            _log.warning(
+                "%s: BatchNorm stays in the graph: a weight code of -128 would have to change its sign. "
+                "Train with a narrow range (-127..127) to have it folded.",
+                conv.name,
+            )
+            continue
+        sign = np.where(factor == 0, 0, np.where(flipped, -1, 1)).astype(np.int8).reshape(-1, *[1] * (codes.ndim - 1))
+        new_scale = np.where(factor == 0, 1.0, np.abs(factor)) * scale.astype(np.float64).reshape(-1)
+        old_bias = constant(conv.inputs[2]) if len(conv.inputs) > 2 else None
+        bias = beta - mean * factor + (0.0 if old_bias is None else old_bias.astype(np.float64) * factor)
+        layer = dequantize.metadata_props.get(WEIGHT_KEY, conv.name or "conv")
+        dequantize.replace_input_with(0, initializer(graph, f"{layer}.folded_codes", codes * sign))
+        dequantize.replace_input_with(1, initializer(graph, f"{layer}.folded_scale", new_scale.astype(np.float32)))
+        dequantize.attributes["axis"] = ir.AttrInt64("axis", 0)
+        folded_bias = initializer(graph, f"{layer}.folded_bias", bias.astype(np.float32))
+        conv.resize_inputs(3)
+        conv.replace_input_with(2, folded_bias)
+        replace(node, conv.outputs[0])
+
+
+def quantize_behind_relu(graph: ir.Graph) -> None:
+    """``[Clip ->] Q -> DQ -> Relu`` becomes ``Relu -> [Clip ->] Q -> DQ``: with zero point 0 both are the same.
+
+    So every runtime sees the form that it fuses. ``Clip(0, c)`` moves likewise where c is not below the highest code's value.
+    """
+    for quantize in [node for node in graph if node.op_type == "QuantizeLinear"]:
+        dequantize = only_consumer(quantize.outputs[0])
+        relu = None if dequantize is None else only_consumer(dequantize.outputs[0])
+        if dequantize is None or relu is None or not _is_relu(relu) or _zero_point(quantize) != 0:
+            continue
+        clip = producer(quantize.inputs[0], "Clip")
+        if clip is not None and only_consumer(clip.outputs[0]) is not quantize:
+            clip = None
+        scale = np.float32(scalar(quantize.inputs[1], 0.0))
+        highest = np.float32(127) * scale if clip is None else np.float32(scalar(clip.inputs[2], np.inf))
+        if relu.op_type == "Clip" and not scalar(relu.inputs[2], np.inf) >= highest:
+            continue
+        first = clip if clip is not None else quantize
+        moved = ir.node("Relu", [first.inputs[0]], name=relu.name)
+        moved.outputs[0].name = f"{relu.name}:moved"
+        graph.insert_before(first, moved)
+        first.replace_input_with(0, moved.outputs[0])
+        replace(relu, dequantize.outputs[0])
+
+
+def merge_clips(graph: ir.Graph) -> None:
+    """``Relu -> Clip`` and ``Clip -> Clip`` become one Clip, where nothing else reads what is between."""
+    for node in list(graph):
+        before = producer(node.inputs[0], "Relu", "Clip") if node.op_type == "Clip" else None
+        if before is None or only_consumer(before.outputs[0]) is not node:
+            continue
+        low, high = _bounds(node)
+        before_low, before_high = _bounds(before)
+        node.replace_input_with(0, before.inputs[0])
+        low, high = max(low, before_low), min(high, before_high)
+        _set_bounds(graph, node, low, high)
+        graph.remove(before, safe=True)
+
+
+def carry_through_max_pool(graph: ir.Graph) -> None:
+    """Repeat a quantizer behind a MaxPool that has none: the pooled values lie on the same grid already.
+
+    With it ONNX Runtime and TensorRT keep the pooling and what follows in integers.
+    """
+    for node in list(graph):
+        if node.op_type != "MaxPool" or len(node.outputs) != 1 or node.outputs[0].is_graph_output():
+            continue
+        dequantize = producer(node.inputs[0], "DequantizeLinear")
+        readers = list(node.outputs[0].uses())
+        if dequantize is None or all(_leads_to_quantize(use.node) for use in readers):
+            continue
+        again = ir.node("QuantizeLinear", [node.outputs[0], *dequantize.inputs[1:]], name=f"{node.name}/QuantizeLinear")
+        back = ir.node("DequantizeLinear", [again.outputs[0], *dequantize.inputs[1:]], name=f"{node.name}/DequantizeLinear")
+        again.outputs[0].name, back.outputs[0].name = f"{again.name}:out", f"{back.name}:out"
+        graph.insert_after(node, [again, back])
+        for use in readers:
+            use.node.replace_input_with(use.idx, back.outputs[0])
+
+
+def merge_equal_quantizers(graph: ir.Graph) -> None:
+    """Two quantizers with the same input and the same numbers become one, which keeps both labels."""
+    seen: dict[tuple[object, ...], ir.Node] = {}
+    for node in list(graph):
+        if node.op_type not in {"Clip", "QuantizeLinear", "DequantizeLinear"}:
+            continue
+        axis = node.attributes.get_int("axis", 1)
+        key = (node.op_type, node.inputs[0], axis, *(_identity(value) for value in node.inputs[1:]))
+        kept = seen.setdefault(key, node)
+        if kept is node or node.outputs[0].is_graph_output():
+            continue
+        if QUANTIZER_KEY in node.metadata_props:
+            labels = [kept.metadata_props.get(QUANTIZER_KEY), node.metadata_props[QUANTIZER_KEY]]
+            kept.metadata_props[QUANTIZER_KEY] = ",".join(label for label in labels if label)
+        replace(node, kept.outputs[0])
+
+
+def _clean(model: ir.Model) -> None:
+    """Remove what the exporter leaves behind: local paths, stack traces, unused values, attributes equal to their defaults."""
+    ours = {
+        node: {key: node.metadata_props[key] for key in (QUANTIZER_KEY, WEIGHT_KEY) if key in node.metadata_props}
+        for node in model.graph
+    }
+    common.ClearMetadataAndDocStringPass()(model)
+    model.graph.metadata_props.clear()
+    model.metadata_props.clear()
+    for node, metadata in ours.items():
+        node.metadata_props.update(metadata)
+        per_tensor = node.op_type in {"QuantizeLinear", "DequantizeLinear"} and _size(node.inputs[1]) == 1
+        for name in ("saturate", *(["axis"] if per_tensor else [])):
+            if node.op_type in {"QuantizeLinear", "DequantizeLinear"}:
+                node.attributes.pop(name, None)
+    for value in model.graph.initializers.values():
+        value.metadata_props.clear()
+    common.RemoveUnusedNodesPass()(model)
+    model.functions.clear()
+    model.producer_name, model.producer_version = "qakd_plugin", ""
+    model.graph.name = "student"
+
+
+def _is_relu(node: ir.Node) -> bool:
+    return node.op_type == "Relu" or (node.op_type == "Clip" and _bounds(node)[0] == 0)
+
+
+def _bounds(node: ir.Node) -> tuple[float, float]:
+    if node.op_type == "Relu":
+        return 0.0, np.inf
+    low = scalar(node.inputs[1], -np.inf) if len(node.inputs) > 1 else -np.inf
+    return low, scalar(node.inputs[2], np.inf) if len(node.inputs) > 2 else np.inf
+
+
+def _set_bounds(graph: ir.Graph, node: ir.Node, low: float, high: float) -> None:
+    node.resize_inputs(3)
+    for index, (name, bound) in enumerate((("min", low), ("max", high)), start=1):
+        array = np.asarray(bound, dtype=np.float32)
+        node.replace_input_with(index, initializer(graph, f"{node.name}.{name}", array) if np.isfinite(bound) else None)
+
+
+def _zero_point(node: ir.Node) -> float:
+    return scalar(node.inputs[2], 0.0) if len(node.inputs) > 2 else 0.0
+
+
+def _leads_to_quantize(node: ir.Node) -> bool:
+    if node.op_type == "Clip":
+        return all(use.node.op_type == "QuantizeLinear" for use in node.outputs[0].uses())
+    return node.op_type == "QuantizeLinear"
+
+
+def _identity(value: ir.Value | None) -> object:
+    """Constants are the same when their numbers are, other values when they are one."""
+    array = constant(value)
+    return value if array is None else (array.dtype.str, array.shape, array.tobytes())
+
+
+def _size(value: ir.Value | None) -> int:
+    array = constant(value)
+    return 0 if array is None else int(array.size)
+
+

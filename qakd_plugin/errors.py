@@ -1,0 +1,47 @@
+"""Everything this package raises on purpose, under one base class."""
+
+from __future__ import annotations
+
+
+class QakdError(Exception):
+    """Base class: the message says what was wrong, where, and what to do."""
+
+
+class NotPreparedError(QakdError, ValueError):
+    """The model has not been prepared (or not been calibrated) by a quantization toolkit."""
+
+
+class UnsupportedQuantizerError(QakdError, ValueError):
+    """A quantizer cannot be expressed in the form that was asked for."""
+
+
+class LabelsRequiredError(QakdError, ValueError):
+    """The method needs labels and the loader yields none."""
+
+
+class TrainingError(QakdError, RuntimeError):
+    """Training cannot go on: a loss, a gradient or an input is not finite, or nothing can be trained."""
+
+
+class ExportError(QakdError, RuntimeError):
+    """The model cannot be exported without changing what it computes."""
+
+
+class ParityError(ExportError):
+    """The exported file does not compute what was trained; ``layer`` names the first place that differs."""
+
+    def __init__(self, message: str, layer: str | None = None) -> None:
+        super().__init__(message)
+        self.layer = layer
+
+
+class EngineError(QakdError, RuntimeError):
+    """An engine cannot be built, verified or loaded."""
+
+
+class CheckpointError(QakdError, RuntimeError):
+    """A checkpoint is damaged, unsafe, or belongs to another run."""
+
+
+class MissingPackageError(QakdError, ImportError):
+    """An optional package is not installed; the message carries the pip line."""

@@ -1,0 +1,226 @@
+"""Where quantizers belong in a float model so that every target runs it in integers.
+
+ONNX Runtime turns a convolution into an integer kernel only if its own output is quantized, which a toolkit that puts quantizers
+on layer inputs does not see to where a convolution feeds a residual add, a concatenation or a pooling. TensorRT takes signed
+codes only, so below 8 bits a tensor that a ReLU made non-negative should have an unsigned grid, or half of its levels are lost.
+Both are questions about the graph; this module answers them once, for every toolkit.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from .errors import QakdError
+
+_log = logging.getLogger(__name__)
+
+WEIGHTED = (_ConvNd, nn.Linear)
+_NON_NEGATIVE = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softmax, nn.Softplus)
+_NON_NEGATIVE_FUNCTIONS = {F.relu, F.relu6, torch.relu, torch.sigmoid, F.hardsigmoid, F.softmax, torch.softmax, "relu", "relu_"}
+_SIGN_KEEPING = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d,
+                 nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout, nn.Dropout2d,
+                 nn.ChannelShuffle, nn.Upsample)  # fmt: skip
+_SIGN_KEEPING_FUNCTIONS = {torch.flatten, torch.cat, torch.reshape, torch.transpose, torch.permute, torch.chunk, torch.split,
+                           torch.add, torch.mul, torch.mean, torch.squeeze, operator.add, operator.iadd, operator.mul,
+                           operator.getitem, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.dropout, F.interpolate,
+                           "view", "reshape", "transpose", "permute", "flatten", "chunk", "split", "contiguous", "mean", "add",
+                           "add_", "mul", "squeeze", "unsqueeze"}  # fmt: skip
+_GRID_KEEPING = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d, nn.ReLU)
+
+
+@dataclass(frozen=True)
+class OutputQuantizer:
+    """A quantizer behind module ``name``; its range covers what the clamp that follows (a ReLU) lets through."""
+
+    name: str
+    clamp: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where quantizers go: dotted names of the float model's modules.
+
+    Attributes:
+        layers: convolutions and linear layers to quantize, in execution order.
+        edges: those among them that read the model's input or make its output: they stay at 8 bits.
+        unsigned: layers whose input cannot be negative.
+        covered: layers whose input already lies on the 8-bit grid of an output quantizer.
+        outputs: further quantizers, behind a module.
+    """
+
+    layers: tuple[str, ...]
+    edges: frozenset[str] = frozenset()
+    unsigned: frozenset[str] = frozenset()
+    covered: frozenset[str] = frozenset()
+    outputs: tuple[OutputQuantizer, ...] = field(default=())
+
+
+def quantizable_layers(model: nn.Module, keep: Sequence[str]) -> list[str]:
+    """Convolutions and linear layers whose dotted name no pattern of ``keep`` matches.
+
+    Raises:
+        QakdError: a pattern matches nothing, or nothing is left to quantize.
+    """
+    names = [name for name, module in model.named_modules() if isinstance(module, WEIGHTED)]
+    for pattern in keep:
+        if not fnmatch.filter([name for name, _ in model.named_modules()], pattern):
+            raise QakdError(f"keep: {pattern!r} matches no module of {type(model).__name__}; layers are called, e.g., {names[:4]}.")
+    left = [name for name in names if not any(_within(name, pattern) for pattern in keep)]
+    if not left:
+        raise QakdError(
+            f"{type(model).__name__} holds no convolution or linear layer to quantize"
+            + (f" beside those kept in floating point by keep={list(keep)}." if names else ".")
+        )
+    return left
+
+
+def place_quantizers(model: nn.Module, keep: Sequence[str] = ()) -> Placement:
+    """Look at the graph of a float model and say where quantizers belong.
+
+    Args:
+        model: the float model; it is not changed.
+        keep: names or patterns of modules that stay in floating point.
+
+    Raises:
+        QakdError: as :func:`quantizable_layers`.
+    """
+    layers = quantizable_layers(model, keep)
+    try:
+        graph_module = fx.symbolic_trace(model)
+    except Exception as error:  # user code runs under the tracer: whatever it raises means "cannot be traced"
+        _log.warning(
+            "%s cannot be traced by torch.fx (%s): quantizers go in front of each layer only. Convolutions that feed an add or a "
+            "concatenation will stay in floating point in ONNX Runtime.",
+            type(model).__name__,
+            str(error).splitlines()[0] if str(error) else type(error).__name__,
+        )
+        return Placement(tuple(layers), edges=frozenset({layers[0], layers[-1]}))
+    return _Analysis(graph_module, set(layers)).placement()
+
+
+class _Analysis:
+    """One walk over a traced graph."""
+
+    def __init__(self, graph_module: fx.GraphModule, layers: set[str]) -> None:
+        self.modules = dict(graph_module.named_modules())
+        self.nodes = list(graph_module.graph.nodes)
+        self.layers = layers
+        self.positive = self._positive_nodes()
+
+    def placement(self) -> Placement:
+        calls = [node for node in self.nodes if node.op == "call_module" and node.target in self.layers]
+        outputs = self._output_quantizers(calls)
+        on_grid = self._on_grid({node for node, _ in outputs})
+        return Placement(
+            layers=tuple(dict.fromkeys(str(node.target) for node in calls)),
+            edges=self._edges(calls),
+            unsigned=frozenset(self._for_all_calls(calls, self.positive)),
+            covered=frozenset(self._for_all_calls(calls, on_grid)),
+            outputs=tuple(dict.fromkeys(quantizer for _, quantizer in outputs)),
+        )
+
+    def _module(self, node: fx.Node) -> nn.Module | None:
+        return self.modules.get(str(node.target)) if node.op == "call_module" else None
+
+    def _positive_nodes(self) -> set[fx.Node]:
+        positive: set[fx.Node] = set()
+        for node in self.nodes:
+            module = self._module(node)
+            makes = isinstance(module, _NON_NEGATIVE) or (module is None and node.target in _NON_NEGATIVE_FUNCTIONS)
+            clamps = isinstance(module, nn.Hardtanh) and module.min_val >= 0
+            keeps = isinstance(module, _SIGN_KEEPING) or (module is None and node.target in _SIGN_KEEPING_FUNCTIONS)
+            sources = _tensor_sources(node)
+            if makes or clamps or (keeps and sources and all(source in positive for source in sources)):
+                positive.add(node)
+        return positive
+
+    def _output_quantizers(self, calls: Iterable[fx.Node]) -> list[tuple[fx.Node, OutputQuantizer]]:
+        """Behind convolutions whose output, after BatchNorm and ReLU, something else than a quantized layer reads."""
+        found = []
+        for call in calls:
+            if not isinstance(self._module(call), _ConvNd):
+                continue
+            last, end = call, call
+            clamp: tuple[float, float] | None = None
+            while (user := _only_user(end)) is not None:
+                module = self._module(user)
+                if isinstance(module, _BatchNorm) and clamp is None and last is end:
+                    last = end = user
+                elif (bounds := self._relu_bounds(user)) is not None and clamp is None:
+                    end, clamp = user, bounds
+                else:
+                    break
+            if all(user.target in self.layers or user.op == "output" for user in end.users):
+                continue
+            found.append((end if clamp is not None else last, OutputQuantizer(str(last.target), clamp)))
+        return found
+
+    def _relu_bounds(self, node: fx.Node) -> tuple[float, float] | None:
+        module = self._module(node)
+        if isinstance(module, nn.ReLU) or node.target in {F.relu, torch.relu, "relu", "relu_"}:
+            return 0.0, float("inf")
+        if isinstance(module, nn.Hardtanh) and module.min_val == 0:
+            return 0.0, float(module.max_val)
+        return (0.0, 6.0) if node.target is F.relu6 else None
+
+    def _on_grid(self, quantized: set[fx.Node]) -> set[fx.Node]:
+        on_grid = set(quantized)
+        for node in self.nodes:
+            if isinstance(self._module(node), _GRID_KEEPING) and all(source in on_grid for source in node.all_input_nodes):
+                on_grid.add(node)
+        return on_grid
+
+    def _edges(self, calls: Sequence[fx.Node]) -> frozenset[str]:
+        """Layers no other layer stands before, or after."""
+        call_set = set(calls)
+        behind: set[fx.Node] = set()
+        for node in self.nodes:
+            if any(source in behind or source in call_set for source in node.all_input_nodes):
+                behind.add(node)
+        ahead: set[fx.Node] = set()
+        for node in reversed(self.nodes):
+            if any(user in ahead or user in call_set for user in node.users):
+                ahead.add(node)
+        return frozenset(str(node.target) for node in calls if node not in behind or node not in ahead)
+
+    @staticmethod
+    def _for_all_calls(calls: Iterable[fx.Node], nodes: set[fx.Node]) -> set[str]:
+        """Names of layers whose input is in ``nodes`` at every call."""
+        verdict: dict[str, bool] = {}
+        for call in calls:
+            name = str(call.target)
+            verdict[name] = verdict.get(name, True) and call.all_input_nodes[0] in nodes
+        return {name for name, holds in verdict.items() if holds}
+
+
+def _tensor_sources(node: fx.Node) -> list[fx.Node]:
+    """The tensors an operator works on: all operands of an add, a product or a concatenation, the first of anything else."""
+    merging = {torch.add, torch.mul, operator.add, operator.iadd, operator.mul, "add", "add_", "mul"}
+    if node.target in merging:
+        return node.all_input_nodes
+    first = node.args[0] if node.args else None
+    if isinstance(first, fx.Node):
+        return [first]
+    return [item for item in first if isinstance(item, fx.Node)] if isinstance(first, list | tuple) else []
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    users = list(node.users)
+    return users[0] if len(users) == 1 else None
+
+
+def _within(name: str, pattern: str) -> bool:
+    """Whether ``pattern`` matches the module or one that contains it."""
+    parts = name.split(".")
+    return any(fnmatch.fnmatchcase(".".join(parts[: index + 1]), pattern) for index in range(len(parts)))
+

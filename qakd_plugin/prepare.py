@@ -1,0 +1,72 @@
+"""For who has not prepared a model yet: call the toolkit with a configuration that every target can take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .backends import ADAPTERS, adapter_for
+from .batches import default_batch
+from .errors import NotPreparedError, QakdError
+
+
+def prepare(
+    model: nn.Module,
+    calibration_batches: Iterable[object],
+    toolkit: str = "modelopt",
+    weight_bits: int = 8,
+    activation_bits: int = 8,
+    keep: Sequence[str] = (),
+) -> nn.Module:
+    """Prepare a float model for quantization-aware training with a configuration that deploys well.
+
+    Weights are symmetric per channel, activations symmetric per tensor; below 8 bits activations that a ReLU made non-negative
+    get an unsigned grid. The first and the last layer stay at 8 bits. A quantizer goes behind every convolution that feeds a
+    residual add, a concatenation or a pooling, because ONNX Runtime runs it in floating point otherwise. Ranges minimize the
+    squared error over all calibration batches.
+
+    Args:
+        model: the float model; it is not changed.
+        calibration_batches: batches as the loader yields them (x, (x, y), a dict ...); several, since all ranges come from them.
+        toolkit: "modelopt" or "torch_ao" (FX graph mode).
+        weight_bits: 2 to 8.
+        activation_bits: 2 to 8.
+        keep: names or patterns ("fc", "layer1.*") of modules that stay in floating point.
+
+    Returns:
+        A prepared copy in eval mode, with calibrated ranges: post-training quantization, and the starting point of ``distill``.
+
+    Raises:
+        QakdError: an argument is out of range, a pattern of ``keep`` matches nothing, or there is no calibration batch.
+        NotPreparedError: the model is prepared already.
+        MissingPackageError: the toolkit is not installed.
+    """
+    adapter = next((adapter for adapter in ADAPTERS if adapter.name == toolkit), None)
+    if adapter is None:
+        raise QakdError(f"toolkit={toolkit!r} is unknown: use one of {[adapter.name for adapter in ADAPTERS]}.")
+    for name, bits in (("weight_bits", weight_bits), ("activation_bits", activation_bits)):
+        if not 2 <= bits <= 8:
+            raise QakdError(f"{name}={bits} is out of range: 2 to 8 bits can be prepared.")
+    _require_float(model)
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    batches = [_images(batch, index).to(device) for index, batch in enumerate(calibration_batches)]
+    if not batches:
+        raise QakdError("calibration_batches is empty: ranges need at least one batch, and are better with several.")
+    return adapter.prepare(model, batches, weight_bits, activation_bits, keep)
+
+
+def _require_float(model: nn.Module) -> None:
+    try:
+        adapter = adapter_for(model)
+    except NotPreparedError:
+        return
+    raise NotPreparedError(f"model is prepared by {adapter.name} already: pass the float model, or call distill with this one.")
+
+
+def _images(batch: object, index: int) -> Tensor:
+    x, _ = default_batch(batch)
+    if not bool(torch.isfinite(x).all()):
+        raise QakdError(f"calibration_batches: batch {index} holds NaN or infinite values.")
+    return x
