@@ -26,7 +26,17 @@ _log = logging.getLogger(__name__)
 
 WEIGHTED = (_ConvNd, nn.Linear)
 _NON_NEGATIVE = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softmax, nn.Softplus)
-_NON_NEGATIVE_FUNCTIONS = {F.relu, F.relu6, torch.relu, torch.sigmoid, F.hardsigmoid, F.softmax, torch.softmax, "relu", "relu_"}
+_NON_NEGATIVE_FUNCTIONS = {
+    F.relu,
+    F.relu6,
+    torch.relu,
+    torch.sigmoid,
+    F.hardsigmoid,
+    F.softmax,
+    torch.softmax,
+    "relu",
+    "relu_",
+}
 _SIGN_KEEPING = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d,
                  nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout, nn.Dropout2d,
                  nn.ChannelShuffle, nn.Upsample)  # fmt: skip
@@ -74,7 +84,9 @@ def quantizable_layers(model: nn.Module, keep: Sequence[str]) -> list[str]:
     names = [name for name, module in model.named_modules() if isinstance(module, WEIGHTED)]
     for pattern in keep:
         if not fnmatch.filter([name for name, _ in model.named_modules()], pattern):
-            raise QakdError(f"keep: {pattern!r} matches no module of {type(model).__name__}; layers are called, e.g., {names[:4]}.")
+            raise QakdError(
+                f"keep: {pattern!r} matches no module of {type(model).__name__}; layers are called, e.g., {names[:4]}."
+            )
     left = [name for name in names if not any(_within(name, pattern) for pattern in keep)]
     if not left:
         raise QakdError(
@@ -223,4 +235,3 @@ def _within(name: str, pattern: str) -> bool:
     """Whether ``pattern`` matches the module or one that contains it."""
     parts = name.split(".")
     return any(fnmatch.fnmatchcase(".".join(parts[: index + 1]), pattern) for index in range(len(parts)))
-

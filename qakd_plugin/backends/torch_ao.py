@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..calibration import RangeObserver
 from ..deploy.export_form import ActivationQDQ, QuantizedLayer, replace_modules, store_weight
 from ..errors import NotPreparedError, UnsupportedQuantizerError
+from ..placement import WEIGHTED, Placement, place_quantizers
 from .base import QParams, Quantizer
 
 with warnings.catch_warnings():
@@ -24,11 +27,20 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
     import torch.ao.nn.intrinsic.qat as nniqat
     import torch.ao.nn.qat as nnqat
+    from torch.ao.quantization import (
+        FakeQuantize,
+        FixedQParamsObserver,
+        MovingAverageMinMaxObserver,
+        MovingAveragePerChannelMinMaxObserver,
+        QConfig,
+        QConfigMapping,
+    )
+    from torch.ao.quantization.backend_config import get_tensorrt_backend_config
     from torch.ao.quantization.fake_quantize import FakeQuantizeBase
+    from torch.ao.quantization.quantize_fx import prepare_qat_fx
 
 _FUSED_BATCH_NORM = tuple(
-    getattr(nniqat, name)
-    for name in ("ConvBn1d", "ConvBn2d", "ConvBn3d", "ConvBnReLU1d", "ConvBnReLU2d", "ConvBnReLU3d")
+    getattr(nniqat, name) for name in ("ConvBn1d", "ConvBn2d", "ConvBn3d", "ConvBnReLU1d", "ConvBnReLU2d", "ConvBnReLU3d")
 )
 _FUSED_RELU = tuple(
     getattr(nniqat, name)
@@ -81,6 +93,22 @@ class TorchAOAdapter:
     def set_mode(self, model: nn.Module, training: bool) -> None:
         model.train(training)
 
+    def prepare(
+        self, model: nn.Module, batches: Sequence[Tensor], weight_bits: int, activation_bits: int, keep: Sequence[str]
+    ) -> nn.Module:
+        placement = place_quantizers(model, keep)
+        mapping = torch_ao_qconfig_mapping(model, placement, weight_bits)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.simplefilter("ignore", UserWarning)  # one per observer, on a default that changed years ago
+            prepared = prepare_qat_fx(
+                copy.deepcopy(model).train(), mapping, (batches[0],), backend_config=get_tensorrt_backend_config()
+            )
+        _leave_output_in_float(prepared)
+        low_bit = _insert_low_bit_inputs(prepared, placement, activation_bits) if activation_bits < 8 else {}
+        _calibrate(self, prepared.eval(), batches, low_bit)
+        return prepared
+
     def export_form(self, model: nn.Module) -> nn.Module:
         form = copy.deepcopy(model).eval()
         self.freeze_ranges(form, True)
@@ -97,9 +125,7 @@ class TorchAOAdapter:
                 else:
                     continue
             replacements[name] = exported[module]
-        for name, module in replacements.items():
-            replace_modules(form, {name: module})
-        return form
+        return replace_modules(form, replacements)
 
     def _exported_layer(self, module: Any, name: str, quantizers: dict[nn.Module, Quantizer]) -> QuantizedLayer:
         quantizer = quantizers[module.weight_fake_quant]
@@ -108,6 +134,139 @@ class TorchAOAdapter:
             fake_quantized: Tensor = module.weight_fake_quant(weight)
         stored = store_weight(fake_quantized, self.qparams(quantizer), name)
         return QuantizedLayer(module, stored, bias, relu=isinstance(module, _FUSED_RELU))
+
+
+def torch_ao_qconfig_mapping(model: nn.Module, placement: Placement, weight_bits: int) -> QConfigMapping:
+    """The configuration for ``prepare_qat_fx`` that :func:`qakd_plugin.prepare` uses, for TensorRT's backend configuration.
+
+    All activations take symmetric int8; weights are symmetric per channel and follow the weight without delay.
+
+    Args:
+        model: the float model.
+        placement: from :func:`qakd_plugin.placement.place_quantizers`.
+        weight_bits: of all layers but the first and the last, which take 8.
+    """
+
+    def qconfig(bits: int) -> QConfig:
+        limit = 2 ** (bits - 1)
+        return QConfig(
+            activation=FakeQuantize.with_args(
+                observer=MovingAverageMinMaxObserver,
+                quant_min=-128,
+                quant_max=127,
+                dtype=torch.qint8,
+                qscheme=torch.per_tensor_symmetric,
+            ),
+            weight=FakeQuantize.with_args(
+                observer=MovingAveragePerChannelMinMaxObserver,
+                averaging_constant=1.0,
+                quant_min=-127 if bits == 8 else -limit,
+                quant_max=limit - 1,
+                dtype=torch.qint8,
+                qscheme=torch.per_channel_symmetric,
+            ),
+        )
+
+    mapping = QConfigMapping().set_global(qconfig(8))
+    for name, module in model.named_modules():
+        if not isinstance(module, WEIGHTED):
+            continue
+        if name not in placement.layers:
+            mapping.set_module_name(name, None)
+        elif name not in placement.edges:
+            mapping.set_module_name(name, qconfig(weight_bits))
+    return mapping
+
+
+def _leave_output_in_float(prepared: torch.fx.GraphModule) -> None:
+    """Remove a quantizer on the model's output: 256 different logits would tie, and no target needs it."""
+    (output,) = (node for node in prepared.graph.nodes if node.op == "output")
+    last = output.args[0]
+    if isinstance(last, torch.fx.Node) and _is_fake_quant(prepared, last):
+        last.replace_all_uses_with(last.args[0])
+        prepared.graph.erase_node(last)
+        prepared.recompile()
+        prepared.delete_all_unused_submodules()
+
+
+def _insert_low_bit_inputs(prepared: torch.fx.GraphModule, placement: Placement, bits: int) -> dict[str, tuple[int, int]]:
+    """Give every inner layer a quantizer of fewer bits on its input, behind the 8-bit one that adds and poolings share.
+
+    Returns:
+        The new quantizers' names with their code ranges.
+    """
+    ranges: dict[str, tuple[int, int]] = {}
+    added: dict[tuple[torch.fx.Node, bool], torch.fx.Node] = {}
+    for node in list(prepared.graph.nodes):
+        if node.op != "call_module" or node.target not in placement.layers or node.target in placement.edges:
+            continue
+        source = node.args[0]
+        if not _is_fake_quant(prepared, source):
+            continue
+        unsigned = node.target in placement.unsigned
+        if (source, unsigned) not in added:
+            name = f"low_bit_input_{len(ranges)}"
+            ranges[name] = (0, 2**bits - 1) if unsigned else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+            # The eight-bit quantizer stays for the other readers; with none left it goes.
+            prepared.add_submodule(name, nn.Identity())
+            with prepared.graph.inserting_after(source):
+                added[source, unsigned] = prepared.graph.call_module(name, (source.args[0],))
+        node.replace_input_with(source, added[source, unsigned])
+    prepared.graph.eliminate_dead_code()
+    prepared.graph.lint()
+    prepared.recompile()
+    prepared.delete_all_unused_submodules()
+    return ranges
+
+
+@torch.no_grad()
+def _calibrate(
+    adapter: TorchAOAdapter, prepared: torch.fx.GraphModule, batches: Sequence[Tensor], low_bit: dict[str, tuple[int, int]]
+) -> None:
+    """Ranges of least squared error over all batches. Eight-bit ranges go on following the data in training, lower ones do not."""
+    observers: dict[str, RangeObserver] = {}
+    hooks = []
+    activations = [q for q in adapter.quantizers(prepared) if q.role == "activation"]
+    for name, module in [(q.fqn, q.module) for q in activations] + [(n, prepared.get_submodule(n)) for n in low_bit]:
+        observer = observers[name] = RangeObserver()
+        hooks.append(module.register_forward_pre_hook(lambda _, args, o=observer: o.observe(args[0])))
+    adapter.set_fake_quant(prepared, False)
+    for batch in batches:
+        prepared(batch)
+    adapter.set_fake_quant(prepared, True)
+    for hook in hooks:
+        hook.remove()
+    for quantizer in activations:
+        q: Any = quantizer.module
+        observer = q.activation_post_process
+        clip = torch.tensor(observers[quantizer.fqn].best_clip(127))
+        observer.min_val.resize_(()).copy_(-clip)
+        observer.max_val.resize_(()).copy_(clip)
+        scale, zero_point = q.calculate_qparams()
+        q.scale.copy_(scale)
+        q.zero_point.copy_(zero_point)
+    device = batches[0].device
+    for name, (low, high) in low_bit.items():
+        fixed = FakeQuantize(
+            observer=FixedQParamsObserver,
+            quant_min=low,
+            quant_max=high,
+            scale=observers[name].best_clip(high) / high,
+            zero_point=0,
+            dtype=torch.quint8 if low == 0 else torch.qint8,
+            qscheme=torch.per_tensor_affine,
+        ).to(device)
+        fixed.scale.fill_(observers[name].best_clip(high) / high)
+        fixed.zero_point.fill_(0)
+        prepared.add_submodule(name, fixed)
+
+
+def _is_fake_quant(prepared: torch.fx.GraphModule, node: Any) -> bool:
+    return (
+        isinstance(node, torch.fx.Node)
+        and node.op == "call_module"
+        and isinstance(prepared.get_submodule(str(node.target)), FakeQuantizeBase)
+    )
 
 
 def _folded(module: Any, name: str) -> tuple[Tensor, Tensor | None]:

@@ -47,13 +47,14 @@ class ActivationQDQ(nn.Module):
                 f"{source}: the activation scale must be finite and positive, got {value:.3g}. Calibrate on real batches again."
             )
         self.source = source
+        self.name = ""
         self.zero_point = int(qparams.zero_point)
         self.quant_min = qparams.quant_min
         self.quant_max = qparams.quant_max
         self.register_buffer("scale", qparams.scale.detach().clone().float().reshape(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        return qdq(x, self.scale, self.zero_point, self.quant_min, self.quant_max)  # type: ignore[no-any-return]
+        return qdq(x, self.scale, self.zero_point, self.quant_min, self.quant_max, self.name)  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
         return f"codes {self.quant_min}..{self.quant_max}, scale {float(self.scale):.6g}"
@@ -70,11 +71,12 @@ class StoredWeight(nn.Module):
         self.axis = 0 if qparams.axis is None else qparams.axis
         self.block = qparams.block or 0
         self.bits = qparams.bits
+        self.name = ""
         self.register_buffer("codes", codes)
         self.register_buffer("scale", qparams.scale.detach().clone().float())
 
     def forward(self) -> Tensor:
-        return dq(self.codes, self.scale, self.axis, self.block)  # type: ignore[no-any-return]
+        return dq(self.codes, self.scale, self.axis, self.block, self.name)  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
         return f"{self.bits} bits, shape {tuple(self.codes.shape)}"
@@ -149,9 +151,7 @@ class _Functional:
             return F.linear(x, weight, bias)
         if isinstance(layer, _ConvTransposeNd):
             function = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[len(layer.kernel_size)]
-            return function(
-                x, weight, bias, layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation
-            )
+            return function(x, weight, bias, layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation)
         assert isinstance(layer, _ConvNd)
         return layer._conv_forward(x, weight, bias)  # type: ignore[no-any-return, operator]
 
@@ -188,7 +188,7 @@ def store_weight(fake_quantized: Tensor, qparams: QParams, name: str) -> StoredW
             f"{name}: the weight scale must be finite and positive, got a minimum of {float(scale.min()):.3g}. "
             "Lower the learning rate of the quantizer parameters or calibrate again."
         )
-    step = dq(torch.ones_like(fake_quantized, dtype=torch.int8), scale, qparams.axis or 0, qparams.block or 0)
+    step = dq(torch.ones_like(fake_quantized, dtype=torch.int8), scale, qparams.axis or 0, qparams.block or 0, name)
     grid = fake_quantized.detach().float() / step
     codes = torch.round(grid)
     off_grid = float((grid - codes).abs().max())
@@ -206,12 +206,19 @@ def store_weight(fake_quantized: Tensor, qparams: QParams, name: str) -> StoredW
 
 
 def replace_modules(root: nn.Module, replacements: dict[str, nn.Module]) -> nn.Module:
-    """Put modules in the places named by their dotted names, and return ``root`` (or the replacement of "")."""
+    """Put modules in the places named by their dotted names, and return ``root`` (or the replacement of "").
+
+    Quantizers and stored weights learn their own names, under which the exported file knows them.
+    """
     for name, module in replacements.items():
         if not name:
-            return module
+            root = module
+            break
         parent, _, child = name.rpartition(".")
         setattr(root.get_submodule(parent), child, module)
+    for name, module in root.named_modules():
+        if isinstance(module, ActivationQDQ | StoredWeight):
+            module.name = name
     return root
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 @torch.library.custom_op("qakd::qdq", mutates_args=())
-def qdq(x: Tensor, scale: Tensor, zero_point: int, quant_min: int, quant_max: int) -> Tensor:
+def qdq(x: Tensor, scale: Tensor, zero_point: int, quant_min: int, quant_max: int, name: str) -> Tensor:
     """Quantize and dequantize ``x`` per tensor: divide, round half to even, clamp (ONNX QuantizeLinear).
 
     Args:
@@ -21,18 +21,19 @@ def qdq(x: Tensor, scale: Tensor, zero_point: int, quant_min: int, quant_max: in
         zero_point: the code that stands for 0.
         quant_min: lowest integer code.
         quant_max: highest integer code.
+        name: of the quantizer; it travels with the operator into the exported graph.
     """
     codes = torch.clamp(torch.round(x / scale) + zero_point, quant_min, quant_max)
     return (codes - zero_point) * scale
 
 
 @qdq.register_fake
-def _(x: Tensor, scale: Tensor, zero_point: int, quant_min: int, quant_max: int) -> Tensor:
+def _(x: Tensor, scale: Tensor, zero_point: int, quant_min: int, quant_max: int, name: str) -> Tensor:
     return torch.empty_like(x)
 
 
 @torch.library.custom_op("qakd::dq", mutates_args=())
-def dq(codes: Tensor, scale: Tensor, axis: int, block: int) -> Tensor:
+def dq(codes: Tensor, scale: Tensor, axis: int, block: int, name: str) -> Tensor:
     """Dequantize stored symmetric integer codes (ONNX DequantizeLinear).
 
     Args:
@@ -41,12 +42,13 @@ def dq(codes: Tensor, scale: Tensor, axis: int, block: int) -> Tensor:
             ``block``.
         axis: channel dimension, or the blocked one; ignored per tensor.
         block: block length along ``axis``, 0 unless blocked.
+        name: of the weight.
     """
     return codes.to(scale.dtype) * _broadcast_scale(scale, codes.shape, axis, block)
 
 
 @dq.register_fake
-def _(codes: Tensor, scale: Tensor, axis: int, block: int) -> Tensor:
+def _(codes: Tensor, scale: Tensor, axis: int, block: int, name: str) -> Tensor:
     return torch.empty(codes.shape, dtype=scale.dtype, device=codes.device)
 
 

@@ -99,11 +99,11 @@ def _non_negative_values(graph: ir.Graph) -> set[ir.Value]:
     """Values that cannot be negative, whatever the input."""
     positive: set[ir.Value] = set()
     for node in graph:
-        if node.op_type in {"Relu", "Sigmoid", "HardSigmoid", "Softmax"}:
-            positive.update(node.outputs)
-        elif node.op_type == "Clip" and len(node.inputs) > 1 and scalar(node.inputs[1], -np.inf) >= 0:
-            positive.update(node.outputs)
-        elif node.op_type == "Clip" and node.inputs[0] in positive:
+        if (
+            node.op_type in {"Relu", "Sigmoid", "HardSigmoid", "Softmax"}
+            or (node.op_type == "Clip" and len(node.inputs) > 1 and scalar(node.inputs[1], -np.inf) >= 0)
+            or (node.op_type == "Clip" and node.inputs[0] in positive)
+        ):
             positive.update(node.outputs)
         elif node.op_type in _NON_NEGATIVE_MAPS:
             data = [value for value in node.inputs if value is not None and constant(value) is None]

@@ -15,6 +15,9 @@ from onnx_ir.passes import common
 from .graph import QUANTIZER_KEY, WEIGHT_KEY, constant, initializer, only_consumer, producer, replace, scalar
 
 _log = logging.getLogger(__name__)
+DOMAIN = "qakd"
+"""Domain of the operators that carry quantizers through the exporter."""
+
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
@@ -22,6 +25,7 @@ def canonicalize(model: ir.Model) -> ir.Model:
     """Run all passes on a freshly exported model, in place."""
     graph = model.graph
     name_nodes(graph)
+    lower_quantizers(graph)
     fold_batch_norm(graph)
     quantize_behind_relu(graph)
     merge_clips(graph)
@@ -32,31 +36,79 @@ def canonicalize(model: ir.Model) -> ir.Model:
 
 
 def name_nodes(graph: ir.Graph) -> None:
-    """Name every node after the module it came from, and label quantizers and weights for parity checks.
-
-    The exporter merges initializers of equal value, so a scale's name says nothing; the module scope of the node does. A module
-    called several times labels its quantizers ``name``, ``name#1``, ``name#2`` in the order of the calls.
-    """
+    """Name every node and value after the module it came from."""
     used: dict[str, int] = {}
-
-    def unique(name: str) -> str:
+    for node in graph:
+        name = node.attributes.get_string("name", "") if node.domain == DOMAIN else ""
+        if not name:
+            scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "['']"))
+            name = f"{scopes[-2]}/{node.op_type}" if len(scopes) > 1 and scopes[-2] else node.op_type
         count = used.get(name, 0)
         used[name] = count + 1
-        return f"{name}#{count}" if count else name
-
-    for node in graph:
-        scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "['']"))
-        module = scopes[-2] if len(scopes) > 1 else ""
-        node.name = unique(f"{module}/{node.op_type}" if module else node.op_type)
-        if node.op_type == "QuantizeLinear":
-            label = node.name.removesuffix("/QuantizeLinear").replace("/QuantizeLinear#", "#")
-            node.metadata_props[QUANTIZER_KEY] = label
-        elif node.op_type == "DequantizeLinear" and constant(node.inputs[0]) is not None:
-            node.metadata_props[WEIGHT_KEY] = module
-    for node in graph:
+        node.name = f"{name}#{count}" if count else name
         for index, output in enumerate(node.outputs):
             if not output.is_graph_output():
                 output.name = f"{node.name}:{index}" if len(node.outputs) > 1 else f"{node.name}:out"
+
+
+def lower_quantizers(graph: ir.Graph) -> None:
+    """Turn ``QDQ`` and ``DQ`` into QuantizeLinear and DequantizeLinear, and label them for parity checks.
+
+    A float Clip goes in front where the grid is narrower than its container. A module that is called several times labels its
+    quantizers ``name``, ``name#1``, ``name#2`` in the order of the calls.
+    """
+    for node in [node for node in graph if node.domain == DOMAIN]:
+        (_lower_activation if node.op_type == "QDQ" else _lower_weight)(graph, node)
+
+
+def _lower_activation(graph: ir.Graph, node: ir.Node) -> None:
+    name, (x, scale) = node.name, node.inputs
+    assert name is not None
+    attributes = node.attributes
+    zero_point, low, high = (attributes.get_int(key) for key in ("zero_point", "quant_min", "quant_max"))
+    step = constant(scale)
+    assert zero_point is not None
+    assert low is not None
+    assert high is not None
+    assert step is not None
+    unsigned = zero_point != 0 and low >= 0
+    container = (0, 255) if unsigned else (-128, 127)
+    kind = np.uint8 if unsigned else np.int8
+    zero = initializer(graph, f"zero_point_{kind.__name__}_{zero_point}", np.asarray(zero_point, dtype=kind))
+    quantize = ir.node("QuantizeLinear", [x, scale, zero], name=f"{name}/QuantizeLinear")
+    quantize.metadata_props[QUANTIZER_KEY] = name
+    dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], scale, zero], name=f"{name}/DequantizeLinear")
+    new = [quantize, dequantize]
+    if (low, high) != container:
+        clip = ir.node("Clip", [x], name=f"{name}/Clip")
+        limits = np.asarray([low - zero_point, high - zero_point], dtype=np.float32) * step.reshape(())
+        quantize.replace_input_with(0, clip.outputs[0])
+        new.insert(0, clip)
+    for made in new:
+        made.outputs[0].name = f"{made.name}:out"
+    graph.insert_before(node, new)
+    if (low, high) != container:
+        _set_bounds(graph, clip, float(limits[0]), float(limits[1]))
+    _take_over(node, dequantize.outputs[0])
+
+
+def _lower_weight(graph: ir.Graph, node: ir.Node) -> None:
+    scale = constant(node.inputs[1])
+    assert scale is not None
+    per_tensor = scale.ndim == 0
+    attributes = {} if per_tensor else {"axis": node.attributes.get_int("axis", 0)}
+    dequantize = ir.node("DequantizeLinear", list(node.inputs), attributes, name=f"{node.name}/DequantizeLinear")
+    dequantize.metadata_props[WEIGHT_KEY] = node.attributes.get_string("name", "")
+    dequantize.outputs[0].name = f"{dequantize.name}:out"
+    graph.insert_before(node, dequantize)
+    _take_over(node, dequantize.outputs[0])
+
+
+def _take_over(node: ir.Node, value: ir.Value) -> None:
+    value.dtype, value.shape = node.outputs[0].dtype, node.outputs[0].shape
+    if node.outputs[0].is_graph_output():
+        value.name, node.outputs[0].name = node.outputs[0].name, f"{node.name}:replaced"
+    replace(node, value)
 
 
 def fold_batch_norm(graph: ir.Graph) -> None:
@@ -179,7 +231,7 @@ def merge_equal_quantizers(graph: ir.Graph) -> None:
 
 
 def _clean(model: ir.Model) -> None:
-    """Remove what the exporter leaves behind: local paths, stack traces, unused values, attributes equal to their defaults."""
+    """Remove what the exporter leaves behind: local paths, stack traces, unused values."""
     ours = {
         node: {key: node.metadata_props[key] for key in (QUANTIZER_KEY, WEIGHT_KEY) if key in node.metadata_props}
         for node in model.graph
@@ -189,14 +241,11 @@ def _clean(model: ir.Model) -> None:
     model.metadata_props.clear()
     for node, metadata in ours.items():
         node.metadata_props.update(metadata)
-        per_tensor = node.op_type in {"QuantizeLinear", "DequantizeLinear"} and _size(node.inputs[1]) == 1
-        for name in ("saturate", *(["axis"] if per_tensor else [])):
-            if node.op_type in {"QuantizeLinear", "DequantizeLinear"}:
-                node.attributes.pop(name, None)
     for value in model.graph.initializers.values():
         value.metadata_props.clear()
     common.RemoveUnusedNodesPass()(model)
     model.functions.clear()
+    model.opset_imports.pop(DOMAIN, None)
     model.producer_name, model.producer_version = "qakd_plugin", ""
     model.graph.name = "student"
 
@@ -233,10 +282,3 @@ def _identity(value: ir.Value | None) -> object:
     """Constants are the same when their numbers are, other values when they are one."""
     array = constant(value)
     return value if array is None else (array.dtype.str, array.shape, array.tobytes())
-
-
-def _size(value: ir.Value | None) -> int:
-    array = constant(value)
-    return 0 if array is None else int(array.size)
-
-

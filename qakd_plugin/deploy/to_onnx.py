@@ -12,16 +12,41 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import torch
-from onnxscript import opset20
+from onnxscript.values import Opset
 from torch import Tensor, nn
 
 from ..errors import ExportError
 from . import ops as ops  # registers qakd::qdq and qakd::dq
-from .passes import canonicalize
+from .passes import DOMAIN, canonicalize
 
 OPSET = 20
 """The newest opset before 21, where ONNX Runtime rejects int8 pairs with a zero point in front of MaxPool and Reshape
 (onnxruntime#25526); every TensorRT from 10.3 on reads it."""
+
+
+def _register_operators() -> Opset:
+    """Our two operators cross the exporter as they are; :func:`canonicalize` turns them into ONNX's own."""
+    schema, parameter = onnx.defs.OpSchema, onnx.defs.OpSchema.FormalParameter
+    integer, text = schema.AttrType.INT, schema.AttrType.STRING
+    for name, codes, integers in (
+        ("QDQ", "tensor(float)", ("zero_point", "quant_min", "quant_max")),
+        ("DQ", "tensor(int8)", ("axis", "block")),
+    ):
+        if not onnx.defs.has(name, DOMAIN):
+            onnx.defs.register_schema(
+                schema(
+                    name,
+                    DOMAIN,
+                    1,
+                    inputs=[parameter("x", codes), parameter("scale", "tensor(float)")],
+                    outputs=[parameter("y", "tensor(float)")],
+                    attributes=[schema.Attribute(key, integer) for key in integers] + [schema.Attribute("name", text)],
+                )
+            )
+    return Opset(DOMAIN, 1)
+
+
+_QAKD = _register_operators()
 
 
 def export_canonical(form: nn.Module, example: Tensor) -> ir.Model:
@@ -76,22 +101,12 @@ def to_proto(model: ir.Model) -> onnx.ModelProto:
     return proto
 
 
-def _translate_qdq(x: Any, scale: Any, zero_point: int, quant_min: int, quant_max: int) -> Any:
-    """Clip where the grid is narrower than its container, then QuantizeLinear and DequantizeLinear."""
-    unsigned = zero_point != 0 and quant_min >= 0
-    container = (0, 255) if unsigned else (-128, 127)
-    if (quant_min, quant_max) != container:
-        low = opset20.Mul(scale, opset20.Constant(value_float=float(quant_min - zero_point)))
-        high = opset20.Mul(scale, opset20.Constant(value_float=float(quant_max - zero_point)))
-        x = opset20.Clip(x, low, high)
-    kind = onnx.TensorProto.UINT8 if unsigned else onnx.TensorProto.INT8
-    zero = opset20.Cast(opset20.Constant(value_int=zero_point), to=kind)
-    return opset20.DequantizeLinear(opset20.QuantizeLinear(x, scale, zero), scale, zero)
+def _translate_qdq(x: Any, scale: Any, zero_point: int, quant_min: int, quant_max: int, name: str) -> Any:
+    return _QAKD.QDQ(x, scale, zero_point=zero_point, quant_min=quant_min, quant_max=quant_max, name=name)
 
 
-def _translate_dq(codes: Any, scale: Any, axis: int, block: int) -> Any:
-    assert block == 0, "blocked weights need opset 21"
-    return opset20.DequantizeLinear(codes, scale, axis=axis)
+def _translate_dq(codes: Any, scale: Any, axis: int, block: int, name: str) -> Any:
+    return _QAKD.DQ(codes, scale, axis=axis, block=block, name=name)
 
 
 @contextlib.contextmanager
@@ -106,5 +121,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-

@@ -1,0 +1,112 @@
+"""``export_onnx``: a trained model becomes a file that provably computes the same."""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from .._files import write_atomic
+from ..backends import Adapter, adapter_for
+from ..describe import target_problem
+from ..errors import ExportError, UnsupportedQuantizerError
+from .ort_form import to_onnxruntime_form
+from .parity import ParityReport, check_parity
+from .to_onnx import export_canonical, to_proto
+
+Target = Literal["tensorrt", "onnxruntime", "openvino"]
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """A written file, and the proof that came with it.
+
+    Attributes:
+        path: the ONNX file.
+        target: whose form it has.
+        parity: the three comparisons with the trained model.
+    """
+
+    path: Path
+    target: Target
+    parity: ParityReport
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+
+@torch.no_grad()
+def export_onnx(
+    prepared_model: nn.Module,
+    example_input: Tensor,
+    path: str | os.PathLike[str],
+    target: Target = "tensorrt",
+) -> ExportedModel:
+    """Export a trained, prepared model to ONNX with Q/DQ, and prove that the file computes what was trained.
+
+    The canonical form ("tensorrt") has int8 codes, zero point 0, float biases and BatchNorm folded exactly; "openvino" takes the
+    same; "onnxruntime" is an exact rewrite of it that ONNX Runtime's integer kernels can take. The batch dimension is dynamic.
+
+    Args:
+        prepared_model: prepared by a supported toolkit, trained or calibrated; it is not changed.
+        example_input: float32 (N, C, H, W). Parity is checked on these samples: pass real ones, several.
+        path: where the file goes; it appears whole or not at all.
+        target: "tensorrt", "onnxruntime" or "openvino".
+
+    Returns:
+        The path (usable wherever a path is) and the parity report.
+
+    Raises:
+        NotPreparedError: no toolkit prepared the model, or a range was never calibrated.
+        UnsupportedQuantizerError: the target cannot take a quantizer; names it.
+        ExportError: the model cannot be traced, or the path cannot be written.
+        ParityError: the file would not compute what was trained; names the first layer that differs.
+    """
+    if target not in get_args(Target):
+        raise ExportError(f"target={target!r} is unknown: use one of {list(get_args(Target))}.")
+    _check_example(example_input)
+    adapter = adapter_for(prepared_model)
+    _check_quantizers(adapter, prepared_model, target)
+    form = adapter.export_form(prepared_model).cpu()
+    samples = example_input.detach().cpu().float()
+    model = export_canonical(form, samples)
+    if target == "onnxruntime":
+        model = to_onnxruntime_form(model)
+    parity = _gate(adapter, model, form, prepared_model, samples, fused=target == "onnxruntime")
+    write_atomic(path, to_proto(model).SerializeToString(), ExportError)
+    return ExportedModel(Path(path), target, parity)
+
+
+def _gate(
+    adapter: Adapter, model: ir.Model, form: nn.Module, prepared: nn.Module, samples: Tensor, *, fused: bool
+) -> ParityReport:
+    """Compare with a copy of the prepared model as it is evaluated: in eval mode, ranges frozen."""
+    evaluated = copy.deepcopy(prepared).cpu()
+    adapter.set_mode(evaluated, False)
+    adapter.freeze_ranges(evaluated, True)
+    return check_parity(model, form, evaluated, samples, fused=fused)
+
+
+def _check_example(example: Tensor) -> None:
+    if not isinstance(example, Tensor) or example.ndim < 2 or not example.is_floating_point():
+        kind = f"{tuple(example.shape)} {example.dtype}" if isinstance(example, Tensor) else type(example).__name__
+        raise ExportError(f"example_input: expected a float tensor (N, ...), got {kind}. Pass a batch of real inputs.")
+    if not bool(torch.isfinite(example).all()):
+        raise ExportError("example_input holds NaN or infinite values. Pass a batch of real inputs.")
+
+
+def _check_quantizers(adapter: Adapter, model: nn.Module, target: str) -> None:
+    quantizers = adapter.quantizers(model)
+    for quantizer in quantizers:
+        problem = target_problem(quantizer, adapter.qparams(quantizer), target)
+        if problem:
+            raise UnsupportedQuantizerError(
+                f"{quantizer.fqn}: {problem}. Prepare the model with a symmetric configuration (qakd_plugin.prepare makes one), or "
+                "export for another target."
+            )

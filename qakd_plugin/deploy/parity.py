@@ -1,0 +1,344 @@
+"""Proof that a file computes what was trained.
+
+Comparing logits alone cannot tell a wrong export from a rounding tie: two correct programs sum a convolution in different orders,
+an activation that falls on a tie is rounded the other way in one of them, and the difference spreads. So ties are made explicit.
+One program is run and its integer codes are recorded at every quantizer; the other is run with the same codes *imposed*, and
+every place where it would have chosen another code must lie on a tie. With all ties settled alike, logits must agree closely.
+
+The steps:
+  1. the integer weight codes of the file are those of the trained model, up to the sign BatchNorm folding gives a channel;
+  2. ONNX Runtime without fusions computes the export form;
+  3. the export form computes the prepared model;
+  4. where the file is meant for it, ONNX Runtime with all its fusions on computes the export form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+from ..errors import ParityError
+from .export_form import ActivationQDQ, StoredWeight
+from .graph import QUANTIZER_KEY, WEIGHT_KEY, activation_quantizers, constant, scalar, weight_dequantizers
+
+Codes = dict[str, list[npt.NDArray[np.float32]]]
+"""Integer codes, as floats, of every call of every activation quantizer, by name."""
+
+TIE_TOLERANCE = 1e-2
+"""How far from a tie, in steps, an activation may be rounded the other way. Float32 sums of a few thousand products differ by
+up to about 1e-3 steps between programs; a wrong scale, weight or bias moves values by whole steps."""
+
+FUSED_TIE_TOLERANCE = 0.1
+"""The same with fusions on: integer kernels round the bias to a multiple of s_x * s_w, which adds up to a few hundredths."""
+
+LOGIT_TOLERANCE = 1e-4
+"""Largest deviation of logits, relative to their range, once ties are settled."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How two sets of logits compare: N samples.
+
+    Attributes:
+        top1: share of samples with the same arg max.
+        sqnr_db: signal to quantization-noise ratio, dB.
+        max_deviation: largest absolute difference over the range of the reference.
+        samples: N.
+    """
+
+    top1: float
+    sqnr_db: float
+    max_deviation: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """What was compared, and how it came out.
+
+    Attributes:
+        weight_codes: integer weight codes found equal.
+        activation_codes: integer activation codes compared.
+        ties_runtime: activations on a tie that the runtime rounds the other way than the export form.
+        ties_toolkit: activations on a tie that the toolkit rounds the other way than the export form.
+        ties_fused: likewise, the runtime with fusions on; None where it was not run.
+        runtime_deviation: runtime against export form, ties settled; over the range of the logits.
+        toolkit_deviation: export form against prepared model, ties settled; likewise.
+        unfused: the file without fusions against the prepared model, ties left as they fall.
+        fused: the file as it is deployed, fusions on, against the prepared model; None where it was not run.
+    """
+
+    weight_codes: int
+    activation_codes: int
+    ties_runtime: int
+    ties_toolkit: int
+    ties_fused: int | None
+    runtime_deviation: float
+    toolkit_deviation: float
+    unfused: Agreement
+    fused: Agreement | None
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain data for a report."""
+        return asdict(self)
+
+
+def check_parity(file: ir.Model, form: nn.Module, prepared: nn.Module, samples: Tensor, *, fused: bool) -> ParityReport:
+    """Run all steps.
+
+    Args:
+        file: the model as it will be written.
+        form: the export form it came from.
+        prepared: the prepared model, in eval mode with frozen ranges.
+        samples: float32 (N, ...) inputs.
+        fused: also check the file with the runtime's fusions on.
+
+    Raises:
+        ParityError: with the name of the first layer or quantizer that differs.
+    """
+    weight_codes = check_weight_codes(file, form)
+    runtime = "the exported file in ONNX Runtime"
+    runtime_logits, codes = run_recorded(file, samples, optimize=False)
+    runtime_check, runtime_deviation = _same(form, samples, runtime_logits, codes, runtime, TIE_TOLERANCE)
+    toolkit_logits, codes = _run_prepared(prepared, form, samples)
+    toolkit_check, toolkit_deviation = _same(form, samples, toolkit_logits, codes, "the prepared model", TIE_TOLERANCE)
+    fused_check, fused_agreement = None, None
+    if fused:
+        fused_logits, codes = run_recorded(file, samples, optimize=True)
+        fused_check, _ = _same(form, samples, fused_logits, codes, f"{runtime} with fusions", FUSED_TIE_TOLERANCE)
+        fused_agreement = agreement(toolkit_logits, fused_logits)
+    return ParityReport(
+        weight_codes=weight_codes,
+        activation_codes=runtime_check.compared,
+        ties_runtime=runtime_check.ties,
+        ties_toolkit=toolkit_check.ties,
+        ties_fused=None if fused_check is None else fused_check.ties,
+        runtime_deviation=runtime_deviation,
+        toolkit_deviation=toolkit_deviation,
+        unfused=agreement(toolkit_logits, runtime_logits),
+        fused=fused_agreement,
+    )
+
+
+def _same(
+    form: nn.Module, samples: Tensor, logits: npt.NDArray[np.float32], codes: Codes, program: str, tolerance: float
+) -> tuple[ImposedCodes, float]:
+    """Run the export form with another program's codes; raise unless only ties differ and the logits agree."""
+    with imposed_codes(form, codes, tolerance) as outcome, torch.no_grad():
+        settled = _first(form(samples)).numpy()
+    outcome.raise_first(program, "its export form")
+    return outcome, _close(logits, settled, program, "its export form")
+
+
+def agreement(reference: npt.NDArray[np.float32], logits: npt.NDArray[np.float32]) -> Agreement:
+    """Compare (N, ...) logits with a reference of the same shape."""
+    signal = reference.astype(np.float64)
+    noise = logits.astype(np.float64) - signal
+    power = float((noise**2).sum())
+    return Agreement(
+        top1=float((reference.argmax(1) == logits.argmax(1)).mean()),
+        sqnr_db=float("inf") if power == 0 else float(10 * np.log10((signal**2).sum() / power)),
+        max_deviation=float(np.abs(noise).max()) / max(float(np.ptp(signal)), 1e-30),
+        samples=len(reference),
+    )
+
+
+def check_weight_codes(file: ir.Model, form: nn.Module) -> int:
+    """Step 1. Returns how many codes were compared.
+
+    Raises:
+        ParityError: a code or a scale of the file is not the trained model's; names the layer.
+    """
+    stored = {name: module for name, module in form.named_modules() if isinstance(module, StoredWeight)}
+    compared = 0
+    for node in weight_dequantizers(file.graph):
+        name = node.metadata_props.get(WEIGHT_KEY, "")
+        layer = name.removesuffix(".weight") or "(root)"
+        weight = stored.pop(name, None)
+        if weight is None:
+            continue  # a layer that is called twice appears twice
+        codes, scale = constant(node.inputs[0]), constant(node.inputs[1])
+        assert codes is not None
+        assert scale is not None
+        trained = weight.codes.numpy().astype(np.int32)
+        problem = _codes_differ(codes.astype(np.int32), trained)
+        if problem:
+            raise ParityError(f"{layer}: {problem} between the file and the trained model.", layer)
+        if not np.all(np.isfinite(scale) & (scale > 0)):
+            raise ParityError(f"{layer}: the file holds a weight scale that is not finite and positive.", layer)
+        compared += codes.size
+    if stored:
+        layer = next(iter(stored)).removesuffix(".weight")
+        raise ParityError(f"{layer}: its stored weight is missing in the file.", layer)
+    return compared
+
+
+def _codes_differ(codes: npt.NDArray[np.int32], trained: npt.NDArray[np.int32]) -> str | None:
+    """Codes may differ by one power of two throughout, and by a sign (or be zero) per output channel."""
+    if codes.shape != trained.shape:
+        return f"weight shapes differ ({codes.shape} and {trained.shape})"
+    rows, reference = codes.reshape(len(codes), -1), trained.reshape(len(trained), -1)
+    factor = max(1, int(np.abs(rows).max(initial=0)) // max(1, int(np.abs(reference).max(initial=0))))
+    same = (rows == reference * factor).all(1) | (rows == -reference * factor).all(1) | (rows == 0).all(1)
+    if same.all():
+        return None
+    channel = int(np.flatnonzero(~same)[0])
+    return f"integer weight codes differ, first in output channel {channel},"
+
+
+def run_recorded(file: ir.Model, samples: Tensor, *, optimize: bool) -> tuple[npt.NDArray[np.float32], Codes]:
+    """Run with or without the runtime's fusions and record the integer codes of every activation quantizer.
+
+    Fused kernels put out the codes that their quantizer would have, so reading them does not undo a fusion.
+    """
+    tapped = ir.serde.deserialize_model(ir.serde.serialize_model(file))
+    taps: list[tuple[str, float]] = []
+    for node in activation_quantizers(tapped.graph):
+        label = node.metadata_props.get(QUANTIZER_KEY)
+        if label is None:
+            continue
+        value = node.outputs[0]
+        clip = next((use.node for use in value.uses() if use.node.op_type == "Clip"), None)
+        value = value if clip is None else clip.outputs[0]
+        value.dtype = value.dtype or ir.DataType.INT8
+        tapped.graph.outputs.append(value)
+        taps.append((label, scalar(node.inputs[2] if len(node.inputs) > 2 else None, 0.0)))
+    session = _session(tapped, optimize=optimize)
+    outputs = session.run(None, {session.get_inputs()[0].name: samples.numpy()})
+    codes: Codes = {}
+    for (labels, zero_point), array in zip(taps, outputs[len(outputs) - len(taps) :], strict=True):
+        for label in labels.split(","):
+            name, _, call = label.partition("#")
+            calls = codes.setdefault(name, [])
+            assert len(calls) == int(call or 0), f"calls of {name} are out of order"
+            calls.append(array.astype(np.float32) - np.float32(zero_point))
+    return np.asarray(outputs[0]), codes
+
+
+class ImposedCodes:
+    """Outcome of a run with imposed codes: how many were compared, how many ties there were, the first mismatch.
+
+    Args:
+        tolerance: distance from a tie, in steps, within which a code may differ by one.
+    """
+
+    def __init__(self, tolerance: float) -> None:
+        self.tolerance = tolerance
+        self.compared = 0
+        self.ties = 0
+        self.mismatch: tuple[str, str] | None = None
+
+    def raise_first(self, program: str, other: str) -> None:
+        """Raise ParityError for the first quantizer whose codes differ for another reason than a tie."""
+        if self.mismatch is not None:
+            name, detail = self.mismatch
+            raise ParityError(f"{name}: {program} and {other} quantize differently: {detail}.", name)
+
+
+@contextmanager
+def imposed_codes(form: nn.Module, codes: Codes, tolerance: float) -> Iterator[ImposedCodes]:
+    """Within the block, every activation quantizer of ``form`` puts out the recorded codes in place of its own."""
+    outcome = ImposedCodes(tolerance)
+    calls: dict[str, int] = {}
+
+    def hook(name: str) -> object:
+        def impose(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+            assert isinstance(module, ActivationQDQ)
+            call = calls.get(name, 0)
+            calls[name] = call + 1
+            given = torch.from_numpy(codes[name][call])
+            return _impose(module, args[0], given, outcome, name)
+
+        return impose
+
+    handles = [
+        module.register_forward_hook(hook(name))  # type: ignore[arg-type]
+        for name, module in form.named_modules()
+        if isinstance(module, ActivationQDQ) and name in codes
+    ]
+    try:
+        yield outcome
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _impose(module: ActivationQDQ, x: Tensor, given: Tensor, outcome: ImposedCodes, name: str) -> Tensor:
+    zero_point = module.zero_point
+    exact = x / module.scale
+    own = torch.clamp(torch.round(exact) + zero_point, module.quant_min, module.quant_max) - zero_point
+    # In front of a ReLU the file quantizes what the ReLU lets through; the codes it drops are the ReLU's business.
+    given = torch.where((given == 0) & (own < 0), own, given) if given.min() >= 0 else given
+    differ = own != given
+    outcome.compared += own.numel()
+    count = int(differ.sum())
+    if count:
+        distance = (exact[differ] - (own[differ] + given[differ]) / 2).abs()
+        steps = (own[differ] - given[differ]).abs()
+        if float(steps.max()) > 1 or float(distance.max()) > outcome.tolerance:
+            if outcome.mismatch is None:
+                outcome.mismatch = (
+                    name,
+                    f"{count} of {own.numel()} codes differ, by up to {float(steps.max()):.0f} steps, "
+                    f"{float(distance.max()):.2g} steps away from a rounding tie",
+                )
+        outcome.ties += count
+    return given * module.scale
+
+
+def _run_prepared(prepared: nn.Module, form: nn.Module, samples: Tensor) -> tuple[npt.NDArray[np.float32], Codes]:
+    """Run the prepared model and record the codes of its activation quantizers under the export form's names."""
+    codes: Codes = {}
+
+    def hook(name: str, quantizer: ActivationQDQ) -> object:
+        def record(module: nn.Module, args: object, output: Tensor) -> None:
+            codes.setdefault(name, []).append(torch.round(output / quantizer.scale).numpy())
+
+        return record
+
+    handles = []
+    seen: set[int] = set()
+    for name, quantizer in form.named_modules():
+        if isinstance(quantizer, ActivationQDQ) and id(quantizer) not in seen:
+            seen.add(id(quantizer))
+            source = prepared.get_submodule(quantizer.source)
+            handles.append(source.register_forward_hook(hook(name, quantizer)))  # type: ignore[arg-type]
+    try:
+        with torch.no_grad():
+            logits = _first(prepared(samples)).numpy()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return logits, codes
+
+
+def _close(actual: npt.NDArray[np.float32], expected: npt.NDArray[np.float32], program: str, other: str) -> float:
+    deviation = float(np.abs(actual - expected).max()) / max(float(np.ptp(expected)), 1e-30)
+    if not deviation <= LOGIT_TOLERANCE:
+        raise ParityError(
+            f"logits: {program} and {other} differ by {deviation:.2g} of the logit range although all activation codes agree; "
+            f"allowed are {LOGIT_TOLERANCE:g}. The layers behind the last quantizer compute something else.",
+            "logits",
+        )
+    return deviation
+
+
+def _session(file: ir.Model, *, optimize: bool) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if not optimize:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    data = ir.serde.serialize_model(file).SerializeToString()
+    return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+
+
+def _first(outputs: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return outputs if isinstance(outputs, Tensor) else outputs[0]
