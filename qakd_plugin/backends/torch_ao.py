@@ -88,7 +88,14 @@ class TorchAOAdapter:
 
     def freeze_ranges(self, model: nn.Module, frozen: bool) -> None:
         for quantizer in self.quantizers(model):
-            quantizer.module.enable_observer(not frozen)  # type: ignore[operator]
+            q: Any = quantizer.module
+            if frozen:
+                if not hasattr(q, "_qakd_observed"):
+                    q._qakd_observed = bool(q.observer_enabled[0])
+                q.enable_observer(False)
+            elif hasattr(q, "_qakd_observed"):  # an observer the user switched off stays off
+                q.enable_observer(q._qakd_observed)
+                del q._qakd_observed
 
     def set_mode(self, model: nn.Module, training: bool) -> None:
         model.train(training)

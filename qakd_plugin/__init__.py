@@ -1,0 +1,86 @@
+"""Quantization-aware knowledge distillation for models that a toolkit has already prepared.
+
+    result = qakd_plugin.distill(prepared_model, teacher, loader)
+    file = qakd_plugin.export_onnx(result.model, images, "student.onnx")
+    engine = qakd_plugin.build_engine(file, "student.engine")
+
+Names are imported when they are first used, so that deploying on a machine without torch stays possible.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "distill": "distill",
+    "DistillResult": "distill",
+    "attach": "hooks",
+    "prepare": "prepare",
+    "describe": "describe",
+    "SQAKD": "methods",
+    "QKD": "methods",
+    "KD": "methods",
+    "QAT": "methods",
+    "export_onnx": "deploy.export",
+    "ExportedModel": "deploy.export",
+    "build_engine": "deploy.engine",
+    "benchmark": "bench",
+    "write_report": "report",
+    "QakdError": "errors",
+    "NotPreparedError": "errors",
+    "UnsupportedQuantizerError": "errors",
+    "LabelsRequiredError": "errors",
+    "TrainingError": "errors",
+    "ExportError": "errors",
+    "ParityError": "errors",
+    "EngineError": "errors",
+    "CheckpointError": "errors",
+    "MissingPackageError": "errors",
+}
+_MODULES = ("losses",)
+
+__all__ = ["__version__", *_MODULES, *_HOME]
+
+if TYPE_CHECKING:
+    from . import losses as losses
+    from .bench import benchmark as benchmark
+    from .deploy.engine import build_engine as build_engine
+    from .deploy.export import ExportedModel as ExportedModel
+    from .deploy.export import export_onnx as export_onnx
+    from .describe import describe as describe
+    from .distill import DistillResult as DistillResult
+    from .distill import distill as distill
+    from .errors import CheckpointError as CheckpointError
+    from .errors import EngineError as EngineError
+    from .errors import ExportError as ExportError
+    from .errors import LabelsRequiredError as LabelsRequiredError
+    from .errors import MissingPackageError as MissingPackageError
+    from .errors import NotPreparedError as NotPreparedError
+    from .errors import ParityError as ParityError
+    from .errors import QakdError as QakdError
+    from .errors import TrainingError as TrainingError
+    from .errors import UnsupportedQuantizerError as UnsupportedQuantizerError
+    from .hooks import attach as attach
+    from .methods import KD as KD
+    from .methods import QAT as QAT
+    from .methods import QKD as QKD
+    from .methods import SQAKD as SQAKD
+    from .prepare import prepare as prepare
+    from .report import write_report as write_report
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

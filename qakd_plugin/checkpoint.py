@@ -1,0 +1,135 @@
+"""Checkpoints that are whole or not there.
+
+The name of a file holds the first digits of its own SHA-256, so one rename makes it appear and a damaged one is recognised. Files
+are read with ``weights_only=True``: tensors and plain data, never code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import pickle
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ._files import write_atomic
+from .errors import CheckpointError
+
+_log = logging.getLogger(__name__)
+_NAME = re.compile(r"step-(\d{9})-([0-9a-f]{16})\.pt")
+_KEPT = 2
+
+
+class CheckpointStore:
+    """The checkpoints of one run, in one folder.
+
+    Args:
+        folder: created on the first save.
+        fingerprint: plain data that says which run this is: method, toolkit, parameter shapes, length of the loader ...
+    """
+
+    def __init__(self, folder: Path, fingerprint: dict[str, Any]) -> None:
+        self.folder = folder
+        self.fingerprint = fingerprint
+
+    def save(self, step: int, state: dict[str, Any]) -> Path:
+        """Write a checkpoint and drop all but the newest two. A failed write loses nothing already saved."""
+        buffer = io.BytesIO()
+        torch.save({"fingerprint": self.fingerprint, "state": state}, buffer)
+        data = buffer.getvalue()
+        name = f"step-{step:09d}-{hashlib.sha256(data).hexdigest()[:16]}.pt"
+        path = write_atomic(self.folder / name, data, CheckpointError)
+        for old in self._paths()[_KEPT:]:
+            old.unlink(missing_ok=True)
+        return path
+
+    def newest(self) -> Path | None:
+        """The newest file, whole or not."""
+        return next(iter(self._paths()), None)
+
+    def load(self) -> dict[str, Any] | None:
+        """State of the newest whole checkpoint, or None in an empty folder.
+
+        Raises:
+            CheckpointError: files are there but none is whole, one holds more than tensors and plain data, or it belongs to
+                another run; says what differs.
+        """
+        paths = self._paths()
+        for path in paths:
+            data = path.read_bytes()
+            match = _NAME.fullmatch(path.name)
+            assert match is not None
+            if hashlib.sha256(data).hexdigest()[:16] != match[2]:
+                _log.warning("%s is damaged (its checksum does not match); using the one before it.", path.name)
+                continue
+            content = _read(path, data)
+            self._check(path, content["fingerprint"])
+            state: dict[str, Any] = content["state"]
+            return state
+        if paths:
+            raise CheckpointError(f"{self.folder}: none of {len(paths)} checkpoints is whole. Remove them to start afresh.")
+        return None
+
+    def _paths(self) -> list[Path]:
+        """Checkpoints, the newest first."""
+        if not self.folder.is_dir():
+            return []
+        return sorted((path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)), reverse=True)
+
+    def _check(self, path: Path, found: dict[str, Any]) -> None:
+        for key, expected in self.fingerprint.items():
+            if found.get(key) != expected:
+                raise CheckpointError(
+                    f"{path}: the checkpoint belongs to another run: {key} is {_short(found.get(key))} there and {_short(expected)} "
+                    "here. Use another checkpoint_dir, or resume=False after moving the old files away."
+                )
+
+
+def _read(path: Path, data: bytes) -> dict[str, Any]:
+    try:
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise CheckpointError(
+            f"{path}: refused: it cannot be read as tensors and plain data ({str(error).splitlines()[0]}). "
+            "Only checkpoints that this package wrote are loaded."
+        ) from error
+    if not isinstance(content, dict) or not {"fingerprint", "state"} <= content.keys():
+        raise CheckpointError(f"{path}: not a checkpoint of this package.")
+    return content
+
+
+def random_state(generators: list[torch.Generator]) -> dict[str, Any]:
+    """All sources of randomness that a training step may draw from, as plain data and tensors."""
+    numpy_state = np.random.get_state(legacy=True)
+    python_state = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [numpy_state[0], torch.from_numpy(np.asarray(numpy_state[1]).astype(np.int64)), *map(float, numpy_state[2:])],
+        "python": [python_state[0], list(python_state[1]), python_state[2]],
+        "generators": [generator.get_state() for generator in generators],
+    }
+
+
+def restore_random_state(state: dict[str, Any], generators: list[torch.Generator]) -> None:
+    """Undo everything drawn since :func:`random_state`."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), int(position), int(has_gauss), cached))
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    for generator, saved in zip(generators, state["generators"], strict=True):
+        generator.set_state(saved)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

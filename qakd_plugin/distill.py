@@ -1,0 +1,215 @@
+"""``distill``: one call on a prepared model."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+
+from .backends import Adapter, adapter_for
+from .batches import BatchFn, default_batch
+from .checkpoint import CheckpointStore
+from .checks import check_quantizers, check_trainable
+from .describe import describe
+from .errors import QakdError
+from .hooks import require_teacher
+from .loop import Augment, Settings, Trainer
+from .methods import SQAKD, Method
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DistillResult:
+    """What a run leaves.
+
+    Attributes:
+        model: the prepared model that was passed in, trained: best weights loaded, ranges frozen, in eval mode.
+        history: one row per epoch: phase, losses by name, learning rate, throughput, metrics on the held-out split.
+        metrics: of the epoch whose weights were kept.
+        teacher: the network that taught: the one passed in, or its trained copy where the method trains it.
+    """
+
+    model: nn.Module
+    history: list[dict[str, Any]]
+    metrics: dict[str, Any]
+    teacher: nn.Module | None
+
+
+def distill(
+    prepared_model: nn.Module,
+    teacher: nn.Module | None,
+    loader: Iterable[Any],
+    *,
+    method: Method | None = None,
+    epochs: int = 10,
+    val_loader: Iterable[Any] | None = None,
+    augment: Callable[[Tensor], Tensor] | None = None,
+    input_stats: tuple[Sequence[float], Sequence[float]] | None = None,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    checkpoint_every: int | None = None,
+    resume: bool = False,
+    seed: int | None = None,
+    mixed_precision: str = "no",
+    callbacks: Sequence[object] = (),
+    batch_fn: BatchFn = default_batch,
+    lr: float = 1e-3,
+    quantizer_lr: float = 1e-5,
+    teacher_lr: float = 1e-4,
+    weight_decay: float = 1e-4,
+    grad_clip: float | None = 1.0,
+    warmup: float = 0.05,
+) -> DistillResult:
+    """Train a model that a quantization toolkit has prepared, with the losses of a distillation method.
+
+    The model is trained in place with AdamW and a cosine schedule. Labels are read only if the method needs them.
+
+    Args:
+        prepared_model: prepared and calibrated by ModelOpt or torch.ao (FX).
+        teacher: full-precision network with the same classes. It is left as it was, bit for bit, in its own mode; a method that
+            trains the teacher trains a copy. None for methods that need none.
+        loader: training batches with a length; x, (x, y), a dict, or anything ``batch_fn`` splits. x is float (N, C, H, W).
+        method: SQAKD() by default; QKD, KD, QAT.
+        epochs: passes over ``loader``.
+        val_loader: held-out batches that pick the best epoch, by accuracy where they have labels, else by agreement with the
+            teacher. Never the split that is reported.
+        augment: callable on a batch of images in [0, 1]; both networks see what it returns.
+        input_stats: (mean, std) per channel when the loader yields normalised images, so that ``augment`` sees [0, 1].
+        checkpoint_dir: full state after every epoch, and ``history.jsonl``.
+        checkpoint_every: and after every so many optimizer steps.
+        resume: go on bit-identically from the newest whole checkpoint; an empty directory starts afresh.
+        seed: of torch, numpy and random, set before anything is drawn.
+        mixed_precision: "no" or "bf16"; quantizers compute in float32 either way.
+        callbacks: objects; ``on_step_end(step, losses)`` and ``on_epoch_end(row)`` are called where they exist.
+        batch_fn: splits a batch into (images, labels or None).
+        lr: peak learning rate of the weights.
+        quantizer_lr: of parameters that belong to quantizers; they get no weight decay.
+        teacher_lr: of a teacher that learns too.
+        weight_decay: of weights with more than one dimension.
+        grad_clip: largest gradient norm; None for none.
+        warmup: share of all steps with a rising learning rate.
+
+    Returns:
+        The model, the history, final metrics.
+
+    Raises:
+        NotPreparedError: no toolkit prepared the model, or a range was never calibrated; names it.
+        LabelsRequiredError: the method needs labels and the loader yields none.
+        TrainingError: an input, a loss or a gradient is not finite (names batch and layer), or no weight requires a gradient.
+        CheckpointError: a checkpoint belongs to another run, or cannot be written.
+        QakdError: another argument is wrong; names it.
+    """
+    adapter = adapter_for(prepared_model)
+    method = SQAKD() if method is None else method
+    phases = method.phases(_positive_int("epochs", epochs))
+    settings = Settings(lr, quantizer_lr, teacher_lr, weight_decay, grad_clip, warmup, _precision(mixed_precision))
+    require_teacher(method, phases, teacher)
+    _require_length(loader)
+    check_quantizers(adapter, prepared_model)
+    check_trainable(adapter, prepared_model)
+    _log.info("%s", describe(prepared_model).summary())
+    if seed is not None:
+        set_seed(seed)
+    store = None
+    if checkpoint_dir is not None:
+        store = CheckpointStore(Path(checkpoint_dir), _fingerprint(adapter, prepared_model, method, loader, epochs))
+    elif resume or checkpoint_every:
+        raise QakdError("resume and checkpoint_every need checkpoint_dir: say where checkpoints are.")
+    learns = any(phase.teacher for phase in phases)
+    network = copy.deepcopy(teacher).requires_grad_(True) if learns and teacher is not None else teacher
+    with _float32_quantizers(adapter, prepared_model, mixed_precision):
+        trainer = Trainer(
+            adapter,
+            prepared_model,
+            network,
+            method=method,
+            phases=phases,
+            loader=loader,
+            val_loader=val_loader,
+            batch_fn=batch_fn,
+            augment=_in_unit_range(augment, input_stats),
+            settings=settings,
+            store=store,
+            checkpoint_every=checkpoint_every,
+            callbacks=callbacks,
+        )
+        trainer.run(resume=resume)
+    kept = trainer.history[trainer.best.epoch] if trainer.best.epoch >= 0 else trainer.history[-1]
+    return DistillResult(prepared_model, trainer.history, kept, network)
+
+
+@contextmanager
+def _float32_quantizers(adapter: Adapter, model: nn.Module, mixed_precision: str) -> Iterator[None]:
+    """Under autocast, quantizers see float32: in bfloat16 neighbouring 8-bit codes fall together."""
+    handles = []
+    if mixed_precision != "no":
+        for quantizer in adapter.quantizers(model):
+            handles.append(quantizer.module.register_forward_pre_hook(lambda _, args: (args[0].float(), *args[1:])))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _in_unit_range(
+    augment: Callable[[Tensor], Tensor] | None, input_stats: tuple[Sequence[float], Sequence[float]] | None
+) -> Augment | None:
+    """The augmentation, on images taken back to [0, 1] and normalised again behind it."""
+    if augment is None:
+        return None
+    if not callable(augment):
+        raise QakdError(f"augment must be a callable on a batch of [0, 1] images, got {type(augment).__name__}.")
+    mean, std = (torch.tensor(values).reshape(1, -1, 1, 1) for values in input_stats or ([0.0], [1.0]))
+
+    def apply(x: Tensor, labels: Any) -> tuple[Tensor, Any]:
+        center, spread = mean.to(x), std.to(x)
+        images = augment(x * spread + center)
+        if images.shape != x.shape or images.dtype != x.dtype:
+            raise QakdError(
+                f"augment must keep shape and dtype: it made {tuple(images.shape)} {images.dtype} of {tuple(x.shape)} {x.dtype}."
+            )
+        return (images - center) / spread, labels
+
+    return apply
+
+
+def _fingerprint(adapter: Adapter, model: nn.Module, method: Method, loader: Iterable[Any], epochs: int) -> dict[str, Any]:
+    return {
+        "toolkit": adapter.name,
+        "method": repr(method),
+        "epochs": epochs,
+        "parameters": [f"{name} {tuple(parameter.shape)}" for name, parameter in model.named_parameters()],
+        "loader length": len(loader),  # type: ignore[arg-type]
+    }
+
+
+def _require_length(loader: Iterable[Any]) -> None:
+    if not hasattr(loader, "__len__"):
+        raise QakdError(
+            f"loader ({type(loader).__name__}) has no length, which the schedule needs. Pass a DataLoader over a map-style data set, "
+            "or a list of batches."
+        )
+    if len(loader) == 0:
+        raise QakdError("loader is empty: it holds no batch. Check the data set, the batch size and drop_last.")
+
+
+def _precision(value: str) -> str:
+    if value not in {"no", "bf16"}:
+        raise QakdError(f'mixed_precision={value!r} is unknown: use "no" or "bf16".')
+    return value
+
+
+def _positive_int(name: str, value: int) -> int:
+    if not (isinstance(value, int) and value > 0):
+        raise QakdError(f"{name}={value!r} must be a positive whole number.")
+    return value

@@ -1,0 +1,433 @@
+"""The one training loop: phases, evaluation, checkpoints. It knows tensors, a method's phases and an adapter; no toolkit."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+
+from ._files import write_atomic
+from .backends import Adapter
+from .batches import BatchFn
+from .checkpoint import CheckpointStore, random_state, restore_random_state
+from .checks import blame, check_first_batch, require_finite_input
+from .errors import CheckpointError, TrainingError
+from .hooks import eval_mode, teacher_logits
+from .methods import Method, Phase, require_labels, total_loss
+from .progress import Progress
+
+Augment = Callable[[Tensor, Any], tuple[Tensor, Any]]
+"""Images as the loader yields them, and labels, before they reach both networks."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the optimizers are set up; see :func:`qakd_plugin.distill`."""
+
+    lr: float = 1e-3
+    quantizer_lr: float = 1e-5
+    teacher_lr: float = 1e-4
+    weight_decay: float = 1e-4
+    grad_clip: float | None = 1.0
+    warmup: float = 0.05
+    mixed_precision: str = "no"
+
+
+@dataclass
+class Position:
+    """Where a run stands: everything here is plain data and goes into checkpoints."""
+
+    epoch: int = 0
+    step_in_epoch: int = 0
+    step: int = 0
+    samples: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Best:
+    """The best epoch so far, by the held-out split."""
+
+    epoch: int = -1
+    value: float = -math.inf
+    state: dict[str, Any] | None = None
+
+
+class Trainer:
+    """One run of one method on one student.
+
+    Args:
+        adapter: of the toolkit that prepared ``student``.
+        student: the prepared model.
+        teacher: already the run's own copy where it learns too; None where no phase needs one.
+        method: for messages.
+        phases: of the method.
+        loader: re-iterable, with a length.
+        val_loader: held-out batches, or None.
+        batch_fn: splits a batch.
+        augment: applied to training batches.
+        settings: of the optimizers.
+        store: where checkpoints go, or None.
+        checkpoint_every: also after so many optimizer steps.
+        callbacks: objects; their methods ``on_step_end(step, losses)`` and ``on_epoch_end(row)`` are called where they exist.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        *,
+        method: Method,
+        phases: Sequence[Phase],
+        loader: Iterable[Any],
+        val_loader: Iterable[Any] | None,
+        batch_fn: BatchFn,
+        augment: Augment | None,
+        settings: Settings,
+        store: CheckpointStore | None,
+        checkpoint_every: int | None,
+        callbacks: Sequence[object],
+    ) -> None:
+        self.adapter, self.model, self.teacher = adapter, student, teacher
+        self.method, self.phases, self.settings = method, list(phases), settings
+        self.val_loader, self.batch_fn, self.augment = val_loader, batch_fn, augment
+        self.store, self.checkpoint_every, self.callbacks = store, checkpoint_every, callbacks
+        self.accelerator = Accelerator()
+        self.device = self.accelerator.device
+        self.student: nn.Module = self.accelerator.prepare_model(student)
+        if teacher is not None:
+            self.teacher = self._prepared_teacher(teacher)
+        self.loader = self._sharded(loader)
+        self.steps_per_epoch = len(self.loader)  # type: ignore[arg-type]
+        self.epochs = [phase for phase in self.phases for _ in range(phase.epochs)]
+        self.position, self.best, self.history = Position(), Best(), list[dict[str, Any]]()
+        self.last_grad_norm = math.nan
+        self.generators = _generators(loader)
+        self._epoch_start: dict[str, Any] = {}
+        self._resumed_state: dict[str, Any] | None = None
+
+    def run(self, *, resume: bool) -> None:
+        """Train all epochs that are left, and load the best weights."""
+        self._first_batch()
+        self._make_optimizers()
+        if resume and self.store is not None and (state := self.store.load()) is not None:
+            self._restore(state)
+        with Progress(len(self.epochs) * self.steps_per_epoch, enabled=self.accelerator.is_main_process) as progress:
+            progress.advance(self.position.step)
+            while self.position.epoch < len(self.epochs):
+                self._epoch(self.epochs[self.position.epoch], progress)
+        self.adapter.freeze_ranges(self.model, True)
+        if self.best.state is not None:
+            self.model.load_state_dict(self.best.state)
+        self.adapter.set_mode(self.model, False)
+
+    # -- one epoch, one step
+
+    def _epoch(self, phase: Phase, progress: Progress) -> None:
+        self.adapter.freeze_ranges(self.model, False)
+        self.adapter.set_mode(self.model, True)
+        if self.teacher is not None and phase.teacher:
+            self.teacher.train()
+        started, first = time.perf_counter(), self.position.step
+        for batch in self._batches():
+            losses = self._step(phase, batch)
+            progress.update(phase.name, losses)
+            for callback in self.callbacks:
+                _call(callback, "on_step_end", self.position.step, losses)
+            if self.checkpoint_every and self.position.step % self.checkpoint_every == 0:
+                self._checkpoint()
+        seconds = time.perf_counter() - started
+        row = self._row(phase, seconds, self.position.step - first)
+        self.history.append(row)
+        self._remember_best(row)
+        self.position = Position(epoch=self.position.epoch + 1, step=self.position.step)
+        self._checkpoint()
+        for callback in self.callbacks:
+            _call(callback, "on_epoch_end", row)
+
+    def _step(self, phase: Phase, batch: Any) -> dict[str, float]:
+        x, labels = self._on_device(batch, phase)
+        with self._autocast():
+            student = self.student(x)
+            other = teacher_logits(self.teacher, phase, (x,), {}) if phase.needs_teacher else None
+        loss, parts = total_loss(phase.student, student, other, labels)
+        losses = {"loss": loss, **parts}
+        if phase.teacher:
+            assert other is not None
+            teacher_loss, teacher_parts = total_loss(phase.teacher, other, student, labels)
+            losses |= {"teacher_loss": teacher_loss, **{f"teacher_{name}": value for name, value in teacher_parts.items()}}
+        values = {name: float(value.detach()) for name, value in losses.items()}
+        if not all(math.isfinite(value) for value in values.values()):
+            self._explain(x, phase, values)
+        self._backward(loss, self.optimizer, self.student, phase)
+        if phase.teacher:
+            assert self.teacher is not None
+            self._backward(teacher_loss, self.teacher_optimizer, self.teacher, phase)
+            self.teacher_scheduler.step()
+        self.scheduler.step()
+        self._count(len(x), values, student, other)
+        return values
+
+    def _backward(self, loss: Tensor, optimizer: torch.optim.Optimizer, network: nn.Module, phase: Phase) -> None:
+        self.accelerator.backward(loss)
+        limit = self.settings.grad_clip
+        norm = nn.utils.clip_grad_norm_(network.parameters(), math.inf if limit is None else limit)
+        self.last_grad_norm = float(norm)
+        if not math.isfinite(self.last_grad_norm):
+            raise TrainingError(
+                f"the gradient is not finite at step {self.position.step} of phase {phase.name!r} (loss {float(loss.detach()):.4g}). "
+                f"Lower lr={self.settings.lr:g}.{self._last_checkpoint()}"
+            )
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def _explain(self, x: Tensor, phase: Phase, values: dict[str, float]) -> None:
+        """Raise the error for a loss that is not finite."""
+        require_finite_input(x, self.position.step_in_epoch)
+        bad = next(name for name, value in values.items() if not math.isfinite(value))
+        raise TrainingError(
+            f"{bad} is {values[bad]} at step {self.position.step} (batch {self.position.step_in_epoch} of epoch {self.position.epoch}), "
+            f"phase {phase.name!r}; the last gradient norm was {self.last_grad_norm:.3g}. {blame(self.model, x)} "
+            f"Lower lr={self.settings.lr:g} or clip gradients harder (grad_clip).{self._last_checkpoint()}"
+        )
+
+    def _last_checkpoint(self) -> str:
+        path = None if self.store is None else self.store.newest()
+        return "" if path is None else f" The last good checkpoint is {path}."
+
+    def _count(self, samples: int, values: dict[str, float], student: Tensor, other: Tensor | None) -> None:
+        sums = self.position.sums
+        for name, value in values.items():
+            sums[name] = sums.get(name, 0.0) + value * samples
+        if other is not None:
+            agree = float((student.argmax(1) == other.argmax(1)).sum())
+            sums["agreement"] = sums.get("agreement", 0.0) + agree
+        self.position.samples += samples
+        self.position.step_in_epoch += 1
+        self.position.step += 1
+
+    # -- data
+
+    def _batches(self) -> Iterator[Any]:
+        """Batches of this epoch, from where it stands: a resumed epoch draws and drops what it has seen already."""
+        resumed, self._resumed_state = self._resumed_state, None
+        if resumed is not None:
+            restore_random_state(resumed["epoch_start"], self.generators)
+        self._epoch_start = random_state(self.generators)
+        batches = iter(self.loader)
+        for _ in range(self.position.step_in_epoch):
+            next(batches)
+        if resumed is not None:
+            restore_random_state(resumed["now"], self.generators)
+        yield from batches
+        if self.position.step_in_epoch == 0:
+            raise TrainingError("loader is empty: it yielded no batch. Check the data set and drop_last.")
+
+    def _on_device(self, batch: Any, phase: Phase) -> tuple[Tensor, Tensor | None]:
+        x, labels = self.batch_fn(batch)
+        x = x.to(self.device, non_blocking=True)
+        targets = require_labels(self.method, labels).to(self.device, non_blocking=True) if phase.needs_labels else None
+        if self.augment is not None:
+            x, targets = self.augment(x, targets)
+        return x, targets
+
+    def _sharded(self, loader: Iterable[Any]) -> Iterable[Any]:
+        """One process takes the loader as it is; several share its batches."""
+        if self.accelerator.num_processes == 1:
+            return loader
+        sharded: Iterable[Any] = self.accelerator.prepare_data_loader(loader, device_placement=False)
+        return sharded
+
+    # -- set-up
+
+    def _first_batch(self) -> None:
+        """One forward pass of both networks before anything is trained: checks, and lazily made parameters."""
+        saved = random_state(self.generators)
+        batch = next(iter(self.loader), None)
+        restore_random_state(saved, self.generators)
+        if batch is None:
+            raise TrainingError("loader is empty: it yielded no batch. Check the data set and drop_last.")
+        x, labels = self.batch_fn(batch)
+        for phase in self.phases:
+            if phase.needs_labels:
+                require_labels(self.method, labels)
+        x = x.to(self.device)
+        require_finite_input(x, 0)
+        with self._evaluated(), torch.no_grad(), self._autocast():
+            student = self.model(x)
+            teacher = None
+            if self.teacher is not None:
+                with eval_mode(self.teacher):
+                    teacher = self.teacher(x)
+            check_first_batch(self.model, student, teacher, x)
+        restore_random_state(saved, self.generators)
+
+    def _make_optimizers(self) -> None:
+        settings = self.settings
+        of_quantizers = {id(p) for quantizer in self.adapter.quantizers(self.model) for p in quantizer.module.parameters()}
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        weights = [p for p in trained if id(p) not in of_quantizers]
+        groups = [
+            {"params": [p for p in weights if p.ndim > 1], "weight_decay": settings.weight_decay},
+            {"params": [p for p in weights if p.ndim <= 1], "weight_decay": 0.0},
+            {"params": [p for p in trained if id(p) in of_quantizers], "weight_decay": 0.0, "lr": settings.quantizer_lr},
+        ]
+        self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.lr)
+        self.scheduler = self._schedule(self.optimizer, len(self.epochs) * self.steps_per_epoch)
+        together = sum(phase.epochs for phase in self.phases if phase.teacher)
+        if together:
+            assert self.teacher is not None
+            self.teacher_optimizer = torch.optim.AdamW(
+                self.teacher.parameters(), lr=settings.teacher_lr, weight_decay=settings.weight_decay
+            )
+            self.teacher_scheduler = self._schedule(self.teacher_optimizer, together * self.steps_per_epoch)
+
+    def _schedule(self, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+        warmup = round(self.settings.warmup * steps)
+
+        def factor(step: int) -> float:
+            """Linear warm-up, then half a cosine down to 0."""
+            if step < warmup:
+                return (step + 1) / (warmup + 1)
+            return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
+
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+    def _prepared_teacher(self, teacher: nn.Module) -> nn.Module:
+        """Only a teacher that learns is wrapped for data parallel training."""
+        if any(phase.teacher for phase in self.phases):
+            wrapped: nn.Module = self.accelerator.prepare_model(teacher)
+            return wrapped
+        return teacher.to(self.device)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.settings.mixed_precision == "no":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    # -- evaluation
+
+    @contextmanager
+    def _evaluated(self) -> Iterator[None]:
+        """Within the block the student is in eval mode with frozen ranges."""
+        self.adapter.set_mode(self.model, False)
+        self.adapter.freeze_ranges(self.model, True)
+        try:
+            yield
+        finally:
+            self.adapter.freeze_ranges(self.model, False)
+            self.adapter.set_mode(self.model, True)
+
+    def _row(self, phase: Phase, seconds: float, steps: int) -> dict[str, Any]:
+        position = self.position
+        means = {name: total / position.samples for name, total in position.sums.items()}
+        row: dict[str, Any] = {
+            "epoch": position.epoch,
+            "phase": phase.name,
+            **means,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "images_per_second": position.samples / position.step_in_epoch * steps / seconds if steps else 0.0,
+        }
+        if self.val_loader is not None:
+            row |= self.evaluate(self.val_loader)
+        return row
+
+    @torch.no_grad()
+    def evaluate(self, loader: Iterable[Any]) -> dict[str, float]:
+        """Top-1 accuracy of both networks on a labelled split, and how often they agree."""
+        metrics: dict[str, MulticlassAccuracy] = {}
+
+        def update(name: str, logits: Tensor, target: Tensor) -> None:
+            if name not in metrics:
+                metrics[name] = MulticlassAccuracy(logits.shape[1], average="micro").to(self.device)
+            metrics[name].update(logits, target)
+
+        with self._evaluated():
+            for batch in loader:
+                x, labels = self.batch_fn(batch)
+                x = x.to(self.device)
+                student = self.model(x)
+                labelled = isinstance(labels, Tensor) and labels.ndim == 1
+                if labelled:
+                    update("val_accuracy", student, labels.to(self.device))
+                if self.teacher is not None:
+                    with eval_mode(self.teacher):
+                        teacher = self.teacher(x)
+                    update("val_agreement", student, teacher.argmax(1))
+                    if labelled:
+                        update("val_teacher_accuracy", teacher, labels.to(self.device))
+        if not metrics:
+            raise TrainingError(
+                "val_loader yields neither labels nor, without a teacher, anything to compare with. Yield (x, y)."
+            )
+        return {name: float(metric.compute()) for name, metric in metrics.items()}
+
+    def _remember_best(self, row: dict[str, Any]) -> None:
+        value = row.get("val_accuracy", row.get("val_agreement"))
+        if value is not None and value > self.best.value:
+            state = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
+            self.best = Best(row["epoch"], value, state)
+
+    # -- checkpoints
+
+    def _checkpoint(self) -> None:
+        if self.store is None or not self.accelerator.is_main_process:
+            return
+        state: dict[str, Any] = {
+            "student": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "position": vars(self.position),
+            "best": vars(self.best),
+            "history": self.history,
+            "epoch_start": self._epoch_start,  # with it, a resumed epoch shuffles alike
+            "now": random_state(self.generators),
+        }
+        if any(phase.teacher for phase in self.phases):
+            assert self.teacher is not None
+            state["teacher"] = self.accelerator.unwrap_model(self.teacher).state_dict()
+            state["teacher_optimizer"] = self.teacher_optimizer.state_dict()
+            state["teacher_scheduler"] = self.teacher_scheduler.state_dict()
+        self.store.save(self.position.step, state)
+        lines = "".join(json.dumps(row) + "\n" for row in self.history)
+        write_atomic(Path(self.store.folder) / "history.jsonl", lines, CheckpointError)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["student"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        if "teacher" in state:
+            assert self.teacher is not None
+            self.accelerator.unwrap_model(self.teacher).load_state_dict(state["teacher"])
+            self.teacher_optimizer.load_state_dict(state["teacher_optimizer"])
+            self.teacher_scheduler.load_state_dict(state["teacher_scheduler"])
+        self.position, self.best = Position(**state["position"]), Best(**state["best"])
+        self.history = state["history"]
+        if self.position.step_in_epoch:
+            self._resumed_state = state
+        else:
+            restore_random_state(state["now"], self.generators)
+
+
+def _generators(loader: Iterable[Any]) -> list[torch.Generator]:
+    """Generators of a DataLoader's own, which its shuffling draws from."""
+    owners = (loader, getattr(loader, "sampler", None), getattr(loader, "dataset", None))
+    found = [generator for owner in owners if isinstance(generator := getattr(owner, "generator", None), torch.Generator)]
+    return list({id(generator): generator for generator in found}.values())
+
+
+def _call(callback: object, name: str, *args: Any) -> None:
+    method = getattr(callback, name, None)
+    if method is not None:
+        method(*args)

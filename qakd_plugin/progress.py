@@ -1,0 +1,51 @@
+"""A progress bar on terminals; silence elsewhere."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+
+class Progress:
+    """Steps done, the phase, running losses, remaining time.
+
+    Args:
+        total: steps of the whole run.
+        enabled: False on all processes but the first.
+    """
+
+    def __init__(self, total: int, *, enabled: bool = True) -> None:
+        console = Console(stderr=True)
+        self._bar = RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[losses]}"),
+            console=console,
+            transient=True,
+            disable=not (enabled and console.is_terminal),
+        )
+        self._task = self._bar.add_task("starting", total=total, losses="")
+        self._means: dict[str, float] = {}
+
+    def update(self, phase: str, losses: dict[str, float]) -> None:
+        """One step is done."""
+        for name, value in losses.items():
+            self._means[name] = value if name not in self._means else 0.9 * self._means[name] + 0.1 * value
+        text = "  ".join(f"{name} {value:.4f}" for name, value in self._means.items())
+        self._bar.update(self._task, advance=1, description=phase, losses=text)
+
+    def advance(self, steps: int) -> None:
+        """Steps that an earlier run has done."""
+        self._bar.update(self._task, advance=steps)
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.stop()
