@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from .backends import adapter_for
 from .errors import QakdError
 from .methods import SQAKD, Method, Phase, require_labels, total_loss
+from .modes import eval_mode
 
 
 class Attached:
@@ -150,16 +150,3 @@ def teacher_logits(teacher: nn.Module | None, phase: Phase, args: tuple[Any, ...
     with eval_mode(teacher), torch.no_grad():
         logits = teacher(*args, **kwargs)
     return logits
-
-
-@contextmanager
-def eval_mode(network: nn.Module) -> Iterator[None]:
-    """Within the block every module is in eval mode; afterwards each has the mode it had."""
-    training = [module for module in network.modules() if module.training]
-    if training:
-        network.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -22,8 +22,9 @@ from .batches import BatchFn
 from .checkpoint import CheckpointStore, random_state, restore_random_state
 from .checks import blame, check_first_batch, require_finite_input
 from .errors import CheckpointError, TrainingError
-from .hooks import eval_mode, teacher_logits
+from .hooks import teacher_logits
 from .methods import Method, Phase, require_labels, total_loss
+from .modes import eval_mode
 from .progress import Progress
 
 Augment = Callable[[Tensor, Any], tuple[Tensor, Any]]

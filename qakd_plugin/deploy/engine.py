@@ -180,6 +180,13 @@ def trtexec_command(onnx_path: str | os.PathLike[str], engine_path: str | os.Pat
     return f"trtexec --onnx={onnx_path} --saveEngine={engine_path} --stronglyTyped {profile}"
 
 
+def input_shape(onnx_path: str | os.PathLike[str]) -> list[int]:
+    """Sizes of the first input, without the batch dimension."""
+    model = ir.load(onnx_path)
+    shape = model.graph.inputs[0].shape
+    return [] if shape is None else [int(size) if isinstance(size, int) else -1 for size in shape][1:]
+
+
 def _read_onnx(path: str | os.PathLike[str]) -> bytes:
     """The file's bytes, if TensorRT will take it as it is meant."""
     try:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import onnx
@@ -15,7 +17,9 @@ import torch
 from onnxscript.values import Opset
 from torch import Tensor, nn
 
+from .._files import write_atomic
 from ..errors import ExportError
+from ..modes import eval_mode
 from . import ops as ops  # registers qakd::qdq and qakd::dq
 from .passes import DOMAIN, canonicalize
 
@@ -62,16 +66,36 @@ def export_canonical(form: nn.Module, example: Tensor) -> ir.Model:
     Raises:
         ExportError: torch.export cannot trace the model.
     """
+    return canonicalize(_export(form, example))
+
+
+def export_float(model: nn.Module, example: Tensor, path: str | os.PathLike[str]) -> Path:
+    """Write a float model to ONNX with a dynamic batch dimension: the row every quantized one is compared with.
+
+    Args:
+        model: any float network; exported in eval mode, its own mode is put back.
+        example: float32 (N, ...), any batch size.
+        path: of the file.
+
+    Raises:
+        ExportError: torch.export cannot trace the model, or the path cannot be written.
+    """
+    with eval_mode(model):
+        exported = canonicalize(_export(model, example))
+    return write_atomic(path, to_proto(exported).SerializeToString(), ExportError)
+
+
+def _export(model: nn.Module, example: Tensor) -> ir.Model:
     # With a batch of one the exporter would take the batch dimension for a constant.
     batch = example if example.shape[0] > 1 else torch.cat([example, example])
     with torch.no_grad():
-        outputs = form(batch)
+        outputs = model(batch)
     count = 1 if isinstance(outputs, Tensor) else len(outputs)
     names = ["logits"] if count == 1 else [f"output_{index}" for index in range(count)]
     try:
         with _quiet():
             program = torch.onnx.export(
-                form,
+                model,
                 (batch,),
                 dynamo=True,
                 opset_version=OPSET,
@@ -91,7 +115,7 @@ def export_canonical(form: nn.Module, example: Tensor) -> ir.Model:
             "does not steer its control flow."
         ) from error
     assert program is not None
-    return canonicalize(program.model)
+    return program.model
 
 
 def to_proto(model: ir.Model) -> onnx.ModelProto:

@@ -1,0 +1,11 @@
+"""`qakd export` for who has only a checkout: see `python export/to_onnx.py --help`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from qakd_plugin.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["export", *sys.argv[1:]]))

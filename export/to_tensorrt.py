@@ -1,0 +1,11 @@
+"""`qakd engine` for who has only a checkout: see `python export/to_tensorrt.py --help`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from qakd_plugin.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["engine", *sys.argv[1:]]))

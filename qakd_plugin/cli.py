@@ -1,0 +1,256 @@
+"""The command ``qakd``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import QakdError
+
+_RECIPE = "MODULE:FUNCTION; called without arguments, it returns the keyword arguments as a dict"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, 1 after an error, 130 after Ctrl-C."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
+    command: Callable[[argparse.Namespace], None] = options.command
+    try:
+        command(options)
+    except QakdError as error:
+        print(f"qakd: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\nqakd: stopped. {options.after_stop}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qakd", description="Quantization-aware distillation, from a prepared model to hardware."
+    )
+    parser.add_argument("-v", "--verbose", action="store_true", help="say more")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (_add_demo, _add_distill, _add_export, _add_engine, _add_bench, _add_report):
+        add(commands)
+    return parser
+
+
+def _command(commands: Any, name: str, text: str, run: Callable[[argparse.Namespace], None], after_stop: str) -> Any:
+    parser = commands.add_parser(name, help=text, description=text)
+    parser.set_defaults(command=run, after_stop=after_stop)
+    return parser
+
+
+def _add_demo(commands: Any) -> None:
+    text = "the whole line on handwritten digits: train, distill, export, measure, report"
+    parser = _command(commands, "demo", text, _demo, "What was finished is kept: run the same command to go on.")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of everything it writes (%(default)s)")
+    parser.add_argument("--epochs", type=_positive, default=12, help="of each student (%(default)s)")
+    parser.add_argument("--teacher-epochs", type=_positive, default=15, help="of the teacher (%(default)s)")
+    parser.add_argument("--calls", type=_positive, default=300, help="timed calls of each file (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the split and of training (%(default)s)")
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from .demo.run import run
+
+    run(options.out, epochs=options.epochs, teacher_epochs=options.teacher_epochs, seed=options.seed, calls=options.calls)
+
+
+def _add_distill(commands: Any) -> None:
+    text = "train a prepared model with a teacher"
+    parser = _command(
+        commands, "distill", text, _distill, "Run the same command with --resume to go on from the last checkpoint."
+    )
+    parser.add_argument("recipe", help=f"{_RECIPE} of qakd_plugin.distill (prepared_model, teacher, loader, ...)")
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, history.jsonl and student.pt")
+    parser.add_argument("--epochs", type=_positive, help="in place of the recipe's")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+
+
+def _distill(options: argparse.Namespace) -> None:
+    import torch
+
+    from ._files import atomic_path
+    from .distill import distill
+
+    recipe = _call(options.recipe)
+    if options.epochs is not None:
+        recipe["epochs"] = options.epochs
+    missing = [name for name in ("prepared_model", "teacher", "loader") if name not in recipe]
+    if missing:
+        raise QakdError(
+            f"{options.recipe} returned no {', '.join(missing)}: it must return {_RECIPE.partition('returns ')[2]}."
+        )
+    model, teacher, loader = (recipe.pop(name) for name in ("prepared_model", "teacher", "loader"))
+    result = distill(model, teacher, loader, checkpoint_dir=options.out, resume=options.resume, **recipe)
+    path = options.out / "student.pt"
+    with atomic_path(path) as temporary:
+        torch.save(result.model.state_dict(), temporary)
+    for name, value in result.metrics.items():
+        print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
+    print(path)
+
+
+def _add_export(commands: Any) -> None:
+    text = "write a trained, prepared model as ONNX, gated on parity"
+    parser = _command(commands, "export", text, _export, "Nothing half-written was left.")
+    parser.add_argument("recipe", help=f"{_RECIPE}: prepared_model, and example_input (float (N, C, H, W)) or loader")
+    parser.add_argument("--weights", type=Path, help="student.pt of qakd distill, loaded into the prepared model")
+    parser.add_argument("--target", choices=("tensorrt", "onnxruntime", "openvino"), default="tensorrt", help="(%(default)s)")
+    parser.add_argument("--out", type=Path, required=True, help="the ONNX file")
+
+
+def _export(options: argparse.Namespace) -> None:
+    import torch
+
+    from .batches import default_batch
+    from .deploy.export import export_onnx
+
+    recipe = _call(options.recipe)
+    if "prepared_model" not in recipe:
+        raise QakdError(f"{options.recipe} returned no prepared_model.")
+    model = recipe["prepared_model"]
+    if options.weights is not None:
+        if not options.weights.is_file():
+            raise QakdError(f"--weights: {options.weights} does not exist.")
+        try:
+            model.load_state_dict(torch.load(options.weights, map_location="cpu", weights_only=True))
+        except RuntimeError as error:
+            raise QakdError(
+                f"--weights: {options.weights} does not fit the prepared model: {str(error).splitlines()[0]}"
+            ) from error
+    example = recipe.get("example_input")
+    if example is None and "loader" in recipe:
+        example = default_batch(next(iter(recipe["loader"])))[0]
+    if example is None:
+        raise QakdError(f"{options.recipe} returned neither example_input nor loader: parity is checked on real samples.")
+    exported = export_onnx(model, example, options.out, target=options.target)
+    proof = exported.parity
+    print(
+        f"parity: {proof.weight_codes} weight codes equal, {proof.activation_codes} activation codes compared, {proof.ties_runtime} "
+        f"rounding ties, deviation {proof.runtime_deviation:.1e} with ties settled, agreement {proof.unfused.top1:.2%}"
+    )
+    print(exported.path)
+
+
+def _add_engine(commands: Any) -> None:
+    text = "build a TensorRT or TensorRT-RTX engine from canonical ONNX"
+    parser = _command(commands, "engine", text, _engine, "Nothing half-written was left.")
+    parser.add_argument("onnx", type=Path, help="canonical ONNX file")
+    parser.add_argument("--out", type=Path, help="the engine; beside the ONNX file by default")
+    parser.add_argument("--runtime", choices=("auto", "tensorrt", "tensorrt_rtx"), default="auto", help="(%(default)s)")
+    for name, default in (("min", 1), ("opt", 8), ("max", 64)):
+        parser.add_argument(
+            f"--{name}-batch", type=_positive, default=default, help="of the optimization profile (%(default)s)"
+        )
+    parser.add_argument("--capability", action="append", help="RTX: GPU generation such as SM89; may be repeated")
+    parser.add_argument("--require-int8", type=float, help="smallest share of layers that must compute in integers")
+
+
+def _engine(options: argparse.Namespace) -> None:
+    from .deploy.engine import build_engine, input_shape, trtexec_command
+
+    out = options.out or options.onnx.with_suffix(".engine")
+    info = build_engine(
+        options.onnx,
+        out,
+        options.runtime,
+        min_batch=options.min_batch,
+        opt_batch=options.opt_batch,
+        max_batch=options.max_batch,
+        capabilities=options.capability,
+        require_int8=options.require_int8,
+    )
+    for kind in ("convolutions", "matmuls"):
+        found = info.manifest[kind]
+        print(f"{kind}: {found if isinstance(found, str) else '{int8} of {total} in int8'.format(**found)}")
+    print(f"the same with NVIDIA's tool: {trtexec_command(options.onnx, out, input_shape(options.onnx))}")
+    print(info.path)
+    print(info.manifest_path)
+
+
+def _add_bench(commands: Any) -> None:
+    text = "measure ONNX files side by side and write a report"
+    parser = _command(commands, "bench", text, _bench, "No report was written.")
+    parser.add_argument("models", nargs="+", type=Path, help="ONNX files")
+    parser.add_argument("--runtime", action="append", choices=("onnxruntime", "openvino"), help="may be repeated (onnxruntime)")
+    parser.add_argument("--batch", action="append", type=_positive, help="may be repeated (1)")
+    parser.add_argument("--threads", action="append", type=_positive, help="may be repeated (1)")
+    parser.add_argument("--calls", type=_positive, default=200, help="timed calls of each file (%(default)s)")
+    parser.add_argument("--loader", help="MODULE:FUNCTION that returns batches (images, labels): accuracy through the runtime")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), help="(%(default)s)")
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from .bench import benchmark
+    from .report import console_table, write_report
+
+    rows = benchmark(
+        options.models,
+        _resolve(options.loader)() if options.loader else None,
+        runtimes=options.runtime or ("onnxruntime",),
+        batch_sizes=options.batch or (1,),
+        threads=options.threads or (1,),
+        calls=options.calls,
+        progress=lambda line: print(line, file=sys.stderr),
+    )
+    Console().print(console_table(rows))
+    print(write_report(rows, options.out))
+
+
+def _add_report(commands: Any) -> None:
+    text = "make HTML and Markdown of a report.json"
+    parser = _command(commands, "report", text, _report, "No report was written.")
+    parser.add_argument("json", type=Path, help="report.json")
+    parser.add_argument("--out", type=Path, help="HTML file; beside the JSON file by default")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from .report import read_report, write_report
+
+    print(write_report(read_report(options.json), options.out or options.json.with_suffix(".html")))
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
+def _resolve(name: str) -> Callable[[], Any]:
+    """Import ``MODULE:FUNCTION``; modules of the working directory count."""
+    module, _, function = name.partition(":")
+    if not function:
+        raise QakdError(f"{name!r} must be MODULE:FUNCTION, for example my_recipe:build.")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise QakdError(f"{name!r} cannot be imported: {error}") from error
+    finally:
+        sys.path.pop(0)
+    if not callable(found):
+        raise QakdError(f"{name!r} is not a function.")
+    return found  # type: ignore[no-any-return]
+
+
+def _call(name: str) -> dict[str, Any]:
+    recipe = _resolve(name)()
+    if not isinstance(recipe, dict):
+        raise QakdError(f"{name!r} must return a dict of keyword arguments, got {type(recipe).__name__}.")
+    return dict(recipe)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
