@@ -1,6 +1,7 @@
 """Checkpoints that are whole or not there.
 
-The name of a file holds the first digits of its own SHA-256, so one rename makes it appear and a damaged one is recognised. Files
+The name of a file holds the first digits of its own SHA-256, so one rename makes it appear and a damaged one is recognised.
+Files
 are read with ``weights_only=True``: tensors and plain data, never code.
 """
 
@@ -86,7 +87,8 @@ class CheckpointStore:
         for key, expected in self.fingerprint.items():
             if found.get(key) != expected:
                 raise CheckpointError(
-                    f"{path}: the checkpoint belongs to another run: {key} is {_short(found.get(key))} there and {_short(expected)} "
+                    f"{path}: the checkpoint belongs to another run: {key} is {_short(found.get(key))} there and "
+                    f"{_short(expected)} "
                     "here. Use another checkpoint_dir, or resume=False after moving the old files away."
                 )
 
@@ -106,7 +108,7 @@ def _read(path: Path, data: bytes) -> dict[str, Any]:
 
 def random_state(generators: list[torch.Generator]) -> dict[str, Any]:
     """All sources of randomness that a training step may draw from, as plain data and tensors."""
-    numpy_state = np.random.get_state(legacy=True)
+    numpy_state: Any = np.random.get_state(legacy=True)  # noqa: NPY002 - as in restore_random_state
     python_state = random.getstate()
     return {
         "torch": torch.get_rng_state(),
@@ -123,7 +125,7 @@ def restore_random_state(state: dict[str, Any], generators: list[torch.Generator
     if state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])
     name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), int(position), int(has_gauss), cached))
+    np.random.set_state((name, keys.numpy().astype(np.uint32), int(position), int(has_gauss), cached))  # noqa: NPY002 - the global generator is what user code may draw from
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     for generator, saved in zip(generators, state["generators"], strict=True):

@@ -24,19 +24,22 @@ def check_quantizers(adapter: Adapter, model: nn.Module) -> None:
     roles = [quantizer.role for quantizer in quantizers]
     if "weight" not in roles:
         raise NotPreparedError(
-            f"prepared_model ({type(model).__name__}, {adapter.name}) has no enabled weight quantizer: there is nothing to train for. "
+            f"prepared_model ({type(model).__name__}, {adapter.name}) has no enabled weight quantizer: there is nothing to "
+            "train for. "
             "Enable weight quantization in the toolkit's configuration, or use qakd_plugin.prepare."
         )
     if "activation" not in roles:
         _log.warning(
-            "prepared_model quantizes weights only (%d quantizers, none for activations): layers will compute in floating point.",
+            "prepared_model quantizes weights only (%d quantizers, none for activations): layers will compute in floating "
+            "point.",
             len(quantizers),
         )
     for quantizer in quantizers:
         scale = adapter.qparams(quantizer).scale
         if not bool((torch.isfinite(scale) & (scale > 0)).all()):
             raise NotPreparedError(
-                f"{quantizer.fqn}: its scale must be finite and positive, got {float(scale.min()):.3g}..{float(scale.max()):.3g}. "
+                f"{quantizer.fqn}: its scale must be finite and positive, got "
+                f"{float(scale.min()):.3g}..{float(scale.max()):.3g}. "
                 "Calibrate again on real batches."
             )
 
@@ -50,7 +53,8 @@ def check_trainable(adapter: Adapter, model: nn.Module) -> None:
     of_quantizers = {id(p) for quantizer in adapter.quantizers(model) for p in quantizer.module.parameters()}
     if not any(p.requires_grad for p in model.parameters() if id(p) not in of_quantizers):
         raise TrainingError(
-            f"none of prepared_model's weights requires a gradient ({type(model).__name__}): it looks like a copy of a frozen teacher. "
+            f"none of prepared_model's weights requires a gradient ({type(model).__name__}): it looks like a copy of a frozen "
+            "teacher. "
             "Call prepared_model.requires_grad_(True) before distill."
         )
 
@@ -69,7 +73,8 @@ def check_first_batch(student: nn.Module, student_logits: Tensor, teacher_logits
         raise QakdError(f"prepared_model must put out logits (N, C), got shape {tuple(student_logits.shape)}.")
     if teacher_logits is not None and teacher_logits.shape != student_logits.shape:
         raise QakdError(
-            f"teacher and prepared_model must know the same classes: the teacher puts out {tuple(teacher_logits.shape)}, the student "
+            f"teacher and prepared_model must know the same classes: the teacher puts out {tuple(teacher_logits.shape)}, the "
+            "student "
             f"{tuple(student_logits.shape)} for the same batch."
         )
 
@@ -109,6 +114,7 @@ def blame(model: nn.Module, x: Tensor) -> str:
         channel = int((gamma == 0).nonzero()[0])
         return (
             f"{name} ({type(module).__name__}) is where it begins: its BatchNorm has gamma = 0 in channel {channel} "
-            "(zero_init_residual?), and the fused layer divides by it. Set such gammas to a small number, 1e-3, before preparing."
+            "(zero_init_residual?), and the fused layer divides by it. Set such gammas to a small number, 1e-3, before "
+            "preparing."
         )
     return f"{name} ({type(module).__name__}) is where it begins."

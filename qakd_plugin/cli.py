@@ -135,7 +135,8 @@ def _export(options: argparse.Namespace) -> None:
     exported = export_onnx(model, example, options.out, target=options.target)
     proof = exported.parity
     print(
-        f"parity: {proof.weight_codes} weight codes equal, {proof.activation_codes} activation codes compared, {proof.ties_runtime} "
+        f"parity: {proof.weight_codes} weight codes equal, {proof.activation_codes} activation codes compared, "
+        f"{proof.ties_runtime} "
         f"rounding ties, deviation {proof.runtime_deviation:.1e} with ties settled, agreement {proof.unfused.top1:.2%}"
     )
     print(exported.path)

@@ -55,7 +55,8 @@ class Description:
         """One line."""
         bits = sorted({f"W{q.bits}" if q.role == "weight" else f"A{q.bits}" for q in self.quantizers if q.bits}, reverse=True)
         return (
-            f"{self.model} prepared by {self.toolkit}: {self.weight_quantizers} weight and {self.activation_quantizers} activation "
+            f"{self.model} prepared by {self.toolkit}: {self.weight_quantizers} weight and {self.activation_quantizers} "
+            "activation "
             f"quantizers ({', '.join(bits)})"
         )
 
@@ -126,7 +127,7 @@ def target_problem(quantizer: Quantizer, qparams: QParams, target: str) -> str |
 def _row(quantizer: Quantizer, qparams: QParams | None, problem: str | None = None) -> QuantizerDescription:
     if qparams is None:
         problems = dict.fromkeys(TARGETS, problem or "unknown")
-        return QuantizerDescription(quantizer.fqn, quantizer.role, *[None] * 8, problems=problems)
+        return QuantizerDescription(quantizer.fqn, quantizer.role, None, None, None, None, None, None, None, None, problems)
     found = {target: target_problem(quantizer, qparams, target) for target in TARGETS}
     zero_points = qparams.zero_point.flatten()
     return QuantizerDescription(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,7 +176,8 @@ def _in_unit_range(
         images = augment(x * spread + center)
         if images.shape != x.shape or images.dtype != x.dtype:
             raise QakdError(
-                f"augment must keep shape and dtype: it made {tuple(images.shape)} {images.dtype} of {tuple(x.shape)} {x.dtype}."
+                f"augment must keep shape and dtype: it made {tuple(images.shape)} {images.dtype} of {tuple(x.shape)} "
+                f"{x.dtype}."
             )
         return (images - center) / spread, labels
 
@@ -194,9 +195,10 @@ def _fingerprint(adapter: Adapter, model: nn.Module, method: Method, loader: Ite
 
 
 def _require_length(loader: Iterable[Any]) -> None:
-    if not hasattr(loader, "__len__"):
+    if not isinstance(loader, Sized):
         raise QakdError(
-            f"loader ({type(loader).__name__}) has no length, which the schedule needs. Pass a DataLoader over a map-style data set, "
+            f"loader ({type(loader).__name__}) has no length, which the schedule needs. Pass a DataLoader over a map-style "
+            "data set, "
             "or a list of batches."
         )
     if len(loader) == 0:

@@ -145,8 +145,6 @@ def teacher_logits(teacher: nn.Module | None, phase: Phase, args: tuple[Any, ...
     """The teacher's logits: with gradients where it learns in this phase, in eval mode and without them otherwise."""
     assert teacher is not None
     if phase.teacher:
-        logits: Tensor = teacher(*args, **kwargs)
-        return logits
+        return teacher(*args, **kwargs)  # type: ignore[no-any-return]
     with eval_mode(teacher), torch.no_grad():
-        logits = teacher(*args, **kwargs)
-    return logits
+        return teacher(*args, **kwargs)  # type: ignore[no-any-return]

@@ -187,7 +187,8 @@ class Trainer:
         self.last_grad_norm = float(norm)
         if not math.isfinite(self.last_grad_norm):
             raise TrainingError(
-                f"the gradient is not finite at step {self.position.step} of phase {phase.name!r} (loss {float(loss.detach()):.4g}). "
+                f"the gradient is not finite at step {self.position.step} of phase {phase.name!r} (loss "
+                f"{float(loss.detach()):.4g}). "
                 f"Lower lr={self.settings.lr:g}.{self._last_checkpoint()}"
             )
         optimizer.step()
@@ -198,7 +199,8 @@ class Trainer:
         require_finite_input(x, self.position.step_in_epoch)
         bad = next(name for name, value in values.items() if not math.isfinite(value))
         raise TrainingError(
-            f"{bad} is {values[bad]} at step {self.position.step} (batch {self.position.step_in_epoch} of epoch {self.position.epoch}), "
+            f"{bad} is {values[bad]} at step {self.position.step} (batch {self.position.step_in_epoch} of epoch "
+            f"{self.position.epoch}), "
             f"phase {phase.name!r}; the last gradient norm was {self.last_grad_norm:.3g}. {blame(self.model, x)} "
             f"Lower lr={self.settings.lr:g} or clip gradients harder (grad_clip).{self._last_checkpoint()}"
         )

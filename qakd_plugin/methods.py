@@ -156,7 +156,8 @@ class QKD:
         tutoring: epochs with labels and the frozen, trained teacher.
         temperature: softens predictions.
 
-    Numbers that are all at most 1 are fractions of ``distill``'s ``epochs``; otherwise they count epochs themselves, and ``epochs``
+    Numbers that are all at most 1 are fractions of ``distill``'s ``epochs``; otherwise they count epochs themselves, and
+    ``epochs``
     is not used.
 
     Source: Kim et al., 2019, arXiv 1911.12491.
@@ -228,7 +229,8 @@ def require_labels(method: Method, labels: object) -> Tensor:
     if not isinstance(labels, Tensor):
         kind = "none" if labels is None else f"{type(labels).__name__}"
         raise LabelsRequiredError(
-            f"{type(method).__name__} learns from labels, but the batch holds {kind}. Yield (x, y) with y an int64 tensor (N,), "
+            f"{type(method).__name__} learns from labels, but the batch holds {kind}. Yield (x, y) with y an int64 tensor "
+            "(N,), "
             "pass a batch_fn that finds the labels, or use SQAKD, which needs none."
         )
     return labels

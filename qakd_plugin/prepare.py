@@ -29,7 +29,8 @@ def prepare(
 
     Args:
         model: the float model; it is not changed.
-        calibration_batches: batches as the loader yields them (x, (x, y), a dict ...); several, since all ranges come from them.
+        calibration_batches: batches as the loader yields them (x, (x, y), a dict ...); several, since all ranges come from
+            them.
         toolkit: "modelopt" or "torch_ao" (FX graph mode).
         weight_bits: 2 to 8.
         activation_bits: 2 to 8.

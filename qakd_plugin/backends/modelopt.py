@@ -56,7 +56,8 @@ class ModelOptAdapter:
         amax = q.amax
         if amax is None:
             raise NotPreparedError(
-                f"{quantizer.fqn} has no calibrated range (amax). Pass a forward_loop to mtq.quantize that runs several batches, "
+                f"{quantizer.fqn} has no calibrated range (amax). Pass a forward_loop to mtq.quantize that runs several "
+                "batches, "
                 "or prepare the model with qakd_plugin.prepare(model, calibration_batches)."
             )
         amax = amax.detach().float()

@@ -190,7 +190,7 @@ def _leave_output_in_float(prepared: torch.fx.GraphModule) -> None:
     (output,) = (node for node in prepared.graph.nodes if node.op == "output")
     last = output.args[0]
     if isinstance(last, torch.fx.Node) and _is_fake_quant(prepared, last):
-        last.replace_all_uses_with(last.args[0])
+        last.replace_all_uses_with(last.all_input_nodes[0])
         prepared.graph.erase_node(last)
         prepared.recompile()
         prepared.delete_all_unused_submodules()
@@ -230,7 +230,8 @@ def _insert_low_bit_inputs(prepared: torch.fx.GraphModule, placement: Placement,
 def _calibrate(
     adapter: TorchAOAdapter, prepared: torch.fx.GraphModule, batches: Sequence[Tensor], low_bit: dict[str, tuple[int, int]]
 ) -> None:
-    """Ranges of least squared error over all batches. Eight-bit ranges go on following the data in training, lower ones do not."""
+    """Ranges of least squared error over all batches. Eight-bit ranges go on following the data in training, lower ones do
+    not."""
     observers: dict[str, RangeObserver] = {}
     hooks = []
     activations = [q for q in adapter.quantizers(prepared) if q.role == "activation"]

@@ -1,4 +1,5 @@
-"""Measurement of deployed files: latency, accuracy through the runtime, integer layers. Knows files, nothing of torch models."""
+"""Measurement of deployed files: latency, accuracy through the runtime, integer layers. Knows files, nothing of torch
+models."""
 
 from .measure import Candidate, benchmark
 from .record import Row

@@ -15,7 +15,8 @@ _INTEGER = {
     "DynamicQuantizeMatMul", "NhwcQLinearConv",
 }  # fmt: skip
 _FLOAT = {
-    "Conv", "FusedConv", "NhwcFusedConv", "NchwcConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "MatMulNBits",
+    "Conv", "FusedConv", "NhwcFusedConv", "NchwcConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul",
+    "MatMulNBits",
 }  # fmt: skip
 
 

@@ -169,7 +169,8 @@ def _export_all(console: Console, folder: Path, students: list[Student], example
         exported = export_onnx(student.model, example, folder / "onnx" / f"{student.name}.ort.onnx", target="onnxruntime")
         proof = exported.parity
         console.print(
-            f"     {student.name}: {proof.weight_codes:,} weight codes equal, {proof.activation_codes:,} activation codes compared, "
+            f"     {student.name}: {proof.weight_codes:,} weight codes equal, {proof.activation_codes:,} activation codes "
+            "compared, "
             f"{proof.ties_runtime} rounding ties, deviation {proof.runtime_deviation:.0e} with ties settled"
         )
         parity.append({"name": student.name, **proof.as_dict()})
@@ -219,7 +220,8 @@ def _conclusions(rows: list[Row]) -> list[str]:
     if speedups:
         notes.append(f"Quantized files are {min(speedups):.2f} to {max(speedups):.2f} times as fast as FP32 in the same run.")
     notes.append(
-        "Four-bit files compute exactly what was trained, in 8-bit kernels: no CPU or GPU runtime computes convolutions in four bits, "
+        "Four-bit files compute exactly what was trained, in 8-bit kernels: no CPU or GPU runtime computes convolutions in "
+        "four bits, "
         "so they are as fast as 8-bit ones, not faster."
     )
     notes.append("Intervals that overlap are no evidence of a difference: the test split has a few hundred images.")

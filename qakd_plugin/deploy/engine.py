@@ -1,6 +1,7 @@
 """Canonical ONNX -> TensorRT engine, with a manifest that says what is in it and proves that it is that file.
 
-An engine is executable code. It is written together with ``<engine>.json``, which holds its SHA-256, and is only ever loaded when
+An engine is executable code. It is written together with ``<engine>.json``, which holds its SHA-256, and is only ever loaded
+when
 both match.
 """
 
@@ -76,7 +77,8 @@ def build_engine(
         Paths and manifest.
 
     Raises:
-        EngineError: the file is no ONNX, holds what TensorRT cannot take (names the node), does not parse or build, or fewer layers
+        EngineError: the file is no ONNX, holds what TensorRT cannot take (names the node), does not parse or build, or fewer
+            layers
             than required compute in integers (names those that do not).
         MissingPackageError: no TensorRT is installed.
     """
@@ -132,7 +134,8 @@ def verify_engine(engine_path: str | os.PathLike[str]) -> tuple[bytes, dict[str,
     digest = hashlib.sha256(plan).hexdigest()
     if digest != manifest.get("sha256"):
         raise EngineError(
-            f"{engine} is not the file its manifest describes (SHA-256 {digest[:12]}..., expected {str(manifest.get('sha256'))[:12]}...). "
+            f"{engine} is not the file its manifest describes (SHA-256 {digest[:12]}..., expected "
+            f"{str(manifest.get('sha256'))[:12]}...). "
             "An engine is executable code: it is refused. Build it again from the ONNX file."
         )
     return plan, manifest
@@ -290,7 +293,8 @@ def _require_integers(layers: list[PlanLayer] | None, share: float | None) -> No
     found = 1 - len(floats) / len(layers)
     if found < share:
         raise EngineError(
-            f"require_int8={share:g}, but {found:.0%} of {len(layers)} convolutions and matrix products compute in integers. In floating "
+            f"require_int8={share:g}, but {found:.0%} of {len(layers)} convolutions and matrix products compute in integers. "
+            "In floating "
             f"point: {', '.join(floats[:10])}{' ...' if len(floats) > 10 else ''}."
         )
 

@@ -50,8 +50,9 @@ def export_onnx(
 ) -> ExportedModel:
     """Export a trained, prepared model to ONNX with Q/DQ, and prove that the file computes what was trained.
 
-    The canonical form ("tensorrt") has int8 codes, zero point 0, float biases and BatchNorm folded exactly; "openvino" takes the
-    same; "onnxruntime" is an exact rewrite of it that ONNX Runtime's integer kernels can take. The batch dimension is dynamic.
+    The canonical form ("tensorrt") has int8 codes, zero point 0, float biases and BatchNorm folded exactly; "openvino" takes
+    the same. "onnxruntime" is an exact rewrite of it that ONNX Runtime's integer kernels can take. The batch dimension is
+    dynamic.
 
     Args:
         prepared_model: prepared by a supported toolkit, trained or calibrated; it is not changed.
@@ -107,6 +108,7 @@ def _check_quantizers(adapter: Adapter, model: nn.Module, target: str) -> None:
         problem = target_problem(quantizer, adapter.qparams(quantizer), target)
         if problem:
             raise UnsupportedQuantizerError(
-                f"{quantizer.fqn}: {problem}. Prepare the model with a symmetric configuration (qakd_plugin.prepare makes one), or "
+                f"{quantizer.fqn}: {problem}. Prepare the model with a symmetric configuration (qakd_plugin.prepare makes "
+                "one), or "
                 "export for another target."
             )

@@ -7,6 +7,8 @@ float module. Nothing of the toolkit is left in it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -150,8 +152,8 @@ class _Functional:
         if isinstance(layer, nn.Linear):
             return F.linear(x, weight, bias)
         if isinstance(layer, _ConvTransposeNd):
-            function = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[len(layer.kernel_size)]
-            return function(x, weight, bias, layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation)
+            function: Any = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[len(layer.kernel_size)]
+            return function(x, weight, bias, layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation)  # type: ignore[no-any-return]
         assert isinstance(layer, _ConvNd)
         return layer._conv_forward(x, weight, bias)  # type: ignore[no-any-return, operator]
 
@@ -159,7 +161,8 @@ class _Functional:
 def _functional(layer: nn.Module) -> _Functional:
     if not isinstance(layer, nn.Linear | _ConvNd):
         raise UnsupportedQuantizerError(
-            f"a quantized {type(layer).__name__} has no export form: weights of convolutions and linear layers can be exported. "
+            f"a quantized {type(layer).__name__} has no export form: weights of convolutions and linear layers can be "
+            "exported. "
             "Exclude this layer from quantization (keep=...)."
         )
     return _Functional(layer)

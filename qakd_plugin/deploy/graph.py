@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,7 @@ WEIGHT_KEY = "qakd.weight"
 """Node metadata of a weight's DequantizeLinear: the dotted name of its layer in the trained model."""
 
 
-def constant(value: ir.Value | None) -> npt.NDArray[np.generic] | None:
+def constant(value: ir.Value | None) -> npt.NDArray[Any] | None:
     """The array behind an initializer or Constant node, or None."""
     if value is None:
         return None
@@ -29,7 +30,7 @@ def scalar(value: ir.Value | None, default: float) -> float:
     return default if array is None else float(array.reshape(()))
 
 
-def initializer(graph: ir.Graph, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
+def initializer(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
     """The initializer ``name``, registered on first use."""
     if name in graph.initializers:
         return graph.initializers[name]

@@ -1,7 +1,9 @@
 """Proof that a file computes what was trained.
 
-Comparing logits alone cannot tell a wrong export from a rounding tie: two correct programs sum a convolution in different orders,
-an activation that falls on a tie is rounded the other way in one of them, and the difference spreads. So ties are made explicit.
+Comparing logits alone cannot tell a wrong export from a rounding tie: two correct programs sum a convolution in different
+orders,
+an activation that falls on a tie is rounded the other way in one of them, and the difference spreads. So ties are made
+explicit.
 One program is run and its integer codes are recorded at every quantizer; the other is run with the same codes *imposed*, and
 every place where it would have chosen another code must lie on a tie. With all ties settled alike, logits must agree closely.
 
@@ -283,13 +285,13 @@ def _impose(module: ActivationQDQ, x: Tensor, given: Tensor, outcome: ImposedCod
     if count:
         distance = (exact[differ] - (own[differ] + given[differ]) / 2).abs()
         steps = (own[differ] - given[differ]).abs()
-        if float(steps.max()) > 1 or float(distance.max()) > outcome.tolerance:
-            if outcome.mismatch is None:
-                outcome.mismatch = (
-                    name,
-                    f"{count} of {own.numel()} codes differ, by up to {float(steps.max()):.0f} steps, "
-                    f"{float(distance.max()):.2g} steps away from a rounding tie",
-                )
+        is_tie = float(steps.max()) <= 1 and float(distance.max()) <= outcome.tolerance
+        if not is_tie and outcome.mismatch is None:
+            outcome.mismatch = (
+                name,
+                f"{count} of {own.numel()} codes differ, by up to {float(steps.max()):.0f} steps, "
+                f"{float(distance.max()):.2g} steps away from a rounding tie",
+            )
         outcome.ties += count
     return given * module.scale
 

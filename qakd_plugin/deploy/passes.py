@@ -105,7 +105,8 @@ def _lower_weight(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _take_over(node: ir.Node, value: ir.Value) -> None:
-    value.dtype, value.shape = node.outputs[0].dtype, node.outputs[0].shape
+    value.shape = node.outputs[0].shape
+    value.dtype = node.outputs[0].dtype or ir.DataType.FLOAT
     if node.outputs[0].is_graph_output():
         value.name, node.outputs[0].name = node.outputs[0].name, f"{node.name}:replaced"
     replace(node, value)

@@ -1,8 +1,8 @@
 """What a TensorRT-RTX plan computes in which precision, read from the file itself.
 
-A plan holds its compiled program as readable text: declarations such as ``tensor={ ... name="x" ... type=int8 }`` and operators such
-as ``corrltn={ name="layer1.0.conv1/Conv" ... input={"x" "w" ...} ...``. No driver is needed to read it, unlike for the engine
-inspector. The format is undocumented: whatever does not look as expected means "unknown", never an error.
+A plan holds its compiled program as readable text: declarations such as ``tensor={ ... name="x" ... type=int8 }`` and operators
+such as ``corrltn={ name="layer1.0.conv1/Conv" ... input={"x" "w" ...} ...``. No driver is needed to read it, unlike for the
+engine inspector. The format is undocumented: whatever does not look as expected means "unknown", never an error.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ _NAME = re.compile(rb'"([^"]*)"')
 
 @dataclass(frozen=True)
 class PlanLayer:
-    """One convolution or matrix product: ``inputs`` are the types of its data and its weight, "int8", "int4", "half", "float"."""
+    """One convolution or matrix product: ``inputs`` are the types of its data and its weight, "int8", "int4", "half",
+    "float"."""
 
     name: str
     kind: str

@@ -1,6 +1,7 @@
 """TensorRT and TensorRT-RTX behind one face. Nothing here, or in what builds on it, needs torch.
 
-The three libraries (TensorRT 10, TensorRT 11, TensorRT-RTX) share one API as far as a strongly typed network goes. What differs is
+The three libraries (TensorRT 10, TensorRT 11, TensorRT-RTX) share one API as far as a strongly typed network goes. What
+differs is
 where it is imported from, that RTX compiles for named GPU generations, and that only the classic one has a timing cache.
 """
 

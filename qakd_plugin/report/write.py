@@ -19,7 +19,8 @@ from ..errors import QakdError
 from .plot import accuracy_latency_plot, pareto
 
 _HEADINGS = (
-    "", "model", "runtime", "batch", "accuracy %", "95 % interval", "p50 ms", "p90 ms", "images/s", "x FP32", "int layers", "MiB",
+    "", "model", "runtime", "batch", "accuracy %", "95 % interval", "p50 ms", "p90 ms", "images/s", "x FP32", "int layers",
+    "MiB",
 )  # fmt: skip
 
 
