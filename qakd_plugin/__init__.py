@@ -4,7 +4,8 @@
     file = qakd_plugin.export_onnx(result.model, images, "student.onnx")
     engine = qakd_plugin.build_engine(file, "student.engine")
 
-Names are imported when they are first used, so that deploying on a machine without torch stays possible.
+Names are imported when they are first used, so that deploying on a machine without torch stays possible. No submodule has the
+name of a public function: importing it would put the module in the function's place.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "distill": "distill",
-    "DistillResult": "distill",
+    "distill": "distillation",
+    "DistillResult": "distillation",
     "attach": "hooks",
-    "prepare": "prepare",
-    "describe": "describe",
+    "prepare": "preparation",
+    "describe": "description",
     "SQAKD": "methods",
     "QKD": "methods",
     "KD": "methods",
@@ -50,9 +51,9 @@ if TYPE_CHECKING:
     from .deploy.engine import build_engine as build_engine
     from .deploy.export import ExportedModel as ExportedModel
     from .deploy.export import export_onnx as export_onnx
-    from .describe import describe as describe
-    from .distill import DistillResult as DistillResult
-    from .distill import distill as distill
+    from .description import describe as describe
+    from .distillation import DistillResult as DistillResult
+    from .distillation import distill as distill
     from .errors import CheckpointError as CheckpointError
     from .errors import EngineError as EngineError
     from .errors import ExportError as ExportError
@@ -68,7 +69,7 @@ if TYPE_CHECKING:
     from .methods import QAT as QAT
     from .methods import QKD as QKD
     from .methods import SQAKD as SQAKD
-    from .prepare import prepare as prepare
+    from .preparation import prepare as prepare
     from .report import write_report as write_report
 
 

@@ -79,7 +79,7 @@ def _distill(options: argparse.Namespace) -> None:
     import torch
 
     from ._files import atomic_path
-    from .distill import distill
+    from .distillation import distill
 
     recipe = _call(options.recipe)
     if options.epochs is not None:

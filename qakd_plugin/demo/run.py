@@ -19,9 +19,9 @@ from ..bench.record import Row
 from ..deploy.engine import build_engine
 from ..deploy.export import export_onnx
 from ..deploy.to_onnx import export_float
-from ..distill import distill
+from ..distillation import distill
 from ..methods import QAT, SQAKD, Method
-from ..prepare import prepare
+from ..preparation import prepare
 from ..report import console_table, write_report
 from .data import Digits, load
 from .net import DigitNet, train_float

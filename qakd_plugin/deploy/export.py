@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .._files import write_atomic
 from ..backends import Adapter, adapter_for
-from ..describe import target_problem
+from ..description import target_problem
 from ..errors import ExportError, UnsupportedQuantizerError
 from .ort_form import to_onnxruntime_form
 from .parity import ParityReport, check_parity

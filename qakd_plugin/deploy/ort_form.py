@@ -114,19 +114,29 @@ def _non_negative_values(graph: ir.Graph) -> set[ir.Value]:
 
 
 def _widen(graph: ir.Graph, dequantize: ir.Node) -> None:
-    """Store codes times the largest power of two that fits into int8; the scale is divided by it, so products are the same."""
+    """Store codes times the largest power of two that fits into int8; the scale is divided by it, so products are the same.
+
+    Per channel where the scale is.
+    """
     codes, scale = constant(dequantize.inputs[0]), constant(dequantize.inputs[1])
     assert codes is not None
     assert scale is not None
-    largest = int(np.abs(codes.astype(np.int32)).max(initial=0))
-    if codes.dtype != np.int8 or not 0 < largest <= 63:
+    if codes.dtype != np.int8:
         return
-    factor = 2 ** int(np.floor(np.log2(127 / largest)))
+    axis = dequantize.attributes.get_int("axis", 1)
+    others = tuple(dim for dim in range(codes.ndim) if scale.ndim == 0 or dim != axis % codes.ndim)
+    low, high = (bound(codes.astype(np.int32), axis=others, keepdims=True) for bound in (np.min, np.max))
+    factor = np.ones_like(low)
+    while (fits := (2 * factor * low >= -128) & (2 * factor * high <= 127) & (factor < 64)).any():
+        factor = np.where(fits, 2 * factor, factor)
+    if (factor == 1).all():
+        return
     codes_value, scale_value = dequantize.inputs[0], dequantize.inputs[1]
     assert codes_value is not None
     assert scale_value is not None
-    dequantize.replace_input_with(0, initializer(graph, f"{codes_value.name}.x{factor}", (codes * factor).astype(np.int8)))
-    dequantize.replace_input_with(1, initializer(graph, f"{scale_value.name}.d{factor}", (scale / factor).astype(np.float32)))
+    wide, fine = (codes * factor).astype(np.int8), scale / factor.reshape(scale.shape)
+    dequantize.replace_input_with(0, initializer(graph, f"{codes_value.name}.widened", wide))
+    dequantize.replace_input_with(1, initializer(graph, f"{scale_value.name}.narrowed", fine.astype(np.float32)))
 
 
 def _add_zero_point(graph: ir.Graph, dequantize: ir.Node) -> None:

@@ -184,12 +184,14 @@ def check_weight_codes(file: ir.Model, form: nn.Module) -> int:
 
 
 def _codes_differ(codes: npt.NDArray[np.int32], trained: npt.NDArray[np.int32]) -> str | None:
-    """Codes may differ by one power of two throughout, and by a sign (or be zero) per output channel."""
+    """Codes of a channel may differ by a power of two and by a sign, or be all zero."""
     if codes.shape != trained.shape:
         return f"weight shapes differ ({codes.shape} and {trained.shape})"
     rows, reference = codes.reshape(len(codes), -1), trained.reshape(len(trained), -1)
-    factor = max(1, int(np.abs(rows).max(initial=0)) // max(1, int(np.abs(reference).max(initial=0))))
-    same = (rows == reference * factor).all(1) | (rows == -reference * factor).all(1) | (rows == 0).all(1)
+    largest, wanted = (np.abs(part).max(axis=1, initial=0, keepdims=True) for part in (rows, reference))
+    factor = np.where(wanted > 0, largest // np.maximum(wanted, 1), 1)
+    powers = (factor & (factor - 1) == 0).all(1)
+    same = powers & ((rows == reference * factor).all(1) | (rows == -reference * factor).all(1))
     if same.all():
         return None
     channel = int(np.flatnonzero(~same)[0])

@@ -77,6 +77,7 @@ def _lower_activation(graph: ir.Graph, node: ir.Node) -> None:
     zero = initializer(graph, f"zero_point_{kind.__name__}_{zero_point}", np.asarray(zero_point, dtype=kind))
     quantize = ir.node("QuantizeLinear", [x, scale, zero], name=f"{name}/QuantizeLinear")
     quantize.metadata_props[QUANTIZER_KEY] = name
+    quantize.outputs[0].dtype = ir.DataType.UINT8 if unsigned else ir.DataType.INT8
     dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], scale, zero], name=f"{name}/DequantizeLinear")
     new = [quantize, dequantize]
     if (low, high) != container:

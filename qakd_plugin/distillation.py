@@ -19,7 +19,7 @@ from .backends import Adapter, adapter_for
 from .batches import BatchFn, default_batch
 from .checkpoint import CheckpointStore
 from .checks import check_quantizers, check_trainable
-from .describe import describe
+from .description import describe
 from .errors import QakdError
 from .hooks import require_teacher
 from .loop import Augment, Settings, Trainer

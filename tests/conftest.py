@@ -1,0 +1,60 @@
+"""Shared: real digits, a small teacher trained on them once, prepared students."""
+
+from __future__ import annotations
+
+import copy
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from qakd_plugin import prepare
+from qakd_plugin.demo.data import Digits, load
+from qakd_plugin.demo.net import DigitNet, train_float
+
+os.environ.setdefault("COLUMNS", "160")
+TOOLKITS = ("modelopt", "torch_ao")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def digits() -> Digits:
+    return load(seed=0)
+
+
+@pytest.fixture(scope="session")
+def _trained_teacher(digits: Digits) -> nn.Module:
+    torch.manual_seed(0)
+    return train_float(DigitNet(width=8), digits.loader("train", shuffle=True), epochs=15, lr=1e-2)
+
+
+@pytest.fixture
+def teacher(_trained_teacher: nn.Module) -> nn.Module:
+    return copy.deepcopy(_trained_teacher)
+
+
+@pytest.fixture(scope="session")
+def calibration(digits: Digits) -> list[torch.Tensor]:
+    return [digits.train[0][start : start + 64] for start in range(0, 256, 64)]
+
+
+@pytest.fixture
+def make_student(_trained_teacher: nn.Module, calibration: list[torch.Tensor]):
+    """A fresh prepared student of the teacher: ``make_student("modelopt", 8)``."""
+
+    def make(toolkit: str = "modelopt", bits: int = 8, **options) -> nn.Module:
+        return prepare(_trained_teacher, calibration, toolkit, weight_bits=bits, activation_bits=bits, **options)
+
+    return make
+
+
+@pytest.fixture
+def batches(digits: Digits) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Six labelled batches of 32."""
+    images, labels = digits.train
+    return [(images[start : start + 32], labels[start : start + 32]) for start in range(0, 192, 32)]

@@ -1,0 +1,126 @@
+"""The command, the scripts, and the demo."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from qakd_plugin.cli import main
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPE = """
+import torch
+from qakd_plugin import prepare
+from qakd_plugin.demo.net import DigitNet
+
+def build():
+    torch.manual_seed(0)
+    teacher = DigitNet(width=4).eval()
+    batches = [torch.rand(8, 1, 32, 32) for _ in range(3)]
+    return dict(prepared_model=prepare(teacher, batches), teacher=teacher, loader=batches, epochs=1)
+
+def batches():
+    return [(torch.rand(16, 1, 32, 32), torch.randint(10, (16,))) for _ in range(2)]
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    (tmp_path / "my_recipe.py").write_text(RECIPE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_recipe", raising=False)
+    return "my_recipe:build"
+
+
+def test_distill_export_engine_bench_and_report_in_a_row(recipe, tmp_path, capsys):
+    assert main(["distill", recipe, "--out", "run"]) == 0
+    assert main(["export", recipe, "--weights", "run/student.pt", "--out", "s.onnx"]) == 0
+    assert main(["export", recipe, "--weights", "run/student.pt", "--out", "s.ort.onnx", "--target", "onnxruntime"]) == 0
+    assert main(["engine", "s.onnx", "--runtime", "tensorrt_rtx", "--require-int8", "1"]) == 0
+    assert main(["bench", "s.ort.onnx", "--loader", "my_recipe:batches", "--calls", "5", "--out", "r.html"]) == 0
+    (tmp_path / "r.html").unlink()
+    assert main(["report", "r.json"]) == 0
+    output = capsys.readouterr().out
+    assert "9 of 9 in int8" in output
+    assert "trtexec --onnx=s.onnx" in output
+    for name in ("run/student.pt", "run/history.jsonl", "s.onnx", "s.engine", "s.engine.json", "r.html", "r.md"):
+        assert (tmp_path / name).is_file(), name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["distill", "nowhere:build", "--out", "x"], "cannot be imported"),
+        (["distill", "nocolon", "--out", "x"], "MODULE:FUNCTION"),
+        (["export", "my_recipe:build", "--weights", "none.pt", "--out", "x.onnx"], "none.pt does not exist"),
+        (["engine", "none.onnx"], "none.onnx does not exist"),
+        (["bench", "none.onnx"], "none.onnx"),
+        (["report", "none.json"], "none.json does not exist"),
+    ],
+)
+def test_bad_input_is_one_line_and_a_status(arguments, message, recipe, capsys):
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", ["demo", "distill", "export", "engine", "bench", "report"])
+def test_every_command_explains_itself(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert "usage: qakd" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", ["to_onnx.py", "to_tensorrt.py", "report.py"])
+def test_scripts_run_from_a_checkout(script, tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "export" / script, "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "usage: qakd" in done.stdout
+
+
+def test_the_demo_writes_a_report_and_goes_on_where_it_was_stopped(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "qakd_plugin.cli",
+        "demo",
+        "--out",
+        tmp_path,
+        "--epochs",
+        "2",
+        "--teacher-epochs",
+        "3",
+        "--calls",
+        "70",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "checkpoints").glob("*-sqakd-*/step-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    first.send_signal(signal.SIGINT)
+    output, _ = first.communicate(timeout=60)
+    assert first.returncode == 130, output
+    assert "run the same command to go on" in output
+    assert not list(tmp_path.rglob("*.tmp"))
+    saved = (tmp_path / "teacher.pt").stat().st_mtime_ns
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "teacher.pt").stat().st_mtime_ns == saved
+    document = json.loads((tmp_path / "report.json").read_text())
+    assert len(document["rows"]) == 10
+    assert {row["method"] for row in document["rows"]} == {"FP32", "PTQ", "QAT", "SQAKD"}
+    assert all(row["integer_layers"] == row["total_layers"] for row in document["rows"] if row["weight_bits"] < 32)
+    assert all(engine["convolutions"] == {"total": 9, "int8": 9} for engine in document["engines"])
+    assert all(entry["runtime_deviation"] < 1e-4 for entry in document["parity"])
+    assert len(list((tmp_path / "engines").iterdir())) == 18
+    assert "8/8" in done.stdout
+    torch.load(tmp_path / "teacher.pt", weights_only=True)

@@ -1,0 +1,267 @@
+"""What was trained is what is deployed."""
+
+import copy
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from qakd_plugin import (
+    SQAKD,
+    ExportError,
+    NotPreparedError,
+    ParityError,
+    UnsupportedQuantizerError,
+    distill,
+    export_onnx,
+    prepare,
+)
+from qakd_plugin.backends import adapter_for
+from qakd_plugin.bench.census import census
+from qakd_plugin.deploy.parity import check_parity
+from qakd_plugin.deploy.to_onnx import export_canonical
+
+TOOLKITS = ["modelopt", "torch_ao"]
+
+
+def _run(path, images, *, optimize):
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if not optimize:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return onnxruntime.InferenceSession(path, options).run(None, {"input": images.numpy()})[0]
+
+
+@pytest.fixture(scope="module")
+def random_net():
+    """Torchvision networks with random weights and plausible BatchNorm statistics, and images."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            torch.manual_seed(0)
+            model = getattr(torchvision.models, name)(num_classes=10).train()
+            images = torch.randn(8, 3, 64, 64)
+            with torch.no_grad():
+                for _ in range(8):
+                    model(images)
+                for module in model.modules():
+                    if isinstance(module, nn.BatchNorm2d):  # also negative gammas, which flip the sign of folded codes
+                        module.weight.uniform_(-1.5, 1.5)
+                for _ in range(8):
+                    model(images)
+            made[name] = (model.eval(), images)
+        return made[name]
+
+    return make
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("toolkit", TOOLKITS)
+def test_a_trained_student_is_exported_exactly(toolkit, bits, tmp_path, make_student, teacher, digits):
+    student = make_student(toolkit, bits)
+    distill(student, teacher, digits.loader("train", labels=False, shuffle=True), method=SQAKD(), epochs=4, seed=0)
+    images = digits.test[0]
+    for target in ("tensorrt", "onnxruntime"):
+        exported = export_onnx(student, images, tmp_path / f"{target}.onnx", target=target)
+        proof = exported.parity
+        assert proof.weight_codes == sum(p.numel() for p in student.parameters() if p.ndim > 1)
+        assert proof.runtime_deviation < 1e-4
+        assert proof.toolkit_deviation < 1e-4
+        assert proof.unfused.top1 == 1.0
+        with torch.no_grad():
+            expected = student(images).numpy()
+        fused = _run(exported.path, images, optimize=target == "onnxruntime")
+        assert (fused.argmax(1) == expected.argmax(1)).mean() >= 0.995
+        print(toolkit, bits, target, proof, (fused.argmax(1) == expected.argmax(1)).mean())
+    counted = census(tmp_path / "onnxruntime.onnx")
+    assert counted.integer == counted.total == 10
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("toolkit", TOOLKITS)
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "shufflenet_v2_x1_0"])
+def test_torchvision_networks_are_exported_exactly(name, toolkit, bits, random_net, tmp_path):
+    model, images = random_net(name)
+    student = prepare(model, [images[:4], images[4:]], toolkit, weight_bits=bits, activation_bits=bits)
+    proof = export_onnx(student, images, tmp_path / "student.onnx", target="onnxruntime").parity
+    assert proof.runtime_deviation < 1e-4
+    assert proof.toolkit_deviation < 1e-4
+    assert proof.unfused.top1 >= 0.99
+    assert proof.unfused.sqnr_db >= 25
+    # Single codes are rounded the other way, on ties only, and rarely.
+    assert proof.ties_runtime + proof.ties_toolkit < 1e-3 * proof.activation_codes
+
+
+def test_the_onnxruntime_form_is_bit_exact_without_fusions(tmp_path, make_student, digits):
+    student, images = make_student("modelopt", 4), digits.test[0][:64]
+    canonical = export_onnx(student, images, tmp_path / "canonical.onnx")
+    rewritten = export_onnx(student, images, tmp_path / "ort.onnx", target="onnxruntime")
+    np.testing.assert_array_equal(_run(canonical.path, images, optimize=False), _run(rewritten.path, images, optimize=False))
+
+
+def test_batch_norm_is_folded_and_nothing_local_is_left(tmp_path, make_student, digits):
+    path = export_onnx(make_student(), digits.test[0][:8], tmp_path / "s.onnx").path
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    assert "BatchNormalization" not in {node.op_type for node in model.graph.node}
+    assert {entry.domain for entry in model.opset_import} == {""}
+    text = path.read_bytes()
+    for forbidden in (b"site-packages", b"stack_trace", b".py", str(tmp_path).encode(), b"File "):
+        assert forbidden not in text
+
+
+def test_the_batch_dimension_is_dynamic(tmp_path, make_student, digits):
+    path = export_onnx(make_student(), digits.test[0][:1], tmp_path / "s.onnx").path
+    whole = _run(path, digits.test[0][:7], optimize=False)
+    single = np.concatenate([_run(path, digits.test[0][k : k + 1], optimize=False) for k in range(7)])
+    np.testing.assert_allclose(whole, single, atol=1e-4)
+
+
+def _exported(student, images):
+    form = adapter_for(student).export_form(student)
+    return export_canonical(form, images), form
+
+
+def test_a_corrupted_activation_scale_is_named(make_student, digits):
+    student, images = make_student(), digits.test[0][:16]
+    file, form = _exported(student, images)
+    form.get_submodule("stages.1.conv2").input_qdq.scale.mul_(1.01)
+    with pytest.raises(ParityError, match=r"stages\.1\.conv2\.input_qdq") as caught:
+        check_parity(file, form, student, images, fused=False)
+    assert caught.value.layer == "stages.1.conv2.input_qdq"
+
+
+def _weight_node(file, layer):
+    return next(n for n in file.graph if n.op_type == "DequantizeLinear" and n.metadata_props.get("qakd.weight") == layer)
+
+
+def test_a_corrupted_weight_scale_of_the_file_is_caught_at_the_next_quantizer(make_student, digits):
+    student, images = make_student(), digits.test[0][:16]
+    file, form = _exported(student, images)
+    scale = _weight_node(file, "stages.0.conv1.weight").inputs[1]
+    scale.const_value = ir.tensor(1.02 * scale.const_value.numpy())
+    with pytest.raises(ParityError, match=r"stages\.0\.conv2\.input_qdq"):
+        check_parity(file, form, student, images, fused=False)
+
+
+def test_a_flipped_weight_code_is_named_with_its_channel(make_student, digits):
+    student, images = make_student(), digits.test[0][:16]
+    file, form = _exported(student, images)
+    codes = _weight_node(file, "stages.2.conv1.weight").inputs[0]
+    changed = codes.const_value.numpy().copy()
+    changed[5, 0, 0, 0] += 1
+    codes.const_value = ir.tensor(changed)
+    with pytest.raises(ParityError, match=r"stages\.2\.conv1: .*output channel 5"):
+        check_parity(file, form, student, images, fused=False)
+
+
+def test_a_wrong_bias_of_the_last_layer_is_caught(make_student, digits):
+    student, images = make_student(), digits.test[0][:16]
+    file, form = _exported(student, images)
+    form.head.bias[3] += 0.5
+    with pytest.raises(ParityError, match="logits"):
+        check_parity(file, form, student, images, fused=False)
+
+
+def test_nothing_is_written_when_parity_fails(tmp_path, make_student, digits, monkeypatch):
+    student = make_student()
+    monkeypatch.setattr("qakd_plugin.deploy.parity.LOGIT_TOLERANCE", -1.0)
+    with pytest.raises(ParityError):
+        export_onnx(student, digits.test[0][:8], tmp_path / "sub" / "s.onnx")
+    assert not (tmp_path / "sub").exists()
+
+
+def test_export_leaves_the_model_as_it_was(tmp_path, make_student, digits):
+    student = make_student("torch_ao").train()
+    before = copy.deepcopy(student.state_dict())
+    export_onnx(student, digits.test[0][:8], tmp_path / "s.onnx")
+    assert student.training
+    assert all(torch.equal(before[name], value) for name, value in student.state_dict().items())
+
+
+class _TwoReads(nn.Module):
+    """A convolution read by a max pooling, an add and a concatenation, a grouped one, and a linear layer in the middle."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU6())
+        self.pool = nn.MaxPool2d(3, 2, 1)
+        self.depthwise = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.branch = nn.Conv2d(8, 8, 1)
+        self.transposed = nn.ConvTranspose2d(16, 8, 2, 2)
+        self.hidden, self.head = nn.Linear(8, 12), nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = self.pool(self.stem(x))
+        y = torch.cat([self.depthwise(x) + x, self.branch(x)], 1)
+        y = torch.relu(self.transposed(y)).mean([2, 3])
+        return self.head(torch.nn.functional.gelu(self.hidden(y)))
+
+
+@pytest.mark.parametrize("bits", [8, 3, 2])
+def test_unusual_structures_are_exported_exactly(bits, tmp_path):
+    torch.manual_seed(1)
+    model, images = _TwoReads().train(), torch.rand(16, 3, 16, 16)
+    for _ in range(20):
+        model(images)
+    student = prepare(model.eval(), [images], "modelopt", weight_bits=bits, activation_bits=bits)
+    proof = export_onnx(student, images, tmp_path / "s.onnx", target="onnxruntime").parity
+    assert proof.runtime_deviation < 1e-4
+
+
+# -- bad input
+
+
+def test_a_float_model_cannot_be_exported(tmp_path, teacher, digits):
+    with pytest.raises(NotPreparedError):
+        export_onnx(teacher, digits.test[0][:4], tmp_path / "s.onnx")
+
+
+def test_an_asymmetric_quantizer_is_named_for_tensorrt_and_exported_elsewhere(tmp_path, teacher, digits):
+    from torch.ao.quantization import FakeQuantize, MovingAverageMinMaxObserver, QConfig, QConfigMapping
+    from torch.ao.quantization import MovingAveragePerChannelMinMaxObserver as PerChannel
+    from torch.ao.quantization.quantize_fx import prepare_qat_fx
+
+    affine = QConfig(
+        activation=FakeQuantize.with_args(observer=MovingAverageMinMaxObserver, quant_min=0, quant_max=127, dtype=torch.quint8),
+        weight=FakeQuantize.with_args(
+            observer=PerChannel, quant_min=-127, quant_max=127, dtype=torch.qint8, qscheme=torch.per_channel_symmetric
+        ),
+    )
+    images = digits.test[0][:32]
+    student = prepare_qat_fx(copy.deepcopy(teacher).train(), QConfigMapping().set_global(affine), (images,))
+    student(images)
+    with pytest.raises(UnsupportedQuantizerError, match=r"activation_post_process_\d+: asymmetric"):
+        export_onnx(student, images, tmp_path / "s.onnx", target="tensorrt")
+    proof = export_onnx(student.eval(), images, tmp_path / "s.onnx", target="onnxruntime").parity
+    assert proof.runtime_deviation < 1e-4
+
+
+def test_a_scale_that_is_not_positive_is_named(tmp_path, make_student, digits):
+    student = make_student("torch_ao")
+    student.activation_post_process_0.scale.fill_(-0.1)
+    with pytest.raises(ExportError, match="activation_post_process_0"):
+        export_onnx(student, digits.test[0][:4], tmp_path / "s.onnx")
+
+
+@pytest.mark.parametrize("example", [None, torch.zeros(3), torch.zeros(2, 1, 32, 32, dtype=torch.int64)])
+def test_a_bad_example_is_named(example, tmp_path, make_student):
+    with pytest.raises(ExportError, match="example_input"):
+        export_onnx(make_student(), example, tmp_path / "s.onnx")
+
+
+def test_an_unknown_target_is_named(tmp_path, make_student, digits):
+    with pytest.raises(ExportError, match="target='tflite'"):
+        export_onnx(make_student(), digits.test[0][:4], tmp_path / "s.onnx", target="tflite")
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, make_student, digits):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ExportError, match="cannot write"):
+        export_onnx(make_student(), digits.test[0][:4], tmp_path / "file" / "s.onnx")

@@ -1,0 +1,180 @@
+"""prepare() and describe(): a configuration that every target can take."""
+
+import pytest
+import torch
+from torch import nn
+
+from qakd_plugin import MissingPackageError, NotPreparedError, QakdError, describe, prepare
+from qakd_plugin.backends import adapter_for
+from qakd_plugin.calibration import RangeObserver, best_weight_clip
+from qakd_plugin.placement import OutputQuantizer, place_quantizers
+
+TOOLKITS = ["modelopt", "torch_ao"]
+
+
+@pytest.mark.parametrize("toolkit", TOOLKITS)
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_every_target_can_take_what_prepare_makes(toolkit, bits, make_student):
+    description = describe(make_student(toolkit, bits))
+    assert description.toolkit == toolkit
+    assert description.weight_quantizers == 10
+    assert description.activation_quantizers >= 10
+    assert all(not q.problems for q in description.quantizers)
+    weights = {q.name: q.bits for q in description.quantizers if q.role == "weight"}
+    edges = {name: b for name, b in weights.items() if name.startswith(("stem", "head"))}
+    assert set(edges.values()) == {8}
+    assert {b for name, b in weights.items() if name not in edges} == {bits}
+    assert "stages.0.conv1" in str(description)
+    assert description.as_dict()["quantizers"][0]["name"]
+
+
+@pytest.mark.parametrize("toolkit", TOOLKITS)
+def test_low_bit_inputs_behind_a_relu_are_unsigned(toolkit, make_student):
+    student = make_student(toolkit, 4)
+    adapter = adapter_for(student)
+    ranges = [
+        (p.quant_min, p.quant_max) for q in adapter.quantizers(student) if q.role == "activation" for p in [adapter.qparams(q)]
+    ]
+    assert (0, 15) in ranges
+    assert (-8, 7) not in ranges
+
+
+@pytest.mark.parametrize("toolkit", TOOLKITS)
+def test_calibration_alone_keeps_the_accuracy_at_eight_bits(toolkit, make_student, teacher, digits):
+    images, labels = digits.validation
+    with torch.no_grad():
+        exact, quantized = ((model(images).argmax(1) == labels).float().mean() for model in (teacher, make_student(toolkit)))
+    assert float(exact - quantized) < 0.02
+
+
+@pytest.mark.parametrize("toolkit", TOOLKITS)
+def test_with_fake_quant_off_the_student_is_the_teacher(toolkit, make_student, teacher, digits):
+    student, images = make_student(toolkit, 4), digits.test[0][:64]
+    adapter_for(student).set_fake_quant(student, False)
+    with torch.no_grad():
+        torch.testing.assert_close(student(images), teacher(images), atol=1e-4, rtol=1e-4)
+        adapter_for(student).set_fake_quant(student, True)
+        assert (student(images) - teacher(images)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("toolkit", TOOLKITS)
+def test_kept_layers_stay_in_floating_point(toolkit, make_student):
+    names = [q.name for q in describe(make_student(toolkit, keep=("head", "stages.1.*"))).quantizers if q.role == "weight"]
+    assert len(names) == 6
+    assert not any(name.startswith(("head", "stages.1")) for name in names)
+
+
+def test_prepare_leaves_the_float_model_alone(teacher, calibration):
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    prepare(teacher.train(), calibration)
+    assert teacher.training
+    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+
+
+def test_modelopt_saves_and_restores_what_prepare_made(tmp_path, make_student, teacher, digits):
+    import modelopt.torch.opt as mto
+
+    student, images = make_student("modelopt", 4), digits.test[0][:16]
+    mto.save(student, tmp_path / "student.pth")
+    restored = mto.restore(teacher, tmp_path / "student.pth")
+    with torch.no_grad():
+        assert torch.equal(student(images), restored(images))
+
+
+def test_an_output_quantizer_goes_behind_convolutions_that_feed_an_add(teacher):
+    placement = place_quantizers(teacher)
+    assert OutputQuantizer("stages.0.bn2", None) in placement.outputs
+    assert OutputQuantizer("stem.1", (0.0, float("inf"))) in placement.outputs  # read by a convolution and by an add
+    assert placement.edges == {"stem.0", "head"}
+    assert "stem.0" not in placement.unsigned
+    assert "stages.0.conv2" in placement.unsigned
+
+
+def test_a_model_that_cannot_be_traced_is_prepared_with_a_warning(caplog):
+    class Dynamic(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(1, 4, 3), nn.Linear(4, 3)
+
+        def forward(self, x):
+            x = self.first(x)
+            if float(x.mean()) > 1e9:
+                x = -x
+            return self.second(x.mean([2, 3]))
+
+    student = prepare(Dynamic(), [torch.rand(4, 1, 8, 8)])
+    assert "cannot be traced" in caplog.text
+    assert describe(student).weight_quantizers == 2
+
+
+def test_the_observer_keeps_what_it_saw_over_batches_of_growing_range():
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(5000, generator=generator) * scale for scale in (0.1, 3.0, 0.5, 9.0)]
+    observer = RangeObserver()
+    for value in values:
+        observer.observe(value)
+    everything = torch.cat(values).abs()
+    assert observer.maximum == float(everything.max())
+
+    def error(clip):
+        step = clip / 15
+        return float(((torch.clamp(torch.round(everything / step), max=15) * step - everything) ** 2).mean())
+
+    best = min(error(clip) for clip in torch.linspace(0.1, float(everything.max()), 500).tolist())
+    assert error(observer.best_clip(15)) <= 1.02 * best
+
+
+def test_weight_clips_beat_the_maximum_and_survive_zero_channels():
+    weight = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
+    weight[2] = 0
+    clips = best_weight_clip(weight, -8, 7, axis=0)
+
+    def error(clip):
+        step = (clip / 7).clamp(min=1e-12)[:, None]
+        return ((torch.clamp(torch.round(weight / step), -8, 7) * step - weight) ** 2).sum(1)
+
+    assert clips[2] == 0
+    assert bool((error(clips) <= error(weight.abs().amax(1)) + 1e-9).all())
+
+
+# -- bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"toolkit": "brevitas"}, "toolkit='brevitas'"),
+        ({"weight_bits": 1}, "weight_bits=1"),
+        ({"activation_bits": 9}, "activation_bits=9"),
+        ({"keep": ("nothing*",)}, "keep: 'nothing"),
+        ({"keep": ("*",)}, "no convolution or linear layer"),
+    ],
+)
+def test_bad_arguments_are_named(options, message, teacher, calibration):
+    with pytest.raises(QakdError, match=message):
+        prepare(teacher, calibration, **options)
+
+
+def test_missing_or_bad_calibration_data_is_named(teacher):
+    with pytest.raises(QakdError, match="calibration_batches is empty"):
+        prepare(teacher, [])
+    with pytest.raises(QakdError, match="batch 1"):
+        prepare(teacher, [torch.rand(2, 1, 32, 32), torch.full((2, 1, 32, 32), float("nan"))])
+
+
+def test_a_prepared_model_is_not_prepared_again(make_student, calibration):
+    with pytest.raises(NotPreparedError, match="prepared by modelopt already"):
+        prepare(make_student(), calibration)
+
+
+def test_describe_refuses_a_float_model(teacher):
+    with pytest.raises(NotPreparedError):
+        describe(teacher)
+
+
+def test_a_missing_toolkit_is_named_with_its_pip_line(teacher, calibration, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "modelopt.torch.quantization", None)
+    with pytest.raises(MissingPackageError, match=r"pip install 'qakd-plugin\[modelopt\]'"):
+        prepare(teacher, calibration)
