@@ -203,22 +203,28 @@ def _insert_low_bit_inputs(prepared: torch.fx.GraphModule, placement: Placement,
         The new quantizers' names with their code ranges.
     """
     ranges: dict[str, tuple[int, int]] = {}
+    readers = [
+        node
+        for node in prepared.graph.nodes
+        if node.op == "call_module"
+        and node.target in placement.layers
+        and node.target not in placement.edges
+        and _is_fake_quant(prepared, node.args[0])
+    ]
     added: dict[tuple[torch.fx.Node, bool], torch.fx.Node] = {}
-    for node in list(prepared.graph.nodes):
-        if node.op != "call_module" or node.target not in placement.layers or node.target in placement.edges:
-            continue
-        source = node.args[0]
-        if not _is_fake_quant(prepared, source):
-            continue
-        unsigned = node.target in placement.unsigned
-        if (source, unsigned) not in added:
-            name = f"low_bit_input_{len(ranges)}"
-            ranges[name] = (0, 2**bits - 1) if unsigned else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-            # The eight-bit quantizer stays for the other readers; with none left it goes.
-            prepared.add_submodule(name, nn.Identity())
-            with prepared.graph.inserting_after(source):
-                added[source, unsigned] = prepared.graph.call_module(name, (source.args[0],))
-        node.replace_input_with(source, added[source, unsigned])
+    for source in dict.fromkeys(node.args[0] for node in readers):
+        # Where the eight-bit grid has no other reader it goes; elsewhere it stays in front, so that the convolution before it
+        # still ends in a single quantizer.
+        alone = all(user in readers for user in source.users)
+        for node in [user for user in source.users if user in readers]:
+            unsigned = node.target in placement.unsigned
+            if (source, unsigned) not in added:
+                name = f"low_bit_input_{len(ranges)}"
+                ranges[name] = (0, 2**bits - 1) if unsigned else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+                prepared.add_submodule(name, nn.Identity())
+                with prepared.graph.inserting_after(source):
+                    added[source, unsigned] = prepared.graph.call_module(name, (source.args[0] if alone else source,))
+            node.replace_input_with(source, added[source, unsigned])
     prepared.graph.eliminate_dead_code()
     prepared.graph.lint()
     prepared.recompile()

@@ -59,7 +59,7 @@ def run(folder: Path, *, epochs: int = 12, teacher_epochs: int = 15, seed: int =
         calls: timed calls of each file.
     """
     logging.getLogger("accelerate").setLevel(logging.ERROR)
-    console = Console()
+    console = Console(soft_wrap=True)
     started = time.perf_counter()
 
     def step(number: int, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,9 @@ from dataclasses import dataclass
 from ..bench.record import Row
 
 WIDTH, HEIGHT = 760.0, 380.0
+_LABELS = 24
+"""With more points than this only those that nothing beats are labelled."""
+
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64.0, 24.0, 20.0, 48.0
 
 
@@ -41,17 +45,15 @@ class Plot:
 
 def pareto(rows: Sequence[Row]) -> list[bool]:
     """For each row with an accuracy, whether no other one is at least as accurate and as fast, and better in one."""
-    flags = []
-    for row in rows:
-        beaten = any(
-            other.accuracy is not None
-            and row.accuracy is not None
-            and other.accuracy >= row.accuracy
-            and other.p50_ms <= row.p50_ms
-            and (other.accuracy > row.accuracy or other.p50_ms < row.p50_ms)
-            for other in rows
-        )
-        flags.append(row.accuracy is not None and not beaten)
+    flags = [False] * len(rows)
+    most = -math.inf
+    scored = sorted((row.p50_ms, -row.accuracy, index) for index, row in enumerate(rows) if row.accuracy is not None)
+    for _, group in itertools.groupby(scored, key=lambda entry: entry[0]):
+        equally_fast = list(group)
+        top = -equally_fast[0][1]
+        for _, negative, index in equally_fast:
+            flags[index] = -negative == top > most
+        most = max(most, top)
     return flags
 
 
@@ -74,14 +76,15 @@ def accuracy_latency_plot(rows: Sequence[Row]) -> Plot | None:
         inside = min(max(value, y_low), y_high)
         return HEIGHT - _BOTTOM - (inside - y_low) / (y_high - y_low) * (HEIGHT - _TOP - _BOTTOM)
 
-    labels = _spread([y(value) for value in accuracies], [x(value) for value in latencies])
+    labelled = [best or len(shown) <= _LABELS for _, best in shown]
+    labels = _spread([y(value) for value in accuracies], [x(value) for value in latencies], labelled)
     points = [
         Point(
             x=x(row.p50_ms),
             y=y(accuracy),
             y_low=y(100 * (row.accuracy_low if row.accuracy_low is not None else row.accuracy or 0.0)),
             y_high=y(100 * (row.accuracy_high if row.accuracy_high is not None else row.accuracy or 0.0)),
-            label=row.name,
+            label=row.name if named else "",
             label_y=label_y,
             tooltip=f"{row.name}, {row.runtime}: {accuracy:.2f} % at {row.p50_ms:.3f} ms",
             kind="float"
@@ -89,7 +92,7 @@ def accuracy_latency_plot(rows: Sequence[Row]) -> Plot | None:
             else ("distilled" if row.method not in {"PTQ", "QAT"} else row.method.lower()),
             pareto=best,
         )
-        for (row, best), accuracy, label_y in zip(shown, accuracies, labels, strict=True)
+        for (row, best), accuracy, label_y, named in zip(shown, accuracies, labels, labelled, strict=True)
     ]
     front = sorted((point for point in points if point.pareto), key=lambda point: point.x)
     x_step = _nice_step(x_high / 5)
@@ -111,11 +114,13 @@ def _short(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _spread(ys: Sequence[float], xs: Sequence[float], gap: float = 14.0, near: float = 150.0) -> list[float]:
+def _spread(
+    ys: Sequence[float], xs: Sequence[float], labelled: Sequence[bool], gap: float = 14.0, near: float = 150.0
+) -> list[float]:
     """Move labels of neighbouring points apart."""
     placed: list[tuple[float, float]] = []
-    result = [0.0] * len(ys)
-    for index in sorted(range(len(ys)), key=lambda i: ys[i]):
+    result = list(ys)
+    for index in sorted((i for i in range(len(ys)) if labelled[i]), key=lambda i: ys[i]):
         y = ys[index]
         while any(abs(y - other_y) < gap and abs(xs[index] - other_x) < near for other_x, other_y in placed):
             y += 2

@@ -107,12 +107,18 @@ def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def console_table(rows: Sequence[Row], title: str | None = None) -> Table:
-    """The report's table for a terminal."""
+    """The report's table for a terminal: without the columns that say the same in every row."""
     table = Table(title=title)
-    for index, heading in enumerate(_HEADINGS):
-        table.add_column(heading, justify="left" if index in (1, 2) else "right")
-    for row, best in zip(rows, pareto(rows), strict=True):
-        table.add_row(*_cells(row, best))
+    cells = _table(rows)
+    shown = [
+        index
+        for index, heading in enumerate(_HEADINGS)
+        if heading != "95 % interval" and (heading not in {"runtime", "batch"} or len({row[index] for row in cells}) > 1)
+    ]
+    for index in shown:
+        table.add_column(_HEADINGS[index], justify="left" if index in (1, 2) else "right", no_wrap=True)
+    for row in cells:
+        table.add_row(*[row[index] for index in shown])
     return table
 
 
@@ -122,19 +128,23 @@ def markdown(document: Mapping[str, Any]) -> str:
     env = document["environment"]
     lines = [f"# {_md(document['title'])}", "", f"{document['created']} on {_md(str(env.get('cpu')))}, {env.get('python')}", ""]
     lines += ["| " + " | ".join(_HEADINGS) + " |", "|" + "---|" * len(_HEADINGS)]
-    lines += [
-        "| " + " | ".join(_md(cell) for cell in _cells(row, best)) + " |" for row, best in zip(rows, pareto(rows), strict=True)
-    ]
+    lines += ["| " + " | ".join(map(_md, cells)) + " |" for cells in _table(rows)]
     lines += ["", "* on the left: no other row is both more accurate and faster.", ""]
     lines += [f"- {_md(note)}" for note in document.get("notes", [])]
     return "\n".join(lines) + "\n"
 
 
-def _cells(row: Row, best: bool) -> list[str]:
+def _table(rows: Sequence[Row]) -> list[list[str]]:
+    """Text of every cell; rows name their model where there are several."""
+    several = len({row.model for row in rows}) > 1
+    return [_cells(row, best, several) for row, best in zip(rows, pareto(rows), strict=True)]
+
+
+def _cells(row: Row, best: bool, several: bool) -> list[str]:
     interval = "-" if row.accuracy_low is None else f"{100 * row.accuracy_low:.1f} to {100 * (row.accuracy_high or 0):.1f}"
     return [
         "*" if best else "",
-        row.name,
+        f"{row.model} {row.name}" if several else row.name,
         f"{row.runtime} {row.precision}",
         str(row.batch),
         "-" if row.accuracy is None else f"{100 * row.accuracy:.2f}",
@@ -156,7 +166,7 @@ def _render(document: Mapping[str, Any]) -> str:
     return environment.get_template("template.html").render(
         document=document,
         headings=_HEADINGS,
-        cells=[_cells(row, best) for row, best in zip(rows, pareto(rows), strict=True)],
+        cells=_table(rows),
         plot=accuracy_latency_plot(rows),
     )
 
