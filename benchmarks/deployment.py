@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=100)
     parser.add_argument("--out", type=Path, help="JSON file for the rows")
     options = parser.parse_args()
+    busy = is_busy()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for name in options.network or NETWORKS:
@@ -46,8 +47,8 @@ def main() -> None:
         if row.weight_bits == 8 and row.model in BARS:
             verdict = "reached" if row.speedup and row.speedup >= BARS[row.model] else "MISSED"
             print(f"{row.model}: INT8 {row.speedup:.2f}x FP32, bar {BARS[row.model]}x: {verdict}")
-    if is_busy():
-        print("The machine was busy: take the ratios with care.")
+    if busy:
+        print("The machine was busy when this began: take the ratios with care.")
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         document = {"environment": environment(), "rows": [{**row.as_dict(), "model": row.model} for row in rows]}

@@ -90,6 +90,9 @@ def benchmark(
         raise QakdError("models is empty: name at least one ONNX file.")
     say = progress or (lambda _: None)
     candidates = [model if isinstance(model, Candidate) else _plain(model) for model in models]
+    for candidate in candidates:
+        if not Path(candidate.path).is_file():
+            raise QakdError(f"models: {candidate.path} does not exist.")
     images, labels = _collect(loader) if loader is not None else (_random_images(candidates[0]), None)
     rows: list[Row] = []
     scores: dict[tuple[int, str], dict[str, Any]] = {}

@@ -100,12 +100,10 @@ def make_runner(path: str | os.PathLike[str], runtime: str, threads: int) -> Run
     """The runner for a file.
 
     Raises:
-        QakdError: the file is missing, or the runtime unknown.
+        QakdError: the runtime is unknown.
         EngineError: an engine was given; running one needs a GPU.
         MissingPackageError: the runtime is not installed.
     """
-    if not Path(path).is_file():
-        raise QakdError(f"models: {path} does not exist.")
     if runtime == "tensorrt" or Path(path).suffix == ".engine":
         raise EngineError(
             f"{path}: running an engine needs an NVIDIA GPU and its driver; on this machine it can be built and verified."

@@ -67,7 +67,7 @@ def accuracy_latency_plot(rows: Sequence[Row]) -> Plot | None:
     x_low, x_high = 0.0, max(latencies) * 1.15
     y_step = _nice_step(max(max(accuracies) - min(accuracies), 0.4) / 4)
     y_low = math.floor(min(accuracies) / y_step - 0.5) * y_step
-    y_high = math.ceil(max(accuracies) / y_step + 0.5) * y_step
+    y_high = min(100.0, math.ceil(max(accuracies) / y_step + 0.5) * y_step)
 
     def x(value: float) -> float:
         return _LEFT + (value - x_low) / (x_high - x_low) * (WIDTH - _LEFT - _RIGHT)
