@@ -128,7 +128,7 @@ def attach(prepared_model: nn.Module, teacher: nn.Module | None, method: Method 
     """
     adapter_for(prepared_model)
     method = SQAKD() if method is None else method
-    phases = method.phases(100)
+    phases = method.phases(100)  # how many epochs each has is up to the caller's loop
     require_teacher(method, phases, teacher)
     return Attached(prepared_model, teacher, method, phases)
 

@@ -95,7 +95,9 @@ def test_bad_input_of_benchmark_is_named(files, digits, tmp_path):
         benchmark([Candidate(tmp_path / "bad.onnx")], digits.loader("test"))
     (tmp_path / "s.engine").write_bytes(b"rubbish")
     with pytest.raises(EngineError, match="GPU"):
-        benchmark([Candidate(tmp_path / "s.engine")], digits.loader("test"))
+        benchmark([tmp_path / "s.engine"], digits.loader("test"), runtimes=("onnxruntime", "tensorrt"))
+    with pytest.raises(QakdError, match="engines run in 'tensorrt'"):
+        benchmark([tmp_path / "s.engine"], digits.loader("test"))
 
 
 def test_a_missing_runtime_is_named_with_its_pip_line(files, monkeypatch):

@@ -212,7 +212,7 @@ def _role(fqn: str) -> Role:
 def _axis_and_block(q: Any, amax: Tensor, name: str) -> tuple[int | None, int | None]:
     if q.block_sizes:
         raise UnsupportedQuantizerError(
-            f"{name}: block_sizes={q.block_sizes} has no export form yet. Use per-channel weights (axis=0)."
+            f"{name}: block_sizes={q.block_sizes} has no export form. Use per-channel weights (axis=0)."
         )
     if amax.numel() == 1:
         return None, None

@@ -69,10 +69,10 @@ def benchmark(
     """Measure files side by side in one run.
 
     Args:
-        models: ONNX files, or :class:`Candidate`.
+        models: ONNX files and engines, or :class:`Candidate`; engines run in "tensorrt", ONNX files in the other runtimes.
         loader: batches (images, labels) for accuracy through the runtime, and real inputs for latency; without it, random
             images of the shape the first file takes.
-        runtimes: "onnxruntime", "openvino".
+        runtimes: "onnxruntime", "openvino", "tensorrt".
         batch_sizes: images per call.
         threads: threads of the runtime.
         calls: timed calls of each candidate, after a warm-up.
@@ -101,8 +101,10 @@ def benchmark(
             (index, candidate, runtime)
             for index, candidate in enumerate(candidates)
             for runtime in runtimes
-            if candidate.runtime in (None, runtime)
+            if candidate.runtime in (None, runtime) and (Path(candidate.path).suffix == ".engine") == (runtime == "tensorrt")
         ]
+        if len({index for index, _, _ in jobs}) < len(candidates):
+            raise QakdError("runtimes: engines run in 'tensorrt', ONNX files in 'onnxruntime' and 'openvino'; name them all.")
         runners = [make_runner(candidate.path, runtime, count) for _, candidate, runtime in jobs]
         for (index, candidate, runtime), runner in zip(jobs, runners, strict=True):
             if labels is not None and (index, runtime) not in scores:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -104,7 +103,7 @@ def make_runner(path: str | os.PathLike[str], runtime: str, threads: int) -> Run
         EngineError: an engine was given; running one needs a GPU.
         MissingPackageError: the runtime is not installed.
     """
-    if runtime == "tensorrt" or Path(path).suffix == ".engine":
+    if runtime == "tensorrt":
         raise EngineError(
             f"{path}: running an engine needs an NVIDIA GPU and its driver; on this machine it can be built and verified."
         )

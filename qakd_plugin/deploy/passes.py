@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from ..errors import ExportError
 from .graph import QUANTIZER_KEY, WEIGHT_KEY, constant, initializer, only_consumer, producer, replace, scalar
 
 _log = logging.getLogger(__name__)
@@ -96,6 +97,10 @@ def _lower_activation(graph: ir.Graph, node: ir.Node) -> None:
 def _lower_weight(graph: ir.Graph, node: ir.Node) -> None:
     scale = constant(node.inputs[1])
     assert scale is not None
+    if node.attributes.get_int("block", 0):
+        raise ExportError(
+            f"{node.name}: blocked weights need opset 21; the canonical form has one scale per channel or per tensor."
+        )
     per_tensor = scale.ndim == 0
     attributes = {} if per_tensor else {"axis": node.attributes.get_int("axis", 0)}
     dequantize = ir.node("DequantizeLinear", list(node.inputs), attributes, name=f"{node.name}/DequantizeLinear")
