@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from types import TracebackType
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+from rich.progress import track as rich_track
+
+T = TypeVar("T")
+
+
+def track(items: Sequence[T], description: str) -> Iterator[T]:
+    """Iterate with a progress bar on terminals."""
+    console = Console(stderr=True)
+    yield from rich_track(items, description, console=console, transient=True, disable=not console.is_terminal)
 
 
 class Progress:

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ..progress import track
+
 
 class Block(nn.Module):
     """Two 3x3 convolutions and a shortcut, which is a 1x1 convolution where the shape changes."""
@@ -49,7 +51,7 @@ def train_float(model: nn.Module, loader: DataLoader[Tensor], epochs: int, lr: f
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=epochs * len(loader))
     model.train()
-    for _ in range(epochs):
+    for _ in track(range(epochs), "teacher"):
         for x, y in loader:
             F.cross_entropy(model(x), y).backward()
             optimizer.step()

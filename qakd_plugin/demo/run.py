@@ -22,6 +22,7 @@ from ..deploy.to_onnx import export_float
 from ..distillation import distill
 from ..methods import QAT, SQAKD, Method
 from ..preparation import prepare
+from ..progress import track
 from ..report import console_table, write_report
 from .data import Digits, load
 from .net import DigitNet, train_float
@@ -164,7 +165,7 @@ def _train(
 
 def _export_all(console: Console, folder: Path, students: list[Student], example: Tensor) -> list[dict[str, Any]]:
     parity = []
-    for student in students:
+    for student in track(students, "export"):
         export_onnx(student.model, example, folder / "onnx" / f"{student.name}.onnx")
         exported = export_onnx(student.model, example, folder / "onnx" / f"{student.name}.ort.onnx", target="onnxruntime")
         proof = exported.parity
@@ -179,7 +180,7 @@ def _export_all(console: Console, folder: Path, students: list[Student], example
 
 def _build_all(console: Console, folder: Path, students: list[Student]) -> list[dict[str, Any]]:
     engines = []
-    for student in students:
+    for student in track(students, "engines"):
         info = build_engine(
             folder / "onnx" / f"{student.name}.onnx", folder / "engines" / f"{student.name}.engine", runtime="tensorrt_rtx"
         )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from .._files import write_atomic
@@ -107,18 +108,16 @@ def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def console_table(rows: Sequence[Row], title: str | None = None) -> Table:
-    """The report's table for a terminal: without the columns that say the same in every row."""
-    table = Table(title=title)
-    cells = _table(rows)
-    shown = [
-        index
-        for index, heading in enumerate(_HEADINGS)
-        if heading != "95 % interval" and (heading not in {"runtime", "batch"} or len({row[index] for row in cells}) > 1)
-    ]
+    """The report's table for a terminal of 80 columns: what tells the rows apart, and the figures that matter most."""
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    wanted = {"", "model", "accuracy %", "p50 ms", "images/s", "x FP32", "int layers"}
+    wanted |= {"runtime"} if len({row.runtime for row in rows}) > 1 else set()
+    wanted |= {"batch"} if len({row.batch for row in rows}) > 1 else set()
+    shown = [index for index, heading in enumerate(_HEADINGS) if heading in wanted]
     for index in shown:
         table.add_column(_HEADINGS[index], justify="left" if index in (1, 2) else "right", no_wrap=True)
-    for row in cells:
-        table.add_row(*[row[index] for index in shown])
+    for cells in _table(rows):
+        table.add_row(*[cells[index] for index in shown])
     return table
 
 
