@@ -221,9 +221,8 @@ def _conclusions(rows: list[Row]) -> list[str]:
     if speedups:
         notes.append(f"Quantized files are {min(speedups):.2f} to {max(speedups):.2f} times as fast as FP32 in the same run.")
     notes.append(
-        "Four-bit files compute exactly what was trained, in 8-bit kernels: no CPU or GPU runtime computes convolutions in "
-        "four bits, "
-        "so they are as fast as 8-bit ones, not faster."
+        "Four-bit files compute exactly what was trained, in 8-bit kernels: ONNX Runtime and TensorRT compute convolutions in "
+        "8 bits at least, so they are as fast as 8-bit files, not faster."
     )
     notes.append("Intervals that overlap are no evidence of a difference: the test split has a few hundred images.")
     return notes
