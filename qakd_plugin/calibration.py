@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _BINS = 2048
 _CANDIDATES = 200
@@ -60,6 +62,35 @@ class RangeObserver:
         quantized = torch.clamp(torch.round(centers / steps), max=levels) * steps
         errors = ((quantized - centers) ** 2 * self._counts).sum(1)
         return float(clips[int(errors.argmin())])
+
+
+@torch.no_grad()
+def observe_inputs(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    batches: Iterable[Tensor],
+    clamps: Mapping[str, tuple[float, float] | None],
+) -> dict[str, RangeObserver]:
+    """Run batches through a model and watch what reaches some of its modules.
+
+    Args:
+        model: that holds them.
+        modules: by name.
+        batches: inputs of the model.
+        clamps: of those that stand in front of a ReLU, by name.
+    """
+    observers = {name: RangeObserver(clamp=clamps.get(name)) for name in modules}
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args, observer=observers[name]: observer.observe(args[0]))
+        for name, module in modules.items()
+    ]
+    try:
+        for batch in batches:
+            model(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return observers
 
 
 @torch.no_grad()

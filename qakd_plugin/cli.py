@@ -154,6 +154,7 @@ def _add_engine(commands: Any) -> None:
         )
     parser.add_argument("--capability", action="append", help="RTX: GPU generation such as SM89; may be repeated")
     parser.add_argument("--require-int8", type=float, help="smallest share of layers that must compute in integers")
+    parser.add_argument("--allow-float", action="store_true", help="take a file without Q/DQ, for a float baseline")
 
 
 def _engine(options: argparse.Namespace) -> None:
@@ -169,11 +170,22 @@ def _engine(options: argparse.Namespace) -> None:
         max_batch=options.max_batch,
         capabilities=options.capability,
         require_int8=options.require_int8,
+        allow_float=options.allow_float,
     )
     for kind in ("convolutions", "matmuls"):
         found = info.manifest[kind]
         print(f"{kind}: {found if isinstance(found, str) else '{int8} of {total} in int8'.format(**found)}")
-    print(f"the same with NVIDIA's tool: {trtexec_command(options.onnx, out, input_shape(options.onnx))}")
+    line = trtexec_command(
+        options.onnx,
+        out,
+        input_shape(options.onnx),
+        runtime=info.manifest["runtime"]["name"],
+        min_batch=options.min_batch,
+        opt_batch=options.opt_batch,
+        max_batch=options.max_batch,
+        capabilities=info.manifest["capabilities"],
+    )
+    print(f"the same with NVIDIA's tool: {line}")
     print(info.path)
     print(info.manifest_path)
 

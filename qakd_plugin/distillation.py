@@ -22,8 +22,9 @@ from .checks import check_quantizers, check_trainable
 from .description import describe
 from .errors import QakdError
 from .hooks import require_teacher
-from .loop import Augment, Settings, Trainer
+from .loop import Augment, Trainer
 from .methods import SQAKD, Method
+from .optim import Settings
 
 _log = logging.getLogger(__name__)
 

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torchmetrics.classification import MulticlassAccuracy
 
 from ._files import write_atomic
 from .backends import Adapter
@@ -22,26 +21,15 @@ from .batches import BatchFn
 from .checkpoint import CheckpointStore, random_state, restore_random_state
 from .checks import blame, check_first_batch, require_finite_input
 from .errors import CheckpointError, TrainingError
+from .evaluation import evaluate
 from .hooks import teacher_logits
 from .methods import Method, Phase, require_labels, total_loss
 from .modes import eval_mode
+from .optim import Settings, cosine_schedule, student_optimizer, teacher_optimizer
 from .progress import Progress
 
 Augment = Callable[[Tensor, Any], tuple[Tensor, Any]]
 """Images as the loader yields them, and labels, before they reach both networks."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How the optimizers are set up; see :func:`qakd_plugin.distill`."""
-
-    lr: float = 1e-3
-    quantizer_lr: float = 1e-5
-    teacher_lr: float = 1e-4
-    weight_decay: float = 1e-4
-    grad_clip: float | None = 1.0
-    warmup: float = 0.05
-    mixed_precision: str = "no"
 
 
 @dataclass
@@ -277,35 +265,15 @@ class Trainer:
         restore_random_state(saved, self.generators)
 
     def _make_optimizers(self) -> None:
-        settings = self.settings
-        of_quantizers = {id(p) for quantizer in self.adapter.quantizers(self.model) for p in quantizer.module.parameters()}
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        weights = [p for p in trained if id(p) not in of_quantizers]
-        groups = [
-            {"params": [p for p in weights if p.ndim > 1], "weight_decay": settings.weight_decay},
-            {"params": [p for p in weights if p.ndim <= 1], "weight_decay": 0.0},
-            {"params": [p for p in trained if id(p) in of_quantizers], "weight_decay": 0.0, "lr": settings.quantizer_lr},
-        ]
-        self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.lr)
-        self.scheduler = self._schedule(self.optimizer, len(self.epochs) * self.steps_per_epoch)
+        self.optimizer = student_optimizer(self.adapter, self.model, self.settings)
+        self.scheduler = cosine_schedule(self.optimizer, len(self.epochs) * self.steps_per_epoch, self.settings.warmup)
         together = sum(phase.epochs for phase in self.phases if phase.teacher)
         if together:
             assert self.teacher is not None
-            self.teacher_optimizer = torch.optim.AdamW(
-                self.teacher.parameters(), lr=settings.teacher_lr, weight_decay=settings.weight_decay
+            self.teacher_optimizer = teacher_optimizer(self.teacher, self.settings)
+            self.teacher_scheduler = cosine_schedule(
+                self.teacher_optimizer, together * self.steps_per_epoch, self.settings.warmup
             )
-            self.teacher_scheduler = self._schedule(self.teacher_optimizer, together * self.steps_per_epoch)
-
-    def _schedule(self, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-        warmup = round(self.settings.warmup * steps)
-
-        def factor(step: int) -> float:
-            """Linear warm-up, then half a cosine down to 0."""
-            if step < warmup:
-                return (step + 1) / (warmup + 1)
-            return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
-
-        return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
     def _prepared_teacher(self, teacher: nn.Module) -> nn.Module:
         """Only a teacher that learns is wrapped for data parallel training."""
@@ -343,38 +311,9 @@ class Trainer:
             "images_per_second": position.samples / position.step_in_epoch * steps / seconds if steps else 0.0,
         }
         if self.val_loader is not None:
-            row |= self.evaluate(self.val_loader)
+            with self._evaluated():
+                row |= evaluate(self.model, self.teacher, self.val_loader, self.batch_fn, self.device)
         return row
-
-    @torch.no_grad()
-    def evaluate(self, loader: Iterable[Any]) -> dict[str, float]:
-        """Top-1 accuracy of both networks on a labelled split, and how often they agree."""
-        metrics: dict[str, MulticlassAccuracy] = {}
-
-        def update(name: str, logits: Tensor, target: Tensor) -> None:
-            if name not in metrics:
-                metrics[name] = MulticlassAccuracy(logits.shape[1], average="micro").to(self.device)
-            metrics[name].update(logits, target)
-
-        with self._evaluated():
-            for batch in loader:
-                x, labels = self.batch_fn(batch)
-                x = x.to(self.device)
-                student = self.model(x)
-                labelled = isinstance(labels, Tensor) and labels.ndim == 1
-                if labelled:
-                    update("val_accuracy", student, labels.to(self.device))
-                if self.teacher is not None:
-                    with eval_mode(self.teacher):
-                        teacher = self.teacher(x)
-                    update("val_agreement", student, teacher.argmax(1))
-                    if labelled:
-                        update("val_teacher_accuracy", teacher, labels.to(self.device))
-        if not metrics:
-            raise TrainingError(
-                "val_loader yields neither labels nor, without a teacher, anything to compare with. Yield (x, y)."
-            )
-        return {name: float(metric.compute()) for name, metric in metrics.items()}
 
     def _remember_best(self, row: dict[str, Any]) -> None:
         value = row.get("val_accuracy", row.get("val_agreement"))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .._optional import require
-from ..calibration import RangeObserver, best_weight_clip
+from ..calibration import best_weight_clip, observe_inputs
 from ..deploy.export_form import ActivationQDQ, QuantizedLayer, QuantizedModule, replace_modules, store_weight
 from ..errors import NotPreparedError, UnsupportedQuantizerError
 from ..placement import Placement, place_quantizers
@@ -173,30 +173,19 @@ def _minimize_error(model: nn.Module, batches: Iterable[Tensor], placement: Plac
     adapter = ModelOptAdapter()
     clamps = {f"{output.name}.output_quantizer": output.clamp for output in placement.outputs}
     quantizers = adapter.quantizers(model)
-    observers: dict[str, RangeObserver] = {}
-    hooks = []
-    for quantizer in quantizers:
-        if quantizer.role == "weight":
-            q: Any = quantizer.module
-            qparams = adapter.qparams(quantizer)
-            weight = model.get_submodule(quantizer.fqn.rpartition(".")[0])._parameters["weight"]
-            assert weight is not None
-            clip = best_weight_clip(weight, qparams.quant_min, qparams.quant_max, qparams.axis)
-            q.amax = clip.reshape(q.amax.shape)
-        else:
-            observer = observers[quantizer.fqn] = RangeObserver(clamp=clamps.get(quantizer.fqn))
-            hooks.append(quantizer.module.register_forward_pre_hook(lambda _, args, o=observer: o.observe(args[0])))
     adapter.set_fake_quant(model, False)
-    for batch in batches:
-        model(batch)
+    watched = {quantizer.fqn: quantizer.module for quantizer in quantizers if quantizer.role == "activation"}
+    observers = observe_inputs(model, watched, batches, clamps)
     adapter.set_fake_quant(model, True)
-    for hook in hooks:
-        hook.remove()
     for quantizer in quantizers:
+        q: Any = quantizer.module
         if quantizer.fqn in observers:
-            q = quantizer.module
-            clip_value = observers[quantizer.fqn].best_clip(int(q.maxbound))
-            q.amax = torch.full_like(q.amax, clip_value)
+            q.amax = torch.full_like(q.amax, observers[quantizer.fqn].best_clip(int(q.maxbound)))
+            continue
+        qparams = adapter.qparams(quantizer)
+        weight = model.get_submodule(quantizer.fqn.rpartition(".")[0])._parameters["weight"]
+        assert weight is not None
+        q.amax = best_weight_clip(weight, qparams.quant_min, qparams.quant_max, qparams.axis).reshape(q.amax.shape)
 
 
 def _quantizer_class() -> type[nn.Module] | None:

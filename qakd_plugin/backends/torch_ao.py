@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration import RangeObserver
+from ..calibration import observe_inputs
 from ..deploy.export_form import ActivationQDQ, QuantizedLayer, replace_modules, store_weight
 from ..errors import NotPreparedError, UnsupportedQuantizerError
 from ..placement import WEIGHTED, Placement, place_quantizers
@@ -238,18 +238,11 @@ def _calibrate(
 ) -> None:
     """Ranges of least squared error over all batches. Eight-bit ranges go on following the data in training, lower ones do
     not."""
-    observers: dict[str, RangeObserver] = {}
-    hooks = []
     activations = [q for q in adapter.quantizers(prepared) if q.role == "activation"]
-    for name, module in [(q.fqn, q.module) for q in activations] + [(n, prepared.get_submodule(n)) for n in low_bit]:
-        observer = observers[name] = RangeObserver()
-        hooks.append(module.register_forward_pre_hook(lambda _, args, o=observer: o.observe(args[0])))
+    watched = {q.fqn: q.module for q in activations} | {name: prepared.get_submodule(name) for name in low_bit}
     adapter.set_fake_quant(prepared, False)
-    for batch in batches:
-        prepared(batch)
+    observers = observe_inputs(prepared, watched, batches, {})
     adapter.set_fake_quant(prepared, True)
-    for hook in hooks:
-        hook.remove()
     for quantizer in activations:
         q: Any = quantizer.module
         observer = q.activation_post_process

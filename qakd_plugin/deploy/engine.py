@@ -1,33 +1,25 @@
-"""Canonical ONNX -> TensorRT engine, with a manifest that says what is in it and proves that it is that file.
-
-An engine is executable code. It is written together with ``<engine>.json``, which holds its SHA-256, and is only ever loaded
-when
-both match.
-"""
+"""Canonical ONNX -> TensorRT engine, with a manifest that says what is in it and proves that it is that file."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnx
-import onnx_ir as ir
-
-from .._files import write_atomic
+from .._files import atomic_path, write_atomic
 from ..errors import EngineError
-from .graph import constant
-from .plan import PlanLayer, count, read_plan
-from .trt import PORTABLE_CAPABILITIES, Runtime, collecting_logger, load_runtime
+from .engine_file import FORMAT, load_engine, manifest_path, verify_engine
+from .inspect_onnx import OnnxContents, WeightLayer, inspect_onnx
+from .plan import PlanContents, PlanLayer, count, read_plan
+from .trt import Runtime, choose_capabilities, collecting_logger, gpu_capability, last, load_runtime, progress_monitor
 
-FORMAT = 1
-"""Version of the manifest's layout."""
+__all__ = ["EngineInfo", "build_engine", "input_shape", "load_engine", "trtexec_command", "verify_engine"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +40,19 @@ class EngineInfo:
         return str(self.path)
 
 
+@dataclass(frozen=True)
+class _Profile:
+    """Batch sizes that an engine takes, and the one it is tuned for."""
+
+    min: int
+    opt: int
+    max: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min <= self.opt <= self.max:
+            raise EngineError(f"0 < min_batch <= opt_batch <= max_batch must hold, got {self.min}, {self.opt}, {self.max}.")
+
+
 def build_engine(
     onnx_path: str | os.PathLike[str],
     engine_path: str | os.PathLike[str],
@@ -58,246 +63,217 @@ def build_engine(
     max_batch: int = 64,
     capabilities: Sequence[str] | None = None,
     require_int8: float | None = None,
+    allow_float: bool = False,
+    timing_cache: str | os.PathLike[str] | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> EngineInfo:
-    """Build a strongly typed engine from a canonical ONNX file: every precision is the one its Q/DQ nodes say.
+    """Build a strongly typed engine from a canonical ONNX file: every precision is the one that its Q/DQ nodes say.
 
-    TensorRT-RTX builds without a GPU; the classic TensorRT needs the one it builds for.
+    TensorRT-RTX builds without a GPU; the classic TensorRT needs the one that it builds for.
 
     Args:
         onnx_path: from ``export_onnx(..., target="tensorrt")``.
         engine_path: where the engine goes; its manifest is ``<engine_path>.json``. Both appear whole or not at all.
-        runtime: "tensorrt" (10, 11), "tensorrt_rtx", or "auto".
-        min_batch: smallest batch of the optimization profile.
-        opt_batch: the batch it is tuned for.
+        runtime: "tensorrt" (10 or 11), "tensorrt_rtx", or "auto": the first of the two that is installed.
+        min_batch: smallest batch of the optimization profile; the profile counts where the file's batch is dynamic.
+        opt_batch: the batch that it is tuned for.
         max_batch: largest batch.
-        capabilities: RTX only: GPU generations, such as ("SM89",) or ("CURRENT",); several portable ones by default.
-        require_int8: smallest share of convolutions and matrix products that must compute in integers.
+        capabilities: RTX only: GPU generations such as ("SM89",), or ("CURRENT",). By default the GPU at hand, and several
+            portable ones where there is none.
+        require_int8: smallest share, 0 to 1, of convolutions and matrix products that must compute in integers.
+        allow_float: take a file without Q/DQ, for a floating-point baseline.
+        timing_cache: classic TensorRT only: file of measured kernels, read where it exists and written back: a second build
+            takes a fraction of the time.
+        progress: called with a line for each phase of the build and each step of it.
 
     Returns:
         Paths and manifest.
 
     Raises:
-        EngineError: the file is no ONNX, holds what TensorRT cannot take (names the node), does not parse or build, or fewer
-            layers
-            than required compute in integers (names those that do not).
+        EngineError: the file is no ONNX, holds no Q/DQ, or what TensorRT cannot take (names the node); it does not parse or
+            build; fewer layers than required compute in integers (names those that do not); the path cannot be written.
         MissingPackageError: no TensorRT is installed.
     """
-    if not 0 < min_batch <= opt_batch <= max_batch:
-        raise EngineError(f"0 < min_batch <= opt_batch <= max_batch must hold, got {min_batch}, {opt_batch}, {max_batch}.")
-    data = _read_onnx(onnx_path)
+    profile = _Profile(min_batch, opt_batch, max_batch)
+    if require_int8 is not None and not 0 <= require_int8 <= 1:
+        raise EngineError(f"require_int8={require_int8}: a share between 0 and 1 was expected.")
+    source = inspect_onnx(onnx_path)
+    if not source.quantized and not allow_float:
+        raise EngineError(
+            f"{onnx_path} holds no QuantizeLinear: the engine would compute in floating point. Export a prepared model with "
+            "export_onnx(..., target='tensorrt'), or pass allow_float=True for a floating-point baseline."
+        )
     library = load_runtime(runtime)
-    plan, targets = _build(library, data, str(onnx_path), (min_batch, opt_batch, max_batch), capabilities)
-    layers = read_plan(plan) if library.is_rtx else None
-    _require_integers(layers, require_int8)
-    manifest = {
-        "format": FORMAT,
-        "sha256": hashlib.sha256(plan).hexdigest(),
-        "bytes": len(plan),
-        "onnx": {"file": Path(onnx_path).name, "sha256": hashlib.sha256(data).hexdigest()},
-        "runtime": {"name": library.name, "version": library.version},
-        "capabilities": targets,
-        "profile": {"min": min_batch, "opt": opt_batch, "max": max_batch},
-        "convolutions": "unknown" if layers is None else count(layers, "convolution"),
-        "matmuls": "unknown" if layers is None else count(layers, "matmul"),
-        "layers": "unknown" if layers is None else [asdict(layer) for layer in layers],
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    engine = Path(engine_path)
-    record = engine.with_name(engine.name + ".json")
-    record.unlink(missing_ok=True)  # between the two renames the old manifest must not vouch for the new engine
-    write_atomic(engine, plan, EngineError)
-    write_atomic(record, json.dumps(manifest, indent=2) + "\n", EngineError)
-    return EngineInfo(engine, record, manifest)
+    gpu = gpu_capability()
+    targets = choose_capabilities(library, capabilities, gpu)
+    if timing_cache is not None and library.is_rtx:
+        raise EngineError("timing_cache: tensorrt_rtx has none, it measures nothing while it builds. Leave it out.")
+    engine, record = Path(engine_path), manifest_path(engine_path)
+    # The manifest takes its name first: should the engine fail to follow, the digest of an older engine does not match.
+    with atomic_path(engine, EngineError) as new_engine, atomic_path(record, EngineError) as new_record:
+        plan = _build(library, source, str(onnx_path), profile, targets, timing_cache, progress)
+        contents = read_plan(plan) if library.is_rtx else None
+        layers = None if contents is None else _with_missing(contents.layers, source.layers)
+        _require_integers(layers, require_int8)
+        manifest = {
+            "format": FORMAT,
+            "sha256": hashlib.sha256(plan).hexdigest(),
+            "bytes": len(plan),
+            "onnx": {"file": Path(onnx_path).name, "sha256": hashlib.sha256(source.data).hexdigest()},
+            "runtime": {"name": library.name, "version": library.version, "module": library.module.__name__},
+            "capabilities": targets,
+            "gpu": gpu,
+            "inputs": {name: list(shape) for name, shape in source.inputs.items()},
+            "profile": asdict(profile) if source.dynamic_batch else None,
+            **_precisions(contents, layers),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        text = json.dumps(manifest, indent=2)
+        new_engine.write_bytes(plan)
+        new_record.write_text(text + "\n")
+    return EngineInfo(engine, record, json.loads(text))
 
 
-def verify_engine(engine_path: str | os.PathLike[str]) -> tuple[bytes, dict[str, Any]]:
-    """Read an engine that matches its manifest.
-
-    Returns:
-        The plan and the manifest.
-
-    Raises:
-        EngineError: a file is missing or damaged, the digest differs, or the manifest's format is another.
-    """
-    engine = Path(engine_path)
-    record = engine.with_name(engine.name + ".json")
-    for path in (engine, record):
-        if not path.is_file():
-            raise EngineError(f"{path} does not exist. An engine is only loaded with its manifest: build it with build_engine.")
-    try:
-        manifest = json.loads(record.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise EngineError(f"{record} is not valid JSON ({error}). Build the engine again.") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise EngineError(f"{record}: manifest format {FORMAT} expected. Build the engine again with this version.")
-    plan = engine.read_bytes()
-    digest = hashlib.sha256(plan).hexdigest()
-    if digest != manifest.get("sha256"):
-        raise EngineError(
-            f"{engine} is not the file its manifest describes (SHA-256 {digest[:12]}..., expected "
-            f"{str(manifest.get('sha256'))[:12]}...). "
-            "An engine is executable code: it is refused. Build it again from the ONNX file."
-        )
-    return plan, manifest
-
-
-def load_engine(engine_path: str | os.PathLike[str]) -> Any:
-    """Deserialize an engine that matches its manifest.
-
-    Returns:
-        TensorRT's ``ICudaEngine``.
-
-    Raises:
-        EngineError: as :func:`verify_engine`; the runtime is another version than the one it was built with; there is no GPU or
-            driver.
-    """
-    plan, manifest = verify_engine(engine_path)
-    library = load_runtime(manifest["runtime"]["name"])
-    if library.version != manifest["runtime"]["version"]:
-        raise EngineError(
-            f"{engine_path} was built by {library.name} {manifest['runtime']['version']}, installed is {library.version}. "
-            "Build it again with this version."
-        )
-    logger, messages = collecting_logger(library)
-    try:
-        engine = library.module.Runtime(logger).deserialize_cuda_engine(plan)
-    except (RuntimeError, TypeError) as error:
-        engine, messages = None, [*messages, str(error)]
-    if engine is None:
-        raise EngineError(
-            f"{engine_path} cannot be loaded: {_last(messages)} Running an engine needs an NVIDIA GPU and its driver."
-        )
-    return engine
-
-
-def trtexec_command(onnx_path: str | os.PathLike[str], engine_path: str | os.PathLike[str], input_shape: Sequence[int]) -> str:
-    """The command line of NVIDIA's tool that builds the same engine.
+def trtexec_command(
+    onnx_path: str | os.PathLike[str],
+    engine_path: str | os.PathLike[str],
+    inputs: Mapping[str, Sequence[int | None]],
+    *,
+    runtime: str = "tensorrt",
+    min_batch: int = 1,
+    opt_batch: int = 8,
+    max_batch: int = 64,
+    capabilities: Sequence[str] = (),
+) -> str:
+    """The command line of NVIDIA's own tool that builds the same engine: ``trtexec``, or ``tensorrt_rtx``.
 
     Args:
         onnx_path: canonical ONNX file.
         engine_path: where the engine goes.
-        input_shape: of one sample, without the batch dimension.
+        inputs: sizes of every input by name, None for the dynamic batch: from :func:`input_shape` or a manifest.
+        runtime: "tensorrt" or "tensorrt_rtx".
+        min_batch: of the optimization profile.
+        opt_batch: likewise.
+        max_batch: likewise.
+        capabilities: as in the manifest; RTX only.
     """
-    shape = "x".join(str(size) for size in input_shape)
-    profile = " ".join(f"--{key}Shapes=input:{batch}x{shape}" for key, batch in (("min", 1), ("opt", 8), ("max", 64)))
-    return f"trtexec --onnx={onnx_path} --saveEngine={engine_path} --stronglyTyped {profile}"
+    rtx = runtime == "tensorrt_rtx"
+    words = ["tensorrt_rtx" if rtx else "trtexec", f"--onnx={onnx_path}", f"--saveEngine={engine_path}", "--skipInference"]
+    if not rtx:
+        words.append("--stronglyTyped")
+    elif list(capabilities) == ["CURRENT"]:
+        words.append("--useGpu")
+    elif capabilities:
+        words.append("--computeCapabilities=" + ",".join(name.removeprefix("SM") for name in capabilities))
+    if any(None in shape for shape in inputs.values()):
+        for key, batch in (("min", min_batch), ("opt", opt_batch), ("max", max_batch)):
+            sizes = ("x".join(str(batch if size is None else size) for size in shape) for shape in inputs.values())
+            words.append(f"--{key}Shapes=" + ",".join(f"{name}:{size}" for name, size in zip(inputs, sizes, strict=True)))
+    return shlex.join(words)
 
 
-def input_shape(onnx_path: str | os.PathLike[str]) -> list[int]:
-    """Sizes of the first input, without the batch dimension."""
-    model = ir.load(onnx_path)
-    shape = model.graph.inputs[0].shape
-    return [] if shape is None else [int(size) if isinstance(size, int) else -1 for size in shape][1:]
-
-
-def _read_onnx(path: str | os.PathLike[str]) -> bytes:
-    """The file's bytes, if TensorRT will take it as it is meant."""
-    try:
-        data = Path(path).read_bytes()
-        model = ir.serde.deserialize_model(onnx.ModelProto.FromString(data))
-    except FileNotFoundError as error:
-        raise EngineError(f"{path} does not exist. Export it first with export_onnx(..., target='tensorrt').") from error
-    except Exception as error:  # protobuf and onnx-ir raise many kinds of errors on foreign bytes; all mean the same here
-        raise EngineError(f"{path} is not a readable ONNX file ({type(error).__name__}: {str(error)[:120]}).") from error
-    if not model.graph.inputs or len(model.graph) == 0:
-        raise EngineError(f"{path} is not a readable ONNX file: it holds no graph.")
-    for node in model.graph:
-        if node.op_type in {"QuantizeLinear", "DequantizeLinear"}:
-            _check_quantizer(node)
-    return data
-
-
-def _check_quantizer(node: ir.Node) -> None:
-    """Refuse what TensorRT rejects late, or, worse, misreads: it takes unsigned codes for signed ones without a word."""
-    scale = constant(node.inputs[1])
-    zero_point = constant(node.inputs[2]) if len(node.inputs) > 2 else None
-    codes = constant(node.inputs[0])
-    advice = "Export with target='tensorrt' from a symmetric configuration."
-    if scale is not None and not bool(np.all(np.isfinite(scale) & (scale > 0))):
-        raise EngineError(f"{node.name}: its scale must be finite and positive. {advice}")
-    if zero_point is not None and bool(np.any(zero_point.astype(np.int64) != 0)):
-        raise EngineError(f"{node.name}: zero point {int(zero_point.flatten()[0])}: TensorRT takes 0 only. {advice}")
-    unsigned = zero_point is not None and zero_point.dtype == np.uint8
-    if unsigned or (zero_point is None and node.op_type == "QuantizeLinear" and "output_dtype" not in node.attributes):
-        raise EngineError(f"{node.name}: unsigned codes: TensorRT would read them as signed. {advice}")
-    if codes is not None and codes.dtype == np.int32:
-        raise EngineError(f"{node.name}: a bias quantized to int32: TensorRT takes float biases. {advice}")
+def input_shape(onnx_path: str | os.PathLike[str]) -> dict[str, tuple[int | None, ...]]:
+    """Sizes of every input of an ONNX file by name; None for a dynamic batch."""
+    return inspect_onnx(onnx_path).inputs
 
 
 def _build(
-    library: Runtime, data: bytes, name: str, batches: tuple[int, int, int], capabilities: Sequence[str] | None
-) -> tuple[bytes, list[str]]:
+    library: Runtime,
+    source: OnnxContents,
+    name: str,
+    profile: _Profile,
+    targets: Sequence[str],
+    timing_cache: str | os.PathLike[str] | None,
+    progress: Callable[[str], None] | None,
+) -> bytes:
     trt = library.module
     logger, messages = collecting_logger(library)
-    builder = trt.Builder(logger)
-    if builder is None:
-        raise EngineError(f"{library.name} cannot start: {_last(messages)}")
+    try:
+        builder = trt.Builder(logger)
+    except (RuntimeError, TypeError) as error:  # what the bindings raise where CUDA cannot start
+        raise EngineError(f"{library.name} {library.version} cannot start: {last([*messages, str(error)])}") from error
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
-    if not parser.parse(data):
-        problems = [parser.get_error(index) for index in range(parser.num_errors)]
-        where = f" at node {problems[0].node_name()!r}" if problems and problems[0].node_name() else ""
-        raise EngineError(
-            f"{name}: {library.name} cannot take it{where}: {problems[0].desc() if problems else _last(messages)}"
-        )
+    if not parser.parse(source.data):
+        raise EngineError(f"{name}: {library.name} {library.version} cannot take it: {_parser_problem(parser, messages)}")
     config = builder.create_builder_config()
-    _add_profile(builder, network, config, batches)
-    targets = _set_capabilities(library, config, capabilities)
+    monitor = None if progress is None else progress_monitor(library, progress)
+    if monitor is not None:
+        config.progress_monitor = monitor
+    if source.dynamic_batch:
+        config.add_optimization_profile(_profile(builder, source, profile))
+    if library.is_rtx:
+        config.num_compute_capabilities = len(targets)
+        for index, target in enumerate(targets):
+            config.set_compute_capability(getattr(trt.ComputeCapability, target), index)
+    if timing_cache is not None:
+        attach_timing_cache(config, timing_cache)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise EngineError(f"{name}: {library.name} {library.version} failed to build an engine: {_last(messages)}")
-    return bytes(plan), targets
+        raise EngineError(f"{name}: {library.name} {library.version} failed to build an engine: {last(messages)}")
+    if timing_cache is not None:
+        write_atomic(timing_cache, bytes(config.get_timing_cache().serialize()), EngineError)
+    return bytes(plan)
 
 
-def _add_profile(builder: Any, network: Any, config: Any, batches: tuple[int, int, int]) -> None:
+def _parser_problem(parser: Any, messages: Sequence[str]) -> str:
+    """Node, operator and reason of the first thing that the parser refused."""
+    if parser.num_errors == 0:
+        return last(messages)
+    problem = parser.get_error(0)
+    where = f"node {problem.node_name()!r} ({problem.node_operator()}): " if problem.node_name() else ""
+    more = f" ({parser.num_errors - 1} more)" if parser.num_errors > 1 else ""
+    return f"{where}{problem.desc()}{more}. Keep this operation out of the model, or run it before or after the engine."
+
+
+def _profile(builder: Any, source: OnnxContents, batches: _Profile) -> Any:
     profile = builder.create_optimization_profile()
-    dynamic = False
-    for index in range(network.num_inputs):
-        tensor = network.get_input(index)
-        shape = tuple(tensor.shape)
-        if any(size < 0 for size in shape[1:]):
-            raise EngineError(
-                f"input {tensor.name!r} has dynamic sizes beside the batch, {shape}: export with a fixed image size."
-            )
-        if shape and shape[0] < 0:
-            dynamic = True
-            profile.set_shape(tensor.name, *[(batch, *shape[1:]) for batch in batches])
-    if dynamic:
-        config.add_optimization_profile(profile)
+    for name, shape in source.inputs.items():
+        if None in shape:
+            profile.set_shape(name, *[(batch, *shape[1:]) for batch in (batches.min, batches.opt, batches.max)])
+    return profile
 
 
-def _set_capabilities(library: Runtime, config: Any, capabilities: Sequence[str] | None) -> list[str]:
-    """RTX compiles for the GPU generations it is told; the classic library for the GPU that is there."""
-    if not library.is_rtx:
-        if capabilities is not None:
-            raise EngineError("capabilities can be chosen for tensorrt_rtx only: TensorRT builds for the GPU at hand.")
-        return ["CURRENT"]
-    kinds = library.module.ComputeCapability
-    chosen = list(PORTABLE_CAPABILITIES if capabilities is None else capabilities)
-    for capability in chosen:
-        if not hasattr(kinds, capability):
-            known = [name for name in dir(kinds) if name.startswith("SM")]
-            raise EngineError(f"capability {capability!r} is unknown to {library.name} {library.version}: choose from {known}.")
-    config.num_compute_capabilities = len(chosen)
-    for index, capability in enumerate(chosen):
-        config.set_compute_capability(getattr(kinds, capability), index)
-    return chosen
+def attach_timing_cache(config: Any, path: str | os.PathLike[str]) -> None:
+    """Let a build start from the kernels measured by earlier ones; an empty cache where there is no file.
+
+    Raises:
+        EngineError: the file is not a cache of this TensorRT and GPU.
+    """
+    file = Path(path)
+    cache = config.create_timing_cache(file.read_bytes() if file.is_file() else b"")
+    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+        raise EngineError(f"timing_cache: {file} is not a cache of this TensorRT and this GPU. Delete it, or name another.")
 
 
-def _require_integers(layers: list[PlanLayer] | None, share: float | None) -> None:
+def _with_missing(layers: Sequence[PlanLayer], expected: Sequence[WeightLayer]) -> list[PlanLayer]:
+    """The plan's layers, and those of the ONNX file that the plan does not show, of unknown precision."""
+    shown = {name for layer in layers for name in (layer.name, *layer.onnx_layers)}
+    missing = [layer for layer in expected if layer.name and layer.name not in shown]
+    return [*layers, *(PlanLayer(layer.name, layer.kind, ("unknown", "unknown")) for layer in missing)]
+
+
+def _precisions(contents: PlanContents | None, layers: Sequence[PlanLayer] | None) -> dict[str, Any]:
+    if contents is None or layers is None:
+        return dict.fromkeys(("convolutions", "matmuls", "int4_weights", "layers"), "unknown")
+    return {
+        "convolutions": count(layers, "convolution"),
+        "matmuls": count(layers, "matmul"),
+        "int4_weights": contents.int4_weights,
+        "layers": [asdict(layer) for layer in layers],
+    }
+
+
+def _require_integers(layers: Sequence[PlanLayer] | None, share: float | None) -> None:
     if share is None:
         return
     if layers is None:
         raise EngineError("require_int8: the plan cannot be read, so the share of integer layers is unknown.")
-    floats = [layer.name for layer in layers if not layer.integer]
-    found = 1 - len(floats) / len(layers)
+    floating = [f"{layer.name} ({' x '.join(layer.inputs)})" for layer in layers if not layer.integer]
+    found = 1 - len(floating) / len(layers) if layers else 0.0
     if found < share:
+        shown = ", ".join(floating[:10]) + (f" and {len(floating) - 10} more" if len(floating) > 10 else "")
         raise EngineError(
             f"require_int8={share:g}, but {found:.0%} of {len(layers)} convolutions and matrix products compute in integers. "
-            "In floating "
-            f"point: {', '.join(floats[:10])}{' ...' if len(floats) > 10 else ''}."
+            f"Not in integers: {shown}. Both the input and the weight of a layer need a quantizer."
         )
-
-
-def _last(messages: list[str]) -> str:
-    return messages[-1].strip() if messages else "no reason given."
