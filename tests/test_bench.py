@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from qakd_plugin import EngineError, MissingPackageError, QakdError, benchmark, export_onnx, write_report
+from qakd_plugin import EngineError, MissingPackageError, QakdError, benchmark, build_engine, export_onnx, write_report
 from qakd_plugin.bench import Candidate
 from qakd_plugin.bench.census import census
 from qakd_plugin.bench.measure import percentiles, wilson_interval
 from qakd_plugin.bench.record import Row, schema, validate
 from qakd_plugin.deploy.to_onnx import export_float
+from qakd_plugin.deploy.trt import gpu_capability
 from qakd_plugin.report import build_document, read_report
 from qakd_plugin.report.plot import accuracy_latency_plot, pareto
 
@@ -94,10 +95,17 @@ def test_bad_input_of_benchmark_is_named(files, digits, tmp_path):
     with pytest.raises(QakdError, match="cannot load"):
         benchmark([Candidate(tmp_path / "bad.onnx")], digits.loader("test"))
     (tmp_path / "s.engine").write_bytes(b"rubbish")
-    with pytest.raises(EngineError, match="GPU"):
+    with pytest.raises(EngineError, match="manifest"):
         benchmark([tmp_path / "s.engine"], digits.loader("test"), runtimes=("onnxruntime", "tensorrt"))
     with pytest.raises(QakdError, match="engines run in 'tensorrt'"):
         benchmark([tmp_path / "s.engine"], digits.loader("test"))
+
+
+@pytest.mark.skipif(gpu_capability() is not None, reason="there is a GPU")
+def test_an_engine_without_a_gpu_is_refused_by_name(files, digits, tmp_path):
+    engine = build_engine(files / "canonical.onnx", tmp_path / "s.engine", runtime="tensorrt_rtx")
+    with pytest.raises(EngineError, match=r"s\.engine.*GPU"):
+        benchmark([engine.path], digits.loader("test"), runtimes=("tensorrt",))
 
 
 def test_a_missing_runtime_is_named_with_its_pip_line(files, monkeypatch):

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from .._optional import require
-from ..errors import EngineError, QakdError
+from ..deploy.engine_runner import EngineRunner
+from ..errors import QakdError
 
 Array = npt.NDArray[Any]
 
@@ -100,13 +101,11 @@ def make_runner(path: str | os.PathLike[str], runtime: str, threads: int) -> Run
 
     Raises:
         QakdError: the runtime is unknown.
-        EngineError: an engine was given; running one needs a GPU.
+        EngineError: an engine does not match its manifest, or there is no GPU to run it.
         MissingPackageError: the runtime is not installed.
     """
     if runtime == "tensorrt":
-        raise EngineError(
-            f"{path}: running an engine needs an NVIDIA GPU and its driver; on this machine it can be built and verified."
-        )
+        return EngineRunner(path)
     if runtime == "onnxruntime":
         return OnnxRuntimeRunner(path, threads)
     if runtime == "openvino":

@@ -9,17 +9,33 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import EngineError
-from .trt import collecting_logger, gpu_capability, last, load_runtime
+from .trt import Runtime, collecting_logger, gpu_capability, last, load_runtime
 
 FORMAT = 1
 """Version of the manifest's layout."""
 
 _REQUIRED: dict[str, type] = {"format": int, "sha256": str, "bytes": int, "runtime": dict, "capabilities": list}
 _CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class LoadedEngine:
+    """An engine ready to run.
+
+    Attributes:
+        engine: TensorRT's ``ICudaEngine``.
+        runtime: the library that loaded it.
+        messages: what the library complains about, now and while the engine runs.
+    """
+
+    engine: Any
+    runtime: Runtime
+    messages: list[str]
 
 
 def manifest_path(engine_path: str | os.PathLike[str]) -> Path:
@@ -76,11 +92,11 @@ def verify_engine(engine_path: str | os.PathLike[str]) -> dict[str, Any]:
     return manifest
 
 
-def load_engine(engine_path: str | os.PathLike[str]) -> Any:
+def load_engine(engine_path: str | os.PathLike[str]) -> LoadedEngine:
     """Deserialize an engine that matches its manifest.
 
     Returns:
-        TensorRT's ``ICudaEngine``.
+        The engine, with the library that runs it.
 
     Raises:
         EngineError: as :func:`verify_engine`; it was built by another version of the runtime or for another GPU; there is no
@@ -103,7 +119,7 @@ def load_engine(engine_path: str | os.PathLike[str]) -> Any:
         raise EngineError(f"{engine_path} cannot be loaded: {last([*messages, str(error)])} {_NEEDS}") from error
     if engine is None:
         raise EngineError(f"{engine_path} cannot be loaded: {last(messages)} {_NEEDS}")
-    return engine
+    return LoadedEngine(engine, library, messages)
 
 
 _NEEDS = "Running an engine needs an NVIDIA GPU of a generation it was built for, and its driver."

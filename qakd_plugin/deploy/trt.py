@@ -71,14 +71,25 @@ def load_runtime(name: str = "auto") -> Runtime:
     raise MissingPackageError(f"{' and '.join(wanted)} cannot be imported ({'; '.join(problems)}). Install with: {lines}")
 
 
-def gpu_capability() -> str | None:
-    """Generation of the first GPU, such as "SM89"; None where there is no GPU or no driver."""
+def cuda_driver() -> ctypes.CDLL | None:
+    """The CUDA driver's library; None where there is none, or no GPU that it can drive."""
     try:
         driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
     except OSError:
         return None
+    count = ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or count.value == 0:
+        return None
+    return driver
+
+
+def gpu_capability() -> str | None:
+    """Generation of the first GPU, such as "SM89"; None where there is no GPU or no driver."""
+    driver = cuda_driver()
+    if driver is None:
+        return None
     device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-    if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0):
+    if driver.cuDeviceGet(ctypes.byref(device), 0):
         return None
     for value, attribute in ((major, _CUDA_MAJOR), (minor, _CUDA_MINOR)):
         if driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device):
