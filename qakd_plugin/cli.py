@@ -175,17 +175,18 @@ def _engine(options: argparse.Namespace) -> None:
     for kind in ("convolutions", "matmuls"):
         found = info.manifest[kind]
         print(f"{kind}: {found if isinstance(found, str) else '{int8} of {total} in int8'.format(**found)}")
-    line = trtexec_command(
-        options.onnx,
-        out,
-        input_shape(options.onnx),
-        runtime=info.manifest["runtime"]["name"],
-        min_batch=options.min_batch,
-        opt_batch=options.opt_batch,
-        max_batch=options.max_batch,
-        capabilities=info.manifest["capabilities"],
-    )
-    print(f"the same with NVIDIA's tool: {line}")
+    for runtime in ("tensorrt", "tensorrt_rtx"):
+        line = trtexec_command(
+            options.onnx,
+            out,
+            input_shape(options.onnx),
+            runtime=runtime,
+            min_batch=options.min_batch,
+            opt_batch=options.opt_batch,
+            max_batch=options.max_batch,
+            capabilities=options.capability or (),
+        )
+        print(f"with NVIDIA's tool for {runtime}: {line}")
     print(info.path)
     print(info.manifest_path)
 

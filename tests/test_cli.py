@@ -48,6 +48,7 @@ def test_distill_export_engine_bench_and_report_in_a_row(recipe, tmp_path, capsy
     assert main(["report", "r.json"]) == 0
     output = capsys.readouterr().out
     assert "9 of 9 in int8" in output
+    assert "trtexec --onnx=s.onnx" in output
     assert "tensorrt_rtx --onnx=s.onnx" in output
     for name in ("run/student.pt", "run/history.jsonl", "s.onnx", "s.engine", "s.engine.json", "r.html", "r.md"):
         assert (tmp_path / name).is_file(), name
