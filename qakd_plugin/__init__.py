@@ -20,6 +20,12 @@ _HOME = {
     "DistillResult": "distillation",
     "attach": "hooks",
     "prepare": "preparation",
+    "use_quantizers": "swap",
+    "restore_quantizers": "swap",
+    "LSQ": "quantizers",
+    "PACT": "quantizers",
+    "DoReFa": "quantizers",
+    "EWGS": "quantizers",
     "describe": "description",
     "SQAKD": "methods",
     "QKD": "methods",
@@ -70,7 +76,13 @@ if TYPE_CHECKING:
     from .methods import QKD as QKD
     from .methods import SQAKD as SQAKD
     from .preparation import prepare as prepare
+    from .quantizers import EWGS as EWGS
+    from .quantizers import LSQ as LSQ
+    from .quantizers import PACT as PACT
+    from .quantizers import DoReFa as DoReFa
     from .report import write_report as write_report
+    from .swap import restore_quantizers as restore_quantizers
+    from .swap import use_quantizers as use_quantizers
 
 
 def __getattr__(name: str) -> Any:

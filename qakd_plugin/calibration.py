@@ -21,6 +21,7 @@ class RangeObserver:
     def __init__(self, *, clamp: tuple[float, float] | None = None) -> None:
         self.clamp = clamp
         self.maximum = 0.0
+        self.minimum = float("inf")
         self._limit = 0.0
         self._counts = torch.zeros(_BINS, dtype=torch.float64)
 
@@ -34,6 +35,7 @@ class RangeObserver:
         if not top < float("inf"):
             raise ValueError("the observed tensor is not finite")
         self.maximum = max(self.maximum, top)
+        self.minimum = min(self.minimum, float(x.min()))
         if top > self._limit:
             self._grow(top)
         if self._limit > 0:
@@ -94,7 +96,7 @@ def observe_inputs(
 
 
 @torch.no_grad()
-def best_weight_clip(weight: Tensor, quant_min: int, quant_max: int, axis: int | None) -> Tensor:
+def best_weight_clip(weight: Tensor, quant_min: float, quant_max: float, axis: int | None, shift: float = 0.0) -> Tensor:
     """Clipping range of a weight with the least squared error, per channel or per tensor.
 
     Args:
@@ -102,6 +104,7 @@ def best_weight_clip(weight: Tensor, quant_min: int, quant_max: int, axis: int |
         quant_min: lowest integer code (negative or 0).
         quant_max: highest integer code; the step is ``clip / quant_max``.
         axis: channel dimension, or None for one range.
+        shift: as in :func:`qakd_plugin.quantizers.form.fake_quantize`: half the number of steps of a grid without a zero.
 
     Returns:
         Clips: (C,) per channel, 0-d per tensor; 0 where all weights are 0.
@@ -111,7 +114,8 @@ def best_weight_clip(weight: Tensor, quant_min: int, quant_max: int, axis: int |
     best, best_error = largest.clone(), torch.full_like(largest, float("inf"))
     for fraction in torch.linspace(0.2, 1.0, 81).tolist():
         step = (largest * fraction / quant_max).clamp(min=torch.finfo(torch.float32).tiny)[:, None]
-        error = ((torch.clamp(torch.round(rows / step), quant_min, quant_max) * step - rows) ** 2).sum(1)
+        codes = torch.round(torch.clamp(rows / step, quant_min, quant_max) + shift) - shift
+        error = ((codes * step - rows) ** 2).sum(1)
         better = error <= best_error
         best = torch.where(better, largest * fraction, best)
         best_error = torch.where(better, error, best_error)

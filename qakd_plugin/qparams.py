@@ -20,6 +20,7 @@ class QParams:
         quant_max: highest integer code.
         axis: the channel dimension, or the blocked dimension when ``block`` is set; None per tensor.
         block: number of neighbouring elements along ``axis`` that share a scale; None unless blocked.
+        code_step: distance of neighbouring codes: 2 where only odd codes are used (grids without a zero).
     """
 
     scale: Tensor
@@ -28,6 +29,7 @@ class QParams:
     quant_max: int
     axis: int | None = None
     block: int | None = None
+    code_step: int = 1
 
     @property
     def symmetric(self) -> bool:
@@ -35,4 +37,4 @@ class QParams:
 
     @property
     def bits(self) -> int:
-        return (self.quant_max - self.quant_min).bit_length()
+        return ((self.quant_max - self.quant_min) // self.code_step).bit_length()

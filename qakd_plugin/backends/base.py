@@ -6,13 +6,14 @@ An adapter knows one toolkit. It knows nothing of losses, methods, ONNX or runti
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from torch import Tensor, nn
 
 from ..qparams import QParams
+from ..quantizers import Rule
 
 __all__ = ["Adapter", "QParams", "Quantizer", "Role"]
 
@@ -21,11 +22,21 @@ Role = Literal["weight", "activation"]
 
 @dataclass(frozen=True)
 class Quantizer:
-    """One active quantizer of a prepared model: ``fqn`` is its dotted name in the model."""
+    """One active quantizer of a prepared model.
+
+    Attributes:
+        fqn: its dotted name in the model.
+        module: the toolkit's quantizer.
+        role: what it quantizes.
+        layers: dotted names of the weighted layers that read what it puts out; empty where none does, or none is known.
+        weight: the float weight it reads, as it is now (BatchNorm folded in where the toolkit does that); None for activations.
+    """
 
     fqn: str
     module: nn.Module
     role: Role
+    layers: tuple[str, ...] = ()
+    weight: Callable[[], Tensor] | None = None
 
 
 class Adapter(Protocol):
@@ -56,6 +67,22 @@ class Adapter(Protocol):
         self, model: nn.Module, batches: Sequence[Tensor], weight_bits: int, activation_bits: int, keep: Sequence[str]
     ) -> nn.Module:
         """A prepared and calibrated copy of a float model, in eval mode; see :func:`qakd_plugin.prepare`."""
+
+    def install(self, model: nn.Module, quantizer: Quantizer, rule: Rule, clip: Tensor) -> None:
+        """Let a learned quantizer work in the place of the toolkit's own.
+
+        Args:
+            model: that holds it.
+            quantizer: from :meth:`quantizers`.
+            rule: what the learned one computes.
+            clip: for :meth:`Rule.install`; () per tensor, (C,) per channel of ``rule.axis``, (blocks,) per block.
+        """
+
+    def uninstall(self, model: nn.Module, quantizer: Quantizer) -> None:
+        """Put the toolkit's own quantizer back, with the learned numbers, and weights as they were quantized if need be."""
+
+    def learned(self, quantizer: Quantizer) -> Rule | None:
+        """The rule of a quantizer that was installed, or None."""
 
     def export_form(self, model: nn.Module) -> nn.Module:
         """A copy in eval mode that computes the same with stored integer weights and ``qakd::qdq`` / ``qakd::dq`` only."""

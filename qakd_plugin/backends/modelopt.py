@@ -11,7 +11,7 @@ import contextlib
 import copy
 import io
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,10 +22,15 @@ from ..calibration import best_weight_clip, observe_inputs
 from ..deploy.export_form import ActivationQDQ, QuantizedLayer, QuantizedModule, replace_modules, store_weight
 from ..errors import NotPreparedError, UnsupportedQuantizerError
 from ..placement import Placement, place_quantizers
+from ..quantizers import Rule, remove_tensors, rule_from_dict
 from .base import QParams, Quantizer, Role
 
 _SMALLEST_AMAX = 2.0**-24
 """ModelOpt maps everything to zero where amax is not above this."""
+
+
+_BACKEND = "qakd"
+"""Under which ModelOpt finds learned quantizers."""
 
 
 class ModelOptAdapter:
@@ -40,14 +45,20 @@ class ModelOptAdapter:
     def quantizers(self, model: nn.Module) -> list[Quantizer]:
         quantizer_class = _quantizer_class()
         assert quantizer_class is not None
-        return [
-            Quantizer(fqn, module, _role(fqn))
-            for fqn, module in model.named_modules()
-            if isinstance(module, quantizer_class) and not module._disabled
-        ]
+        found = []
+        for fqn, module in model.named_modules():
+            if not isinstance(module, quantizer_class) or module._disabled:
+                continue
+            parent, _, child = fqn.rpartition(".")
+            weight = None if child != "weight_quantizer" else _weight_of(model.get_submodule(parent))
+            layers = () if child == "output_quantizer" else (parent,)
+            found.append(Quantizer(fqn, module, _role(fqn), layers, weight))
+        return found
 
     def qparams(self, quantizer: Quantizer) -> QParams:
         q: Any = quantizer.module
+        if (rule := self.learned(quantizer)) is not None:
+            return rule.qparams(q)
         if isinstance(q.num_bits, tuple) or q._dynamic or (q.block_sizes and q.block_sizes.get("type") == "dynamic"):
             raise UnsupportedQuantizerError(
                 f"{quantizer.fqn}: num_bits={q.num_bits}, block_sizes={q.block_sizes} is not a static integer quantizer. "
@@ -111,6 +122,40 @@ class ModelOptAdapter:
             prepared = mtq.quantize(prepared, config, forward_loop)
         _minimize_error(prepared, batches, placement)
         return prepared
+
+    def install(self, model: nn.Module, quantizer: Quantizer, rule: Rule, clip: Tensor) -> None:
+        q: Any = quantizer.module
+        remove_tensors(q)
+        if rule.axis is not None:
+            assert quantizer.weight is not None
+            ndim = 2 if rule.block else quantizer.weight().ndim
+            clip = clip.reshape([-1 if dim == rule.axis else 1 for dim in range(ndim)])
+        rule.install(q, clip)
+        q.backend, q.backend_extra_args = _BACKEND, rule.as_dict()
+
+    def uninstall(self, model: nn.Module, quantizer: Quantizer) -> None:
+        q: Any = quantizer.module
+        rule = self.learned(quantizer)
+        assert rule is not None
+        if rule.transforms_weight:
+            assert quantizer.weight is not None
+            with torch.no_grad():
+                weight = quantizer.weight()
+                weight.copy_(q(weight))
+        scale, (low, high) = rule.scale(q), rule.codes
+        remove_tensors(q)
+        q.backend, q.backend_extra_args = None, {}
+        q.unsigned = low == 0
+        q.num_bits = (high.bit_length() if low == 0 else high.bit_length() + 1)
+        q.narrow_range = low == -high
+        q.axis = None if rule.axis is None or rule.block else rule.axis
+        if hasattr(q, "_amax"):
+            del q._amax
+        q.amax = scale * float(q.maxbound)
+
+    def learned(self, quantizer: Quantizer) -> Rule | None:
+        q: Any = quantizer.module
+        return rule_from_dict(q.backend_extra_args) if q.backend == _BACKEND else None
 
     def export_form(self, model: nn.Module) -> nn.Module:
         form = copy.deepcopy(model).eval()
@@ -190,8 +235,28 @@ def _minimize_error(model: nn.Module, batches: Iterable[Tensor], placement: Plac
 
 def _quantizer_class() -> type[nn.Module] | None:
     """ModelOpt's TensorQuantizer, if ModelOpt is loaded: a model it prepared cannot exist otherwise."""
-    module = sys.modules.get("modelopt.torch.quantization.nn.modules.tensor_quantizer")
-    return None if module is None else module.TensorQuantizer  # type: ignore[no-any-return]
+    module: Any = sys.modules.get("modelopt.torch.quantization.nn.modules.tensor_quantizer")
+    if module is None:
+        return None
+    if not module.is_registered_quant_backend(_BACKEND):
+        # From here on ModelOpt can run, save and restore quantizers that were swapped.
+        module.register_quant_backend(_BACKEND, _run_rule)
+    quantizer_class: type[nn.Module] = module.TensorQuantizer
+    return quantizer_class
+
+
+def _run_rule(inputs: Tensor, quantizer: Any) -> Tensor:
+    """What ModelOpt calls in the place of its own arithmetic."""
+    return rule_from_dict(quantizer.backend_extra_args)(inputs, quantizer)
+
+
+def _weight_of(layer: nn.Module) -> Callable[[], Tensor]:
+    def weight() -> Tensor:
+        parameter = layer._parameters["weight"]
+        assert parameter is not None
+        return parameter.detach()
+
+    return weight
 
 
 def _role(fqn: str) -> Role:

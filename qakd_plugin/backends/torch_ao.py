@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,9 @@ from ..calibration import observe_inputs
 from ..deploy.export_form import ActivationQDQ, QuantizedLayer, replace_modules, store_weight
 from ..errors import NotPreparedError, UnsupportedQuantizerError
 from ..placement import WEIGHTED, Placement, place_quantizers
+from ..quantizers import Rule
 from .base import QParams, Quantizer
+from .learned import learned_fake_quantize, restored_fake_quantize, rule_of
 
 with warnings.catch_warnings():
     # torch.ao.quantization announces its migration to torchao on import; the models it prepared live on.
@@ -58,14 +60,33 @@ class TorchAOAdapter:
         return isinstance(model, torch.fx.GraphModule) and any(isinstance(m, FakeQuantizeBase) for m in model.modules())
 
     def quantizers(self, model: nn.Module) -> list[Quantizer]:
-        return [
-            Quantizer(fqn, module, "weight" if fqn.rpartition(".")[2] == "weight_fake_quant" else "activation")
-            for fqn, module in model.named_modules()
-            if isinstance(module, FakeQuantizeBase)
-        ]
+        found = []
+        readers = self._readers(model)
+        for fqn, module in model.named_modules():
+            if not isinstance(module, FakeQuantizeBase):
+                continue
+            parent, _, child = fqn.rpartition(".")
+            if child == "weight_fake_quant":
+                found.append(Quantizer(fqn, module, "weight", (parent,), _folded_weight_of(model.get_submodule(parent), parent)))
+            else:
+                found.append(Quantizer(fqn, module, "activation", readers.get(fqn, ())))
+        return found
+
+    def _readers(self, model: nn.Module) -> dict[str, tuple[str, ...]]:
+        """Weighted layers that read each activation quantizer."""
+        assert isinstance(model, torch.fx.GraphModule)
+        readers: dict[str, tuple[str, ...]] = {}
+        for node in model.graph.nodes:
+            if _is_fake_quant(model, node):
+                users = [str(user.target) for user in node.users if user.op == "call_module"]
+                layers = tuple(name for name in users if isinstance(model.get_submodule(name), _WEIGHTED))
+                readers[str(node.target)] = readers.get(str(node.target), ()) + layers
+        return readers
 
     def qparams(self, quantizer: Quantizer) -> QParams:
         q: Any = quantizer.module
+        if (rule := rule_of(q)) is not None:
+            return rule.qparams(q)
         scale, zero_point = q.scale.detach().float(), q.zero_point.detach().to(torch.int32)
         per_channel = scale.numel() > 1 or bool(q.is_per_channel)
         if not _calibrated(q):
@@ -115,6 +136,21 @@ class TorchAOAdapter:
         low_bit = _insert_low_bit_inputs(prepared, placement, activation_bits) if activation_bits < 8 else {}
         _calibrate(self, prepared.eval(), batches, low_bit)
         return prepared
+
+    def install(self, model: nn.Module, quantizer: Quantizer, rule: Rule, clip: Tensor) -> None:
+        if rule.axis is not None:
+            assert quantizer.weight is not None
+            clip = clip.reshape([-1 if dim == rule.axis else 1 for dim in range(quantizer.weight().ndim)])
+        _substitute(model, quantizer.module, learned_fake_quantize(FakeQuantizeBase, rule, clip, quantizer.module))
+
+    def uninstall(self, model: nn.Module, quantizer: Quantizer) -> None:
+        learned: Any = quantizer.module
+        if learned.rule.transforms_weight:
+            _bake_weight(model.get_submodule(quantizer.layers[0]), quantizer.layers[0], learned)
+        _substitute(model, learned, restored_fake_quantize(learned, FakeQuantize, FixedQParamsObserver))
+
+    def learned(self, quantizer: Quantizer) -> Rule | None:
+        return rule_of(quantizer.module)
 
     def export_form(self, model: nn.Module) -> nn.Module:
         form = copy.deepcopy(model).eval()
@@ -268,6 +304,14 @@ def _calibrate(
         prepared.add_submodule(name, fixed)
 
 
+def _substitute(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put one quantizer in every place of another."""
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module is old:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, new)
+
+
 def _is_fake_quant(prepared: torch.fx.GraphModule, node: Any) -> bool:
     return (
         isinstance(node, torch.fx.Node)
@@ -279,20 +323,39 @@ def _is_fake_quant(prepared: torch.fx.GraphModule, node: Any) -> bool:
 def _folded(module: Any, name: str) -> tuple[Tensor, Tensor | None]:
     """Weight and bias with BatchNorm folded in, as the fused QAT module quantizes the weight."""
     weight, bias = module.weight.detach(), None if module.bias is None else module.bias.detach()
-    if not isinstance(module, _FUSED_BATCH_NORM):
+    factor = _batch_norm_factor(module, name)
+    if factor is None:
         return weight, bias
+    norm = module.bn
+    shift = norm.bias.detach() - norm.running_mean.detach() * factor
+    if bias is not None:
+        shift = shift + bias * factor
+    return weight * factor.reshape(-1, *[1] * (weight.ndim - 1)), shift
+
+
+def _batch_norm_factor(module: Any, name: str) -> Tensor | None:
+    """gamma / sigma of a fused BatchNorm (C,), or None."""
+    if not isinstance(module, _FUSED_BATCH_NORM):
+        return None
     norm = module.bn
     if norm.running_var is None:
         raise UnsupportedQuantizerError(
             f"{name}: its BatchNorm has no running statistics (track_running_stats=False), so it cannot be folded."
         )
-    sigma = torch.sqrt(norm.running_var.detach() + norm.eps)
-    gamma = norm.weight.detach()
-    factor = gamma / sigma
-    shift = norm.bias.detach() - norm.running_mean.detach() * factor
-    if bias is not None:
-        shift = shift + bias * factor
-    return weight * factor.reshape(-1, *[1] * (weight.ndim - 1)), shift
+    factor: Tensor = norm.weight.detach() / torch.sqrt(norm.running_var.detach() + norm.eps)
+    return factor
+
+
+@torch.no_grad()
+def _bake_weight(layer: Any, name: str, quantizer: nn.Module) -> None:
+    """Replace a weight by its quantized value, so that the toolkit's own quantizer finds it on the grid."""
+    quantized = quantizer(_folded(layer, name)[0])
+    factor = _batch_norm_factor(layer, name)
+    layer.weight.copy_(quantized if factor is None else quantized / factor.reshape(-1, *[1] * (quantized.ndim - 1)))
+
+
+def _folded_weight_of(layer: nn.Module, name: str) -> Callable[[], Tensor]:
+    return lambda: _folded(layer, name)[0]
 
 
 def _calibrated(q: Any) -> bool:

@@ -271,8 +271,11 @@ def _bounds(node: ir.Node) -> tuple[float, float]:
 def _set_bounds(graph: ir.Graph, node: ir.Node, low: float, high: float) -> None:
     node.resize_inputs(3)
     for index, (name, bound) in enumerate((("min", low), ("max", high)), start=1):
-        array = np.asarray(bound, dtype=np.float32)
-        node.replace_input_with(index, initializer(graph, f"{node.name}.{name}", array) if np.isfinite(bound) else None)
+        value = None
+        if np.isfinite(bound):
+            graph.initializers.pop(f"{node.name}.{name}", None)  # of an earlier call
+            value = initializer(graph, f"{node.name}.{name}", np.asarray(bound, dtype=np.float32))
+        node.replace_input_with(index, value)
 
 
 def _zero_point(node: ir.Node) -> float:

@@ -1,0 +1,91 @@
+"""DoReFa: weights through tanh, activations clipped to a fixed range; nothing is learned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .form import fake_quantize
+from .rule import PREFIX, ClippedActivation, Rule, check_bits
+
+SCALE = PREFIX + "scale"
+
+
+@dataclass(frozen=True)
+class SymmetricGrid(Rule):
+    """Weights on ``2^b`` levels spread evenly over [-1, 1], without a zero: odd multiples of half a step.
+
+    At 8 bits odd codes would not fit into a signed byte with zero point 0: there the grid is the integers -127..127.
+    """
+
+    transforms_weight = True
+
+    @property
+    def steps(self) -> int:
+        """Between the lowest and the highest level."""
+        return 254 if self.bits == 8 else 2**self.bits - 1
+
+    @property
+    def code_step(self) -> int:
+        return 1 if self.bits == 8 else 2
+
+    @property
+    def codes(self) -> tuple[int, int]:
+        limit = self.steps * self.code_step // 2
+        return -limit, limit
+
+
+@dataclass(frozen=True)
+class TanhWeight(SymmetricGrid):
+    """Weights of DoReFa and PACT: ``m R(tanh(w) / m)`` with ``m = max|tanh(w)|``.
+
+    The paper leaves out the factor m in front, which BatchNorm undoes; with it a pretrained network starts as it was.
+    """
+
+    def install(self, holder: nn.Module, clip: Tensor) -> None:
+        holder.register_buffer(SCALE, 2 * torch.tanh(clip.detach().float()) / self.steps)
+
+    def quantize(self, x: Tensor, holder: nn.Module) -> Tensor:
+        kept: Tensor = getattr(holder, SCALE)
+        squashed = torch.tanh(x)
+        dims = tuple(dim for dim in range(x.ndim) if kept.ndim == 0 or kept.shape[dim] == 1)
+        largest = squashed.abs().amax(dims, keepdim=True).reshape(kept.shape)
+        scale = largest.clamp(min=torch.finfo(torch.float32).tiny * 2**24) * (2 / self.steps)
+        with torch.no_grad():
+            kept.copy_(scale)
+        low, high, shift = self.levels
+        return fake_quantize(squashed, scale, low, high, shift=shift)
+
+    def scale(self, holder: nn.Module) -> Tensor:
+        """Of the last forward pass: it follows the weight."""
+        kept: Tensor = getattr(holder, SCALE)
+        return kept.detach() / self.code_step
+
+
+@dataclass(frozen=True)
+class DoReFa:
+    """DoReFa: nothing is learned beside the weights.
+
+    Args:
+        weight_bits: 1 to 8; None keeps the bits each weight has.
+        activation_bits: 1 (after a ReLU) or 2 to 8; None keeps the bits each activation has.
+        per_channel: the maximum of ``|tanh(w)|`` per output channel; the paper takes one per layer.
+
+    Source: Zhou et al., 2016, arXiv 1606.06160. Activations are clipped to a calibrated range in place of [0, 1], which a
+    pretrained network was not made for.
+    """
+
+    weight_bits: int | None = None
+    activation_bits: int | None = None
+    per_channel: bool = True
+
+    def __post_init__(self) -> None:
+        check_bits(self, 1)
+
+    def weight_rule(self, bits: int, axis: int | None, block: int | None) -> Rule:
+        return TanhWeight(bits, axis, block)
+
+    def activation_rule(self, bits: int, unsigned: bool) -> Rule:
+        return ClippedActivation(bits, unsigned=unsigned, learns="nothing", full_range=False)

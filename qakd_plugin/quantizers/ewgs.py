@@ -1,0 +1,135 @@
+"""EWGS: gradients are scaled element by element with the rounding error; intervals are learned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import QakdError
+from .dorefa import SymmetricGrid
+from .form import discretize, probe
+from .rule import DELTA, LOG_SCALE, PREFIX, ClippedActivation, Rule, check_bits
+
+LOG_INTERVAL, OFFSET = PREFIX + "log_interval", PREFIX + "offset"
+
+
+@dataclass(frozen=True)
+class IntervalWeight(SymmetricGrid):
+    """Weights of EWGS: the interval [l, u] is mapped to [-1, 1], rounded, and given its own output scale.
+
+    Learned are the length of the interval (as a logarithm, in steps), its center (relative to half its length) and the output
+    scale.
+
+    Attributes:
+        delta: until it is first refreshed.
+    """
+
+    delta: float = 0.0
+
+    def install(self, holder: nn.Module, clip: Tensor) -> None:
+        step = torch.log(2 * clip.detach().float() / self.steps)
+        holder.register_parameter(LOG_SCALE, nn.Parameter(step.clone()))
+        holder.register_parameter(LOG_INTERVAL, nn.Parameter(step.clone()))
+        holder.register_parameter(OFFSET, nn.Parameter(torch.zeros_like(step)))
+        holder.register_buffer(DELTA, torch.tensor(self.delta, device=clip.device))
+
+    def quantize(self, x: Tensor, holder: nn.Module) -> Tensor:
+        state: Any = holder
+        low, high, shift = self.levels
+        v = x * torch.exp(-getattr(state, LOG_INTERVAL)) - high * getattr(state, OFFSET)
+        codes = discretize(v, low, high, shift=shift, delta=getattr(state, DELTA))
+        scaled: Tensor = codes * getattr(state, LOG_SCALE).exp()
+        return scaled
+
+
+@dataclass(frozen=True)
+class EWGS:
+    """Element-wise gradient scaling with learned intervals.
+
+    ``delta`` is the mean curvature of the loss over three standard deviations of its gradient, both with respect to the
+    discretized values of one quantizer; ``distill`` refreshes it with Hutchinson's estimator (:func:`refresh_delta`).
+
+    Args:
+        weight_bits: 1 to 8; None keeps the bits each weight has.
+        activation_bits: 1 (after a ReLU) or 2 to 8; None keeps the bits each activation has.
+        per_channel: one interval and one output scale per output channel of a weight; the paper has one per layer.
+        delta: until the first refresh; 0 is the straight-through estimator.
+        refresh_every: epochs between refreshes, the first before training; 0 never refreshes.
+        probes: random vectors per refresh.
+
+    Source: Lee, Kim and Ham, CVPR 2021, arXiv 2104.00903. The interval of activations starts at 0, or is symmetric where they
+    may be negative: targets take zero point 0 only.
+    """
+
+    weight_bits: int | None = None
+    activation_bits: int | None = None
+    per_channel: bool = True
+    delta: float = 1e-3
+    refresh_every: int = 10
+    probes: int = 2
+
+    def __post_init__(self) -> None:
+        check_bits(self, 1)
+        if not self.delta >= 0:
+            raise QakdError(f"EWGS: delta={self.delta} must not be negative.")
+        if not (self.refresh_every >= 0 and self.probes > 0):
+            raise QakdError(
+                f"EWGS: refresh_every={self.refresh_every} must not be negative and probes={self.probes} must be positive."
+            )
+
+    def weight_rule(self, bits: int, axis: int | None, block: int | None) -> Rule:
+        return IntervalWeight(bits, axis, block, delta=self.delta)
+
+    def activation_rule(self, bits: int, unsigned: bool) -> Rule:
+        return ClippedActivation(bits, unsigned=unsigned, full_range=False, delta=self.delta)
+
+
+def refresh_delta(loss: Callable[[], Tensor], probes: int = 2) -> dict[int, float]:
+    """Set every EWGS quantizer's delta from the curvature of a loss, by Hutchinson's estimator.
+
+    ``delta = max(0, Tr(H) / N) / (3 std(g))`` with gradient g and Hessian H of the loss with respect to the quantizer's N
+    discretized values; ``Tr(H) = E[v^T H v]`` over random signs v, drawn for all quantizers at once.
+
+    Args:
+        loss: runs the network on one batch and returns a scalar.
+        probes: random vectors to average over.
+
+    Returns:
+        The new delta of every quantizer, by the ``id`` of its buffer; empty where the network has no EWGS quantizer.
+    """
+    with probe() as recorded, torch.enable_grad():
+        value = loss()
+    if not recorded:
+        return {}
+    points = [x for _, x in recorded]
+    gradients = torch.autograd.grad(value, points, create_graph=True, allow_unused=True)
+    used = [index for index, gradient in enumerate(gradients) if gradient is not None and gradient.requires_grad]
+    curvature = [0.0] * len(points)
+    for _ in range(probes):
+        signs = [torch.randint_like(points[index], 2) * 2 - 1 for index in used]
+        products = torch.autograd.grad(
+            [gradients[index] for index in used],
+            [points[index] for index in used],
+            grad_outputs=signs,
+            retain_graph=True,
+            allow_unused=True,
+        )
+        for index, sign, product in zip(used, signs, products, strict=True):
+            if product is not None:
+                curvature[index] += float((sign * product).mean()) / probes
+    found: dict[int, list[float]] = {}
+    buffers: dict[int, Tensor] = {}
+    for (buffer, _), gradient, trace in zip(recorded, gradients, curvature, strict=True):
+        buffers[id(buffer)] = buffer
+        spread = 0.0 if gradient is None or gradient.numel() < 2 else float(gradient.detach().std())
+        # A quantizer that is called several times takes the mean.
+        found.setdefault(id(buffer), []).append(max(0.0, trace) / (3 * spread) if spread > 0 else 0.0)
+    deltas = {key: sum(values) / len(values) for key, values in found.items()}
+    with torch.no_grad():
+        for key, delta in deltas.items():
+            buffers[key].fill_(delta)
+    return deltas

@@ -1,0 +1,138 @@
+"""The one quantizer form of SQAKD: clip, round, and a backward pass that knows the rounding error.
+
+Forward ``x_q = R(clip(x))``; backward ``dL/dx_c = dL/dx_q + mu (x_c - x_q)``, where ``mu = 0`` is the straight-through estimator
+and ``mu = delta |dL/dx_q|`` is EWGS. LSQ, PACT, DoReFa and EWGS differ in what they clip and in which numbers they learn.
+
+Source: Zhao and Zhao, AISTATS 2024, arXiv 2403.11106; Lee et al., CVPR 2021, arXiv 2104.00903.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_hardtanh_backward = torch.ops.aten.hardtanh_backward.default
+"""``g`` where ``low < v < high``, else 0, in one pass over memory."""
+
+
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    low: float,
+    high: float,
+    *,
+    shift: float = 0.0,
+    delta: Tensor | None = None,
+    gradient_scale: float = 1.0,
+    through_rounding: bool = True,
+    decay: float = 0.0,
+) -> Tensor:
+    """``scale * (round(clamp(x / scale, low, high) + shift) - shift)``, and its gradients.
+
+    One function for all quantizers, written so that training keeps no tensor but input and output.
+
+    Args:
+        x: float32, any shape.
+        scale: float32, positive; 0-d, or broadcastable with one value per channel of the first dimension.
+        low: lowest code.
+        high: highest code.
+        shift: 0 for integer codes; half the number of steps for a grid without 0, whose codes are odd multiples of 1/2.
+        delta: 0-d, at least 0: EWGS, on codes scaled to an interval of length 1. None is the straight-through estimator.
+        gradient_scale: factor of the gradient of ``scale`` (LSQ: ``1 / sqrt(N Q_p)``).
+        through_rounding: whether rounding errors count in the gradient of ``scale`` (LSQ, EWGS) or only values that are
+            clipped do (PACT).
+        decay: adds the gradient of ``decay / 2 * (high * scale)^2`` to that of ``scale`` (PACT).
+    """
+    if _probes is not None and delta is not None:
+        return _probed(x, scale, low, high, shift, delta)
+    return _FakeQuantize.apply(x, scale, low, high, shift, delta, gradient_scale, through_rounding, decay)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _FakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        low: float,
+        high: float,
+        shift: float,
+        delta: Tensor | None,
+        gradient_scale: float,
+        through_rounding: bool,
+        decay: float,
+    ) -> Tensor:
+        codes = torch.div(x, scale).clamp_(low, high)
+        codes = codes.add_(shift).round_().sub_(shift) if shift else codes.round_()
+        out = codes.mul_(scale)
+        ctx.save_for_backward(x, scale, out, delta)
+        ctx.numbers = (low, high, gradient_scale, through_rounding, decay)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, scale, out, delta = ctx.saved_tensors
+        low, high, gradient_scale, through_rounding, decay = ctx.numbers
+        v = x / scale
+        g = gradient
+        if delta is not None:
+            g = g + g.abs().mul_(v.clamp(low, high).sub_(out / scale)).mul_(delta / (high - low))
+        g = _hardtanh_backward(g, v, low, high)
+        grad_scale = None
+        if ctx.needs_input_grad[1]:
+            # Codes are out / scale; inside, the rounding error is (out - x) / scale, outside it is the bound.
+            inside = x if through_rounding else out
+            if scale.numel() == 1:
+                total = torch.dot(gradient.reshape(-1), out.reshape(-1)) - torch.dot(g.reshape(-1), inside.reshape(-1))
+                total = total.reshape(scale.shape)
+            else:
+                total = (gradient * out - g * inside).sum_to_size(scale.shape)
+            grad_scale = total / scale * gradient_scale
+            if decay:
+                grad_scale = grad_scale + decay * high**2 * scale
+        return g, grad_scale, None, None, None, None, None, None, None
+
+
+def discretize(v: Tensor, low: float, high: float, *, shift: float = 0.0, delta: Tensor | None = None) -> Tensor:
+    """The form alone, on codes: ``round(clamp(v, low, high) + shift) - shift``; arguments as :func:`fake_quantize`."""
+    return fake_quantize(v, torch.ones((), dtype=v.dtype, device=v.device), low, high, shift=shift, delta=delta)
+
+
+def lsq_gradient_scale(elements: int, high: float) -> float:
+    """``1 / sqrt(N Q_p)`` (Esser et al., ICLR 2020, arXiv 1902.08153)."""
+    return 1.0 / math.sqrt(max(elements, 1) * high)
+
+
+# -- curvature, for EWGS
+
+_probes: list[tuple[Tensor, Tensor]] | None = None
+
+
+@contextmanager
+def probe() -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Within the block, EWGS quantizers can be differentiated twice, and list their discretized values.
+
+    Yields:
+        (delta, x_q) of every call, in order: the buffer itself, and codes scaled to an interval of length 1.
+    """
+    global _probes
+    assert _probes is None, "probe() blocks cannot be nested"
+    _probes = []
+    try:
+        yield _probes
+    finally:
+        _probes = None
+
+
+def _probed(x: Tensor, scale: Tensor, low: float, high: float, shift: float, delta: Tensor) -> Tensor:
+    v = torch.clamp(x / scale, low, high)
+    codes = v + (torch.round(v.detach() + shift) - shift - v.detach())
+    normalized = codes / (high - low)
+    assert _probes is not None
+    _probes.append((delta, normalized))
+    return normalized * ((high - low) * scale)
