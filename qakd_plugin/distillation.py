@@ -64,7 +64,7 @@ def distill(
     callbacks: Sequence[object] = (),
     batch_fn: BatchFn = default_batch,
     lr: float = 1e-3,
-    quantizer_lr: float = 1e-5,
+    quantizer_lr: float = 1e-3,
     teacher_lr: float = 1e-4,
     weight_decay: float = 1e-4,
     grad_clip: float | None = 1.0,
@@ -93,7 +93,7 @@ def distill(
         callbacks: objects; ``on_step_end(step, losses)`` and ``on_epoch_end(row)`` are called where they exist.
         batch_fn: splits a batch into (images, labels or None).
         lr: peak learning rate of the weights.
-        quantizer_lr: of parameters that belong to quantizers; they get no weight decay.
+        quantizer_lr: of parameters that belong to quantizers, as a relative change per step; they get no weight decay.
         teacher_lr: of a teacher that learns too.
         weight_decay: of weights with more than one dimension.
         grad_clip: largest gradient norm; None for none.

@@ -25,7 +25,7 @@ from .evaluation import evaluate
 from .hooks import teacher_logits
 from .methods import Method, Phase, require_labels, total_loss
 from .modes import eval_mode
-from .optim import Settings, cosine_schedule, student_optimizer, teacher_optimizer
+from .optim import Settings, cosine_schedule, quantizer_parameters, student_optimizer, teacher_optimizer
 from .progress import Progress
 
 Augment = Callable[[Tensor, Any], tuple[Tensor, Any]]
@@ -170,9 +170,12 @@ class Trainer:
 
     def _backward(self, loss: Tensor, optimizer: torch.optim.Optimizer, network: nn.Module, phase: Phase) -> None:
         self.accelerator.backward(loss)
-        limit = self.settings.grad_clip
-        norm = nn.utils.clip_grad_norm_(network.parameters(), math.inf if limit is None else limit)
-        self.last_grad_norm = float(norm)
+        limit = math.inf if self.settings.grad_clip is None else self.settings.grad_clip
+        # Apart from weights: the gradient of a clipping range is a sum over all activations, and would drown theirs.
+        quantizers = [p for p in network.parameters() if id(p) in self.of_quantizers]
+        weights = [p for p in network.parameters() if id(p) not in self.of_quantizers]
+        norms = [nn.utils.clip_grad_norm_(parameters, limit) for parameters in (weights, quantizers) if parameters]
+        self.last_grad_norm = float(torch.linalg.vector_norm(torch.stack(norms)))
         if not math.isfinite(self.last_grad_norm):
             raise TrainingError(
                 f"the gradient is not finite at step {self.position.step} of phase {phase.name!r} (loss "
@@ -265,6 +268,7 @@ class Trainer:
         restore_random_state(saved, self.generators)
 
     def _make_optimizers(self) -> None:
+        self.of_quantizers = quantizer_parameters(self.adapter, self.model)
         self.optimizer = student_optimizer(self.adapter, self.model, self.settings)
         self.scheduler = cosine_schedule(self.optimizer, len(self.epochs) * self.steps_per_epoch, self.settings.warmup)
         together = sum(phase.epochs for phase in self.phases if phase.teacher)

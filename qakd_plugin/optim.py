@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from .backends import Adapter
+from .quantizers.rule import PREFIX
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,7 @@ class Settings:
     """How the optimizers are set up; see :func:`qakd_plugin.distill`."""
 
     lr: float = 1e-3
-    quantizer_lr: float = 1e-5
+    quantizer_lr: float = 1e-3
     teacher_lr: float = 1e-4
     weight_decay: float = 1e-4
     grad_clip: float | None = 1.0
@@ -24,16 +26,32 @@ class Settings:
     mixed_precision: str = "no"
 
 
+def quantizer_parameters(adapter: Adapter, model: nn.Module) -> dict[int, nn.Parameter]:
+    """Trained parameters that belong to quantizers, by id."""
+    of_quantizers = [p for quantizer in adapter.quantizers(model) for p in quantizer.module.parameters()]
+    return {id(p): p for p in of_quantizers if p.requires_grad}
+
+
 def student_optimizer(adapter: Adapter, model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    """AdamW with three groups: weights, biases and norms without decay, parameters of quantizers with a rate of their own."""
-    of_quantizers = {id(p) for quantizer in adapter.quantizers(model) for p in quantizer.module.parameters()}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    weights = [p for p in trained if id(p) not in of_quantizers]
-    groups = [
+    """AdamW: weights, biases and norms without decay, and parameters of quantizers with a rate of their own and no decay.
+
+    The rate of quantizers is a relative change per step. Ours are logarithms or ratios already; a scale that a toolkit learns
+    as it is gets the rate times its size.
+    """
+    of_quantizers = quantizer_parameters(adapter, model)
+    weights = [p for p in model.parameters() if p.requires_grad and id(p) not in of_quantizers]
+    relative = {id(p) for name, p in model.named_parameters() if name.rpartition(".")[2].startswith(PREFIX)}
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in weights if p.ndim > 1], "weight_decay": settings.weight_decay},
         {"params": [p for p in weights if p.ndim <= 1], "weight_decay": 0.0},
-        {"params": [p for p in trained if id(p) in of_quantizers], "weight_decay": 0.0, "lr": settings.quantizer_lr},
+        {"params": [p for key, p in of_quantizers.items() if key in relative], "lr": settings.quantizer_lr},
     ]
+    for key, parameter in of_quantizers.items():
+        if key not in relative:
+            size = float(parameter.detach().abs().mean()) or 1.0
+            groups.append({"params": [parameter], "lr": settings.quantizer_lr * size})
+    for group in groups[2:]:
+        group["weight_decay"] = 0.0
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.lr)
 
 

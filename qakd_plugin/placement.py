@@ -46,7 +46,7 @@ _SIGN_KEEPING_FUNCTIONS = {torch.flatten, torch.cat, torch.reshape, torch.transp
                            operator.getitem, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.dropout, F.interpolate,
                            "view", "reshape", "transpose", "permute", "flatten", "chunk", "split", "contiguous", "mean", "add",
                            "add_", "mul", "squeeze", "unsqueeze"}  # fmt: skip
-_GRID_KEEPING = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d, nn.ReLU)
+GRID_KEEPING = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d, nn.ReLU)
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ class _Analysis:
     def _on_grid(self, quantized: set[fx.Node]) -> set[fx.Node]:
         on_grid = set(quantized)
         for node in self.nodes:
-            if isinstance(self._module(node), _GRID_KEEPING) and all(source in on_grid for source in node.all_input_nodes):
+            if isinstance(self._module(node), GRID_KEEPING) and all(source in on_grid for source in node.all_input_nodes):
                 on_grid.add(node)
         return on_grid
 

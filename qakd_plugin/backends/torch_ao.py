@@ -44,11 +44,11 @@ with warnings.catch_warnings():
 _FUSED_BATCH_NORM = tuple(
     getattr(nniqat, name) for name in ("ConvBn1d", "ConvBn2d", "ConvBn3d", "ConvBnReLU1d", "ConvBnReLU2d", "ConvBnReLU3d")
 )
-_FUSED_RELU = tuple(
+FUSED_RELU = tuple(
     getattr(nniqat, name)
     for name in ("ConvBnReLU1d", "ConvBnReLU2d", "ConvBnReLU3d", "ConvReLU1d", "ConvReLU2d", "ConvReLU3d", "LinearReLU")
 )
-_WEIGHTED = (*_FUSED_BATCH_NORM, *_FUSED_RELU, nnqat.Conv1d, nnqat.Conv2d, nnqat.Conv3d, nnqat.Linear)
+QAT_LAYERS = (*_FUSED_BATCH_NORM, *FUSED_RELU, nnqat.Conv1d, nnqat.Conv2d, nnqat.Conv3d, nnqat.Linear)
 
 
 class TorchAOAdapter:
@@ -79,7 +79,7 @@ class TorchAOAdapter:
         for node in model.graph.nodes:
             if _is_fake_quant(model, node):
                 users = [str(user.target) for user in node.users if user.op == "call_module"]
-                layers = tuple(name for name in users if isinstance(model.get_submodule(name), _WEIGHTED))
+                layers = tuple(name for name in users if isinstance(model.get_submodule(name), QAT_LAYERS))
                 readers[str(node.target)] = readers.get(str(node.target), ()) + layers
         return readers
 
@@ -134,20 +134,20 @@ class TorchAOAdapter:
             )
         _leave_output_in_float(prepared)
         low_bit = _insert_low_bit_inputs(prepared, placement, activation_bits) if activation_bits < 8 else {}
-        _calibrate(self, prepared.eval(), batches, low_bit)
+        calibrate(self, prepared.eval(), batches, low_bit)
         return prepared
 
     def install(self, model: nn.Module, quantizer: Quantizer, rule: Rule, clip: Tensor) -> None:
         if rule.axis is not None:
             assert quantizer.weight is not None
             clip = clip.reshape([-1 if dim == rule.axis else 1 for dim in range(quantizer.weight().ndim)])
-        _substitute(model, quantizer.module, learned_fake_quantize(FakeQuantizeBase, rule, clip, quantizer.module))
+        substitute(model, quantizer.module, learned_fake_quantize(FakeQuantizeBase, rule, clip, quantizer.module))
 
     def uninstall(self, model: nn.Module, quantizer: Quantizer) -> None:
         learned: Any = quantizer.module
         if learned.rule.transforms_weight:
             _bake_weight(model.get_submodule(quantizer.layers[0]), quantizer.layers[0], learned)
-        _substitute(model, learned, restored_fake_quantize(learned, FakeQuantize, FixedQParamsObserver))
+        substitute(model, learned, restored_fake_quantize(learned, FakeQuantize, FixedQParamsObserver))
 
     def learned(self, quantizer: Quantizer) -> Rule | None:
         return rule_of(quantizer.module)
@@ -160,8 +160,10 @@ class TorchAOAdapter:
         replacements: dict[str, nn.Module] = {}
         # remove_duplicate=False: a module shared by several names stays shared.
         for name, module in form.named_modules(remove_duplicate=False):
+            if name.rpartition(".")[0] in replacements:
+                continue  # part of a layer that is replaced as a whole
             if module not in exported:
-                if isinstance(module, _WEIGHTED):
+                if isinstance(module, QAT_LAYERS):
                     exported[module] = self._exported_layer(module, name, quantizers)
                 elif module in quantizers and quantizers[module].role == "activation":
                     exported[module] = ActivationQDQ(self.qparams(quantizers[module]), quantizers[module].fqn)
@@ -176,7 +178,32 @@ class TorchAOAdapter:
         with torch.no_grad():
             fake_quantized: Tensor = module.weight_fake_quant(weight)
         stored = store_weight(fake_quantized, self.qparams(quantizer), name)
-        return QuantizedLayer(module, stored, bias, relu=isinstance(module, _FUSED_RELU))
+        # Eager mode keeps the quantizer of the output in the layer.
+        behind = quantizers.get(getattr(module, "activation_post_process", None))  # type: ignore[arg-type]
+        output_qdq = None if behind is None else ActivationQDQ(self.qparams(behind), behind.fqn)
+        return QuantizedLayer(module, stored, bias, relu=isinstance(module, FUSED_RELU), output_qdq=output_qdq)
+
+
+def torch_ao_qconfig(weight_bits: int) -> QConfig:
+    """Symmetric int8 activations; symmetric weights per channel, whose scale follows the weight without delay."""
+    limit = 2 ** (weight_bits - 1)
+    return QConfig(
+        activation=FakeQuantize.with_args(
+            observer=MovingAverageMinMaxObserver,
+            quant_min=-128,
+            quant_max=127,
+            dtype=torch.qint8,
+            qscheme=torch.per_tensor_symmetric,
+        ),
+        weight=FakeQuantize.with_args(
+            observer=MovingAveragePerChannelMinMaxObserver,
+            averaging_constant=1.0,
+            quant_min=-127 if weight_bits == 8 else -limit,
+            quant_max=limit - 1,
+            dtype=torch.qint8,
+            qscheme=torch.per_channel_symmetric,
+        ),
+    )
 
 
 def torch_ao_qconfig_mapping(model: nn.Module, placement: Placement, weight_bits: int) -> QConfigMapping:
@@ -190,34 +217,14 @@ def torch_ao_qconfig_mapping(model: nn.Module, placement: Placement, weight_bits
         weight_bits: of all layers but the first and the last, which take 8.
     """
 
-    def qconfig(bits: int) -> QConfig:
-        limit = 2 ** (bits - 1)
-        return QConfig(
-            activation=FakeQuantize.with_args(
-                observer=MovingAverageMinMaxObserver,
-                quant_min=-128,
-                quant_max=127,
-                dtype=torch.qint8,
-                qscheme=torch.per_tensor_symmetric,
-            ),
-            weight=FakeQuantize.with_args(
-                observer=MovingAveragePerChannelMinMaxObserver,
-                averaging_constant=1.0,
-                quant_min=-127 if bits == 8 else -limit,
-                quant_max=limit - 1,
-                dtype=torch.qint8,
-                qscheme=torch.per_channel_symmetric,
-            ),
-        )
-
-    mapping = QConfigMapping().set_global(qconfig(8))
+    mapping = QConfigMapping().set_global(torch_ao_qconfig(8))
     for name, module in model.named_modules():
         if not isinstance(module, WEIGHTED):
             continue
         if name not in placement.layers:
             mapping.set_module_name(name, None)
         elif name not in placement.edges:
-            mapping.set_module_name(name, qconfig(weight_bits))
+            mapping.set_module_name(name, torch_ao_qconfig(weight_bits))
     return mapping
 
 
@@ -269,15 +276,17 @@ def _insert_low_bit_inputs(prepared: torch.fx.GraphModule, placement: Placement,
 
 
 @torch.no_grad()
-def _calibrate(
-    adapter: TorchAOAdapter, prepared: torch.fx.GraphModule, batches: Sequence[Tensor], low_bit: dict[str, tuple[int, int]]
+def calibrate(
+    adapter: TorchAOAdapter, prepared: nn.Module, batches: Sequence[Tensor], low_bit: dict[str, tuple[int, int]]
 ) -> None:
     """Ranges of least squared error over all batches. Eight-bit ranges go on following the data in training, lower ones do
     not."""
     activations = [q for q in adapter.quantizers(prepared) if q.role == "activation"]
+    activations = [q for q in activations if q.fqn not in low_bit]
     watched = {q.fqn: q.module for q in activations} | {name: prepared.get_submodule(name) for name in low_bit}
     adapter.set_fake_quant(prepared, False)
-    observers = observe_inputs(prepared, watched, batches, {})
+    clamps = {name: (0.0, float("inf")) for name, (low, _) in low_bit.items() if low == 0}
+    observers = observe_inputs(prepared, watched, batches, clamps)
     adapter.set_fake_quant(prepared, True)
     for quantizer in activations:
         q: Any = quantizer.module
@@ -288,23 +297,28 @@ def _calibrate(
         scale, zero_point = q.calculate_qparams()
         q.scale.copy_(scale)
         q.zero_point.copy_(zero_point)
-    device = batches[0].device
     for name, (low, high) in low_bit.items():
-        fixed = FakeQuantize(
-            observer=FixedQParamsObserver,
-            quant_min=low,
-            quant_max=high,
-            scale=observers[name].best_clip(high) / high,
-            zero_point=0,
-            dtype=torch.quint8 if low == 0 else torch.qint8,
-            qscheme=torch.per_tensor_affine,
-        ).to(device)
-        fixed.scale.fill_(observers[name].best_clip(high) / high)
-        fixed.zero_point.fill_(0)
-        prepared.add_submodule(name, fixed)
+        clip = observers[name].best_clip(high)
+        substitute(prepared, prepared.get_submodule(name), fixed_fake_quantize(clip, low, high, batches[0].device))
 
 
-def _substitute(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+def fixed_fake_quantize(clip: float, low: int, high: int, device: torch.device) -> nn.Module:
+    """A fake-quantizer per tensor whose range stays as it is."""
+    fixed = FakeQuantize(
+        observer=FixedQParamsObserver,
+        quant_min=low,
+        quant_max=high,
+        scale=clip / high,
+        zero_point=0,
+        dtype=torch.quint8 if low == 0 else torch.qint8,
+        qscheme=torch.per_tensor_affine,
+    ).to(device)
+    fixed.scale.fill_(clip / high)
+    fixed.zero_point.fill_(0)
+    return fixed
+
+
+def substitute(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put one quantizer in every place of another."""
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module is old:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .form import fake_quantize
 from .rule import PREFIX, ClippedActivation, Rule, check_bits
 
-SCALE = PREFIX + "scale"
+SCALE, UNIT = PREFIX + "scale", PREFIX + "unit"
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,21 @@ class SymmetricGrid(Rule):
 class TanhWeight(SymmetricGrid):
     """Weights of DoReFa and PACT: ``m R(tanh(w) / m)`` with ``m = max|tanh(w)|``.
 
-    The paper leaves out the factor m in front, which BatchNorm undoes; with it a pretrained network starts as it was.
+    The paper leaves out the factor m in front, which BatchNorm undoes; with it a pretrained network starts as it was. For the
+    same reason weights beyond 1/4, as toolkits make them that fold BatchNorm before they quantize, are measured in a larger
+    unit: tanh would flatten them.
     """
 
     def install(self, holder: nn.Module, clip: Tensor) -> None:
-        holder.register_buffer(SCALE, 2 * torch.tanh(clip.detach().float()) / self.steps)
+        clip = clip.detach().float()
+        unit = (4 * clip).clamp(min=1)
+        holder.register_buffer(UNIT, unit)
+        holder.register_buffer(SCALE, 2 * unit * torch.tanh(clip / unit) / self.steps)
 
     def quantize(self, x: Tensor, holder: nn.Module) -> Tensor:
         kept: Tensor = getattr(holder, SCALE)
-        squashed = torch.tanh(x)
+        unit: Tensor = getattr(holder, UNIT)
+        squashed = unit * torch.tanh(x / unit)
         dims = tuple(dim for dim in range(x.ndim) if kept.ndim == 0 or kept.shape[dim] == 1)
         largest = squashed.abs().amax(dims, keepdim=True).reshape(kept.shape)
         scale = largest.clamp(min=torch.finfo(torch.float32).tiny * 2**24) * (2 / self.steps)
