@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .backends import Adapter
+from .deploy.exportable import export_problems
 from .errors import NotPreparedError, QakdError, TrainingError
 
 _log = logging.getLogger(__name__)
@@ -77,6 +78,64 @@ def check_first_batch(student: nn.Module, student_logits: Tensor, teacher_logits
             "student "
             f"{tuple(student_logits.shape)} for the same batch."
         )
+
+
+@torch.no_grad()
+def check_against_teacher(adapter: Adapter, student: nn.Module, teacher: nn.Module, teacher_logits: Tensor, x: Tensor) -> None:
+    """Warn where the student without fake quantization is not the teacher although it has all its weights.
+
+    This catches what a toolkit changes silently: ``prepare_qat_pt2e`` sets the eps of every BatchNorm to 1e-5.
+
+    Args:
+        adapter: of the student's toolkit.
+        student: in eval mode with frozen ranges.
+        teacher: any network; one with other weights is not compared.
+        teacher_logits: (N, C) its output for ``x`` in eval mode.
+        x: a batch.
+    """
+    if not _has_weights_of(student, teacher):
+        return
+    adapter.set_fake_quant(student, False)
+    try:
+        unquantized = student(x)
+    finally:
+        adapter.set_fake_quant(student, True)
+    spread = float(teacher_logits.max() - teacher_logits.min()) or 1.0
+    deviation = float((unquantized - teacher_logits).abs().max()) / spread
+    if deviation > _SAME_NETWORK:
+        _log.warning(
+            "With fake quantization off, prepared_model is not the teacher although all weights are equal: logits differ by "
+            "%.2g of their range. Preparing changed the network. prepare_qat_pt2e does so where a BatchNorm has another eps than "
+            "1e-5 (add eps - 1e-5 to its running_var before torch.export, or use qakd_plugin.prepare); else look for "
+            "operators that the toolkit replaced.",
+            deviation,
+        )
+
+
+_SAME_NETWORK = 1e-3
+"""Logits of one network computed in two orders differ by about 1e-6 of their range."""
+
+
+def _has_weights_of(student: nn.Module, teacher: nn.Module) -> bool:
+    """Whether each weight of the teacher with more than one dimension is one of the student's, value by value."""
+    own: dict[torch.Size, list[Tensor]] = {}
+    for parameter in student.parameters():
+        own.setdefault(parameter.shape, []).append(parameter)
+    weights = [parameter for parameter in teacher.parameters() if parameter.ndim > 1]
+    return bool(weights) and all(any(torch.equal(weight, p) for p in own.get(weight.shape, [])) for weight in weights)
+
+
+@torch.no_grad()
+def check_exportable(adapter: Adapter, student: nn.Module, x: Tensor) -> None:
+    """Warn, before the first epoch and not after the last, of targets that cannot take the model.
+
+    Args:
+        adapter: of the student's toolkit.
+        student: in eval mode.
+        x: a batch.
+    """
+    for reason, targets in export_problems(adapter, student, x).items():
+        _log.warning("prepared_model cannot be exported for %s: %s", " and ".join(targets), reason)
 
 
 def require_finite_input(x: Tensor, batch: int) -> None:

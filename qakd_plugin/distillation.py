@@ -25,6 +25,7 @@ from .hooks import require_teacher
 from .loop import Augment, Trainer
 from .methods import SQAKD, Method
 from .optim import Settings
+from .progress import say
 
 _log = logging.getLogger(__name__)
 
@@ -117,7 +118,9 @@ def distill(
     _require_length(loader)
     check_quantizers(adapter, prepared_model)
     check_trainable(adapter, prepared_model)
-    _log.info("%s", describe(prepared_model).summary())
+    summary = describe(prepared_model).summary()
+    _log.info("%s", summary)
+    say(summary)
     if seed is not None:
         set_seed(seed)
     store = None

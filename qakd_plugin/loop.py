@@ -19,7 +19,7 @@ from ._files import write_atomic
 from .backends import Adapter
 from .batches import BatchFn
 from .checkpoint import CheckpointStore, random_state, restore_random_state
-from .checks import blame, check_first_batch, require_finite_input
+from .checks import blame, check_against_teacher, check_exportable, check_first_batch, require_finite_input
 from .errors import CheckpointError, TrainingError
 from .evaluation import evaluate
 from .hooks import teacher_logits
@@ -27,6 +27,7 @@ from .methods import Method, Phase, require_labels, total_loss
 from .modes import eval_mode
 from .optim import Settings, cosine_schedule, quantizer_parameters, student_optimizer, teacher_optimizer
 from .progress import Progress
+from .quantizers import refresh_delta
 
 Augment = Callable[[Tensor, Any], tuple[Tensor, Any]]
 """Images as the loader yields them, and labels, before they reach both networks."""
@@ -124,6 +125,8 @@ class Trainer:
     # -- one epoch, one step
 
     def _epoch(self, phase: Phase, progress: Progress) -> None:
+        if self.position.step_in_epoch == 0 and self._curvature_is_due():
+            self._refresh_curvature(phase)
         self.adapter.freeze_ranges(self.model, False)
         self.adapter.set_mode(self.model, True)
         if self.teacher is not None and phase.teacher:
@@ -211,6 +214,28 @@ class Trainer:
         self.position.step_in_epoch += 1
         self.position.step += 1
 
+    def _curvature_is_due(self) -> bool:
+        """Whether some EWGS quantizer wants a new delta before this epoch."""
+        rules = [self.adapter.learned(quantizer) for quantizer in self.adapter.quantizers(self.model)]
+        periods = {getattr(rule, "refresh_every", 0) for rule in rules} - {0}
+        return any(self.position.epoch % period == 0 for period in periods)
+
+    def _refresh_curvature(self, phase: Phase) -> None:
+        """EWGS's delta from the curvature of this phase's loss on one batch, in eval mode. Draws nothing from training."""
+        saved = random_state(self.generators)
+        x, labels = self._on_device(next(iter(self.loader)), phase)
+
+        def loss() -> Tensor:
+            other = teacher_logits(self.teacher, phase, (x,), {}) if phase.needs_teacher else None
+            return total_loss(phase.student, self.model(x), other, labels)[0]
+
+        with self._evaluated():
+            deltas = refresh_delta(loss)
+        for buffer in self.model.buffers():
+            if id(buffer) in deltas and self.accelerator.num_processes > 1:
+                buffer.copy_(self.accelerator.reduce(buffer, "mean"))
+        restore_random_state(saved, self.generators)
+
     # -- data
 
     def _batches(self) -> Iterator[Any]:
@@ -265,6 +290,10 @@ class Trainer:
                 with eval_mode(self.teacher):
                     teacher = self.teacher(x)
             check_first_batch(self.model, student, teacher, x)
+        with self._evaluated(), torch.no_grad():
+            if teacher is not None and self.teacher is not None and self.settings.mixed_precision == "no":
+                check_against_teacher(self.adapter, self.model, self.teacher, teacher, x)
+            check_exportable(self.adapter, self.model, x)
         restore_random_state(saved, self.generators)
 
     def _make_optimizers(self) -> None:

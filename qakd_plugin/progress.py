@@ -20,6 +20,13 @@ def track(items: Sequence[T], description: str) -> Iterator[T]:
     yield from rich_track(items, description, console=console, transient=True, disable=not console.is_terminal)
 
 
+def say(line: str) -> None:
+    """One line for the person in front of the terminal; silence elsewhere."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        console.print(line, highlight=False, markup=False)
+
+
 class Progress:
     """Steps done, the phase, running losses, remaining time.
 

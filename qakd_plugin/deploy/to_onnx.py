@@ -85,37 +85,49 @@ def export_float(model: nn.Module, example: Tensor, path: str | os.PathLike[str]
     return write_atomic(path, to_proto(exported).SerializeToString(), ExportError)
 
 
-def _export(model: nn.Module, example: Tensor) -> ir.Model:
+def trace(model: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
+    """The graph of a model in eval mode, for any batch size.
+
+    Raises:
+        ExportError: torch.export cannot trace it.
+    """
     # With a batch of one the exporter would take the batch dimension for a constant.
     batch = example if example.shape[0] > 1 else torch.cat([example, example])
-    with torch.no_grad():
-        outputs = model(batch)
-    count = 1 if isinstance(outputs, Tensor) else len(outputs)
-    names = ["logits"] if count == 1 else [f"output_{index}" for index in range(count)]
+    try:
+        with torch.no_grad(), _quiet():
+            return torch.export.export(model, (batch,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    except Exception as error:  # user code runs under the tracer: whatever it raises means "cannot be traced"
+        raise ExportError(
+            f"torch.export cannot trace the model: {_first_line(error)} Check that its forward takes one tensor and that neither "
+            "values nor the batch size steer its control flow."
+        ) from error
+
+
+def _export(model: nn.Module, example: Tensor) -> ir.Model:
+    traced = trace(model, example)
+    count = len(traced.graph_signature.user_outputs)
     try:
         with _quiet():
             program = torch.onnx.export(
-                model,
-                (batch,),
+                traced,
                 dynamo=True,
                 opset_version=OPSET,
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
                 input_names=["input"],
-                output_names=names,
+                output_names=["logits"] if count == 1 else [f"output_{index}" for index in range(count)],
                 custom_translation_table={
                     torch.ops.qakd.qdq.default: _translate_qdq,
                     torch.ops.qakd.dq.default: _translate_dq,
                 },
                 verbose=False,
             )
-    except (torch.onnx.errors.OnnxExporterError, torch._dynamo.exc.TorchDynamoException) as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise ExportError(
-            f"torch.export cannot trace the model: {reason} Check that its forward takes one tensor and that the batch size "
-            "does not steer its control flow."
-        ) from error
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise ExportError(f"the model cannot be written as ONNX: {_first_line(error.__cause__ or error)}") from error
     assert program is not None
     return program.model
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def to_proto(model: ir.Model) -> onnx.ModelProto:

@@ -26,9 +26,11 @@ class IntervalWeight(SymmetricGrid):
 
     Attributes:
         delta: until it is first refreshed.
+        refresh_every: epochs between refreshes of delta; 0 never.
     """
 
     delta: float = 0.0
+    refresh_every: int = 0
 
     def install(self, holder: nn.Module, clip: Tensor) -> None:
         step = torch.log(2 * clip.detach().float() / self.steps)
@@ -59,7 +61,6 @@ class EWGS:
         per_channel: one interval and one output scale per output channel of a weight; the paper has one per layer.
         delta: until the first refresh; 0 is the straight-through estimator.
         refresh_every: epochs between refreshes, the first before training; 0 never refreshes.
-        probes: random vectors per refresh.
 
     Source: Lee, Kim and Ham, CVPR 2021, arXiv 2104.00903. The interval of activations starts at 0, or is symmetric where they
     may be negative: targets take zero point 0 only.
@@ -70,22 +71,21 @@ class EWGS:
     per_channel: bool = True
     delta: float = 1e-3
     refresh_every: int = 10
-    probes: int = 2
 
     def __post_init__(self) -> None:
         check_bits(self, 1)
         if not self.delta >= 0:
             raise QakdError(f"EWGS: delta={self.delta} must not be negative.")
-        if not (self.refresh_every >= 0 and self.probes > 0):
-            raise QakdError(
-                f"EWGS: refresh_every={self.refresh_every} must not be negative and probes={self.probes} must be positive."
-            )
+        if not self.refresh_every >= 0:
+            raise QakdError(f"EWGS: refresh_every={self.refresh_every} must not be negative.")
 
     def weight_rule(self, bits: int, axis: int | None, block: int | None) -> Rule:
-        return IntervalWeight(bits, axis, block, delta=self.delta)
+        return IntervalWeight(bits, axis, block, delta=self.delta, refresh_every=self.refresh_every)
 
     def activation_rule(self, bits: int, unsigned: bool) -> Rule:
-        return ClippedActivation(bits, unsigned=unsigned, full_range=False, delta=self.delta)
+        return ClippedActivation(
+            bits, unsigned=unsigned, full_range=False, delta=self.delta, refresh_every=self.refresh_every
+        )
 
 
 def refresh_delta(loss: Callable[[], Tensor], probes: int = 2) -> dict[int, float]:

@@ -77,9 +77,9 @@ class Rule(ABC):
         return log_scale.detach().exp() / self.code_step
 
     def __call__(self, x: Tensor, holder: nn.Module) -> Tensor:
-        """Fake-quantize in float32, whatever autocast does around it; float32 comes out."""
+        """Fake-quantize in float32, whatever autocast does around it; what comes out has the type of ``x``."""
         with torch.autocast(x.device.type, enabled=False):
-            return self.quantize(x.float(), holder)
+            return self.quantize(x.float(), holder).to(x.dtype)
 
     def qparams(self, holder: nn.Module) -> QParams:
         """The exact numbers of the grid, zero point 0. ``scale`` has the holder's shape, blocks as rows."""
@@ -110,6 +110,7 @@ class ClippedActivation(Rule):
         learns: "step" (LSQ, EWGS: rounding errors count), "clip" (PACT: clipped values count), or "nothing" (DoReFa).
         full_range: -2^(b-1) is a code of the signed grid (LSQ); without it the clipping range is symmetric.
         delta: EWGS's backward pass, with this delta until it is first refreshed; None for straight-through.
+        refresh_every: epochs between refreshes of delta; 0 never.
         decay: of the squared clipping range (PACT).
     """
 
@@ -117,6 +118,7 @@ class ClippedActivation(Rule):
     learns: str = "step"
     full_range: bool = True
     delta: float | None = None
+    refresh_every: int = 0
     decay: float = 0.0
 
     def __post_init__(self) -> None:
