@@ -21,11 +21,20 @@ Role = Literal["weight", "activation"]
 
 @dataclass(frozen=True)
 class Quantizer:
-    """One active quantizer of a prepared model: ``fqn`` is its dotted name in the model."""
+    """One active quantizer of a prepared model.
+
+    Attributes:
+        fqn: its dotted name in the model.
+        module: the quantizer itself.
+        role: what it quantizes.
+        layer: whose weight it quantizes, where the numbers cannot be read from the quantizer alone: blocks follow the weight's
+            shape, and torchao computes scales from the weight in every forward pass.
+    """
 
     fqn: str
     module: nn.Module
     role: Role
+    layer: nn.Module | None = None
 
 
 class Adapter(Protocol):

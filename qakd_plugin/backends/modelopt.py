@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._optional import require
@@ -41,7 +42,7 @@ class ModelOptAdapter:
         quantizer_class = _quantizer_class()
         assert quantizer_class is not None
         return [
-            Quantizer(fqn, module, _role(fqn))
+            Quantizer(fqn, module, _role(fqn), _layer(model, fqn))
             for fqn, module in model.named_modules()
             if isinstance(module, quantizer_class) and not module._disabled
         ]
@@ -53,7 +54,7 @@ class ModelOptAdapter:
                 f"{quantizer.fqn}: num_bits={q.num_bits}, block_sizes={q.block_sizes} is not a static integer quantizer. "
                 "Use an integer configuration such as mtq.INT8_DEFAULT_CFG or qakd_plugin.prepare(...)."
             )
-        amax = q.amax
+        amax = q.amax_post if getattr(q, "_lsq", False) else q.amax  # ModelOpt's own LSQ multiplies codes with the second one
         if amax is None:
             raise NotPreparedError(
                 f"{quantizer.fqn} has no calibrated range (amax). Pass a forward_loop to mtq.quantize that runs several "
@@ -71,9 +72,13 @@ class ModelOptAdapter:
         # A weight channel of zeros has no range; its codes are zero whatever the scale is.
         scale = torch.where(dead, torch.ones_like(amax), 1.0 / (maxbound / amax))
         quant_min = 0 if q.unsigned else int(-maxbound if q.narrow_range else -maxbound - 1)
-        axis, block = _axis_and_block(q, amax, quantizer.fqn)
-        if block is None:
-            scale = scale.reshape(()) if axis is None else scale.reshape(-1)
+        axis, block = None, None
+        if q.block_sizes:
+            axis, block, scale = _blocked(quantizer, scale)
+        elif amax.numel() == 1:
+            scale = scale.reshape(())
+        else:
+            axis, scale = int(q.axis[0] if isinstance(q.axis, tuple) else q.axis), scale.reshape(-1)
         return QParams(
             scale=scale,
             zero_point=torch.zeros_like(scale, dtype=torch.int32),
@@ -133,6 +138,8 @@ class ModelOptAdapter:
             with torch.no_grad():
                 fake_quantized: Tensor = weight.module(module._parameters["weight"])
             qparams = self.qparams(weight)
+            if qparams.block is not None:  # ModelOpt fills the last block of a row up with zeros, and so does the export form
+                fake_quantized = F.pad(fake_quantized, (0, -fake_quantized.shape[1] % qparams.block))
             stored = store_weight(fake_quantized, qparams, name)
         plain = _plain(module)
         if stored is None:
@@ -198,15 +205,31 @@ def _role(fqn: str) -> Role:
     return "weight" if "weight_quantizer" in fqn.split(".")[-2:] or fqn.endswith("weight_quantizer") else "activation"
 
 
-def _axis_and_block(q: Any, amax: Tensor, name: str) -> tuple[int | None, int | None]:
-    if q.block_sizes:
+def _layer(model: nn.Module, fqn: str) -> nn.Module | None:
+    """The layer whose weight a quantizer quantizes; None for an activation's."""
+    return model.get_submodule(fqn.rpartition(".")[0]) if _role(fqn) == "weight" else None
+
+
+def _blocked(quantizer: Quantizer, scale: Tensor) -> tuple[int, int | None, Tensor]:
+    """Axis, block and scale of a quantizer with static blocks: ModelOpt keeps one range per block, in a single column.
+
+    A row that one block covers has one scale per output channel, which is how it is stored.
+
+    Raises:
+        UnsupportedQuantizerError: blocks of something else than a linear layer's inputs.
+    """
+    q: Any = quantizer.module
+    layer = quantizer.layer
+    sizes = {key: size for key, size in q.block_sizes.items() if isinstance(key, int)}
+    if not isinstance(layer, nn.Linear) or len(sizes) != 1 or not sizes.keys() <= {-1, 1} or q.block_sizes.get("scale_bits"):
         raise UnsupportedQuantizerError(
-            f"{name}: block_sizes={q.block_sizes} has no export form. Use per-channel weights (axis=0)."
+            f"{quantizer.fqn}: block_sizes={q.block_sizes} has no export form: blocks can be taken along the inputs of a linear "
+            "layer's weight only, with scales in floating point. Use one scale per channel here (axis=0), or disable this "
+            "quantizer."
         )
-    if amax.numel() == 1:
-        return None, None
-    axis = q.axis[0] if isinstance(q.axis, tuple) else q.axis
-    return int(axis), None
+    (block,) = sizes.values()
+    scale = scale.reshape(layer.out_features, -1)
+    return (0, None, scale.reshape(-1)) if scale.shape[1] == 1 else (1, int(block), scale)
 
 
 def _plain(module: Any) -> nn.Module:

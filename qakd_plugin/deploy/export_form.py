@@ -89,7 +89,8 @@ class QuantizedLayer(nn.Module):
 
     Args:
         layer: the float layer: any ``nn.Conv*d``, ``nn.ConvTranspose*d`` or ``nn.Linear``; its weight is not used.
-        weight: stored codes in the layout of ``layer.weight``.
+        weight: stored codes in the layout of ``layer.weight``; a linear layer's may have further columns of zeros, which fill
+            the last block.
         bias: float32 (out_channels,) or None.
         relu: whether a ReLU was fused behind the layer.
         input_qdq: quantizer of the input, if the toolkit keeps it in the layer.
@@ -111,6 +112,7 @@ class QuantizedLayer(nn.Module):
         super().__init__()
         self.apply_layer = _functional(layer)
         self.weight = weight
+        self.padding = weight.codes.shape[1] - layer.in_features if isinstance(layer, nn.Linear) else 0
         self.register_buffer("bias", None if bias is None else bias.detach().clone().float())
         self.relu = relu
         self.input_qdq = input_qdq
@@ -119,6 +121,8 @@ class QuantizedLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.input_qdq is not None:
             x = self.input_qdq(x)
+        if self.padding:
+            x = F.pad(x, (0, self.padding))
         x = self.apply_layer(x, self.weight(), self.bias)
         if self.relu:
             x = F.relu(x)
