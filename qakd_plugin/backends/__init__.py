@@ -8,10 +8,11 @@ from ..errors import NotPreparedError
 from .base import Adapter, QParams, Quantizer, Role
 from .modelopt import ModelOptAdapter
 from .torch_ao import TorchAOAdapter
+from .torchao import TorchAOQATAdapter
 
 __all__ = ["ADAPTERS", "Adapter", "QParams", "Quantizer", "Role", "adapter_for"]
 
-ADAPTERS: tuple[Adapter, ...] = (ModelOptAdapter(), TorchAOAdapter())
+ADAPTERS: tuple[Adapter, ...] = (ModelOptAdapter(), TorchAOQATAdapter(), TorchAOAdapter())
 
 
 def adapter_for(model: nn.Module) -> Adapter:
