@@ -223,9 +223,9 @@ def _blocked(quantizer: Quantizer, scale: Tensor) -> tuple[int, int | None, Tens
     sizes = {key: size for key, size in q.block_sizes.items() if isinstance(key, int)}
     if not isinstance(layer, nn.Linear) or len(sizes) != 1 or not sizes.keys() <= {-1, 1} or q.block_sizes.get("scale_bits"):
         raise UnsupportedQuantizerError(
-            f"{quantizer.fqn}: block_sizes={q.block_sizes} has no export form: blocks can be taken along the inputs of a linear "
-            "layer's weight only, with scales in floating point. Use one scale per channel here (axis=0), or disable this "
-            "quantizer."
+            f"{quantizer.fqn}: block_sizes={q.block_sizes} has no export form: blocks can be taken along the inputs of a "
+            "linear layer's weight only, with scales in floating point. Use one scale per channel here (axis=0), or disable "
+            "this quantizer."
         )
     (block,) = sizes.values()
     scale = scale.reshape(layer.out_features, -1)

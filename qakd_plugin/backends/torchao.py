@@ -25,7 +25,7 @@ from ..placement import place_quantizers
 from .base import QParams, Quantizer
 
 _log = logging.getLogger(__name__)
-_WEIGHT, _ACTIVATION = "weight_fake_quantizer", "activation_fake_quantizer"
+_WEIGHT = "weight_fake_quantizer"
 _ADVICE = (
     "Use QATConfig(weight_config=IntxFakeQuantizeConfig(torch.int4, group_size=32, is_symmetric=True), step='prepare'), or "
     "qakd_plugin.prepare(model, batches, toolkit='torchao')."
@@ -49,11 +49,11 @@ class TorchAOQATAdapter:
             if not isinstance(module, quantizer_class) or not getattr(module, "enabled", True):
                 continue
             parent, _, name = fqn.rpartition(".")
-            weight = name == _WEIGHT
+            is_weight = name == _WEIGHT
             found.append(
-                Quantizer(fqn, module, "weight", model.get_submodule(parent))
-                if weight
-                else Quantizer(fqn, module, "activation")
+                Quantizer(
+                    fqn, module, "weight" if is_weight else "activation", model.get_submodule(parent) if is_weight else None
+                )
             )
         return found
 
@@ -104,20 +104,17 @@ class TorchAOQATAdapter:
         purpose = "prepare a model with toolkit='torchao'"
         quantize_ = require("torchao.quantization", extra="torchao", purpose=purpose).quantize_
         qat = require("torchao.quantization.qat", extra="torchao", purpose=purpose)
-        if activation_bits != 8:
-            raise QakdError(
-                f"activation_bits={activation_bits}: toolkit='torchao' quantizes weights only. Leave activation_bits out, or use "
-                "toolkit='modelopt'."
-            )
         placement = place_quantizers(model, keep)
-        layers = [name for name in placement.layers if isinstance(model.get_submodule(name), nn.Linear)]
+        # Not a subclass: torchao would put its own forward pass in the place of the subclass's, or it is never called at all.
+        layers = [name for name in placement.layers if type(model.get_submodule(name)) is nn.Linear]
         if not layers:
             raise QakdError(
                 f"{type(model).__name__} holds no linear layer to quantize, and toolkit='torchao' quantizes nothing else. Use "
                 "toolkit='modelopt' or 'torch_ao' for convolutions."
             )
         _log.warning(
-            "toolkit='torchao' quantizes the weights of %d linear layers; activations and convolutions stay in floating point.",
+            "toolkit='torchao' quantizes the weights of %d linear layers; activations stay in floating point whatever "
+            "activation_bits says, and so do convolutions.",
             len(layers),
         )
         prepared: nn.Module = copy.deepcopy(model).eval()
@@ -131,16 +128,17 @@ class TorchAOQATAdapter:
 
     def export_form(self, model: nn.Module) -> nn.Module:
         form = copy.deepcopy(model).eval()
-        replacements: dict[str, nn.Module] = {}
+        exported: dict[nn.Module, nn.Module] = {}
         for quantizer in self.quantizers(form):
             qparams = self.qparams(quantizer)  # refuses activations
             layer: Any = quantizer.layer
-            name = quantizer.fqn.rpartition(".")[0]
             with torch.no_grad():
                 fake_quantized: Tensor = quantizer.module(layer.weight)
-            stored = store_weight(fake_quantized, qparams, name)
-            bias = None if layer.bias is None else layer.bias.detach()
-            replacements[name] = QuantizedLayer(layer.to_linear(), stored, bias)
+            stored = store_weight(fake_quantized, qparams, quantizer.fqn.rpartition(".")[0])
+            exported[layer] = QuantizedLayer(layer, stored, None if layer.bias is None else layer.bias.detach())
+        # remove_duplicate=False: a layer shared by several names stays shared.
+        names = form.named_modules(remove_duplicate=False)
+        replacements = {name: exported[layer] for name, layer in names if layer in exported}
         return replace_modules(form, replacements)
 
 
@@ -152,14 +150,13 @@ def _quantizer_class(name: str) -> type[nn.Module] | None:
 
 def _require_symmetric_integers(quantizer: Quantizer) -> None:
     """Refuse, by the layer's name, what has no form with zero point 0."""
-    integer = _quantizer_class("IntxFakeQuantizer")
-    assert integer is not None
+    integer: Any = _quantizer_class("IntxFakeQuantizer")
     q: Any = quantizer.module
     layer = quantizer.fqn.rpartition(".")[0] or "(root)"
     if not isinstance(quantizer.layer, nn.Linear):
         raise UnsupportedQuantizerError(
-            f"{layer} ({type(quantizer.layer).__name__}): only weights of linear layers can be exported. Leave this layer out with "
-            "quantize_'s filter_fn."
+            f"{layer} ({type(quantizer.layer).__name__}): only weights of linear layers can be exported. Leave this "
+            "layer out with quantize_'s filter_fn."
         )
     if not isinstance(q, integer):
         raise UnsupportedQuantizerError(
@@ -167,6 +164,8 @@ def _require_symmetric_integers(quantizer: Quantizer) -> None:
             + (" (Int4WeightOnlyConfig shifts its codes by a float)" if type(q).__name__.startswith("Int4") else "")
             + f". {_ADVICE}"
         )
+    if type(q.config.granularity).__name__ == "PerToken":
+        raise UnsupportedQuantizerError(f"{layer}: its weight is quantized per token. {_ADVICE}")
     if not q.config.is_symmetric:
         raise UnsupportedQuantizerError(
             f"{layer}: its weight is mapped asymmetrically; every target needs zero point 0. {_ADVICE}"
@@ -196,7 +195,7 @@ def _read(quantizer: Quantizer) -> tuple[Tensor, Tensor, Tensor]:
 def _bounds(dtype: Any) -> tuple[int, int]:
     """Lowest and highest code of ``torch.int4``, ``torch.uint8``, ..."""
     name = str(dtype).rpartition(".")[2]
-    bits = int(name.lstrip("uint"))
+    bits = int(name.removeprefix("u").removeprefix("int"))
     return (0, 2**bits - 1) if name.startswith("u") else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 
