@@ -22,7 +22,7 @@ from .._optional import require
 from ..deploy.export_form import QuantizedLayer, replace_modules, store_weight
 from ..errors import NotPreparedError, QakdError, UnsupportedQuantizerError
 from ..placement import place_quantizers
-from .base import QParams, Quantizer
+from .base import QParams, Quantizer, Role
 
 _log = logging.getLogger(__name__)
 _WEIGHT = "weight_fake_quantizer"
@@ -49,12 +49,8 @@ class TorchAOQATAdapter:
             if not isinstance(module, quantizer_class) or not getattr(module, "enabled", True):
                 continue
             parent, _, name = fqn.rpartition(".")
-            is_weight = name == _WEIGHT
-            found.append(
-                Quantizer(
-                    fqn, module, "weight" if is_weight else "activation", model.get_submodule(parent) if is_weight else None
-                )
-            )
+            role: Role = "weight" if name == _WEIGHT else "activation"
+            found.append(Quantizer(fqn, module, role, model.get_submodule(parent) if role == "weight" else None))
         return found
 
     def qparams(self, quantizer: Quantizer) -> QParams:
