@@ -64,11 +64,14 @@ def _codes(path):
     return {t.name.partition(".")[0]: (onnx.numpy_helper.to_array(t).astype(np.int32), t.data_type) for t in tensors}
 
 
-def _expected_codes(weight, group):
-    """torchao's symmetric grid: the largest magnitude of a group lies half a step outside of -7..7."""
-    rows = weight.detach().reshape(weight.shape[0], -1, group)
-    step = rows.abs().amax(2, keepdim=True) / 7.5
-    return (rows / step).round().clamp(-8, 7).int().reshape(weight.shape).numpy()
+def _expected_codes(layer, group):
+    """What torchao's forward pass makes of the weight, in steps: the largest magnitude of a group is 7.5 of them."""
+    weight = layer.weight.detach()
+    step = weight.reshape(len(weight), -1, group).abs().amax(2) / 7.5
+    with torch.no_grad():
+        codes = layer.weight_fake_quantizer(weight) / step.repeat_interleave(group, 1)
+    torch.testing.assert_close(codes, codes.round(), atol=1e-4, rtol=0)
+    return codes.round().int().numpy()
 
 
 def _check(student, images, folder):
@@ -94,9 +97,9 @@ def test_a_distilled_student_is_exported_exactly(config, tmp_path, mlp, digits):
     assert all((before[f"{name}.weight"] != student.get_submodule(name).weight).any() for name in ("hidden", "middle", "head"))
     path = _check(student, digits.test[0], tmp_path)
     for name, (codes, kind) in _codes(path).items():
-        weight = student.get_submodule(name).weight
+        layer = student.get_submodule(name)
         assert kind == onnx.TensorProto.INT4
-        np.testing.assert_array_equal(codes, _expected_codes(weight, config.get("group_size", weight.shape[1])))
+        np.testing.assert_array_equal(codes, _expected_codes(layer, config.get("group_size", layer.in_features)))
     assert len(_codes(path)) == 3
 
 
@@ -118,7 +121,7 @@ def test_scales_left_behind_by_the_last_forward_pass_are_not_used(tmp_path, mlp,
     torch.testing.assert_close(adapter.qparams(quantizer).scale, 1.7 * stale)
     assert torch.equal(student.hidden.weight_fake_quantizer.scale, stale), "asking must not change the model"
     path = export_onnx(student, images, tmp_path / "s.onnx").path
-    np.testing.assert_array_equal(_codes(path)["hidden"][0], _expected_codes(student.hidden.weight, 32))
+    np.testing.assert_array_equal(_codes(path)["hidden"][0], _expected_codes(student.hidden, 32))
 
 
 def test_learned_ranges_are_trained_and_exported_exactly(tmp_path, mlp, digits, batches):
