@@ -95,7 +95,7 @@ class _Mixed(nn.Module):
 def _stored(path):
     """Codes of every weight of a file, by the name of its initializer, and the data types."""
     tensors = {tensor.name: tensor for tensor in onnx.load(path).graph.initializer}
-    return {name: (onnx.numpy_helper.to_array(t), t.data_type) for name, t in tensors.items() if ".codes" in name}
+    return {name: (onnx.numpy_helper.to_array(t), t.data_type) for name, t in tensors.items() if "codes" in name}
 
 
 def _reads_zero_point(path):
