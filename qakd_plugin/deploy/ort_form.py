@@ -27,7 +27,6 @@ from .graph import (
     scalar,
     weight_dequantizers,
 )
-from .passes import raise_opset
 
 _NON_NEGATIVE_MAPS = {"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Identity", "GlobalAveragePool",
                       "AveragePool", "ReduceMean", "Concat", "Split", "Slice", "Gather", "DequantizeLinear", "QuantizeLinear",
@@ -44,7 +43,8 @@ def to_onnxruntime_form(model: ir.Model) -> ir.Model:
         _to_unsigned(graph, quantize, positive)
     for dequantize in weight_dequantizers(graph):
         if is_weight_only(dequantize):
-            _shield_transpose(graph, dequantize)
+            if model.opset_imports[""] >= 21:
+                _shield_transpose(graph, dequantize)
         elif not dequantize.attributes.get_int("block_size", 0):
             _widen(graph, dequantize)
             _add_zero_point(graph, dequantize)
@@ -52,7 +52,6 @@ def to_onnxruntime_form(model: ir.Model) -> ir.Model:
         weight = producer(node.inputs[1], "DequantizeLinear") if node.op_type == "Gemm" else None
         if weight is not None and not is_weight_only(weight) and not weight.attributes.get_int("block_size", 0):
             _split_bias(graph, node)
-    raise_opset(model)
     common.RemoveUnusedNodesPass()(model)
     return model
 
@@ -173,8 +172,9 @@ def _add_zero_point(graph: ir.Graph, dequantize: ir.Node) -> None:
 def _shield_transpose(graph: ir.Graph, dequantize: ir.Node) -> None:
     """Write one scale per channel of a transposed int8 weight as one block per row: the same numbers.
 
-    ONNX Runtime would move the transpose in front of the DequantizeLinear and then fuse it with the MatMul into MatMulNBits,
-    which rounds activations to 8 bits that the model never had. It does not look through blocks, and leaves 4-bit codes alone.
+    From opset 21 on ONNX Runtime would move the transpose in front of the DequantizeLinear and then fuse it with the MatMul into
+    MatMulNBits, which rounds activations to 8 bits that the model never had. It does not look through blocks, and leaves 4-bit
+    codes and Gemm alone.
     """
     codes, scale = constant(dequantize.inputs[0]), constant(dequantize.inputs[1])
     assert codes is not None
