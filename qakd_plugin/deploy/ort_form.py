@@ -172,7 +172,7 @@ def _add_zero_point(graph: ir.Graph, dequantize: ir.Node) -> None:
 def _shield_transpose(graph: ir.Graph, dequantize: ir.Node) -> None:
     """Write one scale per channel of a transposed int8 weight as one block per row: the same numbers.
 
-    From opset 21 on ONNX Runtime would move the transpose in front of the DequantizeLinear and then fuse it with the MatMul into
+    From opset 21 on ONNX Runtime would move the transpose in front of DequantizeLinear and then fuse that with the MatMul into
     MatMulNBits, which rounds activations to 8 bits that the model never had. It does not look through blocks, and leaves 4-bit
     codes and Gemm alone.
     """
