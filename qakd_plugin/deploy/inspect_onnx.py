@@ -17,7 +17,7 @@ import onnx
 import onnx_ir as ir
 
 from ..errors import EngineError
-from .graph import constant, is_quantized, producer, weight_dequantizers
+from .graph import constant, is_quantized, is_weight_only, producer, weight_dequantizers
 from .plan import Kind
 
 _ADVICE = "Export with target='tensorrt' from a symmetric configuration (qakd_plugin.prepare makes one)."
@@ -42,7 +42,7 @@ class OnnxContents:
         data: the file.
         inputs: sizes of every input by name; None for a dynamic batch.
         layers: convolutions and matrix products with stored weights, in execution order.
-        quantized: whether it holds any QuantizeLinear, or weights stored as integers.
+        quantized: whether it holds any QuantizeLinear, or a linear layer whose weight alone is stored as integers.
         int4_weights: number of weights stored in 4 bits.
     """
 
@@ -77,7 +77,8 @@ def inspect_onnx(path: str | os.PathLike[str]) -> OnnxContents:
         data,
         inputs,
         tuple(_weight_layers(nodes)),
-        any(node.op_type == "QuantizeLinear" for node in nodes) or any(True for _ in weight_dequantizers(graph)),
+        any(node.op_type == "QuantizeLinear" for node in nodes)
+        or any(is_weight_only(node) for node in weight_dequantizers(graph)),
         sum(codes is not None and codes.dtype.name == "int4" for codes in weights),
     )
 
