@@ -230,6 +230,15 @@ def test_ranges_that_modelopt_learned_are_read(tmp_path):
     assert export_onnx(student, x, tmp_path / "s.onnx").parity.toolkit_deviation < 1e-6
 
 
+@pytest.mark.parametrize("config", ["INT4_AWQ_CFG", "INT8_SMOOTHQUANT_CFG"])
+def test_factors_on_the_input_are_exported(config, tmp_path):
+    x = torch.randn(64, 128) * torch.linspace(0.1, 8, 128)
+    with contextlib.redirect_stdout(io.StringIO()):
+        student = mtq.quantize(_mlp(128, 256, 10).eval(), getattr(mtq, config), lambda model: model(x))
+    assert student[0].input_quantizer.pre_quant_scale.max() > 1.1 * student[0].input_quantizer.pre_quant_scale.min()
+    _check_everywhere(student, x, tmp_path, fused=1e-6 if "INT4" in config else 1e-2)
+
+
 def _exported(x):
     student = _quantize(_mlp(64, 96, 10), x, _weights("*", **_blocks(32)))
     form = adapter_for(student).export_form(student)

@@ -141,12 +141,14 @@ class ModelOptAdapter:
             if qparams.block is not None:  # ModelOpt fills the last block of a row up with zeros, and so does the export form
                 fake_quantized = F.pad(fake_quantized, (0, -fake_quantized.shape[1] % qparams.block))
             stored = store_weight(fake_quantized, qparams, name)
+        # AWQ and SmoothQuant leave a factor in the input's quantizer, which multiplies even when that is disabled.
+        factor = getattr(getattr(module, "input_quantizer", None), "pre_quant_scale", None)
         plain = _plain(module)
         if stored is None:
             return QuantizedModule(plain, input_qdq, output_qdq)
         bias = plain.bias
         assert bias is None or isinstance(bias, Tensor)
-        return QuantizedLayer(plain, stored, bias, input_qdq=input_qdq, output_qdq=output_qdq)
+        return QuantizedLayer(plain, stored, bias, input_qdq=input_qdq, output_qdq=output_qdq, input_factor=factor)
 
 
 def modelopt_config(placement: Placement, weight_bits: int, activation_bits: int) -> dict[str, Any]:

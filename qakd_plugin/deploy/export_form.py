@@ -95,9 +95,11 @@ class QuantizedLayer(nn.Module):
         relu: whether a ReLU was fused behind the layer.
         input_qdq: quantizer of the input, if the toolkit keeps it in the layer.
         output_qdq: quantizer of the output, likewise.
+        input_factor: what the input is multiplied with ahead of everything else, as AWQ and SmoothQuant do; it broadcasts.
     """
 
     bias: Tensor | None
+    input_factor: Tensor | None
 
     def __init__(
         self,
@@ -108,17 +110,21 @@ class QuantizedLayer(nn.Module):
         relu: bool = False,
         input_qdq: ActivationQDQ | None = None,
         output_qdq: ActivationQDQ | None = None,
+        input_factor: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.apply_layer = _functional(layer)
         self.weight = weight
         self.padding = weight.codes.shape[1] - layer.in_features if isinstance(layer, nn.Linear) else 0
         self.register_buffer("bias", None if bias is None else bias.detach().clone().float())
+        self.register_buffer("input_factor", None if input_factor is None else input_factor.detach().clone().float())
         self.relu = relu
         self.input_qdq = input_qdq
         self.output_qdq = output_qdq
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.input_factor is not None:
+            x = x * self.input_factor
         if self.input_qdq is not None:
             x = self.input_qdq(x)
         if self.padding:
