@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .backends import Adapter
 from .deploy.exportable import export_problems
-from .errors import NotPreparedError, QakdError, TrainingError
+from .errors import NotPreparedError, QakdError, TrainingError, UnsupportedQuantizerError
 
 _log = logging.getLogger(__name__)
 
@@ -36,7 +36,13 @@ def check_quantizers(adapter: Adapter, model: nn.Module) -> None:
             len(quantizers),
         )
     for quantizer in quantizers:
-        scale = adapter.qparams(quantizer).scale
+        try:
+            scale = adapter.qparams(quantizer).scale
+        except UnsupportedQuantizerError as problem:
+            if quantizer.role == "weight":
+                raise
+            _log.warning("%s It can be trained with, but not exported.", problem)
+            continue
         if not bool((torch.isfinite(scale) & (scale > 0)).all()):
             raise NotPreparedError(
                 f"{quantizer.fqn}: its scale must be finite and positive, got "

@@ -31,7 +31,8 @@ def prepare(
         model: the float model; it is not changed.
         calibration_batches: batches as the loader yields them (x, (x, y), a dict ...); several, since all ranges come from
             them.
-        toolkit: "modelopt" or "torch_ao" (FX graph mode).
+        toolkit: "modelopt", "torch_ao" (FX graph mode) or "torchao" (``QATConfig``: weights of linear layers only; activations
+            and convolutions stay in floating point, and scales follow the weights).
         weight_bits: 2 to 8.
         activation_bits: 2 to 8.
         keep: names or patterns ("fc", "layer1.*") of modules that stay in floating point.

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backends import Adapter, Quantizer, adapter_for
@@ -62,7 +63,8 @@ def use_quantizers(
     for quantizer in chosen:
         params = old[quantizer.fqn]
         if quantizer.role == "weight":
-            axis = (params.axis if params.axis is not None else 0) if config.per_channel or params.block else None
+            per_tensor = not (config.per_channel or params.block)
+            axis = None if per_tensor else 0 if params.block else params.axis or 0  # blocks are rows
             rule = config.weight_rule(bits[quantizer.fqn], axis, params.block)
             clip = _weight_clip(quantizer, *rule.levels, axis=axis, block=params.block)
         else:
@@ -147,7 +149,9 @@ def _weight_clip(
 ) -> Tensor:
     assert quantizer.weight is not None
     weight = quantizer.weight().float()
-    clip = best_weight_clip(weight.reshape(-1, block) if block else weight, low, high, 0 if block else axis, shift)
+    if block:  # the last block of a row may be filled up with zeros
+        weight = F.pad(weight, (0, -weight.shape[1] % block)).reshape(-1, block)
+    clip = best_weight_clip(weight, low, high, axis, shift)
     # A channel of zeros has no range; its codes are zero whatever the scale is.
     spare = clip.max() if bool((clip > 0).any()) else torch.ones((), device=clip.device)
     return torch.where(clip > 0, clip, spare)

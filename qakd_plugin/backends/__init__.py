@@ -9,10 +9,11 @@ from .base import Adapter, QParams, Quantizer, Role
 from .modelopt import ModelOptAdapter
 from .torch_ao import TorchAOAdapter
 from .torch_ao_eager import TorchAOEagerAdapter
+from .torchao import TorchAOQATAdapter
 
 __all__ = ["ADAPTERS", "Adapter", "QParams", "Quantizer", "Role", "adapter_for"]
 
-ADAPTERS: tuple[Adapter, ...] = (ModelOptAdapter(), TorchAOAdapter(), TorchAOEagerAdapter())
+ADAPTERS: tuple[Adapter, ...] = (ModelOptAdapter(), TorchAOQATAdapter(), TorchAOAdapter(), TorchAOEagerAdapter())
 
 
 def adapter_for(model: nn.Module) -> Adapter:

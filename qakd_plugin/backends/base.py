@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..qparams import QParams
 from ..quantizers import Rule
 
-__all__ = ["Adapter", "QParams", "Quantizer", "Role"]
+__all__ = ["Adapter", "QParams", "Quantizer", "Role", "weight_of"]
 
 Role = Literal["weight", "activation"]
 
@@ -29,14 +29,27 @@ class Quantizer:
         module: the toolkit's quantizer.
         role: what it quantizes.
         layers: dotted names of the weighted layers that read what it puts out; empty where none does, or none is known.
-        weight: the float weight it reads, as it is now (BatchNorm folded in where the toolkit does that); None for activations.
+        layer: whose weight it quantizes; None for activations.
+        weight: that weight as the quantizer would see it now (BatchNorm folded in where the toolkit does that).
     """
 
     fqn: str
     module: nn.Module
     role: Role
     layers: tuple[str, ...] = ()
+    layer: nn.Module | None = None
     weight: Callable[[], Tensor] | None = None
+
+
+def weight_of(layer: nn.Module) -> Callable[[], Tensor]:
+    """Reads a layer's weight parameter, detached, whenever it is called."""
+
+    def weight() -> Tensor:
+        parameter = layer._parameters["weight"]
+        assert parameter is not None
+        return parameter.detach()
+
+    return weight
 
 
 class Adapter(Protocol):
@@ -75,7 +88,7 @@ class Adapter(Protocol):
             model: that holds it.
             quantizer: from :meth:`quantizers`.
             rule: what the learned one computes.
-            clip: for :meth:`Rule.install`; () per tensor, (C,) per channel of ``rule.axis``, (blocks,) per block.
+            clip: for :meth:`Rule.install`; () per tensor, (C,) per channel of ``rule.axis``, or one per block, row by row.
         """
 
     def uninstall(self, model: nn.Module, quantizer: Quantizer) -> None:

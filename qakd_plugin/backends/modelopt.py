@@ -11,10 +11,11 @@ import contextlib
 import copy
 import io
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._optional import require
@@ -23,7 +24,7 @@ from ..deploy.export_form import ActivationQDQ, QuantizedLayer, QuantizedModule,
 from ..errors import NotPreparedError, UnsupportedQuantizerError
 from ..placement import Placement, place_quantizers
 from ..quantizers import Rule, remove_tensors, rule_from_dict
-from .base import QParams, Quantizer, Role
+from .base import QParams, Quantizer, Role, weight_of
 
 _SMALLEST_AMAX = 2.0**-24
 """ModelOpt maps everything to zero where amax is not above this."""
@@ -49,22 +50,25 @@ class ModelOptAdapter:
         for fqn, module in model.named_modules():
             if not isinstance(module, quantizer_class) or module._disabled:
                 continue
-            parent, _, child = fqn.rpartition(".")
-            weight = None if child != "weight_quantizer" else _weight_of(model.get_submodule(parent))
-            layers = () if child == "output_quantizer" else (parent,)
-            found.append(Quantizer(fqn, module, _role(fqn), layers, weight))
+            name = fqn.rpartition(".")[0]
+            layers = () if fqn.endswith("output_quantizer") else (name,)
+            if _role(fqn) == "weight":
+                layer = model.get_submodule(name)
+                found.append(Quantizer(fqn, module, "weight", layers, layer, weight_of(layer)))
+            else:
+                found.append(Quantizer(fqn, module, "activation", layers))
         return found
 
     def qparams(self, quantizer: Quantizer) -> QParams:
         q: Any = quantizer.module
         if (rule := self.learned(quantizer)) is not None:
-            return rule.qparams(q)
+            return rule.qparams(q, getattr(quantizer.layer, "out_features", None))
         if isinstance(q.num_bits, tuple) or q._dynamic or (q.block_sizes and q.block_sizes.get("type") == "dynamic"):
             raise UnsupportedQuantizerError(
                 f"{quantizer.fqn}: num_bits={q.num_bits}, block_sizes={q.block_sizes} is not a static integer quantizer. "
                 "Use an integer configuration such as mtq.INT8_DEFAULT_CFG or qakd_plugin.prepare(...)."
             )
-        amax = q.amax
+        amax = q.amax_post if getattr(q, "_lsq", False) else q.amax  # ModelOpt's own LSQ multiplies codes with the second one
         if amax is None:
             raise NotPreparedError(
                 f"{quantizer.fqn} has no calibrated range (amax). Pass a forward_loop to mtq.quantize that runs several "
@@ -82,9 +86,13 @@ class ModelOptAdapter:
         # A weight channel of zeros has no range; its codes are zero whatever the scale is.
         scale = torch.where(dead, torch.ones_like(amax), 1.0 / (maxbound / amax))
         quant_min = 0 if q.unsigned else int(-maxbound if q.narrow_range else -maxbound - 1)
-        axis, block = _axis_and_block(q, amax, quantizer.fqn)
-        if block is None:
-            scale = scale.reshape(()) if axis is None else scale.reshape(-1)
+        axis, block = None, None
+        if q.block_sizes:
+            axis, block, scale = _blocked(quantizer, scale)
+        elif amax.numel() == 1:
+            scale = scale.reshape(())
+        else:
+            axis, scale = int(q.axis[0] if isinstance(q.axis, tuple) else q.axis), scale.reshape(-1)
         return QParams(
             scale=scale,
             zero_point=torch.zeros_like(scale, dtype=torch.int32),
@@ -128,8 +136,7 @@ class ModelOptAdapter:
         remove_tensors(q)
         if rule.axis is not None:
             assert quantizer.weight is not None
-            ndim = 2 if rule.block else quantizer.weight().ndim
-            clip = clip.reshape([-1 if dim == rule.axis else 1 for dim in range(ndim)])
+            clip = clip.reshape([-1 if dim == rule.axis else 1 for dim in range(quantizer.weight().ndim)])
         rule.install(q, clip)
         q.backend, q.backend_extra_args = _BACKEND, rule.as_dict()
 
@@ -178,13 +185,17 @@ class ModelOptAdapter:
             with torch.no_grad():
                 fake_quantized: Tensor = weight.module(module._parameters["weight"])
             qparams = self.qparams(weight)
+            if qparams.block is not None:  # ModelOpt fills the last block of a row up with zeros, and so does the export form
+                fake_quantized = F.pad(fake_quantized, (0, -fake_quantized.shape[1] % qparams.block))
             stored = store_weight(fake_quantized, qparams, name)
+        # AWQ and SmoothQuant leave a factor in the input's quantizer, which multiplies even when that is disabled.
+        factor = getattr(getattr(module, "input_quantizer", None), "pre_quant_scale", None)
         plain = _plain(module)
         if stored is None:
             return QuantizedModule(plain, input_qdq, output_qdq)
         bias = plain.bias
         assert bias is None or isinstance(bias, Tensor)
-        return QuantizedLayer(plain, stored, bias, input_qdq=input_qdq, output_qdq=output_qdq)
+        return QuantizedLayer(plain, stored, bias, input_qdq=input_qdq, output_qdq=output_qdq, input_factor=factor)
 
 
 def modelopt_config(placement: Placement, weight_bits: int, activation_bits: int) -> dict[str, Any]:
@@ -250,28 +261,30 @@ def _run_rule(inputs: Tensor, quantizer: Any) -> Tensor:
     return rule_from_dict(quantizer.backend_extra_args)(inputs, quantizer)
 
 
-def _weight_of(layer: nn.Module) -> Callable[[], Tensor]:
-    def weight() -> Tensor:
-        parameter = layer._parameters["weight"]
-        assert parameter is not None
-        return parameter.detach()
-
-    return weight
-
-
 def _role(fqn: str) -> Role:
     return "weight" if "weight_quantizer" in fqn.split(".")[-2:] or fqn.endswith("weight_quantizer") else "activation"
 
 
-def _axis_and_block(q: Any, amax: Tensor, name: str) -> tuple[int | None, int | None]:
-    if q.block_sizes:
+def _blocked(quantizer: Quantizer, scale: Tensor) -> tuple[int, int | None, Tensor]:
+    """Axis, block and scale of a quantizer with static blocks: ModelOpt keeps one range per block, in a single column.
+
+    A row that one block covers has one scale per output channel, which is how it is stored.
+
+    Raises:
+        UnsupportedQuantizerError: blocks of something else than a linear layer's inputs.
+    """
+    q: Any = quantizer.module
+    layer = quantizer.layer
+    sizes = {key: size for key, size in q.block_sizes.items() if isinstance(key, int)}
+    if not isinstance(layer, nn.Linear) or len(sizes) != 1 or not sizes.keys() <= {-1, 1} or q.block_sizes.get("scale_bits"):
         raise UnsupportedQuantizerError(
-            f"{name}: block_sizes={q.block_sizes} has no export form. Use per-channel weights (axis=0)."
+            f"{quantizer.fqn}: block_sizes={q.block_sizes} has no export form: blocks can be taken along the inputs of a "
+            "linear layer's weight only, with scales in floating point. Use one scale per channel here (axis=0), or disable "
+            "this quantizer."
         )
-    if amax.numel() == 1:
-        return None, None
-    axis = q.axis[0] if isinstance(q.axis, tuple) else q.axis
-    return int(axis), None
+    (block,) = sizes.values()
+    scale = scale.reshape(layer.out_features, -1)
+    return (0, None, scale.reshape(-1)) if scale.shape[1] == 1 else (1, int(block), scale)
 
 
 def _plain(module: Any) -> nn.Module:

@@ -67,7 +67,8 @@ class TorchAOAdapter:
                 continue
             parent, _, child = fqn.rpartition(".")
             if child == "weight_fake_quant":
-                found.append(Quantizer(fqn, module, "weight", (parent,), _folded_weight_of(model.get_submodule(parent), parent)))
+                layer = model.get_submodule(parent)
+                found.append(Quantizer(fqn, module, "weight", (parent,), layer, _folded_weight_of(layer, parent)))
             else:
                 found.append(Quantizer(fqn, module, "activation", readers.get(fqn, ())))
         return found

@@ -16,6 +16,7 @@ from .._files import write_atomic
 from ..backends import Adapter, adapter_for
 from ..description import target_problem
 from ..errors import ExportError, UnsupportedQuantizerError
+from .graph import WEIGHT_KEY, is_weight_only, weight_dequantizers
 from .ort_form import to_onnxruntime_form
 from .parity import ParityReport, check_parity
 from .to_onnx import export_canonical, to_proto
@@ -77,11 +78,23 @@ def export_onnx(
     form = adapter.export_form(prepared_model).cpu()
     samples = example_input.detach().cpu().float()
     model = export_canonical(form, samples)
+    if target == "tensorrt":
+        _check_blocks(model)
     if target == "onnxruntime":
         model = to_onnxruntime_form(model)
     parity = _gate(adapter, model, form, prepared_model, samples, fused=target == "onnxruntime")
     write_atomic(path, to_proto(model).SerializeToString(), ExportError)
     return ExportedModel(Path(path), target, parity)
+
+
+def _check_blocks(model: ir.Model) -> None:
+    for dequantize in weight_dequantizers(model.graph):
+        if dequantize.attributes.get_int("block_size", 0) and not is_weight_only(dequantize):
+            raise UnsupportedQuantizerError(
+                f"{dequantize.metadata_props[WEIGHT_KEY]}: weights in blocks beside quantized activations: TensorRT fails, or "
+                "applies the first scale to all. Take one scale per output channel (axis=0), leave this layer's input in "
+                "floating point, or export for another target."
+            )
 
 
 def _gate(

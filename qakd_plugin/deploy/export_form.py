@@ -89,14 +89,17 @@ class QuantizedLayer(nn.Module):
 
     Args:
         layer: the float layer: any ``nn.Conv*d``, ``nn.ConvTranspose*d`` or ``nn.Linear``; its weight is not used.
-        weight: stored codes in the layout of ``layer.weight``.
+        weight: stored codes in the layout of ``layer.weight``; a linear layer's may have further columns of zeros, which fill
+            the last block.
         bias: float32 (out_channels,) or None.
         relu: whether a ReLU was fused behind the layer.
         input_qdq: quantizer of the input, if the toolkit keeps it in the layer.
         output_qdq: quantizer of the output, likewise.
+        input_factor: what the input is multiplied with ahead of everything else, as AWQ and SmoothQuant do; it broadcasts.
     """
 
     bias: Tensor | None
+    input_factor: Tensor | None
 
     def __init__(
         self,
@@ -107,18 +110,25 @@ class QuantizedLayer(nn.Module):
         relu: bool = False,
         input_qdq: ActivationQDQ | None = None,
         output_qdq: ActivationQDQ | None = None,
+        input_factor: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.apply_layer = _functional(layer)
         self.weight = weight
+        self.padding = weight.codes.shape[1] - layer.in_features if isinstance(layer, nn.Linear) else 0
         self.register_buffer("bias", None if bias is None else bias.detach().clone().float())
+        self.register_buffer("input_factor", None if input_factor is None else input_factor.detach().clone().float())
         self.relu = relu
         self.input_qdq = input_qdq
         self.output_qdq = output_qdq
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.input_factor is not None:
+            x = x * self.input_factor
         if self.input_qdq is not None:
             x = self.input_qdq(x)
+        if self.padding:
+            x = F.pad(x, (0, self.padding))
         x = self.apply_layer(x, self.weight(), self.bias)
         if self.relu:
             x = F.relu(x)

@@ -64,6 +64,23 @@ def weight_dequantizers(graph: ir.Graph) -> Iterator[ir.Node]:
             yield node
 
 
+def is_quantized(value: ir.Value | None) -> bool:
+    """Whether an activation comes straight from a quantizer."""
+    between = ("DequantizeLinear", "Flatten", "Reshape", "Transpose", "MaxPool", "Squeeze", "Pad")
+    node = producer(value, *between)
+    while node is not None and node.op_type != "DequantizeLinear":
+        node = producer(node.inputs[0], *between)
+    return node is not None and constant(node.inputs[0]) is None
+
+
+def is_weight_only(dequantize: ir.Node) -> bool:
+    """Whether stored integers are the weight of linear layers alone whose activations stay in floating point."""
+    readers: list[ir.Node] = []
+    for use in dequantize.outputs[0].uses():
+        readers += [inner.node for inner in use.node.outputs[0].uses()] if use.node.op_type == "Transpose" else [use.node]
+    return bool(readers) and all(node.op_type in {"Gemm", "MatMul"} and not is_quantized(node.inputs[0]) for node in readers)
+
+
 def replace(old: ir.Node, new: ir.Value) -> None:
     """Let every reader of ``old``'s output read ``new``, and remove ``old``."""
     output, graph = old.outputs[0], old.graph

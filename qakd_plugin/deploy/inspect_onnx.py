@@ -17,7 +17,7 @@ import onnx
 import onnx_ir as ir
 
 from ..errors import EngineError
-from .graph import constant, producer
+from .graph import constant, is_quantized, is_weight_only, producer, weight_dequantizers
 from .plan import Kind
 
 _ADVICE = "Export with target='tensorrt' from a symmetric configuration (qakd_plugin.prepare makes one)."
@@ -42,7 +42,7 @@ class OnnxContents:
         data: the file.
         inputs: sizes of every input by name; None for a dynamic batch.
         layers: convolutions and matrix products with stored weights, in execution order.
-        quantized: whether it holds any QuantizeLinear.
+        quantized: whether it holds any QuantizeLinear, or a linear layer whose weight alone is stored as integers.
         int4_weights: number of weights stored in 4 bits.
     """
 
@@ -77,7 +77,8 @@ def inspect_onnx(path: str | os.PathLike[str]) -> OnnxContents:
         data,
         inputs,
         tuple(_weight_layers(nodes)),
-        any(node.op_type == "QuantizeLinear" for node in nodes),
+        any(node.op_type == "QuantizeLinear" for node in nodes)
+        or any(is_weight_only(node) for node in weight_dequantizers(graph)),
         sum(codes is not None and codes.dtype.name == "int4" for codes in weights),
     )
 
@@ -177,7 +178,7 @@ def _check_weight(node: ir.Node) -> None:
     assert codes is not None
     assert scale is not None
     blocks = _blocks(stored, codes.shape, scale.shape)
-    both = _is_quantized(node.inputs[0])
+    both = is_quantized(node.inputs[0])
     int4 = codes.dtype.name == "int4"
     if node.op_type in _CONVOLUTIONS and blocks > 1:
         raise EngineError(f"{node.name}: a convolution's weights take one scale per channel, got blocks. {_ADVICE}")
@@ -209,14 +210,6 @@ def _stored_weight(value: ir.Value | None) -> ir.Node | None:
     transpose = producer(value, "Transpose", "Reshape")
     node = producer(value if transpose is None else transpose.inputs[0], "DequantizeLinear")
     return node if node is not None and constant(node.inputs[0]) is not None else None
-
-
-def _is_quantized(value: ir.Value | None) -> bool:
-    """Whether an activation comes straight from a quantizer."""
-    node = producer(value, "DequantizeLinear", "Flatten", "Reshape", "Transpose", "MaxPool", "Squeeze")
-    while node is not None and node.op_type != "DequantizeLinear":
-        node = producer(node.inputs[0], "DequantizeLinear", "Flatten", "Reshape", "Transpose", "MaxPool", "Squeeze")
-    return node is not None and constant(node.inputs[0]) is None
 
 
 def _weight_layers(nodes: list[ir.Node]) -> Iterator[WeightLayer]:

@@ -17,7 +17,16 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from .graph import activation_quantizers, constant, initializer, only_consumer, producer, scalar, weight_dequantizers
+from .graph import (
+    activation_quantizers,
+    constant,
+    initializer,
+    is_weight_only,
+    only_consumer,
+    producer,
+    scalar,
+    weight_dequantizers,
+)
 
 _NON_NEGATIVE_MAPS = {"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Identity", "GlobalAveragePool",
                       "AveragePool", "ReduceMean", "Concat", "Split", "Slice", "Gather", "DequantizeLinear", "QuantizeLinear",
@@ -33,10 +42,15 @@ def to_onnxruntime_form(model: ir.Model) -> ir.Model:
     for quantize in list(activation_quantizers(graph)):
         _to_unsigned(graph, quantize, positive)
     for dequantize in weight_dequantizers(graph):
-        _widen(graph, dequantize)
-        _add_zero_point(graph, dequantize)
+        if is_weight_only(dequantize):
+            if model.opset_imports[""] >= 21:
+                _shield_transpose(graph, dequantize)
+        elif not dequantize.attributes.get_int("block_size", 0):
+            _widen(graph, dequantize)
+            _add_zero_point(graph, dequantize)
     for node in list(graph):
-        if node.op_type == "Gemm" and producer(node.inputs[1], "DequantizeLinear") is not None:
+        weight = producer(node.inputs[1], "DequantizeLinear") if node.op_type == "Gemm" else None
+        if weight is not None and not is_weight_only(weight) and not weight.attributes.get_int("block_size", 0):
             _split_bias(graph, node)
     common.RemoveUnusedNodesPass()(model)
     return model
@@ -45,8 +59,11 @@ def to_onnxruntime_form(model: ir.Model) -> ir.Model:
 def _to_unsigned(graph: ir.Graph, quantize: ir.Node, positive: set[ir.Value]) -> None:
     """Give one int8 quantizer uint8 codes; narrower ranges and ReLUs move onto the integers."""
     kind = constant(quantize.inputs[2] if len(quantize.inputs) > 2 else None)
-    if kind is None or kind.dtype != np.int8 or kind.size != 1 or int(kind.reshape(())) != 0:
+    signed = quantize.attributes.get_int("output_dtype", 0) == ir.DataType.INT8
+    if not signed and (kind is None or kind.dtype != np.int8 or kind.size != 1 or int(kind.reshape(())) != 0):
         return
+    quantize.attributes.pop("output_dtype", None)
+    quantize.resize_inputs(3)
     scale = np.float32(scalar(quantize.inputs[1], 0.0))
     source, low, high = _absorbed(quantize, scale)
     if low == 0 or quantize.inputs[0] in positive:
@@ -69,6 +86,7 @@ def _to_unsigned(graph: ir.Graph, quantize: ir.Node, positive: set[ir.Value]) ->
         graph.insert_after(quantize, clip)
         codes = clip.outputs[0]
     for reader in readers:
+        reader.resize_inputs(3)
         reader.replace_input_with(0, codes)
         reader.replace_input_with(2, zero)
 
@@ -149,6 +167,26 @@ def _add_zero_point(graph: ir.Graph, dequantize: ir.Node) -> None:
     name = "zero_point_s8" + "".join(f"_{size}" for size in scale.shape)
     dequantize.resize_inputs(3)
     dequantize.replace_input_with(2, initializer(graph, name, np.zeros(scale.shape, dtype=codes.dtype)))
+
+
+def _shield_transpose(graph: ir.Graph, dequantize: ir.Node) -> None:
+    """Write one scale per channel of a transposed int8 weight as one block per row: the same numbers.
+
+    From opset 21 on ONNX Runtime would move the transpose in front of DequantizeLinear and then fuse that with the MatMul into
+    MatMulNBits, which rounds activations to 8 bits that the model never had. It does not look through blocks, and leaves 4-bit
+    codes and Gemm alone.
+    """
+    codes, scale = constant(dequantize.inputs[0]), constant(dequantize.inputs[1])
+    assert codes is not None
+    assert scale is not None
+    transposed = any(use.node.op_type == "Transpose" for use in dequantize.outputs[0].uses())
+    if not transposed or codes.dtype != np.int8 or scale.ndim != 1 or dequantize.attributes.get_int("axis", 1) != 0:
+        return
+    assert dequantize.inputs[1] is not None
+    column = initializer(graph, f"{dequantize.inputs[1].name}.column", scale.reshape(-1, 1))
+    dequantize.replace_input_with(1, column)
+    dequantize.attributes["axis"] = ir.AttrInt64("axis", 1)
+    dequantize.attributes["block_size"] = ir.AttrInt64("block_size", codes.shape[1])
 
 
 def _split_bias(graph: ir.Graph, gemm: ir.Node) -> None:

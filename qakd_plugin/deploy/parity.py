@@ -174,6 +174,8 @@ def check_weight_codes(file: ir.Model, form: nn.Module) -> int:
         problem = _codes_differ(codes.astype(np.int32), trained)
         if problem:
             raise ParityError(f"{layer}: {problem} between the file and the trained model.", layer)
+        if weight.block and not np.array_equal(scale, weight.scale.numpy()):
+            raise ParityError(f"{layer}: the scales of its blocks differ between the file and the trained model.", layer)
         if not np.all(np.isfinite(scale) & (scale > 0)):
             raise ParityError(f"{layer}: the file holds a weight scale that is not finite and positive.", layer)
         compared += codes.size

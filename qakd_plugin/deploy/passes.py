@@ -8,12 +8,24 @@ from __future__ import annotations
 import ast
 import logging
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from ..errors import ExportError
-from .graph import QUANTIZER_KEY, WEIGHT_KEY, constant, initializer, only_consumer, producer, replace, scalar
+from .graph import (
+    QUANTIZER_KEY,
+    WEIGHT_KEY,
+    activation_quantizers,
+    constant,
+    initializer,
+    is_weight_only,
+    only_consumer,
+    producer,
+    replace,
+    scalar,
+    weight_dequantizers,
+)
 
 _log = logging.getLogger(__name__)
 DOMAIN = "qakd"
@@ -32,6 +44,8 @@ def canonicalize(model: ir.Model) -> ir.Model:
     merge_clips(graph)
     carry_through_max_pool(graph)
     merge_equal_quantizers(graph)
+    pack_int4(graph)
+    raise_opset(model)
     _clean(model)
     return model
 
@@ -97,12 +111,10 @@ def _lower_activation(graph: ir.Graph, node: ir.Node) -> None:
 def _lower_weight(graph: ir.Graph, node: ir.Node) -> None:
     scale = constant(node.inputs[1])
     assert scale is not None
-    if node.attributes.get_int("block", 0):
-        raise ExportError(
-            f"{node.name}: blocked weights need opset 21; the canonical form has one scale per channel or per tensor."
-        )
-    per_tensor = scale.ndim == 0
+    per_tensor, block = scale.ndim == 0, node.attributes.get_int("block", 0)
     attributes = {} if per_tensor else {"axis": node.attributes.get_int("axis", 0)}
+    if block:
+        attributes["block_size"] = block
     dequantize = ir.node("DequantizeLinear", list(node.inputs), attributes, name=f"{node.name}/DequantizeLinear")
     dequantize.metadata_props[WEIGHT_KEY] = node.attributes.get_string("name", "")
     dequantize.outputs[0].name = f"{dequantize.name}:out"
@@ -235,6 +247,51 @@ def merge_equal_quantizers(graph: ir.Graph) -> None:
             labels = [kept.metadata_props.get(QUANTIZER_KEY), node.metadata_props[QUANTIZER_KEY]]
             kept.metadata_props[QUANTIZER_KEY] = ",".join(label for label in labels if label)
         replace(node, kept.outputs[0])
+
+
+def pack_int4(graph: ir.Graph) -> None:
+    """Store codes -8..7 of linear layers in 4 bits where activations are in floating point.
+
+    All other weights of few bits stay in INT8: TensorRT has no 4-bit convolution beside 8-bit activations and fails to build
+    one scale for all 4-bit weights, and ONNX Runtime's integer kernels read INT8 only.
+    """
+    for dequantize in weight_dequantizers(graph):
+        codes, scale = constant(dequantize.inputs[0]), constant(dequantize.inputs[1])
+        assert codes is not None
+        assert scale is not None
+        fits = codes.dtype == np.int8 and codes.min() >= -8 and codes.max() <= 7
+        if fits and scale.ndim > 0 and is_weight_only(dequantize):
+            value = dequantize.inputs[0]
+            assert value is not None
+            packed = initializer(graph, f"{value.name}.int4", codes.astype(ml_dtypes.int4))
+            dequantize.replace_input_with(0, packed)
+
+
+def raise_opset(model: ir.Model) -> None:
+    """Declare opset 21 where blocks or 4-bit codes need it, in the form that ONNX Runtime loads.
+
+    There an int8 QuantizeLinear with a zero point in front of MaxPool or Reshape fails to load (onnxruntime#25526); without one
+    and with ``output_dtype`` it does not. No other operator that the exporter writes changed between 20 and 21 but in the types
+    it takes.
+    """
+    graph = model.graph
+    nodes = [node for node in graph if node.op_type == "DequantizeLinear"]
+    if not any(node.attributes.get_int("block_size", 0) or _is_int4(node.inputs[0]) for node in nodes):
+        return
+    model.opset_imports[""] = 21
+    for quantize in activation_quantizers(graph):
+        zero_point = constant(quantize.inputs[2] if len(quantize.inputs) > 2 else None)
+        if zero_point is None or zero_point.dtype != np.int8 or zero_point.any():
+            continue
+        quantize.resize_inputs(2)
+        quantize.attributes["output_dtype"] = ir.AttrInt64("output_dtype", ir.DataType.INT8.value)
+        for use in quantize.outputs[0].uses():
+            if use.node.op_type == "DequantizeLinear":
+                use.node.resize_inputs(2)
+
+
+def _is_int4(value: ir.Value | None) -> bool:
+    return value is not None and value.dtype == ir.DataType.INT4
 
 
 def _clean(model: ir.Model) -> None:

@@ -25,7 +25,8 @@ from .passes import DOMAIN, canonicalize
 
 OPSET = 20
 """The newest opset before 21, where ONNX Runtime rejects int8 pairs with a zero point in front of MaxPool and Reshape
-(onnxruntime#25526); every TensorRT from 10.3 on reads it."""
+(onnxruntime#25526); every TensorRT from 10.3 on reads it. Weights in blocks or in 4 bits raise it to 21, in a form without
+zero points; see :func:`qakd_plugin.deploy.passes.raise_opset`."""
 
 
 def _register_operators() -> Opset:

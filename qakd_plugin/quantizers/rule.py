@@ -31,7 +31,7 @@ class Rule(ABC):
     Attributes:
         bits: of a code.
         axis: channel dimension of a weight with one scale per channel; None per tensor.
-        block: set where the toolkit hands over blocks of a weight as rows: their length along the last dimension.
+        block: set where each row that is quantized is a block of a linear layer's weight: its length. ``axis`` is 0 then.
     """
 
     bits: int
@@ -81,16 +81,25 @@ class Rule(ABC):
         with torch.autocast(x.device.type, enabled=False):
             return self.quantize(x.float(), holder).to(x.dtype)
 
-    def qparams(self, holder: nn.Module) -> QParams:
-        """The exact numbers of the grid, zero point 0. ``scale`` has the holder's shape, blocks as rows."""
-        scale = self.scale(holder)
-        scale = scale.reshape(()) if self.axis is None else scale.reshape(-1)
+    def qparams(self, holder: nn.Module, out_features: int | None = None) -> QParams:
+        """The exact numbers of the grid, zero point 0.
+
+        Args:
+            holder: of the tensors.
+            out_features: of the layer, where its weight comes in blocks.
+        """
+        scale, axis = self.scale(holder), self.axis
+        if self.block is not None:
+            assert out_features is not None
+            scale, axis = scale.reshape(out_features, -1), 1
+        else:
+            scale = scale.reshape(()) if axis is None else scale.reshape(-1)
         return QParams(
             scale=scale,
             zero_point=torch.zeros_like(scale, dtype=torch.int32),
             quant_min=self.codes[0],
             quant_max=self.codes[1],
-            axis=self.axis,
+            axis=axis,
             block=self.block,
             code_step=self.code_step,
         )
