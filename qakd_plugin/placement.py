@@ -88,7 +88,7 @@ def quantizable_layers(model: nn.Module, keep: Sequence[str]) -> list[str]:
             raise QakdError(
                 f"keep: {pattern!r} matches no module of {type(model).__name__}; layers are called, e.g., {names[:4]}."
             )
-    left = [name for name in names if not any(_within(name, pattern) for pattern in keep)]
+    left = [name for name in names if not any(within(name, pattern) for pattern in keep)]
     if not left:
         raise QakdError(
             f"{type(model).__name__} holds no convolution or linear layer to quantize"
@@ -233,7 +233,7 @@ def _only_user(node: fx.Node) -> fx.Node | None:
     return users[0] if len(users) == 1 else None
 
 
-def _within(name: str, pattern: str) -> bool:
+def within(name: str, pattern: str) -> bool:
     """Whether ``pattern`` matches the module or one that contains it."""
     parts = name.split(".")
     return any(fnmatch.fnmatchcase(".".join(parts[: index + 1]), pattern) for index in range(len(parts)))

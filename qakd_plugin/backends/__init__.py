@@ -7,11 +7,12 @@ from torch import nn
 from ..errors import NotPreparedError
 from .base import Adapter, QParams, Quantizer, Role
 from .modelopt import ModelOptAdapter
+from .pt2e import PT2EAdapter
 from .torch_ao import TorchAOAdapter
 
 __all__ = ["ADAPTERS", "Adapter", "QParams", "Quantizer", "Role", "adapter_for"]
 
-ADAPTERS: tuple[Adapter, ...] = (ModelOptAdapter(), TorchAOAdapter())
+ADAPTERS: tuple[Adapter, ...] = (ModelOptAdapter(), PT2EAdapter(), TorchAOAdapter())
 
 
 def adapter_for(model: nn.Module) -> Adapter:
