@@ -189,53 +189,67 @@ class _ExportForm:
         self.dynamic = from_inputs(model)
         self.values: dict[fx.Node, Any] = {}
         self.targets: dict[str, Any] = {}
+        self.done: set[fx.Node] = set()
         self.quantizers = {quantizer.module: quantizer for quantizer in adapter.quantizers(model)}
         self.qparams = adapter.qparams
 
     def build(self) -> fx.GraphModule:
-        for node in list(self.graph.nodes):
+        for node in self._pending():
             if node.target in WEIGHTED and node in self.dynamic and node.args[1] not in self.dynamic:
                 self._layer(node)
         activations: dict[nn.Module, str] = {}
-        for node in list(self.graph.nodes):
-            if is_quantizer(self.model, node) and node in self.dynamic:
+        for node in self._pending():
+            if node in self.dynamic and is_quantizer(self.model, node):
                 self._activation(node, activations)
-        for node in list(self.graph.nodes):
-            if node not in self.dynamic and node.op not in {"get_attr", "output"} and node.target not in self.targets:
+        for node in self._pending():
+            if node not in self.dynamic and node.op not in {"get_attr", "output"}:
                 self._constant(node)
         self._drop_unused()
-        for node in self.graph.nodes:
-            if node.op in {"get_attr", "call_module"} and node.target not in self.targets:
-                self.targets[node.target] = _attribute(self.model, node.target)
-        self.graph.lint()
+        kept: dict[str, str] = {}
+        for node in self._pending():
+            if node.op in {"get_attr", "call_module"}:
+                target = str(node.target)
+                if target not in kept:
+                    kept[target] = self._add(target, _attribute(self.model, target))
+                self._retarget(node, kept[target])
         form = fx.GraphModule(self.targets, self.graph, type(self.model).__name__)
+        form.graph.lint()
         for name, module in form.named_modules():
             if isinstance(module, ActivationQDQ | StoredWeight):
                 module.name = name
         return form.eval()
 
+    def _pending(self) -> list[fx.Node]:
+        """Nodes that still speak of the prepared model's attributes, not of the export form's."""
+        return [node for node in self.graph.nodes if node not in self.done]
+
+    def _retarget(self, node: fx.Node, name: str) -> None:
+        node.target = name
+        self.done.add(node)
+
+    def _insert_constant(self, before: fx.Node, name: str, value: Tensor) -> fx.Node:
+        with self.graph.inserting_before(before):
+            node = self.graph.create_node("get_attr", self._add(name, value.detach().clone()))
+        self.done.add(node)
+        return node
+
     def _layer(self, node: fx.Node) -> None:
         """Store the weight of a convolution or linear layer, and fold the BatchNorm behind it into its bias."""
         weight = node.args[1]
         assert isinstance(weight, fx.Node)
-        if is_quantizer(self.model, weight) and not self._is_stored(weight):
+        if weight not in self.done and is_quantizer(self.model, weight):
             quantizer = self.quantizers[self.model.get_submodule(str(weight.target))]
             layer = layer_name(node)
             stored = store_weight(self._value(weight), self.qparams(quantizer), layer or quantizer.fqn)
-            weight.target = self._add(_join(layer, "weight"), stored)
+            self._retarget(weight, self._add(_join(layer, "weight"), stored))
             weight.args = ()
         folded = self._folded_bias(node)
         if folded is None:
             return
         end, bias = folded
-        name = self._add(_join(layer_name(node), "bias"), bias.float())
-        with self.graph.inserting_before(node):
-            bias_node = self.graph.get_attr(name)
-        node.args = (*node.args[:2], bias_node, *node.args[3:])
+        folded_bias = self._insert_constant(node, _join(layer_name(node), "bias"), bias.float())
+        node.args = (*node.args[:2], folded_bias, *node.args[3:])
         end.replace_all_uses_with(node)
-
-    def _is_stored(self, node: fx.Node) -> bool:
-        return isinstance(self.targets.get(str(node.target)), StoredWeight)
 
     def _folded_bias(self, layer: fx.Node) -> tuple[fx.Node, Tensor] | None:
         """The BatchNorm of ``layer -> / factor [-> + bias] -> BatchNorm`` and the one bias it all comes down to.
@@ -268,7 +282,7 @@ class _ExportForm:
             quantizer = self.quantizers[module]
             name = _activation_name(self.model, node, "qdq")
             made[module] = self._add(name, ActivationQDQ(self.qparams(quantizer), quantizer.fqn))
-        node.target = made[module]
+        self._retarget(node, made[module])
 
     def _constant(self, node: fx.Node) -> None:
         """Put a tensor in the place of a calculation that no input of the model takes part in."""
@@ -277,21 +291,15 @@ class _ExportForm:
         value = self._value(node)
         if not isinstance(value, Tensor):
             return
-        with self.graph.inserting_before(node):
-            constant = self.graph.get_attr(self._add(node.name, value.detach().clone()))
-        constant.meta = dict(node.meta)
-        node.replace_all_uses_with(constant)
+        node.replace_all_uses_with(self._insert_constant(node, node.name, value))
 
     def _drop_unused(self) -> None:
         """Constants nobody reads any more (among them the counters of BatchNorm), and torch.export's checks of its inputs."""
         for node in reversed(list(self.graph.nodes)):
             unread = not node.users and node.op not in {"placeholder", "output"}
-            checks = node.op == "call_module" and not self._is_ours(node)
+            checks = node.op == "call_module" and node not in self.done
             if unread and (node not in self.dynamic or checks or not _writes(node)):
                 self.graph.erase_node(node)
-
-    def _is_ours(self, node: fx.Node) -> bool:
-        return isinstance(self.targets.get(str(node.target)), ActivationQDQ | StoredWeight)
 
     def _is_constant(self, argument: object) -> bool:
         return isinstance(argument, fx.Node) and argument not in self.dynamic
