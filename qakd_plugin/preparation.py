@@ -31,7 +31,7 @@ def prepare(
         model: the float model; it is not changed.
         calibration_batches: batches as the loader yields them (x, (x, y), a dict ...); several, since all ranges come from
             them.
-        toolkit: "modelopt", "pt2e" (torchao; the graph is fixed to the image size of the batches) or "torch_ao" (FX graph mode).
+        toolkit: "modelopt", "pt2e" (torchao; the model then takes images of this one size) or "torch_ao" (FX graph mode).
         weight_bits: 2 to 8.
         activation_bits: 2 to 8.
         keep: names or patterns ("fc", "layer1.*") of modules that stay in floating point.

@@ -145,7 +145,7 @@ class PT2EAdapter:
             model.recompile()
         for module in model.modules():
             module.training = training
-        model._exported_training = training  # what torchao's two functions look at before they do anything
+        setattr(model, "_exported_training", training)  # noqa: B010 - what torchao's two functions look at first
 
     def prepare(
         self, model: nn.Module, batches: Sequence[Tensor], weight_bits: int, activation_bits: int, keep: Sequence[str]
@@ -162,9 +162,7 @@ class PT2EAdapter:
         _refuse_zero_gammas(graph)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            prepared: fx.GraphModule = pt2e.prepare_qat_pt2e(
-                graph, TensorRTQuantizer(placement, weight_bits, activation_bits)
-            )
+            prepared: fx.GraphModule = pt2e.prepare_qat_pt2e(graph, TensorRTQuantizer(placement, weight_bits, activation_bits))
         _restore_momenta(prepared, network)
         _rename_quantizers(prepared)
         self.set_mode(prepared, False)
@@ -468,7 +466,7 @@ def _rename_quantizers(prepared: fx.GraphModule) -> None:
 
 
 def _activation_name(model: fx.GraphModule, node: fx.Node, what: str) -> str:
-    """``<layer>.input_<what>`` for a quantizer that only one layer reads, else ``<module>.output_<what>`` of what it follows."""
+    """``<layer>.input_<what>`` for a quantizer that one layer alone reads, else ``<module>.output_<what>`` of what is before."""
     readers = {layer_name(user) for user in node.users if user.target in WEIGHTED}
     source = node.args[0]
     assert isinstance(source, fx.Node)
