@@ -466,7 +466,7 @@ def _rename_quantizers(prepared: fx.GraphModule) -> None:
 
 
 def _activation_name(model: fx.GraphModule, node: fx.Node, what: str) -> str:
-    """``<layer>.input_<what>`` for a quantizer that one layer alone reads, else ``<module>.output_<what>`` of what is before."""
+    """``<layer>.input_<what>`` for a quantizer one layer alone reads, else ``<module>.output_<what>`` of what is before it."""
     readers = {layer_name(user) for user in node.users if user.target in WEIGHTED}
     source = node.args[0]
     assert isinstance(source, fx.Node)
