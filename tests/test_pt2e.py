@@ -292,17 +292,12 @@ def test_ranges_follow_the_data_only_while_they_are_not_frozen(make_student, dig
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_trained_student_is_exported_exactly(bits, tmp_path, make_student, teacher, digits):
     student = make_student("pt2e", bits)
-    history = distill(
-        student,
-        teacher,
-        digits.loader("train", labels=False, shuffle=True),
-        method=SQAKD(),
-        epochs=2,
-        val_loader=[digits.validation],
-        seed=0,
-    ).history
+    loader = [digits.train[0][start : start + 64] for start in range(0, 640, 64)]
+    held_out = [tuple(part[:64] for part in digits.validation)]
+    history = distill(student, teacher, loader, method=SQAKD(), epochs=2, val_loader=held_out, seed=0).history
     assert history[1]["loss"] < history[0]["loss"]
-    images = digits.test[0]
+    assert history[1]["val_agreement"] > 0.9
+    images = digits.test[0][:128]
     with torch.no_grad():
         expected = student(images)
         assert torch.equal(student(images), expected)  # ranges are frozen, also after the best weights were loaded
@@ -332,7 +327,7 @@ def test_resume_is_bit_identical(tmp_path, make_student, teacher, batches, digit
     def run(folder, **options):
         student = make_student("pt2e", 4)
         options |= {"epochs": 2, "checkpoint_dir": tmp_path / folder, "checkpoint_every": 4, "seed": 3}
-        distill(student, teacher, batches, val_loader=[digits.validation], **options)
+        distill(student, teacher, batches, val_loader=[tuple(part[:32] for part in digits.validation)], **options)
         return student.state_dict()
 
     whole = run("whole")
@@ -446,19 +441,20 @@ def test_a_model_exported_in_train_mode_is_exported_exactly(tmp_path, net):
     assert _is_close_proof(export_onnx(student, images, tmp_path / "s.onnx").parity)
 
 
-def test_asymmetric_activations_are_named_for_tensorrt_and_exported_elsewhere(tmp_path, net):
+def test_asymmetric_activations_are_named_for_tensorrt_and_exported_elsewhere(tmp_path, teacher, digits):
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
-    model, images = net
+    images = digits.test[0][:32]
     quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config(is_qat=True))
-    student = _prepare_alone(model, images, quantizer)
+    student = _prepare_alone(teacher, images - 0.5, quantizer)
     ADAPTER.set_mode(student, False)
     for _ in range(5):
         student(images - 0.5)
     with pytest.raises(UnsupportedQuantizerError, match=r"activation_post_process_\d+: asymmetric"):
         export_onnx(student, images, tmp_path / "s.onnx", target="tensorrt")
-    proof = export_onnx(student, images, tmp_path / "s.onnx", target="onnxruntime").parity
+    proof = export_onnx(student, images - 0.5, tmp_path / "s.onnx", target="onnxruntime").parity
     assert proof.runtime_deviation < 1e-4
+    assert proof.toolkit_deviation < 1e-4
 
 
 def test_torchvision_is_exported_exactly(tmp_path):
@@ -472,5 +468,5 @@ def test_torchvision_is_exported_exactly(tmp_path):
 
 
 def test_torchao_is_not_imported_unless_it_is_used():
-    code = "import sys, qakd_plugin; assert 'torch' in sys.modules and 'torchao' not in sys.modules"
+    code = "import sys, qakd_plugin.backends.pt2e; assert not any(m.startswith('torchao') for m in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
