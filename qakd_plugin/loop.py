@@ -117,9 +117,10 @@ class Trainer:
             progress.advance(self.position.step)
             while self.position.epoch < len(self.epochs):
                 self._epoch(self.epochs[self.position.epoch], progress)
-        self.adapter.freeze_ranges(self.model, True)
         if self.best.state is not None:
             self.model.load_state_dict(self.best.state)
+        # Last, because the state of some toolkits' quantizers says whether their ranges are frozen.
+        self.adapter.freeze_ranges(self.model, True)
         self.adapter.set_mode(self.model, False)
 
     # -- one epoch, one step

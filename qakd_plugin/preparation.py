@@ -31,8 +31,9 @@ def prepare(
         model: the float model; it is not changed.
         calibration_batches: batches as the loader yields them (x, (x, y), a dict ...); several, since all ranges come from
             them.
-        toolkit: "modelopt", "torch_ao" (FX graph mode) or "torchao" (``QATConfig``: weights of linear layers only; activations
-            and convolutions stay in floating point, and scales follow the weights).
+        toolkit: "modelopt"; "pt2e" (torchao; the model then takes images of this one size); "torchao" (``QATConfig``: weights
+            of linear layers only; activations and convolutions stay in floating point, and scales follow the weights);
+            "torch_ao" (FX graph mode); "torch_ao_eager" (adds and concatenations must be written with ``FloatFunctional``).
         weight_bits: 2 to 8.
         activation_bits: 2 to 8.
         keep: names or patterns ("fc", "layer1.*") of modules that stay in floating point.

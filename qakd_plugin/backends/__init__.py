@@ -7,13 +7,20 @@ from torch import nn
 from ..errors import NotPreparedError
 from .base import Adapter, QParams, Quantizer, Role
 from .modelopt import ModelOptAdapter
+from .pt2e import PT2EAdapter
 from .torch_ao import TorchAOAdapter
 from .torch_ao_eager import TorchAOEagerAdapter
 from .torchao import TorchAOQATAdapter
 
 __all__ = ["ADAPTERS", "Adapter", "QParams", "Quantizer", "Role", "adapter_for"]
 
-ADAPTERS: tuple[Adapter, ...] = (ModelOptAdapter(), TorchAOQATAdapter(), TorchAOAdapter(), TorchAOEagerAdapter())
+ADAPTERS: tuple[Adapter, ...] = (
+    ModelOptAdapter(),
+    PT2EAdapter(),
+    TorchAOQATAdapter(),
+    TorchAOAdapter(),
+    TorchAOEagerAdapter(),
+)
 
 
 def adapter_for(model: nn.Module) -> Adapter:

@@ -56,7 +56,7 @@ class Adapter(Protocol):
     """One toolkit. Adapters are stateless: everything is read from the model."""
 
     name: str
-    """The name ``prepare(toolkit=...)`` takes: "modelopt", "torch_ao", ..."""
+    """The name ``prepare(toolkit=...)`` takes: "modelopt", "pt2e", "torch_ao", ..."""
 
     def detect(self, model: nn.Module) -> bool:
         """Whether this toolkit prepared the model. Never imports a toolkit that is not loaded already."""

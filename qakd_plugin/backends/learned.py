@@ -27,6 +27,14 @@ def rule_of(module: nn.Module) -> Rule | None:
     return rule if isinstance(rule, Rule) else None
 
 
+def substitute(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put one quantizer in every place of another."""
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module is old:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, new)
+
+
 @cache
 def _class(base: Any) -> type[nn.Module]:
     class LearnedFakeQuantize(base):  # type: ignore[misc]

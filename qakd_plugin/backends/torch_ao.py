@@ -22,7 +22,7 @@ from ..errors import NotPreparedError, UnsupportedQuantizerError
 from ..placement import WEIGHTED, Placement, place_quantizers
 from ..quantizers import Rule
 from .base import QParams, Quantizer
-from .learned import learned_fake_quantize, restored_fake_quantize, rule_of
+from .learned import learned_fake_quantize, restored_fake_quantize, rule_of, substitute
 
 with warnings.catch_warnings():
     # torch.ao.quantization announces its migration to torchao on import; the models it prepared live on.
@@ -317,14 +317,6 @@ def fixed_fake_quantize(clip: float, low: int, high: int, device: torch.device) 
     fixed.scale.fill_(clip / high)
     fixed.zero_point.fill_(0)
     return fixed
-
-
-def substitute(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put one quantizer in every place of another."""
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if module is old:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, new)
 
 
 def _is_fake_quant(prepared: torch.fx.GraphModule, node: Any) -> bool:

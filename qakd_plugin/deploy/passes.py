@@ -86,7 +86,7 @@ def _lower_activation(graph: ir.Graph, node: ir.Node) -> None:
     assert low is not None
     assert high is not None
     assert step is not None
-    unsigned = zero_point != 0 and low >= 0
+    unsigned = low >= 0 and (zero_point != 0 or high > 127)
     container = (0, 255) if unsigned else (-128, 127)
     kind = np.uint8 if unsigned else np.int8
     zero = initializer(graph, f"zero_point_{kind.__name__}_{zero_point}", np.asarray(zero_point, dtype=kind))
@@ -187,7 +187,8 @@ def quantize_behind_relu(graph: ir.Graph) -> None:
         if clip is not None and only_consumer(clip.outputs[0]) is not quantize:
             clip = None
         scale = np.float32(scalar(quantize.inputs[1], 0.0))
-        highest = np.float32(127) * scale if clip is None else np.float32(scalar(clip.inputs[2], np.inf))
+        top = np.float32(255 if quantize.outputs[0].dtype == ir.DataType.UINT8 else 127)
+        highest = top * scale if clip is None else np.float32(scalar(clip.inputs[2], np.inf))
         if relu.op_type == "Clip" and not scalar(relu.inputs[2], np.inf) >= highest:
             continue
         first = clip if clip is not None else quantize

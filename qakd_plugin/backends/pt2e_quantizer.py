@@ -1,0 +1,251 @@
+"""A quantizer for torchao's PT2E flow whose models every target can take: symmetric, static, zero point 0.
+
+Import this module only where torchao is installed; :mod:`qakd_plugin.backends.pt2e` does so on first use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+from torchao.quantization.pt2e.fake_quantize import FakeQuantize
+from torchao.quantization.pt2e.observer import MovingAverageMinMaxObserver, MovingAveragePerChannelMinMaxObserver
+from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
+
+from ..errors import QakdError
+from ..placement import Placement, within
+from .pt2e import CONVOLUTIONS, TRANSPOSED, WEIGHTED, from_inputs, layer_name
+
+_aten = torch.ops.aten
+_RELUS = {
+    _aten.relu.default,
+    _aten.relu_.default,
+    _aten.relu6.default,
+    _aten.relu6_.default,
+    _aten.hardtanh.default,
+    _aten.hardtanh_.default,
+}
+_NON_NEGATIVE = {_aten.sigmoid.default, _aten.hardsigmoid.default, _aten.softmax.int, _aten.softplus.default}
+_SIGN_KEEPING = {
+    _aten.max_pool1d.default,
+    _aten.max_pool2d.default,
+    _aten.max_pool3d.default,
+    _aten.avg_pool1d.default,
+    _aten.avg_pool2d.default,
+    _aten.avg_pool3d.default,
+    _aten.adaptive_avg_pool1d.default,
+    _aten.adaptive_avg_pool2d.default,
+    _aten.adaptive_avg_pool3d.default,
+    _aten.mean.dim,
+    _aten.flatten.using_ints,
+    _aten.view.default,
+    _aten.reshape.default,
+    _aten.permute.default,
+    _aten.transpose.int,
+    _aten.cat.default,
+    _aten.dropout.default,
+    _aten.add.Tensor,
+    _aten.add_.Tensor,
+}
+_ADDS = {_aten.add.Tensor, _aten.add_.Tensor}
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What one convolution or linear layer takes; ``signed`` is None where its input has a quantizer already."""
+
+    weight_bits: int
+    activation_bits: int
+    signed: bool | None
+
+
+class TensorRTQuantizer(Quantizer):  # type: ignore[misc]
+    """For ``prepare_qat_pt2e``: weights symmetric per channel, activations symmetric per tensor, zero point 0 throughout.
+
+    The first and the last layer take 8 bits. Without a placement every convolution and linear layer has its input and weight
+    quantized, and both inputs of every residual add are, so that the convolutions before it run in integers; below 8 bits, what
+    a ReLU made non-negative gets an unsigned grid.
+
+    Example::
+
+        graph = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
+        prepared = prepare_qat_pt2e(graph, TensorRTQuantizer())
+
+    Args:
+        placement: from :func:`qakd_plugin.placement.place_quantizers` of the float model, which also looks at what follows a
+            convolution; None to go by the exported graph alone.
+        weight_bits: 2 to 8, of all layers but the first and the last.
+        activation_bits: likewise, of their inputs.
+        keep: names or patterns of modules that stay in floating point; for use without a placement, which has its own.
+
+    Raises:
+        QakdError: the bits are out of range, or (in ``annotate``) nothing is left to quantize.
+    """
+
+    def __init__(
+        self,
+        placement: Placement | None = None,
+        weight_bits: int = 8,
+        activation_bits: int = 8,
+        *,
+        keep: Sequence[str] = (),
+    ) -> None:
+        for name, bits in (("weight_bits", weight_bits), ("activation_bits", activation_bits)):
+            if not 2 <= bits <= 8:
+                raise QakdError(f"{name}={bits} is out of range: 2 to 8 bits can be prepared.")
+        self.placement = placement
+        self.weight_bits = weight_bits
+        self.activation_bits = activation_bits
+        self.keep = tuple(keep)
+
+    def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
+        dynamic = from_inputs(model)
+        calls = [node for node in model.graph.nodes if node.target in WEIGHTED and node.args[1] not in dynamic]
+        layers = self._placed(calls) if self.placement is not None else self._all(calls, model.graph)
+        if not layers:
+            raise QakdError("the exported graph holds no convolution or linear layer to quantize.")
+        for node, layer in layers.items():
+            source = None if layer.signed is None else activation_spec(layer.activation_bits, signed=layer.signed)
+            # The order matters: torchao takes the first entry for the input and the second for the weight.
+            inputs = {node.args[0]: source, node.args[1]: weight_spec(layer.weight_bits, 1 if node.target in TRANSPOSED else 0)}
+            node.meta["quantization_annotation"] = QuantizationAnnotation(input_qspec_map=inputs, _annotated=True)
+        if self.placement is None:
+            for node in model.graph.nodes:
+                if node.target in _ADDS and _adds_activations(node, dynamic):
+                    inputs = {source: activation_spec(8) for source in node.args[:2]}
+                    node.meta["quantization_annotation"] = QuantizationAnnotation(input_qspec_map=inputs, _annotated=True)
+        else:
+            for node in self._ends(model.graph, self.placement):
+                annotation = node.meta.setdefault("quantization_annotation", QuantizationAnnotation(_annotated=True))
+                annotation.output_qspec = activation_spec(8)
+        return model
+
+    def validate(self, model: fx.GraphModule) -> None:
+        """Nothing to do: whatever :meth:`annotate` writes is supported."""
+
+    def _placed(self, calls: Iterable[fx.Node]) -> dict[fx.Node, _Layer]:
+        placement = self.placement
+        assert placement is not None
+        layers = {}
+        for node in calls:
+            name = layer_name(node)
+            if name not in placement.layers:
+                continue
+            edge = name in placement.edges
+            bits = 8 if edge else self.activation_bits
+            signed = bits == 8 or name not in placement.unsigned
+            has_one = bits == 8 and name in placement.covered
+            layers[node] = _Layer(8 if edge else self.weight_bits, bits, None if has_one else signed)
+        return layers
+
+    def _all(self, calls: Sequence[fx.Node], graph: fx.Graph) -> dict[fx.Node, _Layer]:
+        """Every layer but those kept in floating point, by the exported graph alone."""
+        chosen = [node for node in calls if not any(within(layer_name(node), pattern) for pattern in self.keep)]
+        edges = _edges(graph, set(chosen))
+        positive = _positive(graph)
+        layers = {}
+        for node in chosen:
+            bits = 8 if node in edges else self.activation_bits
+            signed = bits == 8 or node.args[0] not in positive
+            layers[node] = _Layer(8 if node in edges else self.weight_bits, bits, signed)
+        return layers
+
+    @staticmethod
+    def _ends(graph: fx.Graph, placement: Placement) -> list[fx.Node]:
+        """The nodes whose outputs the placement wants quantized: behind the ReLU, where one follows."""
+        wanted = {output.name: output.clamp for output in placement.outputs}
+        ends = []
+        for node in graph.nodes:
+            if node.target not in {*CONVOLUTIONS, *TRANSPOSED, _aten.batch_norm.default} or layer_name(node) not in wanted:
+                continue
+            end = node
+            if wanted[layer_name(node)] is not None:
+                (user,) = node.users
+                end = user if user.target in _RELUS else node
+            ends.append(end)
+        return ends
+
+
+def weight_spec(bits: int, axis: int = 0) -> QuantizationSpec:
+    """Symmetric per output channel, following the weight without delay.
+
+    Args:
+        bits: 2 to 8; eight use -127..127, so that any sign can be folded in.
+        axis: of the output channels.
+    """
+    limit = 2 ** (bits - 1)
+    return QuantizationSpec(
+        dtype=torch.int8,
+        observer_or_fake_quant_ctr=FakeQuantize.with_args(
+            observer=MovingAveragePerChannelMinMaxObserver, averaging_constant=1.0, ch_axis=axis
+        ),
+        quant_min=-127 if bits == 8 else -limit,
+        quant_max=limit - 1,
+        qscheme=torch.per_channel_symmetric,
+        ch_axis=axis,
+    )
+
+
+def activation_spec(bits: int, *, signed: bool = True) -> QuantizationSpec:
+    """Per tensor with zero point 0.
+
+    Args:
+        bits: 2 to 8.
+        signed: False for a tensor that is never negative, where an affine observer always finds zero point 0.
+    """
+    limit = 2 ** (bits - 1)
+    return QuantizationSpec(
+        dtype=torch.int8 if signed else torch.uint8,
+        observer_or_fake_quant_ctr=FakeQuantize.with_args(observer=MovingAverageMinMaxObserver),
+        quant_min=-limit if signed else 0,
+        quant_max=limit - 1 if signed else 2 * limit - 1,
+        qscheme=torch.per_tensor_symmetric if signed else torch.per_tensor_affine,
+    )
+
+
+def _edges(graph: fx.Graph, layers: set[fx.Node]) -> set[fx.Node]:
+    """Layers no other layer stands before, or after."""
+    behind: set[fx.Node] = set()
+    for node in graph.nodes:
+        if any(source in behind or source in layers for source in node.all_input_nodes):
+            behind.add(node)
+    ahead: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if any(user in ahead or user in layers for user in node.users):
+            ahead.add(node)
+    return {node for node in layers if node not in behind or node not in ahead}
+
+
+def _positive(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes that are never negative."""
+    positive: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.target in {_aten.hardtanh.default, _aten.hardtanh_.default}:
+            holds = len(node.args) > 1 and node.args[1] >= 0
+        elif node.target in _SIGN_KEEPING:
+            sources = [source for source in node.all_input_nodes if _is_tensor(source)]
+            holds = set(sources) <= positive and (node.target not in _ADDS or len(sources) == 2)  # no scalar, which may be < 0
+        else:
+            holds = node.target in _RELUS or node.target in _NON_NEGATIVE
+        if holds:
+            positive.add(node)
+    return positive
+
+
+def _adds_activations(node: fx.Node, dynamic: set[fx.Node]) -> bool:
+    """Whether both operands are different feature maps of one shape: a residual add."""
+    first, second = node.args[:2]
+    return (
+        isinstance(first, fx.Node)
+        and isinstance(second, fx.Node)
+        and first is not second
+        and {first, second} <= dynamic
+        and all(_is_tensor(operand) and operand.meta["val"].is_floating_point() for operand in (first, second))
+        and first.meta["val"].ndim == second.meta["val"].ndim >= 2
+    )
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
