@@ -111,8 +111,8 @@ def check_against_teacher(adapter: Adapter, student: nn.Module, teacher: nn.Modu
     if deviation > _SAME_NETWORK:
         _log.warning(
             "With fake quantization off, prepared_model is not the teacher although all weights are equal: logits differ by "
-            "%.2g of their range. Preparing changed the network. prepare_qat_pt2e does so where a BatchNorm has another eps than "
-            "1e-5 (add eps - 1e-5 to its running_var before torch.export, or use qakd_plugin.prepare); else look for "
+            "%.2g of their range. Preparing changed the network. prepare_qat_pt2e does so where a BatchNorm has another eps "
+            "than 1e-5 (add eps - 1e-5 to its running_var before torch.export, or use qakd_plugin.prepare); else look for "
             "operators that the toolkit replaced.",
             deviation,
         )

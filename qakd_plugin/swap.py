@@ -144,9 +144,7 @@ def _bits(quantizer: Quantizer, params: QParams, config: QuantizerConfig) -> int
     return params.bits if wanted is None else wanted
 
 
-def _weight_clip(
-    quantizer: Quantizer, low: float, high: float, shift: float, *, axis: int | None, block: int | None
-) -> Tensor:
+def _weight_clip(quantizer: Quantizer, low: float, high: float, shift: float, *, axis: int | None, block: int | None) -> Tensor:
     assert quantizer.weight is not None
     weight = quantizer.weight().float()
     if block:  # the last block of a row may be filled up with zeros

@@ -15,7 +15,7 @@ from ..errors import UnsupportedQuantizerError
 from ..quantizers import Rule
 
 
-def learned_fake_quantize(base: type[nn.Module], rule: Rule, clip: Tensor, original: nn.Module) -> nn.Module:
+def learned_fake_quantize(base: Any, rule: Rule, clip: Tensor, original: nn.Module) -> nn.Module:
     """A fake-quantizer of class ``base`` that carries out ``rule`` in the place of ``original``."""
     made: nn.Module = _class(base)(rule, clip, original)
     return made

@@ -153,7 +153,7 @@ class ModelOptAdapter:
         remove_tensors(q)
         q.backend, q.backend_extra_args = None, {}
         q.unsigned = low == 0
-        q.num_bits = (high.bit_length() if low == 0 else high.bit_length() + 1)
+        q.num_bits = high.bit_length() if low == 0 else high.bit_length() + 1
         q.narrow_range = low == -high
         q.axis = None if rule.axis is None or rule.block else rule.axis
         if hasattr(q, "_amax"):

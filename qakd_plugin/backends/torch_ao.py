@@ -299,8 +299,8 @@ def calibrate(
         q.scale.copy_(scale)
         q.zero_point.copy_(zero_point)
     for name, (low, high) in low_bit.items():
-        clip = observers[name].best_clip(high)
-        substitute(prepared, prepared.get_submodule(name), fixed_fake_quantize(clip, low, high, batches[0].device))
+        fixed = fixed_fake_quantize(observers[name].best_clip(high), low, high, batches[0].device)
+        substitute(prepared, prepared.get_submodule(name), fixed)
 
 
 def fixed_fake_quantize(clip: float, low: int, high: int, device: torch.device) -> nn.Module:

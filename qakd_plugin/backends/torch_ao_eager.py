@@ -17,19 +17,13 @@ from torch import Tensor, fx, nn
 
 from ..errors import QakdError
 from ..placement import GRID_KEEPING, Placement, place_quantizers
-from .torch_ao import (
-    QAT_LAYERS,
-    FakeQuantizeBase,
-    TorchAOAdapter,
-    calibrate,
-    fixed_fake_quantize,
-    torch_ao_qconfig,
-)
+from .torch_ao import QAT_LAYERS, TorchAOAdapter, calibrate, fixed_fake_quantize, torch_ao_qconfig
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
     from torch.ao.nn.quantized import FloatFunctional
     from torch.ao.quantization import QuantStub, QuantWrapper, fuse_modules_qat, prepare_qat
+    from torch.ao.quantization.fake_quantize import FakeQuantizeBase
     from torch.ao.quantization.quantize import _register_activation_post_process_hook
 
 _POOLINGS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
@@ -49,7 +43,9 @@ class TorchAOEagerAdapter(TorchAOAdapter):
     def _readers(self, model: nn.Module) -> dict[str, tuple[str, ...]]:
         """Eager mode keeps no graph: a quantizer is known by the module that makes what it quantizes."""
         return {
-            f"{name}.activation_post_process": (name,) for name, module in model.named_modules() if isinstance(module, QAT_LAYERS)
+            f"{name}.activation_post_process": (name,)
+            for name, module in model.named_modules()
+            if isinstance(module, QAT_LAYERS)
         }
 
     def prepare(
@@ -166,9 +162,9 @@ class _Plan:
             keeps = isinstance(module, GRID_KEEPING) or source.target in _KEEP_GRID | _RELU
             if not keeps:
                 raise QakdError(
-                    f"{layer.target}: its input comes from {source.name!r}, which eager mode cannot quantize: it sees outputs of "
-                    "modules only. Write that operation with torch.ao.nn.quantized.FloatFunctional or a pooling module, or "
-                    "use toolkit='torch_ao' (FX), 'pt2e' or 'modelopt'."
+                    f"{layer.target}: its input comes from {source.name!r}, which eager mode cannot quantize: it sees "
+                    "outputs of modules only. Write that operation with torch.ao.nn.quantized.FloatFunctional or a pooling module, "
+                    "or use toolkit='torch_ao' (FX), 'pt2e' or 'modelopt'."
                 )
             source = source.all_input_nodes[0]
 
@@ -187,6 +183,3 @@ def _leave_in_float(module: Any) -> None:
 def _only_user(node: fx.Node) -> fx.Node | None:
     users = list(node.users)
     return users[0] if len(users) == 1 else None
-
-
-

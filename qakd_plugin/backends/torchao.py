@@ -146,11 +146,13 @@ class TorchAOQATAdapter:
         if rule.transforms_weight:
             layer.weight.copy_(q(layer.weight))
         qparams = self.qparams(quantizer)
-        scale = qparams.scale.reshape(-1 if qparams.axis is not None else 1, 1 if qparams.block is None else qparams.scale.shape[-1])
+        scale = qparams.scale.reshape(
+            -1 if qparams.axis is not None else 1, 1 if qparams.block is None else qparams.scale.shape[-1]
+        )
         config = _learned_config(rule)
         config.dtype = _dtype(max(qparams.quant_max, -qparams.quant_min - 1).bit_length() + 1)
         restored = qat.FakeQuantizerBase.from_config(config)
-        restored.scale = nn.Parameter(scale.expand(layer.out_features, -1).clone())
+        restored.scale = nn.Parameter(scale.clone())
         restored.zero_point = torch.zeros_like(restored.scale, dtype=torch.int32)
         setattr(layer, _WEIGHT, restored.train(q.training))
 

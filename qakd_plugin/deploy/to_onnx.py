@@ -99,8 +99,8 @@ def trace(model: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
             return torch.export.export(model, (batch,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     except Exception as error:  # user code runs under the tracer: whatever it raises means "cannot be traced"
         raise ExportError(
-            f"torch.export cannot trace the model: {_first_line(error)} Check that its forward takes one tensor and that neither "
-            "values nor the batch size steer its control flow."
+            f"torch.export cannot trace the model: {_first_line(error)} Check that its forward takes one tensor and that "
+            "neither values nor the batch size steer its control flow."
         ) from error
 
 

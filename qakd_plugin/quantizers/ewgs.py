@@ -83,9 +83,7 @@ class EWGS:
         return IntervalWeight(bits, axis, block, delta=self.delta, refresh_every=self.refresh_every)
 
     def activation_rule(self, bits: int, unsigned: bool) -> Rule:
-        return ClippedActivation(
-            bits, unsigned=unsigned, full_range=False, delta=self.delta, refresh_every=self.refresh_every
-        )
+        return ClippedActivation(bits, unsigned=unsigned, full_range=False, delta=self.delta, refresh_every=self.refresh_every)
 
 
 def refresh_delta(loss: Callable[[], Tensor], probes: int = 2) -> dict[int, float]:

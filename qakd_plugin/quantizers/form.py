@@ -1,7 +1,8 @@
 """The one quantizer form of SQAKD: clip, round, and a backward pass that knows the rounding error.
 
-Forward ``x_q = R(clip(x))``; backward ``dL/dx_c = dL/dx_q + mu (x_c - x_q)``, where ``mu = 0`` is the straight-through estimator
-and ``mu = delta |dL/dx_q|`` is EWGS. LSQ, PACT, DoReFa and EWGS differ in what they clip and in which numbers they learn.
+Forward ``x_q = R(clip(x))``; backward ``dL/dx_c = dL/dx_q + mu (x_c - x_q)``, where ``mu = 0`` is the straight-through
+estimator and ``mu = delta |dL/dx_q|`` is EWGS. LSQ, PACT, DoReFa and EWGS differ in what they clip and in which numbers they
+learn.
 
 Source: Zhao and Zhao, AISTATS 2024, arXiv 2403.11106; Lee et al., CVPR 2021, arXiv 2104.00903.
 """

@@ -220,7 +220,7 @@ def remove_tensors(holder: nn.Module) -> None:
 
 def _classes() -> dict[str, type[Rule]]:
     found: dict[str, type[Rule]] = {}
-    pending: list[type[Rule]] = [Rule]
+    pending: list[type[Rule]] = list(Rule.__subclasses__())
     while pending:
         cls = pending.pop()
         found[cls.__name__] = cls
