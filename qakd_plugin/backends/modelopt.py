@@ -11,7 +11,7 @@ import contextlib
 import copy
 import io
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from .._optional import require
 from ..calibration import best_weight_clip, observe_inputs
 from ..deploy.export_form import ActivationQDQ, QuantizedLayer, QuantizedModule, replace_modules, store_weight
 from ..errors import NotPreparedError, UnsupportedQuantizerError
-from ..placement import Placement, place_quantizers
+from ..placement import WEIGHTED, OutputQuantizer, Placement, has_own_forward, place_quantizers
 from .base import QParams, Quantizer, Role
 
 _SMALLEST_AMAX = 2.0**-24
@@ -107,7 +107,8 @@ class ModelOptAdapter:
                 for batch in batches:
                     network(batch)
 
-        with contextlib.redirect_stdout(io.StringIO()):  # mtq prints how many quantizers it inserted
+        # mtq prints how many quantizers it inserted.
+        with contextlib.redirect_stdout(io.StringIO()), _registered(prepared, placement):
             prepared = mtq.quantize(prepared, config, forward_loop)
         _minimize_error(prepared, batches, placement)
         return prepared
@@ -139,7 +140,8 @@ class ModelOptAdapter:
             return QuantizedModule(plain, input_qdq, output_qdq)
         bias = plain.bias
         assert bias is None or isinstance(bias, Tensor)
-        return QuantizedLayer(plain, stored, bias, input_qdq=input_qdq, output_qdq=output_qdq)
+        own_forward = has_own_forward(plain)
+        return QuantizedLayer(plain, stored, bias, own_forward=own_forward, input_qdq=input_qdq, output_qdq=output_qdq)
 
 
 def modelopt_config(placement: Placement, weight_bits: int, activation_bits: int) -> dict[str, Any]:
@@ -163,7 +165,7 @@ def modelopt_config(placement: Placement, weight_bits: int, activation_bits: int
         if bits < 8 or layer not in placement.covered:
             enable(f"{layer}.input_quantizer", num_bits=bits, axis=None, unsigned=bits < 8 and layer in placement.unsigned)
     for output in placement.outputs:
-        enable(f"{output.name}.output_quantizer", num_bits=8, axis=None)
+        enable(_output_name(output), num_bits=8, axis=None)
     return {"quant_cfg": entries, "algorithm": "max"}
 
 
@@ -171,7 +173,7 @@ def modelopt_config(placement: Placement, weight_bits: int, activation_bits: int
 def _minimize_error(model: nn.Module, batches: Iterable[Tensor], placement: Placement) -> None:
     """Replace the ranges of max calibration by those with the least squared error over all batches."""
     adapter = ModelOptAdapter()
-    clamps = {f"{output.name}.output_quantizer": output.clamp for output in placement.outputs}
+    clamps = {_output_name(output): output.clamp for output in placement.outputs}
     quantizers = adapter.quantizers(model)
     adapter.set_fake_quant(model, False)
     watched = {quantizer.fqn: quantizer.module for quantizer in quantizers if quantizer.role == "activation"}
@@ -186,6 +188,33 @@ def _minimize_error(model: nn.Module, batches: Iterable[Tensor], placement: Plac
         weight = model.get_submodule(quantizer.fqn.rpartition(".")[0])._parameters["weight"]
         assert weight is not None
         q.amax = best_weight_clip(weight, qparams.quant_min, qparams.quant_max, qparams.axis).reshape(q.amax.shape)
+
+
+def _output_name(output: OutputQuantizer) -> str:
+    return f"{output.name}.{'input' if output.in_front else 'output'}_quantizer"
+
+
+@contextlib.contextmanager
+def _registered(model: nn.Module, placement: Placement) -> Iterator[None]:
+    """Within the block ModelOpt takes every class that ``placement`` puts a quantizer on.
+
+    By itself it leaves classes out that override the forward of PyTorch's layers, and activations. Only within the block: what
+    the user's own calls of ``mtq.quantize`` choose must not depend on whether this package ran before.
+    """
+    registry = require("modelopt.torch.quantization.nn", extra="modelopt", purpose="quantize a model").QuantModuleRegistry
+    base = require("modelopt.torch.quantization.nn", extra="modelopt", purpose="quantize a model").QuantInputBase
+    added: list[type[nn.Module]] = []
+    try:
+        for name in (*placement.layers, *(output.name for output in placement.outputs)):
+            kind = type(model.get_submodule(name))
+            if kind not in registry:
+                parent = next((cls for cls in kind.__mro__ if issubclass(cls, WEIGHTED) and cls in registry), None)
+                registry.register({kind: f"{kind.__module__}.{kind.__qualname__}"})(registry[parent] if parent else base)
+                added.append(kind)
+        yield
+    finally:
+        for kind in added:
+            registry.unregister(kind)
 
 
 def _quantizer_class() -> type[nn.Module] | None:
