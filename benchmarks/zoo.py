@@ -3,9 +3,9 @@
     python benchmarks/zoo.py
 
 For every network and bit width: prepare with ModelOpt, export for TensorRT and for ONNX Runtime (both pass the parity gate, or
-say why not), count the layers that ONNX Runtime computes in integers, and build a TensorRT-RTX engine, which needs no GPU. Weights
-are random: exactness does not depend on training. Every finished cell is written to benchmarks/results/zoo.json at once and not
-run again unless --fresh; the table in the README is written from that file.
+say why not), count the layers that ONNX Runtime computes in integers, and build a TensorRT-RTX engine, which needs no GPU.
+Weights are random: exactness does not depend on training. Every finished cell is written to benchmarks/results/zoo.json at once
+and not run again unless --fresh; the table in the README is written from that file.
 """
 
 from __future__ import annotations
