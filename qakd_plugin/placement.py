@@ -165,12 +165,18 @@ class _Analysis:
         outputs = self._output_quantizers(calls)
         on_grid = self._on_grid({node for node, _ in outputs})
         return Placement(
-            layers=tuple(dict.fromkeys(str(node.target) for node in calls)),
+            layers=tuple(dict.fromkeys(name for node in self.nodes for name in self._layers_of(node))),
             edges=self._edges(calls),
             unsigned=frozenset(self._for_all_calls(calls, self.positive)),
             covered=frozenset(self._for_all_calls(calls, on_grid)),
             outputs=tuple(dict.fromkeys(quantizer for _, quantizer in outputs)),
         )
+
+    def _layers_of(self, node: fx.Node) -> list[str]:
+        """The layer that a node calls; all layers of a module that is seen as one call, such as nn.TransformerEncoderLayer."""
+        if node.op != "call_module" or node.target in self.layers:
+            return [str(node.target)] if node.op == "call_module" else []
+        return [name for name in self.modules if name in self.layers and name.startswith(f"{node.target}.")]
 
     def _module(self, node: fx.Node) -> nn.Module | None:
         return self.modules.get(str(node.target)) if node.op == "call_module" else None
