@@ -89,7 +89,7 @@ def quantizable_layers(model: nn.Module, keep: Sequence[str]) -> list[str]:
     Raises:
         QakdError: a pattern matches nothing, or nothing is left to quantize.
     """
-    uncalled = _never_called(model)
+    uncalled = never_called(model)
     names = [name for name, module in model.named_modules() if isinstance(module, WEIGHTED) and name not in uncalled]
     for pattern in keep:
         if not fnmatch.filter([name for name, _ in model.named_modules()], pattern):
@@ -284,7 +284,7 @@ def _only_reader(node: fx.Node) -> fx.Node | None:
     return readers[0] if len(readers) == 1 else None
 
 
-def _never_called(model: nn.Module) -> set[str]:
+def never_called(model: nn.Module) -> set[str]:
     """Layers whose weight is read by the module around them, which does not call them: a quantizer there would never act."""
     return {
         f"{name}.{child}" if name else child

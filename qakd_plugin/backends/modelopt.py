@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import logging
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -21,9 +22,10 @@ from .._optional import require
 from ..calibration import best_weight_clip, observe_inputs
 from ..deploy.export_form import ActivationQDQ, QuantizedLayer, QuantizedModule, replace_modules, store_weight
 from ..errors import NotPreparedError, UnsupportedQuantizerError
-from ..placement import WEIGHTED, OutputQuantizer, Placement, has_own_forward, place_quantizers
+from ..placement import WEIGHTED, OutputQuantizer, Placement, has_own_forward, never_called, place_quantizers
 from .base import QParams, Quantizer, Role
 
+_log = logging.getLogger(__name__)
 _SMALLEST_AMAX = 2.0**-24
 """ModelOpt maps everything to zero where amax is not above this."""
 
@@ -40,10 +42,11 @@ class ModelOptAdapter:
     def quantizers(self, model: nn.Module) -> list[Quantizer]:
         quantizer_class = _quantizer_class()
         assert quantizer_class is not None
+        idle = never_called(model)
         return [
             Quantizer(fqn, module, _role(fqn))
             for fqn, module in model.named_modules()
-            if isinstance(module, quantizer_class) and not module._disabled
+            if isinstance(module, quantizer_class) and not module._disabled and fqn not in idle
         ]
 
     def qparams(self, quantizer: Quantizer) -> QParams:
@@ -118,6 +121,16 @@ class ModelOptAdapter:
         active = {q.fqn: q for q in self.quantizers(form)}
         parents = {fqn.rpartition(".")[0] for fqn in active}
         replacements = {name: self._exported(form.get_submodule(name), name, active) for name in sorted(parents)}
+        idle: dict[str, Any] = {name: form.get_submodule(name) for name in sorted(never_called(form))}
+        for name, module in idle.items():
+            if hasattr(module, "weight_quantizer"):
+                if not module.weight_quantizer._disabled:
+                    _log.warning(
+                        "%s: nn.MultiheadAttention reads its weight without calling it, so its quantizers never act: it is "
+                        "exported in floating point. Quantize qakd_plugin.attention.open_attention(model) instead.",
+                        name,
+                    )
+                replacements[name] = _plain(module)
         return replace_modules(form, replacements)
 
     def _exported(self, module: Any, name: str, active: dict[str, Quantizer]) -> nn.Module:
