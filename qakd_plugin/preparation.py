@@ -27,7 +27,8 @@ def prepare(
     get an unsigned grid. The first and the last layer stay at 8 bits. A quantizer goes behind every convolution that feeds a
     residual add, a concatenation or a pooling, because ONNX Runtime runs it in floating point otherwise. Ranges minimize the
     squared error over all calibration batches. ``nn.MultiheadAttention`` becomes a module of the same name whose four
-    projections are linear layers (:func:`qakd_plugin.attention.open_attention`), or they would stay in floating point.
+    projections are linear layers (:func:`qakd_plugin.attention.open_attention`), or they would stay in floating point; such a
+    model, saved by ModelOpt, comes back with :func:`qakd_plugin.backends.modelopt.restore_modelopt`.
 
     Args:
         model: the float model; it is not changed.

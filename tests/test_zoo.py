@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import onnx
@@ -13,6 +14,7 @@ from torch import nn
 from qakd_plugin import build_engine, describe, export_onnx, prepare
 from qakd_plugin.attention import OpenAttention, open_attention
 from qakd_plugin.backends import adapter_for
+from qakd_plugin.backends.modelopt import restore_modelopt
 from qakd_plugin.bench.census import census
 from qakd_plugin.deploy.ort_form import to_onnxruntime_form
 from qakd_plugin.deploy.parity import check_parity
@@ -214,15 +216,14 @@ def test_an_encoder_layer_of_pytorch_computes_its_layers_in_integers(tmp_path):
     assert census(tmp_path / "s.onnx").integer == 8
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_a_bias_that_overflows_the_runtimes_32_bits_gets_room(bits, tmp_path):
+def test_a_bias_that_overflows_the_runtimes_32_bits_gets_room(tmp_path):
     """A channel that BatchNorm has faded out, but for its bias."""
     model, images = _ready(
         nn.Sequential(_conv(3, 8, nn.ReLU), _conv(8, 8, nn.ReLU, kernel=3), nn.Flatten(), nn.Linear(1568, 5))
     )
     for channel, gamma in enumerate((1e-7, -1e-8, 1e-10, 1e-20)):
         model[1][1].weight.data[channel], model[1][1].bias.data[channel] = gamma, 0.5
-    student = prepare(model, [images], "modelopt", weight_bits=bits, activation_bits=bits)
+    student = prepare(model, [images], "modelopt")
     export_onnx(student, images, tmp_path / "ort.onnx", target="onnxruntime")
     assert census(tmp_path / "ort.onnx").integer == 3
     marks = {prop.key: prop.value for node in onnx.load(tmp_path / "ort.onnx").graph.node for prop in node.metadata_props}
@@ -321,6 +322,18 @@ def test_what_modelopt_quantizes_elsewhere_does_not_change():
     assert not any(kind in QuantModuleRegistry for kind in (_OwnLinear, _SamePadding, _NormAct, nn.Identity))
 
 
+@pytest.mark.parametrize("make", [_Foreign, _Vision])
+def test_what_modelopt_saved_comes_back(make, tmp_path):
+    import modelopt.torch.opt as mto
+
+    model, images = _ready(make())
+    student = prepare(model, [images], "modelopt", weight_bits=4)
+    mto.save(student, tmp_path / "student.pth")
+    restored = restore_modelopt(make().eval(), tmp_path / "student.pth")
+    with torch.no_grad():
+        assert torch.equal(student(images), restored(images))
+
+
 # -- real networks
 
 
@@ -328,21 +341,22 @@ def test_what_modelopt_quantizes_elsewhere_does_not_change():
 def zoo():
     path = Path(__file__).parent.parent / "benchmarks" / "zoo.py"
     spec = importlib.util.spec_from_file_location("zoo", path)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules["zoo"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 @pytest.mark.parametrize(("name", "bits"), [("mobilenet_v3_small", 4), ("mobilenetv4_conv_small", 8)])
-def test_real_networks_go_all_the_way(name, bits, zoo):
+def test_every_layer_of_a_real_network_computes_in_integers(name, bits, zoo, tmp_path):
     net = next(net for net in zoo.NETS if net.name == name)
     if net.library == "timm":
         pytest.importorskip("timm")
-    cell = zoo.run_cell(net, bits)
-    assert cell["problem"] is None
-    assert cell["tensorrt"]["exact"]
-    assert cell["onnxruntime"]["exact"]
-    assert cell["onnxruntime"]["integer"] == cell["onnxruntime"]["total"] == cell["quantizers"]["weight"]
+    model, images = zoo.random_weights(net)
+    student = prepare(model, [images], "modelopt", weight_bits=bits, activation_bits=bits)
+    counted, manifest = _deploy(student, images, tmp_path)
+    assert counted.integer == counted.total == describe(student).weight_quantizers
+    if manifest is not None:
+        assert manifest["convolutions"]["int8"] + manifest["matmuls"]["int8"] == counted.total
 
 
 def test_the_table_of_the_readme_is_the_committed_one(zoo):
@@ -359,7 +373,7 @@ def test_a_cell_that_is_done_is_not_run_again(zoo, tmp_path, monkeypatch):
     zoo.main()
     zoo.main()
     assert ran == [("resnet18", 8), ("resnet18", 4)]
-    monkeypatch.setattr("sys.argv", [*__import__("sys").argv, "--fresh", "--bits", "4"])
+    monkeypatch.setattr("sys.argv", [*sys.argv, "--fresh", "--bits", "4"])
     zoo.main()
     assert ran[2:] == [("resnet18", 4)]
     row = zoo.make_table(json.loads((tmp_path / "zoo.json").read_text())["cells"]).splitlines()[-1]

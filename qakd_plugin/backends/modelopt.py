@@ -11,6 +11,7 @@ import contextlib
 import copy
 import io
 import logging
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .._optional import require
+from ..attention import open_attention
 from ..calibration import best_weight_clip, observe_inputs
 from ..deploy.export_form import ActivationQDQ, QuantizedLayer, QuantizedModule, replace_modules, store_weight
 from ..errors import NotPreparedError, UnsupportedQuantizerError
@@ -110,8 +112,9 @@ class ModelOptAdapter:
                 for batch in batches:
                     network(batch)
 
+        names = [*placement.layers, *(output.name for output in placement.outputs)]
         # mtq prints how many quantizers it inserted.
-        with contextlib.redirect_stdout(io.StringIO()), _registered(prepared, placement):
+        with contextlib.redirect_stdout(io.StringIO()), _registered(prepared, names):
             prepared = mtq.quantize(prepared, config, forward_loop)
         _minimize_error(prepared, batches, placement)
         return prepared
@@ -203,22 +206,45 @@ def _minimize_error(model: nn.Module, batches: Iterable[Tensor], placement: Plac
         q.amax = best_weight_clip(weight, qparams.quant_min, qparams.quant_max, qparams.axis).reshape(q.amax.shape)
 
 
+def restore_modelopt(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """Put what ``modelopt.torch.opt.save`` wrote of a model from :func:`qakd_plugin.prepare` back into its float model.
+
+    ``modelopt.torch.opt.restore`` does the same where the model holds neither ``nn.MultiheadAttention`` nor layers of classes
+    that are not PyTorch's own; it knows nothing of those.
+
+    Args:
+        model: the float model; it is not changed.
+        path: of the file.
+
+    Returns:
+        A prepared copy.
+    """
+    mto = require("modelopt.torch.opt", extra="modelopt", purpose="restore a model that it saved")
+    utils = require("modelopt.torch.utils", extra="modelopt", purpose="restore a model that it saved")
+    copied = copy.deepcopy(open_attention(model))
+    saved = utils.safe_load(path, map_location="cpu")["model_state_dict"]
+    names = {key.rpartition("_quantizer.")[0].rpartition(".")[0] for key in saved if "_quantizer." in key}
+    with contextlib.redirect_stdout(io.StringIO()), _registered(copied, sorted(names - {""})):
+        restored: nn.Module = mto.restore(copied, path)
+    return restored.eval()
+
+
 def _output_name(output: OutputQuantizer) -> str:
     return f"{output.name}.{'input' if output.in_front else 'output'}_quantizer"
 
 
 @contextlib.contextmanager
-def _registered(model: nn.Module, placement: Placement) -> Iterator[None]:
-    """Within the block ModelOpt takes every class that ``placement`` puts a quantizer on.
+def _registered(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """Within the block ModelOpt takes the classes of all modules of these names.
 
     By itself it leaves classes out that override the forward of PyTorch's layers, and activations. Only within the block: what
     the user's own calls of ``mtq.quantize`` choose must not depend on whether this package ran before.
     """
-    registry = require("modelopt.torch.quantization.nn", extra="modelopt", purpose="quantize a model").QuantModuleRegistry
-    base = require("modelopt.torch.quantization.nn", extra="modelopt", purpose="quantize a model").QuantInputBase
+    toolkit = require("modelopt.torch.quantization.nn", extra="modelopt", purpose="quantize a model")
+    registry, base = toolkit.QuantModuleRegistry, toolkit.QuantInputBase
     added: list[type[nn.Module]] = []
     try:
-        for name in (*placement.layers, *(output.name for output in placement.outputs)):
+        for name in names:
             kind = type(model.get_submodule(name))
             if kind not in registry:
                 parent = next((cls for cls in kind.__mro__ if issubclass(cls, WEIGHTED) and cls in registry), None)
