@@ -207,8 +207,9 @@ def _line(cell: dict[str, Any]) -> str:
 def make_table(cells: dict[str, dict[str, Any]]) -> str:
     """Markdown: a row per network, W8A8 and W4A4 in one cell where they differ."""
     lines = [
-        "| network | input | exact, W8A8 / W4A4 | integer layers, ONNX Runtime | integer layers, TensorRT-RTX | in float |",
-        "|---|---|---|---|---|---|",
+        "| network | input | exact, W8A8 / W4A4 | integer layers, ONNX Runtime | with fusions, dB | "
+        "integer layers, TensorRT-RTX | in float |",
+        "|---|---|---|---|---|---|---|",
     ]
     for net in NETS:
         found = [cells[key] for bits in BITS if (key := f"{net.library}/{net.name} W{bits}A{bits}") in cells]
@@ -219,6 +220,7 @@ def make_table(cells: dict[str, dict[str, Any]]) -> str:
             f"{net.size}",
             " / ".join(map(_exact, found)),
             _joined(map(_integer, found)),
+            " / ".join(map(_fused, found)),
             _joined(map(_engine, found)),
             _joined(map(_floating, found)),
         ]
@@ -242,6 +244,11 @@ def _exact(cell: dict[str, Any]) -> str:
 def _integer(cell: dict[str, Any]) -> str:
     found = cell.get("onnxruntime", {})
     return f"{found['integer']} of {found['total']}" if found.get("exact") else "none"
+
+
+def _fused(cell: dict[str, Any]) -> str:
+    found = cell.get("onnxruntime", {})
+    return f"{found['parity']['fused']['sqnr_db']:.0f}" if found.get("exact") else "none"
 
 
 def _engine(cell: dict[str, Any]) -> str:

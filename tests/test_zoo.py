@@ -377,4 +377,4 @@ def test_a_cell_that_is_done_is_not_run_again(zoo, tmp_path, monkeypatch):
     zoo.main()
     assert ran[2:] == [("resnet18", 4)]
     row = zoo.make_table(json.loads((tmp_path / "zoo.json").read_text())["cells"]).splitlines()[-1]
-    assert row == "| resnet18 | 64 | no / no | none | none | nothing was tried |"
+    assert row == "| resnet18 | 64 | no / no | none | none / none | none | nothing was tried |"
