@@ -26,6 +26,7 @@ from .errors import QakdError
 _log = logging.getLogger(__name__)
 
 WEIGHTED = (_ConvNd, nn.Linear)
+_LAYER_CLASSES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
 _NON_NEGATIVE = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softmax, nn.Softplus)
 _NON_NEGATIVE_FUNCTIONS = {
     F.relu,
@@ -46,15 +47,21 @@ _SIGN_KEEPING_FUNCTIONS = {torch.flatten, torch.cat, torch.reshape, torch.transp
                            operator.getitem, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.dropout, F.interpolate,
                            "view", "reshape", "transpose", "permute", "flatten", "chunk", "split", "contiguous", "mean", "add",
                            "add_", "mul", "squeeze", "unsqueeze"}  # fmt: skip
+_TRANSPARENT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 GRID_KEEPING = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d, nn.ReLU)
 
 
 @dataclass(frozen=True)
 class OutputQuantizer:
-    """A quantizer behind module ``name``; its range covers what the clamp that follows (a ReLU) lets through."""
+    """A quantizer behind module ``name``; its range covers what the clamp that follows (a ReLU) lets through.
+
+    With ``in_front`` it stands on the module's input instead: where a BatchNorm is a function call, or part of a larger module,
+    the module that reads its result is the only place.
+    """
 
     name: str
     clamp: tuple[float, float] | None
+    in_front: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,8 @@ def quantizable_layers(model: nn.Module, keep: Sequence[str]) -> list[str]:
     Raises:
         QakdError: a pattern matches nothing, or nothing is left to quantize.
     """
-    names = [name for name, module in model.named_modules() if isinstance(module, WEIGHTED)]
+    uncalled = never_called(model)
+    names = [name for name, module in model.named_modules() if isinstance(module, WEIGHTED) and name not in uncalled]
     for pattern in keep:
         if not fnmatch.filter([name for name, _ in model.named_modules()], pattern):
             raise QakdError(
@@ -109,7 +117,7 @@ def place_quantizers(model: nn.Module, keep: Sequence[str] = ()) -> Placement:
     """
     layers = quantizable_layers(model, keep)
     try:
-        graph_module = fx.symbolic_trace(model)
+        graph = _Tracer().trace(model)
     except Exception as error:  # user code runs under the tracer: whatever it raises means "cannot be traced"
         _log.warning(
             "%s cannot be traced by torch.fx (%s): quantizers go in front of each layer only. Convolutions that feed an add "
@@ -119,15 +127,36 @@ def place_quantizers(model: nn.Module, keep: Sequence[str] = ()) -> Placement:
             str(error).splitlines()[0] if str(error) else type(error).__name__,
         )
         return Placement(tuple(layers), edges=frozenset({layers[0], layers[-1]}))
-    return _Analysis(graph_module, set(layers)).placement()
+    placement = _Analysis(model, graph, set(layers)).placement()
+    if left := sorted(set(layers) - set(placement.layers)):
+        _log.warning(
+            "%s: the forward pass does not call %s: they stay in floating point. Call the modules themselves, not functions on "
+            "their weights.",
+            type(model).__name__,
+            ", ".join(left),
+        )
+    return placement
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a convolution or linear layer is of a class that computes in its own way, or may."""
+    base = next(kind for kind in _LAYER_CLASSES if isinstance(module, kind))
+    return type(module).forward is not base.forward
+
+
+class _Tracer(fx.Tracer):
+    """Sees a layer as one call also where its class is not PyTorch's own."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, WEIGHTED) or super().is_leaf_module(m, module_qualified_name)
 
 
 class _Analysis:
     """One walk over a traced graph."""
 
-    def __init__(self, graph_module: fx.GraphModule, layers: set[str]) -> None:
-        self.modules = dict(graph_module.named_modules())
-        self.nodes = list(graph_module.graph.nodes)
+    def __init__(self, model: nn.Module, graph: fx.Graph, layers: set[str]) -> None:
+        self.modules = dict(model.named_modules())
+        self.nodes = list(graph.nodes)
         self.layers = layers
         self.positive = self._positive_nodes()
 
@@ -136,12 +165,18 @@ class _Analysis:
         outputs = self._output_quantizers(calls)
         on_grid = self._on_grid({node for node, _ in outputs})
         return Placement(
-            layers=tuple(dict.fromkeys(str(node.target) for node in calls)),
+            layers=tuple(dict.fromkeys(name for node in self.nodes for name in self._layers_of(node))),
             edges=self._edges(calls),
             unsigned=frozenset(self._for_all_calls(calls, self.positive)),
             covered=frozenset(self._for_all_calls(calls, on_grid)),
             outputs=tuple(dict.fromkeys(quantizer for _, quantizer in outputs)),
         )
+
+    def _layers_of(self, node: fx.Node) -> list[str]:
+        """The layer that a node calls; all layers of a module that is seen as one call, such as nn.TransformerEncoderLayer."""
+        if node.op != "call_module" or node.target in self.layers:
+            return [str(node.target)] if node.op == "call_module" else []
+        return [name for name in self.modules if name in self.layers and name.startswith(f"{node.target}.")]
 
     def _module(self, node: fx.Node) -> nn.Module | None:
         return self.modules.get(str(node.target)) if node.op == "call_module" else None
@@ -166,17 +201,23 @@ class _Analysis:
                 continue
             last, end = call, call
             clamp: tuple[float, float] | None = None
-            while (user := _only_user(end)) is not None:
+            while (user := _only_reader(end)) is not None:
                 module = self._module(user)
-                if isinstance(module, _BatchNorm) and clamp is None and last is end:
+                if clamp is None and (isinstance(module, _BatchNorm) or user.target is F.batch_norm):
                     last = end = user
-                elif (bounds := self._relu_bounds(user)) is not None and clamp is None:
+                elif clamp is None and (bounds := self._relu_bounds(user)) is not None:
                     end, clamp = user, bounds
+                elif isinstance(module, _TRANSPARENT):
+                    end = user
                 else:
                     break
-            if all(user.target in self.layers or user.op == "output" for user in end.users):
+            if all(user.target in self.layers or user.op == "output" for user in _readers(end)):
                 continue
-            found.append((end if clamp is not None else last, OutputQuantizer(str(last.target), clamp)))
+            reader = _only_reader(last)
+            if last.op == "call_module":
+                found.append((end, OutputQuantizer(str(last.target), clamp)))
+            elif reader is not None and reader.op == "call_module":
+                found.append((end, OutputQuantizer(str(reader.target), clamp, in_front=True)))
         return found
 
     def _relu_bounds(self, node: fx.Node) -> tuple[float, float] | None:
@@ -228,9 +269,30 @@ def _tensor_sources(node: fx.Node) -> list[fx.Node]:
     return [item for item in first if isinstance(item, fx.Node)] if isinstance(first, list | tuple) else []
 
 
-def _only_user(node: fx.Node) -> fx.Node | None:
-    users = list(node.users)
-    return users[0] if len(users) == 1 else None
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """Who reads the numbers of a tensor: asking for its shape is not reading."""
+    return [
+        user
+        for user in node.users
+        if not (user.target is getattr and user.args[1] in {"ndim", "shape", "dtype", "device"})
+        and not (user.op == "call_method" and user.target in {"size", "dim", "numel"})
+    ]
+
+
+def _only_reader(node: fx.Node) -> fx.Node | None:
+    readers = _readers(node)
+    return readers[0] if len(readers) == 1 else None
+
+
+def never_called(model: nn.Module) -> set[str]:
+    """Layers whose weight is read by the module around them, which does not call them: a quantizer there would never act."""
+    return {
+        f"{name}.{child}" if name else child
+        for name, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention)
+        for child, _ in module.named_modules()
+        if child
+    }
 
 
 def within(name: str, pattern: str) -> bool:

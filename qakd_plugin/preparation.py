@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from .attention import open_attention
 from .backends import ADAPTERS, adapter_for
 from .batches import default_batch
 from .errors import NotPreparedError, QakdError
@@ -25,7 +26,9 @@ def prepare(
     Weights are symmetric per channel, activations symmetric per tensor; below 8 bits activations that a ReLU made non-negative
     get an unsigned grid. The first and the last layer stay at 8 bits. A quantizer goes behind every convolution that feeds a
     residual add, a concatenation or a pooling, because ONNX Runtime runs it in floating point otherwise. Ranges minimize the
-    squared error over all calibration batches.
+    squared error over all calibration batches. ``nn.MultiheadAttention`` becomes a module of the same name whose four
+    projections are linear layers (:func:`qakd_plugin.attention.open_attention`), or they would stay in floating point; such a
+    model, saved by ModelOpt, comes back with :func:`qakd_plugin.backends.modelopt.restore_modelopt`.
 
     Args:
         model: the float model; it is not changed.
@@ -57,7 +60,7 @@ def prepare(
     batches = [_images(batch, index).to(device) for index, batch in enumerate(calibration_batches)]
     if not batches:
         raise QakdError("calibration_batches is empty: ranges need at least one batch, and are better with several.")
-    return adapter.prepare(model, batches, weight_bits, activation_bits, keep)
+    return adapter.prepare(open_attention(model), batches, weight_bits, activation_bits, keep)
 
 
 def _require_float(model: nn.Module) -> None:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import logging
+import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,13 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._optional import require
+from ..attention import open_attention
 from ..calibration import best_weight_clip, observe_inputs
 from ..deploy.export_form import ActivationQDQ, QuantizedLayer, QuantizedModule, replace_modules, store_weight
 from ..errors import NotPreparedError, UnsupportedQuantizerError
-from ..placement import Placement, place_quantizers
+from ..placement import WEIGHTED, OutputQuantizer, Placement, has_own_forward, never_called, place_quantizers
 from ..quantizers import Rule, remove_tensors, rule_from_dict
 from .base import QParams, Quantizer, Role, weight_of
 
+_log = logging.getLogger(__name__)
 _SMALLEST_AMAX = 2.0**-24
 """ModelOpt maps everything to zero where amax is not above this."""
 
@@ -47,8 +51,9 @@ class ModelOptAdapter:
         quantizer_class = _quantizer_class()
         assert quantizer_class is not None
         found = []
+        idle = never_called(model)
         for fqn, module in model.named_modules():
-            if not isinstance(module, quantizer_class) or module._disabled:
+            if not isinstance(module, quantizer_class) or module._disabled or fqn in idle:
                 continue
             name = fqn.rpartition(".")[0]
             layers = () if fqn.endswith("output_quantizer") else (name,)
@@ -126,7 +131,9 @@ class ModelOptAdapter:
                 for batch in batches:
                     network(batch)
 
-        with contextlib.redirect_stdout(io.StringIO()):  # mtq prints how many quantizers it inserted
+        names = [*placement.layers, *(output.name for output in placement.outputs)]
+        # mtq prints how many quantizers it inserted.
+        with contextlib.redirect_stdout(io.StringIO()), _registered(prepared, names):
             prepared = mtq.quantize(prepared, config, forward_loop)
         _minimize_error(prepared, batches, placement)
         return prepared
@@ -169,6 +176,16 @@ class ModelOptAdapter:
         active = {q.fqn: q for q in self.quantizers(form)}
         parents = {fqn.rpartition(".")[0] for fqn in active}
         replacements = {name: self._exported(form.get_submodule(name), name, active) for name in sorted(parents)}
+        idle: dict[str, Any] = {name: form.get_submodule(name) for name in sorted(never_called(form))}
+        for name, module in idle.items():
+            if hasattr(module, "weight_quantizer"):
+                if not module.weight_quantizer._disabled:
+                    _log.warning(
+                        "%s: nn.MultiheadAttention reads its weight without calling it, so its quantizers never act: it is "
+                        "exported in floating point. Quantize qakd_plugin.attention.open_attention(model) instead.",
+                        name,
+                    )
+                replacements[name] = _plain(module)
         return replace_modules(form, replacements)
 
     def _exported(self, module: Any, name: str, active: dict[str, Quantizer]) -> nn.Module:
@@ -195,7 +212,15 @@ class ModelOptAdapter:
             return QuantizedModule(plain, input_qdq, output_qdq)
         bias = plain.bias
         assert bias is None or isinstance(bias, Tensor)
-        return QuantizedLayer(plain, stored, bias, input_qdq=input_qdq, output_qdq=output_qdq, input_factor=factor)
+        return QuantizedLayer(
+            plain,
+            stored,
+            bias,
+            own_forward=has_own_forward(plain),
+            input_qdq=input_qdq,
+            output_qdq=output_qdq,
+            input_factor=factor,
+        )
 
 
 def modelopt_config(placement: Placement, weight_bits: int, activation_bits: int) -> dict[str, Any]:
@@ -219,7 +244,7 @@ def modelopt_config(placement: Placement, weight_bits: int, activation_bits: int
         if bits < 8 or layer not in placement.covered:
             enable(f"{layer}.input_quantizer", num_bits=bits, axis=None, unsigned=bits < 8 and layer in placement.unsigned)
     for output in placement.outputs:
-        enable(f"{output.name}.output_quantizer", num_bits=8, axis=None)
+        enable(_output_name(output), num_bits=8, axis=None)
     return {"quant_cfg": entries, "algorithm": "max"}
 
 
@@ -227,7 +252,7 @@ def modelopt_config(placement: Placement, weight_bits: int, activation_bits: int
 def _minimize_error(model: nn.Module, batches: Iterable[Tensor], placement: Placement) -> None:
     """Replace the ranges of max calibration by those with the least squared error over all batches."""
     adapter = ModelOptAdapter()
-    clamps = {f"{output.name}.output_quantizer": output.clamp for output in placement.outputs}
+    clamps = {_output_name(output): output.clamp for output in placement.outputs}
     quantizers = adapter.quantizers(model)
     adapter.set_fake_quant(model, False)
     watched = {quantizer.fqn: quantizer.module for quantizer in quantizers if quantizer.role == "activation"}
@@ -242,6 +267,56 @@ def _minimize_error(model: nn.Module, batches: Iterable[Tensor], placement: Plac
         weight = model.get_submodule(quantizer.fqn.rpartition(".")[0])._parameters["weight"]
         assert weight is not None
         q.amax = best_weight_clip(weight, qparams.quant_min, qparams.quant_max, qparams.axis).reshape(q.amax.shape)
+
+
+def restore_modelopt(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """Put what ``modelopt.torch.opt.save`` wrote of a model from :func:`qakd_plugin.prepare` back into its float model.
+
+    ``modelopt.torch.opt.restore`` does the same where the model holds neither ``nn.MultiheadAttention`` nor layers of classes
+    that are not PyTorch's own; it knows nothing of those.
+
+    Args:
+        model: the float model; it is not changed.
+        path: of the file.
+
+    Returns:
+        A prepared copy.
+    """
+    mto = require("modelopt.torch.opt", extra="modelopt", purpose="restore a model that it saved")
+    utils = require("modelopt.torch.utils", extra="modelopt", purpose="restore a model that it saved")
+    copied = copy.deepcopy(open_attention(model))
+    saved = utils.safe_load(path, map_location="cpu")["model_state_dict"]
+    names = {key.rpartition("_quantizer.")[0].rpartition(".")[0] for key in saved if "_quantizer." in key}
+    with contextlib.redirect_stdout(io.StringIO()), _registered(copied, sorted(names - {""})):
+        restored: nn.Module = mto.restore(copied, path)
+    return restored.eval()
+
+
+def _output_name(output: OutputQuantizer) -> str:
+    return f"{output.name}.{'input' if output.in_front else 'output'}_quantizer"
+
+
+@contextlib.contextmanager
+def _registered(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """Within the block ModelOpt takes the classes of all modules of these names.
+
+    By itself it leaves classes out that override the forward of PyTorch's layers, and activations. Only within the block: what
+    the user's own calls of ``mtq.quantize`` choose must not depend on whether this package ran before.
+    """
+    toolkit = require("modelopt.torch.quantization.nn", extra="modelopt", purpose="quantize a model")
+    registry, base = toolkit.QuantModuleRegistry, toolkit.QuantInputBase
+    added: list[type[nn.Module]] = []
+    try:
+        for name in names:
+            kind = type(model.get_submodule(name))
+            if kind not in registry:
+                parent = next((cls for cls in kind.__mro__ if issubclass(cls, WEIGHTED) and cls in registry), None)
+                registry.register({kind: f"{kind.__module__}.{kind.__qualname__}"})(registry[parent] if parent else base)
+                added.append(kind)
+        yield
+    finally:
+        for kind in added:
+            registry.unregister(kind)
 
 
 def _quantizer_class() -> type[nn.Module] | None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..calibration import observe_inputs
 from ..deploy.export_form import ActivationQDQ, QuantizedLayer, replace_modules, store_weight
 from ..errors import NotPreparedError, UnsupportedQuantizerError
-from ..placement import WEIGHTED, Placement, place_quantizers
+from ..placement import WEIGHTED, Placement, has_own_forward, place_quantizers
 from ..quantizers import Rule
 from .base import QParams, Quantizer
 from .learned import learned_fake_quantize, restored_fake_quantize, rule_of, substitute
@@ -222,7 +222,7 @@ def torch_ao_qconfig_mapping(model: nn.Module, placement: Placement, weight_bits
     for name, module in model.named_modules():
         if not isinstance(module, WEIGHTED):
             continue
-        if name not in placement.layers:
+        if name not in placement.layers or has_own_forward(module):
             mapping.set_module_name(name, None)
         elif name not in placement.edges:
             mapping.set_module_name(name, torch_ao_qconfig(weight_bits))

@@ -163,8 +163,8 @@ class _Plan:
             if not keeps:
                 raise QakdError(
                     f"{layer.target}: its input comes from {source.name!r}, which eager mode cannot quantize: it sees "
-                    "outputs of modules only. Write that operation with torch.ao.nn.quantized.FloatFunctional or a pooling module, "
-                    "or use toolkit='torch_ao' (FX), 'pt2e' or 'modelopt'."
+                    "outputs of modules only. Write that operation with torch.ao.nn.quantized.FloatFunctional or a pooling "
+                    "module, or use toolkit='torch_ao' (FX), 'pt2e' or 'modelopt'."
                 )
             source = source.all_input_nodes[0]
 

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 
 _PACKAGES = (
-    "qakd-plugin", "torch", "torchvision", "nvidia-modelopt", "torchao", "onnx", "onnx-ir", "onnxscript", "onnxruntime",
+    "qakd-plugin", "torch", "torchvision", "timm", "nvidia-modelopt", "torchao", "onnx", "onnx-ir", "onnxscript", "onnxruntime",
     "openvino", "tensorrt", "tensorrt-rtx-cu13-bindings", "numpy",
 )  # fmt: skip
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16", "asimddp", "i8mm")

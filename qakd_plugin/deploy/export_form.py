@@ -93,6 +93,7 @@ class QuantizedLayer(nn.Module):
             the last block.
         bias: float32 (out_channels,) or None.
         relu: whether a ReLU was fused behind the layer.
+        own_forward: run the forward of ``layer``'s own class, for a class that is not PyTorch's.
         input_qdq: quantizer of the input, if the toolkit keeps it in the layer.
         output_qdq: quantizer of the output, likewise.
         input_factor: what the input is multiplied with ahead of everything else, as AWQ and SmoothQuant do; it broadcasts.
@@ -108,12 +109,13 @@ class QuantizedLayer(nn.Module):
         bias: Tensor | None,
         *,
         relu: bool = False,
+        own_forward: bool = False,
         input_qdq: ActivationQDQ | None = None,
         output_qdq: ActivationQDQ | None = None,
         input_factor: Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.apply_layer = _functional(layer)
+        self.apply_layer = _OwnForward(layer) if own_forward else _functional(layer)
         self.weight = weight
         self.padding = weight.codes.shape[1] - layer.in_features if isinstance(layer, nn.Linear) else 0
         self.register_buffer("bias", None if bias is None else bias.detach().clone().float())
@@ -166,6 +168,17 @@ class _Functional:
             return function(x, weight, bias, layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation)  # type: ignore[no-any-return]
         assert isinstance(layer, _ConvNd)
         return layer._conv_forward(x, weight, bias)  # type: ignore[no-any-return, operator]
+
+
+class _OwnForward:
+    """A layer that computes as its own class says, with another weight and bias: ``(x, weight, bias) -> y``."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        parameters = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+        return torch.func.functional_call(self.layer, parameters, (x,))  # type: ignore[no-any-return]
 
 
 def _functional(layer: nn.Module) -> _Functional:

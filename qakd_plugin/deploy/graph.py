@@ -15,6 +15,9 @@ QUANTIZER_KEY = "qakd.quantizer"
 WEIGHT_KEY = "qakd.weight"
 """Node metadata of a weight's DequantizeLinear: the dotted name of its layer in the trained model."""
 
+COARSE_KEY = "qakd.coarse"
+"""Node metadata of a weight's DequantizeLinear: "channel:bits, ..." where codes lost their lowest bits, see ``ort_form``."""
+
 
 def constant(value: ir.Value | None) -> npt.NDArray[Any] | None:
     """The array behind an initializer or Constant node, or None."""

@@ -9,15 +9,21 @@ integers instead:
 
 and every other tensor is shifted by 128. The runtime also rounds float biases to multiples of s_x * s_w; weights of few bits
 are therefore stored times a power of two, with a scale divided by it, so that this rounding stays far below one output step.
+
+Such a bias has 32 bits. A channel with next to no weight beside its bias (BatchNorm has faded it out) would overflow them: its
+scale is multiplied by a power of two, and its codes are divided and rounded. What is lost is about what adding the bias in
+float32 loses as well. The file says which channels, and by how many bits; parity checks count on nothing else.
 """
 
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes import common
 
 from .graph import (
+    COARSE_KEY,
     activation_quantizers,
     constant,
     initializer,
@@ -32,6 +38,9 @@ _NON_NEGATIVE_MAPS = {"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "
                       "AveragePool", "ReduceMean", "Concat", "Split", "Slice", "Gather", "DequantizeLinear", "QuantizeLinear",
                       "Add", "Mul"}  # fmt: skip
 """Operators whose output is not negative where none of their data inputs is."""
+
+_LARGEST_BIAS = 2.0**30
+"""Half of what 32 bits hold: sums of products come on top of it."""
 
 
 def to_onnxruntime_form(model: ir.Model) -> ir.Model:
@@ -134,27 +143,50 @@ def _non_negative_values(graph: ir.Graph) -> set[ir.Value]:
 def _widen(graph: ir.Graph, dequantize: ir.Node) -> None:
     """Store codes times the largest power of two that fits into int8; the scale is divided by it, so products are the same.
 
-    Per channel where the scale is.
+    Per channel where the scale is. A power below one, where the bias needs room, costs the lowest bits.
     """
     codes, scale = constant(dequantize.inputs[0]), constant(dequantize.inputs[1])
     assert codes is not None
     assert scale is not None
     if codes.dtype != np.int8:
         return
+    room = _room_for_bias(dequantize, scale)
+    if scale.ndim == 0 and (room < 0).any():
+        scale = np.broadcast_to(scale, room.shape)
+        dequantize.attributes["axis"] = ir.AttrInt64("axis", 0)
     axis = dequantize.attributes.get_int("axis", 1)
     others = tuple(dim for dim in range(codes.ndim) if scale.ndim == 0 or dim != axis % codes.ndim)
     low, high = (bound(codes.astype(np.int32), axis=others, keepdims=True) for bound in (np.min, np.max))
     factor = np.ones_like(low)
     while (fits := (2 * factor * low >= -128) & (2 * factor * high <= 127) & (factor < 64)).any():
         factor = np.where(fits, 2 * factor, factor)
+    largest = np.exp2(room if scale.ndim else room.min()).reshape(-1, *[1] * (codes.ndim - 1))
+    factor = np.minimum(factor, largest)
     if (factor == 1).all():
         return
+    if coarse := [f"{channel}:{-room[channel]}" for channel in np.flatnonzero(room < 0)]:
+        dequantize.metadata_props[COARSE_KEY] = ",".join(coarse)
     codes_value, scale_value = dequantize.inputs[0], dequantize.inputs[1]
     assert codes_value is not None
     assert scale_value is not None
-    wide, fine = (codes * factor).astype(np.int8), scale / factor.reshape(scale.shape)
+    wide, fine = np.rint(codes * factor).astype(np.int8), scale / factor.reshape(scale.shape)
     dequantize.replace_input_with(0, initializer(graph, f"{codes_value.name}.widened", wide))
     dequantize.replace_input_with(1, initializer(graph, f"{scale_value.name}.narrowed", fine.astype(np.float32)))
+
+
+def _room_for_bias(dequantize: ir.Node, scale: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
+    """By which power of two each output channel's weight scale may be divided before its bias leaves 32 bits; 8 at most."""
+    conv = only_consumer(dequantize.outputs[0])
+    bias = constant(conv.inputs[2]) if conv is not None and conv.op_type == "Conv" and len(conv.inputs) > 2 else None
+    source = None if conv is None else producer(conv.inputs[0], "DequantizeLinear")
+    step = None if source is None else constant(source.inputs[1])
+    per_channel = scale.ndim == 0 or (
+        dequantize.attributes.get_int("axis", 1) == 0 and bias is not None and scale.size == bias.size
+    )
+    if bias is None or step is None or step.size != 1 or not per_channel:
+        return np.full(1, 8)
+    codes = np.abs(bias.astype(np.float64)) / (float(step.reshape(())) * scale.astype(np.float64).reshape(-1))
+    return np.minimum(np.floor(np.log2(_LARGEST_BIAS / np.maximum(codes, 1.0))), 8).astype(np.int64)
 
 
 def _add_zero_point(graph: ir.Graph, dequantize: ir.Node) -> None:

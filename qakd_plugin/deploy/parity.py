@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from ..errors import ParityError
 from .export_form import ActivationQDQ, StoredWeight
-from .graph import QUANTIZER_KEY, WEIGHT_KEY, activation_quantizers, constant, scalar, weight_dequantizers
+from .graph import COARSE_KEY, QUANTIZER_KEY, WEIGHT_KEY, activation_quantizers, constant, scalar, weight_dequantizers
 
 Codes = dict[str, list[npt.NDArray[np.float32]]]
 """Integer codes, as floats, of every call of every activation quantizer, by name."""
@@ -171,6 +171,8 @@ def check_weight_codes(file: ir.Model, form: nn.Module) -> int:
         assert codes is not None
         assert scale is not None
         trained = weight.codes.numpy().astype(np.int32)
+        for channel, bits in _coarse_channels(node):
+            trained[channel] = np.rint(trained[channel] / 2.0**bits)
         problem = _codes_differ(codes.astype(np.int32), trained)
         if problem:
             raise ParityError(f"{layer}: {problem} between the file and the trained model.", layer)
@@ -183,6 +185,12 @@ def check_weight_codes(file: ir.Model, form: nn.Module) -> int:
         layer = next(iter(stored)).removesuffix(".weight")
         raise ParityError(f"{layer}: its stored weight is missing in the file.", layer)
     return compared
+
+
+def _coarse_channels(node: ir.Node) -> list[tuple[int, int]]:
+    """Output channels whose codes lost their lowest bits, with how many: see ``ort_form``."""
+    pairs = (entry.split(":") for entry in node.metadata_props.get(COARSE_KEY, "").split(",") if entry)
+    return [(int(channel), int(bits)) for channel, bits in pairs]
 
 
 def _codes_differ(codes: npt.NDArray[np.int32], trained: npt.NDArray[np.int32]) -> str | None:
