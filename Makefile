@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test matrix lint clean
 
 demo: $(STAMP)
 	$(BIN)/qakd demo
@@ -14,6 +14,9 @@ test: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+matrix: $(STAMP)
+	$(BIN)/python -m pytest -m '' tests/test_matrix.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -26,7 +27,6 @@ with warnings.catch_warnings():
     from torch.ao.quantization.fake_quantize import FakeQuantizeBase
     from torch.ao.quantization.quantize import _register_activation_post_process_hook
 
-_POOLINGS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 _KEEP_GRID = {torch.flatten, torch.reshape, torch.squeeze, torch.nn.functional.max_pool2d,
               "flatten", "reshape", "view", "squeeze", "contiguous"}  # fmt: skip
 _RELU = {torch.relu, torch.nn.functional.relu, "relu"}
@@ -69,7 +69,7 @@ class TorchAOEagerAdapter(TorchAOAdapter):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the toolkit announces its migration, and a default that changed years ago
             prepared = prepare_qat(prepared.train(), inplace=True)
-        for name in plan.pooled:
+        for name in plan.between:
             _quantize_output(prepared.get_submodule(prefix + name))
         for name in plan.last:
             _leave_in_float(prepared.get_submodule(prefix + name))
@@ -93,7 +93,7 @@ class _Plan:
     Attributes:
         fusions: lists of module names, each to become one QAT module.
         last: layers that make the model's output, which stays in floating point.
-        pooled: average poolings that a quantized layer reads: their output needs a quantizer.
+        between: other modules that a quantized layer reads (poolings, activations): their output needs a quantizer.
         only_read_by_inner_layers: modules whose output nothing else reads, and whether those layers see no negative value: then
             an unsigned grid fits, be it in front of the ReLU.
     """
@@ -105,15 +105,16 @@ class _Plan:
         self.placement = placement
         self.fusions: list[list[str]] = []
         self.last: list[str] = []
-        self.pooled: list[str] = []
+        self.between: list[str] = []
         self.only_read_by_inner_layers: dict[str, bool] = {}
-        self._quantized: dict[fx.Node, str] = {}
+        self._quantized: set[fx.Node] = set()
+        self._calls = Counter(node.target for node in graph_module.graph.nodes if node.op == "call_module")
         for node in graph_module.graph.nodes:
             self._visit(node)
 
     def _visit(self, node: fx.Node) -> None:
         if node.op == "placeholder":
-            self._quantized[node] = ""
+            self._quantized.add(node)
         if node.op != "call_module":
             return
         name = str(node.target)
@@ -126,7 +127,8 @@ class _Plan:
         for kind in (nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d, nn.ReLU):
             user = _only_user(chain[-1])
             module = None if user is None or user.op != "call_module" else self.modules[str(user.target)]
-            if user is not None and isinstance(module, kind) and not (kind is nn.ReLU and isinstance(module, nn.ReLU6)):
+            # A ReLU that is called in several places cannot become part of one layer.
+            if user is not None and isinstance(module, kind) and self._calls[user.target] == 1:
                 chain.append(user)
         if len(chain) > 1:
             self.fusions.append([str(member.target) for member in chain])
@@ -137,7 +139,7 @@ class _Plan:
 
     def _ends(self, node: fx.Node, name: str) -> None:
         """``node`` is where module ``name``'s quantized output leaves it."""
-        self._quantized[node] = name
+        self._quantized.add(node)
         readers = [str(reader.target) for reader in self._readers(node)]
         if all(reader in self.placement.layers and reader not in self.placement.edges for reader in readers):
             self.only_read_by_inner_layers[name] = all(reader in self.placement.unsigned for reader in readers)
@@ -155,16 +157,16 @@ class _Plan:
         source = layer.all_input_nodes[0]
         while source not in self._quantized:
             module = self.modules.get(str(source.target)) if source.op == "call_module" else None
-            if isinstance(module, _POOLINGS):
-                self.pooled.append(str(source.target))
-                self._quantized[source] = str(source.target)
-                return
             keeps = isinstance(module, GRID_KEEPING) or source.target in _KEEP_GRID | _RELU
+            if module is not None and not keeps:
+                self.between.append(str(source.target))
+                self._ends(source, str(source.target))
+                return
             if not keeps:
                 raise QakdError(
                     f"{layer.target}: its input comes from {source.name!r}, which eager mode cannot quantize: it sees "
-                    "outputs of modules only. Write that operation with torch.ao.nn.quantized.FloatFunctional or a pooling "
-                    "module, or use toolkit='torch_ao' (FX), 'pt2e' or 'modelopt'."
+                    "outputs of modules only. Write that operation as a module (FloatFunctional for adds and "
+                    "concatenations), or use toolkit='torch_ao' (FX), 'pt2e' or 'modelopt'."
                 )
             source = source.all_input_nodes[0]
 
