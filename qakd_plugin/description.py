@@ -16,10 +16,16 @@ from .qparams import QParams
 
 @dataclass(frozen=True)
 class QuantizerDescription:
-    """One quantizer: ``problems`` maps a target to the reason why it cannot take it."""
+    """One quantizer.
+
+    Attributes:
+        kind: "toolkit", or which learned quantizer :func:`qakd_plugin.use_quantizers` put in its place.
+        problems: maps a target to the reason why it cannot take the quantizer.
+    """
 
     name: str
     role: str
+    kind: str
     bits: int | None
     axis: int | None
     block: int | None
@@ -54,8 +60,9 @@ class Description:
     def summary(self) -> str:
         """One line."""
         bits = sorted({f"W{q.bits}" if q.role == "weight" else f"A{q.bits}" for q in self.quantizers if q.bits}, reverse=True)
+        learned = "".join(f" with {kind}" for kind in sorted({q.kind for q in self.quantizers} - {"toolkit"}))
         return (
-            f"{self.model} prepared by {self.toolkit}: {self.weight_quantizers} weight and {self.activation_quantizers} "
+            f"{self.model} prepared by {self.toolkit}{learned}: {self.weight_quantizers} weight and {self.activation_quantizers} "
             "activation "
             f"quantizers ({', '.join(bits)})"
         )
@@ -63,7 +70,7 @@ class Description:
     def table(self) -> Table:
         """A rich table, one row per quantizer."""
         table = Table(title=self.summary())
-        for column in ("quantizer", "role"):
+        for column in ("quantizer", "role", "kind"):
             table.add_column(column)
         for column in ("bits", "codes", "axis", "scale"):
             table.add_column(column, justify="right")
@@ -75,7 +82,9 @@ class Description:
             if q.scale_min != q.scale_max:
                 scale = f"{q.scale_min:.3g}..{q.scale_max:.3g}"
             verdicts = (q.problems.get(target, "yes") for target in TARGETS)
-            table.add_row(q.name, q.role, str(q.bits or "-"), codes, "-" if q.axis is None else str(q.axis), scale, *verdicts)
+            table.add_row(
+                q.name, q.role, q.kind, str(q.bits or "-"), codes, "-" if q.axis is None else str(q.axis), scale, *verdicts
+            )
         return table
 
     def __str__(self) -> str:
@@ -103,10 +112,12 @@ def describe(prepared_model: nn.Module) -> Description:
     adapter = adapter_for(prepared_model)
     rows = []
     for quantizer in adapter.quantizers(prepared_model):
+        rule = adapter.learned(quantizer)
+        kind = "toolkit" if rule is None else rule.method
         try:
-            rows.append(_row(quantizer, adapter.qparams(quantizer)))
+            rows.append(_row(quantizer, kind, adapter.qparams(quantizer)))
         except (NotPreparedError, UnsupportedQuantizerError) as problem:
-            rows.append(_row(quantizer, None, str(problem)))
+            rows.append(_row(quantizer, kind, None, str(problem)))
     return Description(adapter.name, type(prepared_model).__name__, tuple(rows))
 
 
@@ -124,15 +135,18 @@ def target_problem(quantizer: Quantizer, qparams: QParams, target: str) -> str |
     return None
 
 
-def _row(quantizer: Quantizer, qparams: QParams | None, problem: str | None = None) -> QuantizerDescription:
+def _row(quantizer: Quantizer, kind: str, qparams: QParams | None, problem: str | None = None) -> QuantizerDescription:
     if qparams is None:
         problems = dict.fromkeys(TARGETS, problem or "unknown")
-        return QuantizerDescription(quantizer.fqn, quantizer.role, None, None, None, None, None, None, None, None, problems)
+        return QuantizerDescription(
+            quantizer.fqn, quantizer.role, kind, None, None, None, None, None, None, None, None, problems
+        )
     found = {target: target_problem(quantizer, qparams, target) for target in TARGETS}
     zero_points = qparams.zero_point.flatten()
     return QuantizerDescription(
         name=quantizer.fqn,
         role=quantizer.role,
+        kind=kind,
         bits=qparams.bits,
         axis=qparams.axis,
         block=qparams.block,

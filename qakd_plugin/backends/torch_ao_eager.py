@@ -23,7 +23,7 @@ from .torch_ao import QAT_LAYERS, TorchAOAdapter, calibrate, fixed_fake_quantize
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
     from torch.ao.nn.quantized import FloatFunctional
-    from torch.ao.quantization import QuantStub, QuantWrapper, fuse_modules_qat, prepare_qat
+    from torch.ao.quantization import MovingAverageMinMaxObserver, QuantStub, QuantWrapper, fuse_modules_qat, prepare_qat
     from torch.ao.quantization.fake_quantize import FakeQuantizeBase
     from torch.ao.quantization.quantize import _register_activation_post_process_hook
 
@@ -178,8 +178,11 @@ def _quantize_output(module: nn.Module) -> None:
 
 
 def _leave_in_float(module: Any) -> None:
-    """Remove the quantizer of the model's output: 256 different logits would tie, and no target needs it."""
-    module.activation_post_process = nn.Identity()
+    """Only observe the model's output: quantized, 256 different logits would tie, and no target needs it.
+
+    The toolkit's convert asks an observer for the range.
+    """
+    module.activation_post_process = MovingAverageMinMaxObserver(dtype=torch.qint8, qscheme=torch.per_tensor_symmetric)
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

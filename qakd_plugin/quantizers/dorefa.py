@@ -91,7 +91,7 @@ class DoReFa:
         check_bits(self, 1)
 
     def weight_rule(self, bits: int, axis: int | None, block: int | None) -> Rule:
-        return TanhWeight(bits, axis, block)
+        return TanhWeight(bits, axis, block, "DoReFa")
 
     def activation_rule(self, bits: int, unsigned: bool) -> Rule:
-        return ClippedActivation(bits, unsigned=unsigned, learns="nothing", full_range=False)
+        return ClippedActivation(bits, method="DoReFa", unsigned=unsigned, learns="nothing", full_range=False)

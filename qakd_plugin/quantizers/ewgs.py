@@ -80,10 +80,12 @@ class EWGS:
             raise QakdError(f"EWGS: refresh_every={self.refresh_every} must not be negative.")
 
     def weight_rule(self, bits: int, axis: int | None, block: int | None) -> Rule:
-        return IntervalWeight(bits, axis, block, delta=self.delta, refresh_every=self.refresh_every)
+        return IntervalWeight(bits, axis, block, "EWGS", delta=self.delta, refresh_every=self.refresh_every)
 
     def activation_rule(self, bits: int, unsigned: bool) -> Rule:
-        return ClippedActivation(bits, unsigned=unsigned, full_range=False, delta=self.delta, refresh_every=self.refresh_every)
+        return ClippedActivation(
+            bits, method="EWGS", unsigned=unsigned, full_range=False, delta=self.delta, refresh_every=self.refresh_every
+        )
 
 
 def refresh_delta(loss: Callable[[], Tensor], probes: int = 2) -> dict[int, float]:

@@ -54,7 +54,7 @@ class LSQ:
         check_bits(self, 2)
 
     def weight_rule(self, bits: int, axis: int | None, block: int | None) -> Rule:
-        return StepWeight(bits, axis, block)
+        return StepWeight(bits, axis, block, "LSQ")
 
     def activation_rule(self, bits: int, unsigned: bool) -> Rule:
-        return ClippedActivation(bits, unsigned=unsigned)
+        return ClippedActivation(bits, method="LSQ", unsigned=unsigned)

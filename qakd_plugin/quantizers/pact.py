@@ -33,7 +33,9 @@ class PACT:
             raise QakdError(f"PACT: alpha_decay={self.alpha_decay} must not be negative.")
 
     def weight_rule(self, bits: int, axis: int | None, block: int | None) -> Rule:
-        return TanhWeight(bits, axis, block)
+        return TanhWeight(bits, axis, block, "PACT")
 
     def activation_rule(self, bits: int, unsigned: bool) -> Rule:
-        return ClippedActivation(bits, unsigned=unsigned, learns="clip", full_range=False, decay=self.alpha_decay)
+        return ClippedActivation(
+            bits, method="PACT", unsigned=unsigned, learns="clip", full_range=False, decay=self.alpha_decay
+        )

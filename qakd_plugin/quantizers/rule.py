@@ -32,11 +32,13 @@ class Rule(ABC):
         bits: of a code.
         axis: channel dimension of a weight with one scale per channel; None per tensor.
         block: set where each row that is quantized is a block of a linear layer's weight: its length. ``axis`` is 0 then.
+        method: LSQ, PACT, DoReFa or EWGS, for people.
     """
 
     bits: int
     axis: int | None = None
     block: int | None = None
+    method: str = ""
 
     transforms_weight: ClassVar[bool] = False
     """Whether more happens to a weight than clipping and rounding: then a toolkit's own quantizer cannot repeat it."""
