@@ -32,7 +32,8 @@ def check_quantizers(adapter: Adapter, model: nn.Module) -> None:
     if "activation" not in roles:
         _log.warning(
             "prepared_model quantizes weights only (%d quantizers, none for activations): layers will compute in floating "
-            "point.",
+            "point. If that is not meant, look at the configuration: prepare_qat_fx, for one, silently drops symmetric "
+            "activations without backend_config=get_tensorrt_backend_config().",
             len(quantizers),
         )
     for quantizer in quantizers:

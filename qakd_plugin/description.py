@@ -62,9 +62,8 @@ class Description:
         bits = sorted({f"W{q.bits}" if q.role == "weight" else f"A{q.bits}" for q in self.quantizers if q.bits}, reverse=True)
         learned = "".join(f" with {kind}" for kind in sorted({q.kind for q in self.quantizers} - {"toolkit"}))
         return (
-            f"{self.model} prepared by {self.toolkit}{learned}: {self.weight_quantizers} weight and {self.activation_quantizers} "
-            "activation "
-            f"quantizers ({', '.join(bits)})"
+            f"{self.model} prepared by {self.toolkit}{learned}: {self.weight_quantizers} weight and "
+            f"{self.activation_quantizers} activation quantizers ({', '.join(bits)})"
         )
 
     def table(self) -> Table:

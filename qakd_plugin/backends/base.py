@@ -12,10 +12,11 @@ from typing import Literal, Protocol
 
 from torch import Tensor, nn
 
+from ..errors import NotPreparedError
 from ..qparams import QParams
 from ..quantizers import Rule
 
-__all__ = ["Adapter", "QParams", "Quantizer", "Role", "weight_of"]
+__all__ = ["Adapter", "QParams", "Quantizer", "Role", "require_no_zero_gamma", "weight_of"]
 
 Role = Literal["weight", "activation"]
 
@@ -50,6 +51,20 @@ def weight_of(layer: nn.Module) -> Callable[[], Tensor]:
         return parameter.detach()
 
     return weight
+
+
+def require_no_zero_gamma(name: str, gamma: Tensor, function: str) -> None:
+    """Refuse a BatchNorm whose gamma is 0 in some channel, where a toolkit fuses it and divides by gamma.
+
+    Raises:
+        NotPreparedError: names the layer and the channel.
+    """
+    zero = (gamma == 0).nonzero().flatten()
+    if len(zero):
+        raise NotPreparedError(
+            f"{name}: its BatchNorm has gamma = 0 in channel {int(zero[0])} (zero_init_residual?), and {function} divides by "
+            "it. Train the model first, set such gammas to a small number (1e-3), or use toolkit='modelopt'."
+        )
 
 
 class Adapter(Protocol):

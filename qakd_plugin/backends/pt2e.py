@@ -26,7 +26,7 @@ from ..deploy.export_form import ActivationQDQ, StoredWeight, store_weight
 from ..errors import NotPreparedError, QakdError, UnsupportedQuantizerError
 from ..placement import place_quantizers
 from ..quantizers import Rule
-from .base import QParams, Quantizer
+from .base import QParams, Quantizer, require_no_zero_gamma
 from .learned import learned_fake_quantize, restored_fake_quantize, rule_of, substitute
 
 _aten = torch.ops.aten
@@ -110,14 +110,16 @@ class PT2EAdapter:
                 f"{quantizer.fqn} has no calibrated range: its observer never saw a batch. Run the prepared model on several "
                 "batches, or prepare it with qakd_plugin.prepare(model, calibration_batches, toolkit='pt2e')."
             )
-        scale, zero_point = q.scale.detach().float(), q.zero_point.detach().to(torch.int32)
-        shape = (-1,) if q.is_per_channel else ()
+        # Ranges that are learned have a zero point in floating point, and no flag for channels.
+        scale, zero_point = q.scale.detach().float(), q.zero_point.detach().round().to(torch.int32)
+        per_channel = q.qscheme in {torch.per_channel_symmetric, torch.per_channel_affine}
+        shape = (-1,) if per_channel else ()
         return QParams(
             scale=scale.reshape(shape),
             zero_point=zero_point.reshape(shape),
             quant_min=int(observer.quant_min),
             quant_max=int(observer.quant_max),
-            axis=int(q.ch_axis) if q.is_per_channel else None,
+            axis=int(q.ch_axis) if per_channel else None,
         )
 
     def set_fake_quant(self, model: nn.Module, enabled: bool) -> None:
@@ -482,13 +484,7 @@ def _refuse_zero_gammas(graph: fx.GraphModule) -> None:
     for node in graph.graph.nodes:
         if node.target is not _BATCH_NORM or node.args[0].target not in CONVOLUTIONS | TRANSPOSED:
             continue
-        zero = (_attribute(graph, node.args[1].target) == 0).nonzero().flatten()
-        if len(zero):
-            raise NotPreparedError(
-                f"{layer_name(node)}: its BatchNorm has gamma = 0 in channel {int(zero[0])} (zero_init_residual?), and "
-                "prepare_qat_pt2e divides by it. Train the model first, set such gammas to a small number (1e-3), or use "
-                "toolkit='modelopt'."
-            )
+        require_no_zero_gamma(layer_name(node), _attribute(graph, node.args[1].target), "prepare_qat_pt2e")
 
 
 def _restore_momenta(prepared: fx.GraphModule, network: nn.Module) -> None:

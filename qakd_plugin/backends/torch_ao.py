@@ -21,7 +21,7 @@ from ..deploy.export_form import ActivationQDQ, QuantizedLayer, replace_modules,
 from ..errors import NotPreparedError, UnsupportedQuantizerError
 from ..placement import WEIGHTED, Placement, has_own_forward, place_quantizers
 from ..quantizers import Rule
-from .base import QParams, Quantizer
+from .base import QParams, Quantizer, require_no_zero_gamma
 from .learned import learned_fake_quantize, restored_fake_quantize, rule_of, substitute
 
 with warnings.catch_warnings():
@@ -282,6 +282,10 @@ def calibrate(
 ) -> None:
     """Ranges of least squared error over all batches. Eight-bit ranges go on following the data in training, lower ones do
     not."""
+    for name, module in prepared.named_modules():
+        if isinstance(module, _FUSED_BATCH_NORM):
+            gamma: Any = module.bn.weight
+            require_no_zero_gamma(name, gamma, "the fused layer")
     activations = [q for q in adapter.quantizers(prepared) if q.role == "activation"]
     activations = [q for q in activations if q.fqn not in low_bit]
     watched = {q.fqn: q.module for q in activations} | {name: prepared.get_submodule(name) for name in low_bit}

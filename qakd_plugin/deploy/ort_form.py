@@ -61,8 +61,14 @@ def to_onnxruntime_form(model: ir.Model) -> ir.Model:
         weight = producer(node.inputs[1], "DequantizeLinear") if node.op_type == "Gemm" else None
         if weight is not None and not is_weight_only(weight) and not weight.attributes.get_int("block_size", 0):
             _split_bias(graph, node)
+        if node.op_type == "Conv" and _bias_error(node) > _BIAS_ERROR:
+            _split_bias(graph, node)
     common.RemoveUnusedNodesPass()(model)
     return model
+
+
+_BIAS_ERROR = 0.05
+"""Largest error of a rounded bias, in steps of the output: half of what parity checks allow with fusions."""
 
 
 def _to_unsigned(graph: ir.Graph, quantize: ir.Node, positive: set[ir.Value]) -> None:
@@ -221,20 +227,41 @@ def _shield_transpose(graph: ir.Graph, dequantize: ir.Node) -> None:
     dequantize.attributes["block_size"] = ir.AttrInt64("block_size", codes.shape[1])
 
 
-def _split_bias(graph: ir.Graph, gemm: ir.Node) -> None:
-    """Add the float bias of a Gemm behind it: with it inside, ONNX Runtime computes in float; as an Add it stays exact."""
-    bias = gemm.inputs[2] if len(gemm.inputs) > 2 else None
+def _bias_error(conv: ir.Node) -> float:
+    """By how many steps of its output the runtime would round a convolution's bias, at most; 0 where it would not."""
+    weight, source = (producer(value, "DequantizeLinear") for value in (conv.inputs[1], conv.inputs[0]))
+    behind = only_consumer(conv.outputs[0])
+    if len(conv.inputs) < 3 or weight is None or source is None or behind is None or behind.op_type != "QuantizeLinear":
+        return 0.0
+    scales = [constant(node.inputs[1]) for node in (weight, source, behind)]
+    if any(scale is None for scale in scales):
+        return 0.0
+    of_weight, of_input, of_output = (float(np.max(scale)) for scale in scales if scale is not None)
+    return 0.5 * of_weight * of_input / of_output
+
+
+def _split_bias(graph: ir.Graph, layer: ir.Node) -> None:
+    """Add the float bias of a layer behind it, where it stays exact.
+
+    A Gemm with its bias inside computes in float; a convolution without gives its integer kernel up, so that is done only where
+    rounding the bias would change codes.
+    """
+    bias = layer.inputs[2] if len(layer.inputs) > 2 else None
     if bias is None:
         return
-    gemm.resize_inputs(2)
-    output = gemm.outputs[0]
-    add = ir.node("Add", [output, bias], name=f"{gemm.name}/Add")
-    graph.insert_after(gemm, add)
+    values = constant(bias)
+    if layer.op_type == "Conv" and values is not None:
+        rank = 2 + len(layer.attributes.get_ints("kernel_shape", (1, 1)))
+        bias = initializer(graph, f"{layer.name}.bias", values.reshape(-1, *[1] * (rank - 2)))
+    layer.resize_inputs(2)
+    output = layer.outputs[0]
+    add = ir.node("Add", [output, bias], name=f"{layer.name}/Add")
+    graph.insert_after(layer, add)
     total = add.outputs[0]
     ir.convenience.replace_all_uses_with(output, total, replace_graph_outputs=True)
     add.replace_input_with(0, output)
     if total.is_graph_output():
-        total.name, total.shape, output.name = output.name, output.shape, f"{gemm.name}:out"
+        total.name, total.shape, output.name = output.name, output.shape, f"{layer.name}:out"
         total.dtype = output.dtype or ir.DataType.FLOAT
     else:
         total.name = f"{add.name}:out"

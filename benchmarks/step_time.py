@@ -1,0 +1,184 @@
+"""What one training step costs with each quantizer, against the same step in FP32, interleaved in one run.
+
+    python benchmarks/step_time.py --out benchmarks/results/step_time.json
+
+CIFAR ResNet-20, batch 128, two threads, W4A4 as qakd_plugin.prepare makes it (first and last layer at 8 bits, a quantizer on
+each residual branch). A step is forward, cross-entropy, backward and SGD with momentum. Every round runs each variant once, in
+turn; ratios are medians over rounds of (variant / FP32 of the same round). Memory is the growth of a fresh process's peak over
+what it held before the first step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qakd_plugin import EWGS, LSQ, PACT, DoReFa, prepare, use_quantizers
+from qakd_plugin.backends import adapter_for
+from qakd_plugin.bench.environment import environment, is_busy
+from qakd_plugin.progress import track
+
+BARS = {"ModelOpt LSQ": 1.30, "ModelOpt EWGS": 1.40}
+MEMORY_BAR = 1.25
+VARIANTS: dict[str, tuple[str | None, Any]] = {
+    "FP32": (None, None),
+    "ModelOpt, its own": ("modelopt", None),
+    "ModelOpt LSQ": ("modelopt", LSQ()),
+    "ModelOpt PACT": ("modelopt", PACT()),
+    "ModelOpt DoReFa": ("modelopt", DoReFa()),
+    "ModelOpt EWGS": ("modelopt", EWGS()),
+    "PT2E, its own": ("pt2e", None),
+    "PT2E LSQ": ("pt2e", LSQ()),
+    "torch.ao FX, its own": ("torch_ao", None),
+    "torch.ao FX LSQ": ("torch_ao", LSQ()),
+}
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions and a shortcut."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
+
+
+class ResNet20(nn.Sequential):
+    """He et al., 2015, for 32x32 images and ten classes."""
+
+    def __init__(self) -> None:
+        blocks: list[nn.Module] = []
+        width = 16
+        for stage, outputs in enumerate((16, 32, 64)):
+            for index in range(3):
+                blocks.append(Block(width, outputs, 2 if stage and not index else 1))
+                width = outputs
+        stem = (nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+        super().__init__(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+
+
+def make_step(variant: str, batch: int) -> Callable[[], None]:
+    """One training step of a variant, ready to be called."""
+    toolkit, quantizer = VARIANTS[variant]
+    torch.manual_seed(0)
+    model: nn.Module = ResNet20().eval()
+    x, y = torch.randn(batch, 3, 32, 32), torch.randint(0, 10, (batch,))
+    if toolkit is None:
+        model.train()
+    else:
+        model = prepare(model, [x[:32]], toolkit, weight_bits=4, activation_bits=4)
+        if quantizer is not None:
+            use_quantizers(model, quantizer)
+        adapter_for(model).set_mode(model, True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+
+    def step() -> None:
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _peak_growth(variant: str, batch: int, queue: Any) -> None:
+    torch.set_num_threads(2)
+    step = make_step(variant, batch)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(4):
+        step()
+    queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def peak_growth_mib(variant: str, batch: int) -> float:
+    """Peak resident memory of four steps in a fresh process, above what was there before the first."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_peak_growth, args=(variant, batch, queue))
+    process.start()
+    grown = float(queue.get(timeout=600))
+    process.join()
+    return grown
+
+
+def main() -> None:
+    """Measure, print, and write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--variant", action="append", choices=list(VARIANTS)[1:], help="may be repeated; all by default")
+    parser.add_argument("--out", type=Path, help="JSON file for the rows")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    busy = is_busy()
+    names = ["FP32", *(options.variant or list(VARIANTS)[1:])]
+    steps = {name: make_step(name, options.batch) for name in names}
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for round_index in track(range(options.rounds + 3), "rounds"):
+        for name in names[round_index % len(names) :] + names[: round_index % len(names)]:
+            started = time.perf_counter()
+            steps[name]()
+            if round_index >= 3:
+                times[name].append(time.perf_counter() - started)
+    memory = {name: peak_growth_mib(name, options.batch) for name in track(names, "memory")}
+    rows = []
+    for name in names:
+        ratios = sorted(t / base for t, base in zip(times[name], times["FP32"], strict=True))
+        quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
+        rows.append(
+            {
+                "variant": name,
+                "step_ms": 1e3 * statistics.median(times[name]),
+                "ratio": statistics.median(ratios),
+                "ratio_quartiles": [quartiles[0], quartiles[2]],
+                "peak_growth_mib": memory[name],
+                "memory_ratio": memory[name] / memory["FP32"],
+            }
+        )
+        row = rows[-1]
+        print(
+            f"{name:22s} {row['step_ms']:7.1f} ms   {row['ratio']:.2f}x ({quartiles[0]:.2f}..{quartiles[2]:.2f})   "
+            f"{row['peak_growth_mib']:6.0f} MiB   {row['memory_ratio']:.2f}x"
+        )
+        if name in BARS:
+            time_met, memory_met = row["ratio"] <= BARS[name], row["memory_ratio"] <= MEMORY_BAR
+            print(f"    time bar {BARS[name]:.2f}x {_verdict(time_met)}, memory bar {MEMORY_BAR}x {_verdict(memory_met)}")
+    if busy:
+        print("The machine was busy when this began: take the ratios with care.")
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        document = {
+            "environment": environment(),
+            "settings": {k: v for k, v in vars(options).items() if k != "out"},
+            "rows": rows,
+        }
+        options.out.write_text(json.dumps(document, indent=1) + "\n")
+        print(options.out)
+
+
+def _verdict(met: bool) -> str:
+    return "met" if met else "MISSED"
+
+
+if __name__ == "__main__":
+    main()
