@@ -20,6 +20,7 @@ _HOME = {
     "DistillResult": "distillation",
     "attach": "hooks",
     "prepare": "preparation",
+    "configuration": "preparation",
     "use_quantizers": "swap",
     "restore_quantizers": "swap",
     "LSQ": "quantizers",
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
     from .methods import QAT as QAT
     from .methods import QKD as QKD
     from .methods import SQAKD as SQAKD
+    from .preparation import configuration as configuration
     from .preparation import prepare as prepare
     from .quantizers import EWGS as EWGS
     from .quantizers import LSQ as LSQ

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .attention import open_attention
-from .backends import ADAPTERS, adapter_for
+from .backends import ADAPTERS, Adapter, adapter_for
 from .batches import default_batch
 from .errors import NotPreparedError, QakdError
 
@@ -49,18 +50,49 @@ def prepare(
         NotPreparedError: the model is prepared already.
         MissingPackageError: the toolkit is not installed.
     """
-    adapter = next((adapter for adapter in ADAPTERS if adapter.name == toolkit), None)
-    if adapter is None:
-        raise QakdError(f"toolkit={toolkit!r} is unknown: use one of {[adapter.name for adapter in ADAPTERS]}.")
-    for name, bits in (("weight_bits", weight_bits), ("activation_bits", activation_bits)):
-        if not 2 <= bits <= 8:
-            raise QakdError(f"{name}={bits} is out of range: 2 to 8 bits can be prepared.")
+    adapter = _adapter(toolkit, weight_bits, activation_bits)
     _require_float(model)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     batches = [_images(batch, index).to(device) for index, batch in enumerate(calibration_batches)]
     if not batches:
         raise QakdError("calibration_batches is empty: ranges need at least one batch, and are better with several.")
     return adapter.prepare(open_attention(model), batches, weight_bits, activation_bits, keep)
+
+
+def configuration(
+    model: nn.Module, toolkit: str = "modelopt", weight_bits: int = 8, activation_bits: int = 8, keep: Sequence[str] = ()
+) -> Any:
+    """The configuration that :func:`prepare` uses, for who calls the toolkit themselves. Calibration is theirs, too.
+
+    Args:
+        model: the float model; it is not changed.
+        toolkit: as in :func:`prepare`.
+        weight_bits: 2 to 8.
+        activation_bits: 2 to 8; 8 for torch.ao.
+        keep: names or patterns of modules that stay in floating point.
+
+    Returns:
+        - "modelopt": the dict for ``mtq.quantize``;
+        - "pt2e": the Quantizer for ``prepare_qat_pt2e``;
+        - "torchao": pairs (``QATConfig``, ``filter_fn``) to call ``quantize_`` with, one after the other;
+        - "torch_ao": the QConfigMapping for ``prepare_qat_fx(..., backend_config=get_tensorrt_backend_config())``;
+        - "torch_ao_eager": a QConfig for each named module, to assign as its ``qconfig`` before ``prepare_qat``.
+
+    Raises:
+        QakdError: as :func:`prepare`, or the toolkit has no configuration for fewer than 8 activation bits.
+        MissingPackageError: the toolkit is not installed.
+    """
+    return _adapter(toolkit, weight_bits, activation_bits).configuration(model, weight_bits, activation_bits, keep)
+
+
+def _adapter(toolkit: str, weight_bits: int, activation_bits: int) -> Adapter:
+    adapter = next((adapter for adapter in ADAPTERS if adapter.name == toolkit), None)
+    if adapter is None:
+        raise QakdError(f"toolkit={toolkit!r} is unknown: use one of {[adapter.name for adapter in ADAPTERS]}.")
+    for name, bits in (("weight_bits", weight_bits), ("activation_bits", activation_bits)):
+        if not 2 <= bits <= 8:
+            raise QakdError(f"{name}={bits} is out of range: 2 to 8 bits can be prepared.")
+    return adapter
 
 
 def _require_float(model: nn.Module) -> None:

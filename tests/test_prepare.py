@@ -1,10 +1,12 @@
 """prepare() and describe(): a configuration that every target can take."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
-from qakd_plugin import MissingPackageError, NotPreparedError, QakdError, describe, prepare
+from qakd_plugin import MissingPackageError, NotPreparedError, QakdError, configuration, describe, export_onnx, prepare
 from qakd_plugin.backends import adapter_for
 from qakd_plugin.calibration import RangeObserver, best_weight_clip
 from qakd_plugin.placement import OutputQuantizer, place_quantizers
@@ -135,6 +137,69 @@ def test_weight_clips_beat_the_maximum_and_survive_zero_channels():
 
     assert clips[2] == 0
     assert bool((error(clips) <= error(weight.abs().amax(1)) + 1e-9).all())
+
+
+def _fx(model, configuration, images):
+    from torch.ao.quantization.backend_config import get_tensorrt_backend_config
+    from torch.ao.quantization.quantize_fx import prepare_qat_fx
+
+    return prepare_qat_fx(model.train(), configuration, (images,), backend_config=get_tensorrt_backend_config())
+
+
+def _modelopt(model, configuration, images):
+    import modelopt.torch.quantization as mtq
+
+    return mtq.quantize(model, configuration, lambda network: network(images))
+
+
+def _pt2e(model, configuration, images):
+    from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
+
+    graph = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
+    return prepare_qat_pt2e(graph, configuration)
+
+
+def _torchao(model, configuration, images):
+    from torchao.quantization import quantize_
+
+    for config, chosen in configuration:
+        quantize_(model, config, chosen)
+    return model
+
+
+def _eager(model, configuration, images):
+    from torch.ao.quantization import QuantWrapper, prepare_qat
+
+    for name, qconfig in configuration.items():
+        model.get_submodule(name).qconfig = qconfig
+    wrapped = QuantWrapper(model.train())
+    wrapped.quant.qconfig = next(iter(configuration.values()))
+    return prepare_qat(wrapped)
+
+
+CALLS = {"modelopt": _modelopt, "pt2e": _pt2e, "torchao": _torchao, "torch_ao": _fx, "torch_ao_eager": _eager}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("toolkit", CALLS)
+def test_the_configuration_can_be_had_on_its_own(toolkit, teacher, calibration, tmp_path):
+    configured = configuration(teacher, toolkit, keep=("stages.1.*",))
+    student = CALLS[toolkit](copy.deepcopy(teacher), configured, calibration[0])
+    student(calibration[0])
+    described = describe(student)
+    assert described.toolkit == toolkit
+    weights = [q.name for q in described.quantizers if q.role == "weight"]
+    assert weights
+    if toolkit != "pt2e":  # whose names torchao makes
+        assert not [name for name in weights if "stages.1." in name]
+    adapter_for(student).set_mode(student, False)
+    assert export_onnx(student, calibration[0], tmp_path / "s.onnx").parity.toolkit_deviation < 1e-4
+
+
+@pytest.mark.parametrize("toolkit", ["torch_ao", "torch_ao_eager"])
+def test_torch_ao_has_no_configuration_for_fewer_activation_bits(toolkit, teacher):
+    with pytest.raises(QakdError, match="activation_bits=4"):
+        configuration(teacher, toolkit, activation_bits=4)
 
 
 # -- bad input

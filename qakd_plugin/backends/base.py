@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
@@ -90,6 +90,9 @@ class Adapter(Protocol):
 
     def set_mode(self, model: nn.Module, training: bool) -> None:
         """``model.train(training)`` as the toolkit wants it done."""
+
+    def configuration(self, model: nn.Module, weight_bits: int, activation_bits: int, keep: Sequence[str]) -> Any:
+        """What :meth:`prepare` hands to the toolkit; see :func:`qakd_plugin.configuration`."""
 
     def prepare(
         self, model: nn.Module, batches: Sequence[Tensor], weight_bits: int, activation_bits: int, keep: Sequence[str]

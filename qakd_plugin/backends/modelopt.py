@@ -118,6 +118,9 @@ class ModelOptAdapter:
     def set_mode(self, model: nn.Module, training: bool) -> None:
         model.train(training)
 
+    def configuration(self, model: nn.Module, weight_bits: int, activation_bits: int, keep: Sequence[str]) -> dict[str, Any]:
+        return modelopt_config(place_quantizers(model, keep), weight_bits, activation_bits)
+
     def prepare(
         self, model: nn.Module, batches: Sequence[Tensor], weight_bits: int, activation_bits: int, keep: Sequence[str]
     ) -> nn.Module:

@@ -158,22 +158,26 @@ class PT2EAdapter:
             module.training = training
         setattr(model, "_exported_training", training)  # noqa: B010 - what torchao's two functions look at first
 
+    def configuration(self, model: nn.Module, weight_bits: int, activation_bits: int, keep: Sequence[str]) -> Any:
+        require("torchao.quantization.pt2e.quantize_pt2e", extra="torchao", purpose="make a quantizer for prepare_qat_pt2e")
+        from .pt2e_quantizer import TensorRTQuantizer
+
+        return TensorRTQuantizer(place_quantizers(model, keep), weight_bits, activation_bits)
+
     def prepare(
         self, model: nn.Module, batches: Sequence[Tensor], weight_bits: int, activation_bits: int, keep: Sequence[str]
     ) -> nn.Module:
         pt2e = require(
             "torchao.quantization.pt2e.quantize_pt2e", extra="torchao", purpose="prepare a model with toolkit='pt2e'"
         )
-        from .pt2e_quantizer import TensorRTQuantizer
-
-        placement = place_quantizers(model, keep)
+        quantizer = self.configuration(model, weight_bits, activation_bits, keep)
         network = copy.deepcopy(model).eval()
         _unify_batch_norms(network)
         graph = _exported(network, batches[0])
         _refuse_zero_gammas(graph)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            prepared: fx.GraphModule = pt2e.prepare_qat_pt2e(graph, TensorRTQuantizer(placement, weight_bits, activation_bits))
+            prepared: fx.GraphModule = pt2e.prepare_qat_pt2e(graph, quantizer)
         _restore_momenta(prepared, network)
         _rename_quantizers(prepared)
         self.set_mode(prepared, False)

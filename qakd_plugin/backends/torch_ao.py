@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..calibration import observe_inputs
 from ..deploy.export_form import ActivationQDQ, QuantizedLayer, replace_modules, store_weight
-from ..errors import NotPreparedError, UnsupportedQuantizerError
+from ..errors import NotPreparedError, QakdError, UnsupportedQuantizerError
 from ..placement import WEIGHTED, Placement, has_own_forward, place_quantizers
 from ..quantizers import Rule
 from .base import QParams, Quantizer, require_no_zero_gamma
@@ -122,6 +122,10 @@ class TorchAOAdapter:
     def set_mode(self, model: nn.Module, training: bool) -> None:
         model.train(training)
 
+    def configuration(self, model: nn.Module, weight_bits: int, activation_bits: int, keep: Sequence[str]) -> Any:
+        require_eight_bit_activations(self.name, activation_bits)
+        return torch_ao_qconfig_mapping(model, place_quantizers(model, keep), weight_bits)
+
     def prepare(
         self, model: nn.Module, batches: Sequence[Tensor], weight_bits: int, activation_bits: int, keep: Sequence[str]
     ) -> nn.Module:
@@ -183,6 +187,15 @@ class TorchAOAdapter:
         behind = quantizers.get(getattr(module, "activation_post_process", None))  # type: ignore[arg-type]
         output_qdq = None if behind is None else ActivationQDQ(self.qparams(behind), behind.fqn)
         return QuantizedLayer(module, stored, bias, relu=isinstance(module, FUSED_RELU), output_qdq=output_qdq)
+
+
+def require_eight_bit_activations(toolkit: str, activation_bits: int) -> None:
+    """Below 8 bits ``prepare`` does by hand what no configuration of torch.ao can say."""
+    if activation_bits < 8:
+        raise QakdError(
+            f"activation_bits={activation_bits}: toolkit={toolkit!r} has no configuration for it, because residual adds keep 8 "
+            "bits and unsigned grids have to follow the ReLUs. Use qakd_plugin.prepare, which puts those quantizers in itself."
+        )
 
 
 def torch_ao_qconfig(weight_bits: int) -> QConfig:

@@ -18,7 +18,14 @@ from torch import Tensor, fx, nn
 
 from ..errors import QakdError
 from ..placement import GRID_KEEPING, Placement, place_quantizers
-from .torch_ao import QAT_LAYERS, TorchAOAdapter, calibrate, fixed_fake_quantize, torch_ao_qconfig
+from .torch_ao import (
+    QAT_LAYERS,
+    TorchAOAdapter,
+    calibrate,
+    fixed_fake_quantize,
+    require_eight_bit_activations,
+    torch_ao_qconfig,
+)
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
@@ -47,6 +54,17 @@ class TorchAOEagerAdapter(TorchAOAdapter):
             for name, module in model.named_modules()
             if isinstance(module, QAT_LAYERS)
         }
+
+    def configuration(self, model: nn.Module, weight_bits: int, activation_bits: int, keep: Sequence[str]) -> Any:
+        """Configurations to assign as ``qconfig`` before ``prepare_qat``, by the names of modules."""
+        require_eight_bit_activations(self.name, activation_bits)
+        placement = place_quantizers(model, keep)
+        found: dict[str, Any] = {}
+        for name, module in model.named_modules():
+            bits = weight_bits if name in placement.layers and name not in placement.edges else 8
+            if name in placement.layers or isinstance(module, FloatFunctional | QuantStub):
+                found[name] = torch_ao_qconfig(bits)
+        return found
 
     def prepare(
         self, model: nn.Module, batches: Sequence[Tensor], weight_bits: int, activation_bits: int, keep: Sequence[str]

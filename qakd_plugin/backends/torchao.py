@@ -102,12 +102,9 @@ class TorchAOQATAdapter:
     def set_mode(self, model: nn.Module, training: bool) -> None:
         model.train(training)
 
-    def prepare(
-        self, model: nn.Module, batches: Sequence[Tensor], weight_bits: int, activation_bits: int, keep: Sequence[str]
-    ) -> nn.Module:
-        purpose = "prepare a model with toolkit='torchao'"
-        quantize_ = require("torchao.quantization", extra="torchao", purpose=purpose).quantize_
-        qat = require("torchao.quantization.qat", extra="torchao", purpose=purpose)
+    def configuration(self, model: nn.Module, weight_bits: int, activation_bits: int, keep: Sequence[str]) -> Any:
+        """Pairs of a ``QATConfig`` and the ``filter_fn`` to call ``quantize_`` with."""
+        qat = require("torchao.quantization.qat", extra="torchao", purpose="make a QATConfig")
         placement = place_quantizers(model, keep)
         # Not a subclass: torchao would put its own forward pass in the place of the subclass's, or it is never called at all.
         layers = [name for name in placement.layers if type(model.get_submodule(name)) is nn.Linear]
@@ -121,13 +118,21 @@ class TorchAOQATAdapter:
             "activation_bits says, and so do convolutions.",
             len(layers),
         )
-        prepared: nn.Module = copy.deepcopy(model).eval()
-        for bits in {8, weight_bits}:
+        pairs = []
+        for bits in sorted({8, weight_bits}):
             chosen = {name for name in layers if bits == (8 if name in placement.edges else weight_bits)}
             config = qat.IntxFakeQuantizeConfig(_dtype(bits), "per_channel", is_symmetric=True)
-            quantize_(
-                prepared, qat.QATConfig(weight_config=config, step="prepare"), lambda _, name, chosen=chosen: name in chosen
-            )
+            pairs.append((qat.QATConfig(weight_config=config, step="prepare"), lambda _, name, chosen=chosen: name in chosen))
+        return pairs
+
+    def prepare(
+        self, model: nn.Module, batches: Sequence[Tensor], weight_bits: int, activation_bits: int, keep: Sequence[str]
+    ) -> nn.Module:
+        purpose = "prepare a model with toolkit='torchao'"
+        quantize_ = require("torchao.quantization", extra="torchao", purpose=purpose).quantize_
+        prepared: nn.Module = copy.deepcopy(model).eval()
+        for config, chosen in self.configuration(model, weight_bits, activation_bits, keep):
+            quantize_(prepared, config, chosen)
         return prepared
 
     def install(self, model: nn.Module, quantizer: Quantizer, rule: Rule, clip: Tensor) -> None:
