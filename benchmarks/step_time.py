@@ -11,9 +11,10 @@ what it held before the first step.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import multiprocessing
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -103,10 +104,18 @@ def make_step(variant: str, batch: int) -> Callable[[], None]:
 def _peak_growth(variant: str, batch: int, queue: Any) -> None:
     torch.set_num_threads(2)
     step = make_step(variant, batch)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what preparing freed must not hide what a step takes
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = _status_mib("VmRSS")
     for _ in range(4):
         step()
-    queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    queue.put(_status_mib("VmHWM") - before)
+
+
+def _status_mib(key: str) -> float:
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key + ":"))
+    return int(line.split()[1]) / 1024
 
 
 def peak_growth_mib(variant: str, batch: int) -> float:
@@ -140,6 +149,7 @@ def main() -> None:
             steps[name]()
             if round_index >= 3:
                 times[name].append(time.perf_counter() - started)
+    del steps
     memory = {name: peak_growth_mib(name, options.batch) for name in track(names, "memory")}
     rows = []
     for name in names:

@@ -68,9 +68,7 @@ class _FakeQuantize(torch.autograd.Function):
         through_rounding: bool,
         decay: float,
     ) -> Tensor:
-        codes = torch.div(x, scale).clamp_(low, high)
-        codes = codes.add_(shift).round_().sub_(shift) if shift else codes.round_()
-        out = codes.mul_(scale)
+        out = _quantized(x, scale, low, high, shift)
         ctx.save_for_backward(x, scale, out, delta)
         ctx.numbers = (low, high, gradient_scale, through_rounding, decay)
         return out
@@ -79,11 +77,11 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, scale, out, delta = ctx.saved_tensors
         low, high, gradient_scale, through_rounding, decay = ctx.numbers
-        v = x / scale
         g = gradient
         if delta is not None:
-            g = g + g.abs().mul_(v.clamp(low, high).sub_(out / scale)).mul_(delta / (high - low))
-        g = _hardtanh_backward(g, v, low, high)
+            # g (1 + delta sign(g) (x_c - x_q)): where x is clipped the result is not used, so x stands for x_c.
+            g = torch.sub(x, out).mul_(g.abs()).mul_(delta / ((high - low) * scale)).add_(g)
+        g = _where_inside(g, x, scale, low, high)
         grad_scale = None
         if ctx.needs_input_grad[1]:
             # Codes are out / scale; inside, the rounding error is (out - x) / scale, outside it is the bound.
@@ -97,6 +95,20 @@ class _FakeQuantize(torch.autograd.Function):
             if decay:
                 grad_scale = grad_scale + decay * high**2 * scale
         return g, grad_scale, None, None, None, None, None, None, None
+
+
+def _quantized(x: Tensor, scale: Tensor, low: float, high: float, shift: float) -> Tensor:
+    codes = torch.div(x, scale).clamp_(low, high)
+    codes = codes.add_(shift).round_().sub_(shift) if shift else codes.round_()
+    return codes.mul_(scale)
+
+
+def _where_inside(g: Tensor, x: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
+    """``g`` where x is not clipped, else 0."""
+    if scale.numel() == 1 and scale.device.type == "cpu":  # elsewhere reading the scale would wait for the device
+        step = float(scale)
+        return _hardtanh_backward(g, x, low * step, high * step)
+    return _hardtanh_backward(g, x / scale, low, high)
 
 
 def discretize(v: Tensor, low: float, high: float, *, shift: float = 0.0, delta: Tensor | None = None) -> Tensor:
