@@ -12,7 +12,9 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
+import readme_tables
 import torch
 import torchvision
 
@@ -22,6 +24,7 @@ from qakd_plugin.bench.environment import environment, is_busy
 from qakd_plugin.deploy.to_onnx import export_float
 from qakd_plugin.report import console_table
 
+RESULTS = readme_tables.RESULTS / "deployment.json"
 NETWORKS = ("resnet18", "mobilenet_v2", "shufflenet_v2_x1_0")
 BARS = {"resnet18": 2.6, "mobilenet_v2": 1.7}
 
@@ -30,7 +33,7 @@ def main() -> None:
     """Export, measure, print, and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", action="append", choices=NETWORKS, help="may be repeated; all by default")
-    parser.add_argument("--toolkit", default="modelopt", choices=("modelopt", "torch_ao"))
+    parser.add_argument("--toolkit", default="modelopt", choices=("modelopt", "pt2e", "torch_ao"))
     parser.add_argument("--calls", type=int, default=100)
     parser.add_argument("--out", type=Path, help="JSON file for the rows")
     options = parser.parse_args()
@@ -54,6 +57,22 @@ def main() -> None:
         document = {"environment": environment(), "rows": [{**row.as_dict(), "model": row.model} for row in rows]}
         options.out.write_text(json.dumps(document, indent=1) + "\n")
         print(options.out)
+        if options.out.resolve() == RESULTS:
+            readme_tables.write_table("deployment", make_table(document))
+
+
+def make_table(document: dict[str, Any]) -> str:
+    """Markdown: median latencies of each network, and what they rest on."""
+    header = ["network, 224x224", "FP32 p50 ms", "W8A8 p50 ms", "W4A4 p50 ms", "W8A8 over FP32", "integer layers"]
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in document["rows"]:
+        found.setdefault(row["model"], {})[row["weight_bits"]] = row
+    rows = [
+        [name, *(f"{bits[width]['p50_ms']:.2f}" for width in (32, 8, 4)), f"{bits[8]['speedup']:.2f}x"]
+        + [f"{bits[8]['integer_layers']} of {bits[8]['total_layers']}"]
+        for name, bits in found.items()
+    ]
+    return readme_tables.markdown(header, rows)
 
 
 def _export(folder: Path, name: str, toolkit: str) -> list[Candidate]:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import readme_tables
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -32,10 +33,7 @@ from qakd_plugin.bench.environment import environment
 from qakd_plugin.deploy.inspect_onnx import inspect_onnx
 from qakd_plugin.errors import QakdError
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "zoo.json"
-README = ROOT / "README.md"
-BEGIN, END = "<!-- zoo:begin -->", "<!-- zoo:end -->"
+RESULTS = readme_tables.RESULTS / "zoo.json"
 BITS = (8, 4)
 
 
@@ -98,7 +96,7 @@ def main() -> None:
     table = make_table(cells)
     print(table)
     if options.out == RESULTS:
-        write_table(README, table)
+        readme_tables.write_table("zoo", table)
 
 
 def random_weights(net: Net) -> tuple[nn.Module, Tensor]:
@@ -206,11 +204,8 @@ def _line(cell: dict[str, Any]) -> str:
 
 def make_table(cells: dict[str, dict[str, Any]]) -> str:
     """Markdown: a row per network, W8A8 and W4A4 in one cell where they differ."""
-    lines = [
-        "| network | input | exact, W8A8 / W4A4 | integer layers, ONNX Runtime | with fusions, dB | "
-        "integer layers, TensorRT-RTX | in float |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    header = ["network", "input", "exact, W8A8 / W4A4", "integer layers, ONNX Runtime", "with fusions, dB"]
+    rows = []
     for net in NETS:
         found = [cells[key] for bits in BITS if (key := f"{net.library}/{net.name} W{bits}A{bits}") in cells]
         if len(found) != len(BITS):
@@ -224,17 +219,8 @@ def make_table(cells: dict[str, dict[str, Any]]) -> str:
             _joined(map(_engine, found)),
             _joined(map(_floating, found)),
         ]
-        lines.append("| " + " | ".join(columns) + " |")
-    return "\n".join(lines)
-
-
-def write_table(readme: Path, table: str) -> None:
-    """Put the table between the two markers; a README without them is left alone."""
-    text = readme.read_text()
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if begin and end:
-        write_atomic(readme, f"{before}{begin}\n{table}\n{end}{after}")
+        rows.append(columns)
+    return readme_tables.markdown([*header, "integer layers, TensorRT-RTX", "in float"], rows)
 
 
 def _exact(cell: dict[str, Any]) -> str:

@@ -76,7 +76,7 @@ def distill(
     The model is trained in place with AdamW and a cosine schedule. Labels are read only if the method needs them.
 
     Args:
-        prepared_model: prepared and calibrated by ModelOpt, torchao (PT2E) or torch.ao (FX).
+        prepared_model: prepared and calibrated by ModelOpt, torchao (PT2E, QATConfig) or torch.ao (FX, eager).
         teacher: full-precision network with the same classes. It is left as it was, bit for bit, in its own mode; a method that
             trains the teacher trains a copy. None for methods that need none.
         loader: training batches with a length; x, (x, y), a dict, or anything ``batch_fn`` splits. x is float (N, C, H, W).

@@ -107,8 +107,11 @@ def _where_inside(g: Tensor, x: Tensor, scale: Tensor, low: float, high: float) 
     """``g`` where x is not clipped, else 0."""
     if scale.numel() == 1 and scale.device.type == "cpu":  # elsewhere reading the scale would wait for the device
         step = float(scale)
-        return _hardtanh_backward(g, x, low * step, high * step)
-    return _hardtanh_backward(g, x / scale, low, high)
+        low, high = low * step, high * step
+    else:
+        x = x / scale
+    inside: Tensor = _hardtanh_backward(g, x, low, high)
+    return inside
 
 
 def discretize(v: Tensor, low: float, high: float, *, shift: float = 0.0, delta: Tensor | None = None) -> Tensor:

@@ -1,0 +1,35 @@
+"""Every table of figures in the README is what its script makes of the committed JSON."""
+
+import json
+from importlib import import_module
+
+import pytest
+import readme_tables
+
+
+@pytest.mark.parametrize(
+    "name, script, result", [("step", "step_time", "step_time"), ("deployment", "deployment", "deployment")]
+)
+def test_a_table_of_the_readme_is_made_from_the_committed_figures(name, script, result):
+    document = json.loads((readme_tables.RESULTS / f"{result}.json").read_text())
+    assert readme_tables.read_table(name) == import_module(script).make_table(document)
+
+
+def test_the_zoo_in_the_readme_is_made_from_the_committed_cells():
+    zoo = import_module("zoo")
+    assert readme_tables.read_table("zoo") == zoo.make_table(json.loads(zoo.RESULTS.read_text())["cells"])
+
+
+def test_a_table_without_markers_is_refused_and_the_file_is_left_alone(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("no markers")
+    with pytest.raises(ValueError, match="has no table 'step'"):
+        readme_tables.write_table("step", "| a |", page)
+    assert page.read_text() == "no markers"
+
+
+def test_a_table_is_replaced_and_nothing_else(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("above\n<!-- a:begin -->\nold\n<!-- a:end -->\nbelow\n")
+    readme_tables.write_table("a", readme_tables.markdown(["x"], [["1"]]), page)
+    assert page.read_text() == "above\n<!-- a:begin -->\n| x |\n| --- |\n| 1 |\n<!-- a:end -->\nbelow\n"
