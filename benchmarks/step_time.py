@@ -7,8 +7,8 @@ each residual branch). A step is forward, cross-entropy, backward and SGD with m
 turn; ratios are medians over rounds of (variant / FP32 of the same round). Memory is the growth of a fresh process's peak over
 what it held before the first step.
 
-By default glibc gives memory back to the kernel after each step and gets it again, page by page, in the next: that takes a
-third of the time of a quantized step, and more the more memory a variant needs. The script therefore tells it not to (for all
+By default glibc gives memory back to the kernel after each step and gets it again, page by page, in the next, which costs a
+variant the more, the more memory it needs. The script therefore tells it not to (for all
 variants alike; ``--allocator default`` leaves it alone). Whoever trains on a CPU gains by the same settings.
 """
 
@@ -201,7 +201,7 @@ def main() -> None:
         options.out.write_text(json.dumps(document, indent=1) + "\n")
         print(options.out)
         if options.out.resolve() == RESULTS:
-            readme_tables.write_table("step", make_table(document))
+            readme_tables.write_table("step_time", make_table(document))
 
 
 def make_table(document: dict[str, Any]) -> str:

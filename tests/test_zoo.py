@@ -1,5 +1,6 @@
 """Structures of common networks, each in a small module: exact for every target, in integers wherever there is a weight."""
 
+import importlib.util
 import json
 
 import onnx
@@ -357,13 +358,12 @@ def test_a_cell_that_is_done_is_not_run_again(tmp_path, monkeypatch):
     ran = []
     cell = {"problem": "nothing was tried", "seconds": 0.0}
     monkeypatch.setattr(zoo, "run_cell", lambda net, bits: ran.append((net.name, bits)) or cell)
-    monkeypatch.setattr("sys.argv", ["zoo.py", "--network", "resnet18", "--out", str(tmp_path / "zoo.json")])
+    command = ["zoo.py", "--network", "resnet18", "--out", str(tmp_path / "zoo.json")]
+    monkeypatch.setattr("sys.argv", command)
     zoo.main()
     zoo.main()
     assert ran == [("resnet18", 8), ("resnet18", 4)]
-    monkeypatch.setattr(
-        "sys.argv", ["zoo.py", "--network", "resnet18", "--out", str(tmp_path / "zoo.json"), "--fresh", "--bits", "4"]
-    )
+    monkeypatch.setattr("sys.argv", [*command, "--fresh", "--bits", "4"])
     zoo.main()
     assert ran[2:] == [("resnet18", 4)]
     row = zoo.make_table(json.loads((tmp_path / "zoo.json").read_text())["cells"]).splitlines()[-1]
