@@ -120,7 +120,7 @@ def _layer(network: nn.Module, name: str, whose: str) -> nn.Module:
     try:
         return network.get_submodule(name)
     except AttributeError as error:
-        some = [found for found, module in network.named_modules() if found and not list(module.children())]
+        some = [found for found, module in network.named_modules() if found and "weight" in module._parameters]
         raise QakdError(f"Features: {whose} has no layer {name!r}; its layers are, e.g., {some[:4]}.") from error
 
 
