@@ -2,7 +2,7 @@
 
     python benchmarks/distill_step.py --out benchmarks/results/distill_step.json
 
-CIFAR ResNet-20, batch 128, two threads (or a GPU with ``--device cuda``), W4A4 with LSQ as qakd_plugin.prepare makes it, against
+CIFAR ResNet-20, batch 128, two threads (or ``--device cuda``), W4A4 with LSQ as qakd_plugin.prepare makes it, against
 what a user would write by hand: torch.ao FX quantization and a plain loop with a KL loss. A step is the teacher's forward pass
 without gradients, the student's forward and backward pass, and SGD with momentum. Every round runs each variant once, in turn;
 ratios are medians over rounds of (variant / FP32 of the same round). As in step_time.py, glibc keeps its memory. Peak memory is
