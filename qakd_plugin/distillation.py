@@ -28,6 +28,7 @@ from .optim import Settings
 from .progress import say
 from .teacher_cache import TeacherCache
 from .teachers import one_teacher
+from .tracking import Tracking
 
 _log = logging.getLogger(__name__)
 
@@ -78,6 +79,7 @@ def distill(
     recalibrate_batches: int = 0,
     patience: int | None = None,
     cache_teacher: str | os.PathLike[str] | None = None,
+    trackers: Sequence[Any] | None = None,
 ) -> DistillResult:
     """Train a model that a quantization toolkit has prepared, with the losses of a distillation method.
 
@@ -116,6 +118,8 @@ def distill(
         patience: stop after so many epochs of the last phase without a better one on ``val_loader``. None never stops.
         cache_teacher: file for the teacher's logits, computed in one pass before training, for data that look the same in every
             epoch (no augmentation, or one seeded by sample). Read again by later runs; refused when teacher or data changed.
+        trackers: names or trackers of accelerate ("wandb", "mlflow", ...) that get the history's numbers. None: TensorBoard in
+            ``checkpoint_dir``, where it is installed.
 
     Returns:
         The model, the history, final metrics.
@@ -164,7 +168,12 @@ def distill(
     learns = any(phase.teacher for phase in phases)
     cache = _teacher_cache(cache_teacher, teacher, method, phases, settings.mixed_precision)
     network = copy.deepcopy(teacher).requires_grad_(True) if learns and teacher is not None else teacher
-    with _float32_quantizers(adapter, prepared_model, mixed_precision):
+    tracking = Tracking(
+        trackers,
+        None if checkpoint_dir is None else Path(checkpoint_dir),
+        {"toolkit": adapter.name, "method": repr(method), "epochs": epochs, **vars(settings)},
+    )
+    with tracking, _float32_quantizers(adapter, prepared_model, mixed_precision):
         trainer = Trainer(
             adapter,
             prepared_model,
@@ -179,7 +188,7 @@ def distill(
             cache=cache,
             store=store,
             checkpoint_every=checkpoint_every,
-            callbacks=callbacks,
+            callbacks=(*callbacks, tracking),
         )
         trainer.run(resume=resume)
     kept = trainer.history[trainer.best.epoch] if trainer.best.epoch >= 0 else trainer.history[-1]

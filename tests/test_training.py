@@ -392,3 +392,23 @@ def test_a_diverging_loss_says_where_and_what_is_left(tmp_path, make_student, te
     with pytest.raises(TrainingError, match=where) as caught:
         distill(make_student(), teacher, data, epochs=2, checkpoint_dir=tmp_path, checkpoint_every=2)
     assert "Lower lr" in str(caught.value)
+
+
+# -- trackers
+
+
+def test_tensorboard_gets_the_numbers_of_the_history(tmp_path, make_student, teacher, batches):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    result = distill(make_student(), teacher, batches, epochs=2, checkpoint_dir=tmp_path, val_loader=batches[:1])
+    written = accumulator.EventAccumulator(str(tmp_path / "tracking")).Reload()
+    assert {"kl", "lr", "val_accuracy", "agreement"} <= set(written.Tags()["scalars"])
+    for name in ("kl", "val_accuracy"):
+        assert [event.value for event in written.Scalars(name)] == pytest.approx([row[name] for row in result.history])
+
+
+def test_trackers_are_left_out_on_request_and_unknown_ones_are_named(tmp_path, make_student, teacher, batches):
+    distill(make_student(), teacher, batches, epochs=1, checkpoint_dir=tmp_path, trackers=())
+    assert not (tmp_path / "tracking").exists()
+    for tracker in ("no such tracker", "tensorboard"):  # the latter writes files, and there is no folder
+        with pytest.raises(QakdError, match=f"trackers: '{tracker}'"):
+            distill(make_student(), teacher, batches, epochs=1, trackers=[tracker])
