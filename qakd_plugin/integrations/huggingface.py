@@ -9,26 +9,27 @@ from torch import nn
 
 from .._optional import require
 from ..backends import adapter_for
-from ..batches import _LABEL_KEYS as LABEL_KEYS
 from ..errors import QakdError
 from ..hooks import logits_of, require_teacher, teacher_logits, unwrapped
 from ..methods import SQAKD, Method, require_labels, total_loss
 from ..optim import Settings, student_optimizer
 from ..precision import float32_quantizers
 
-_transformers = require("transformers", extra="transformers", purpose="train a prepared model with a Hugging Face Trainer")
+_library = require("transformers", extra="transformers", purpose="train a prepared model with a Hugging Face Trainer")
+_Trainer: Any = _library.Trainer
 
 
-class DistillationTrainer(_transformers.Trainer):  # type: ignore[misc]
+class DistillationTrainer(_Trainer):  # type: ignore[misc]
     """``transformers.Trainer`` whose loss is a method's, and whose optimizer has this package's parameter groups.
 
-    Everything else is the Trainer's: data, schedule, logging, checkpoints. The data set yields dictionaries with the names of the
-    model's ``forward`` ("pixel_values" with models of transformers), and "labels" where the method reads them.
+    Everything else is the Trainer's: data, schedule, logging, checkpoints. The data set yields dictionaries with the names
+    of the model's ``forward`` ("pixel_values" with models of transformers), and "labels" where the method reads them.
 
     Args:
         model: prepared and calibrated by ModelOpt (``mtq.quantize`` or ``qakd_plugin.prepare``).
         args: TrainingArguments. ``learning_rate``, ``weight_decay``, ``adam_*`` set AdamW up; ``optim`` is not read.
-        teacher: full-precision network that takes the same inputs; None for QAT. It is left as it was, on the device of ``args``.
+        teacher: full-precision network that takes the same inputs; None for QAT. It is left as it was, on the device of
+            ``args``.
         method: SQAKD() by default, KD or QAT.
         quantizer_lr: of parameters that belong to quantizers, as a relative change per step.
         **options: as ``transformers.Trainer`` takes them, by name.
@@ -38,6 +39,9 @@ class DistillationTrainer(_transformers.Trainer):  # type: ignore[misc]
         QakdError: another toolkit did, the method has phases, or it needs a teacher and there is none.
         MissingPackageError: on import: transformers is not installed.
     """
+
+    label_names: list[str]
+    optimizer: torch.optim.Optimizer | None
 
     def __init__(
         self,
@@ -71,8 +75,8 @@ class DistillationTrainer(_transformers.Trainer):  # type: ignore[misc]
         Raises:
             LabelsRequiredError: the method reads labels and the batch holds none.
         """
-        labels = next((inputs[key] for key in LABEL_KEYS if key in inputs), None)
-        images = {name: value for name, value in inputs.items() if name not in LABEL_KEYS}
+        labels = inputs.get(self.label_names[0])
+        images = {name: value for name, value in inputs.items() if name not in self.label_names}
         targets = require_labels(self.method, labels) if self.phase.needs_labels else None
         logits = logits_of(model(**images), "model")
         other = None
@@ -91,7 +95,7 @@ class DistillationTrainer(_transformers.Trainer):  # type: ignore[misc]
             for group in self.optimizer.param_groups:
                 group["betas"] = (self.args.adam_beta1, self.args.adam_beta2)
                 group["eps"] = self.args.adam_epsilon
-        return self.optimizer  # type: ignore[no-any-return]
+        return self.optimizer
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's; under ``bf16`` quantizers compute in float32."""

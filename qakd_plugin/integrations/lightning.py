@@ -18,16 +18,17 @@ from ..modes import eval_mode
 from ..optim import Settings, cosine_schedule, quantizer_parameters, student_optimizer, teacher_optimizer
 from ..precision import float32_hooks
 
-_lightning = require("lightning", extra="lightning", purpose="train a prepared model as a LightningModule")
+_library = require("lightning", extra="lightning", purpose="train a prepared model as a LightningModule")
+_LightningModule: Any = _library.LightningModule
 
 
-class DistillationModule(_lightning.LightningModule):  # type: ignore[misc]
+class DistillationModule(_LightningModule):  # type: ignore[misc]
     """Student, teacher and method as a LightningModule; epochs, data, logging and checkpoints are the Trainer's.
 
     Phases follow the Trainer's ``max_epochs`` as they follow ``distill``'s ``epochs``. Ranges are frozen while Lightning
     validates, tests or predicts, and at the end. A frozen teacher is no part of the module: neither its parameters nor
-    checkpoints hold it. A method that trains the teacher (QKD) trains a copy, ``teacher``, which checkpoints do hold, and switches
-    to manual optimization: Lightning then takes neither ``accumulate_grad_batches`` nor ``gradient_clip_val``.
+    checkpoints hold it. A method that trains the teacher (QKD) trains a copy, ``teacher``, which checkpoints do hold, and
+    switches to manual optimization: Lightning then takes neither ``accumulate_grad_batches`` nor ``gradient_clip_val``.
 
     Subclasses that override a hook call ``super()``.
 

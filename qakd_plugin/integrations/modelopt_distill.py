@@ -1,7 +1,7 @@
 """This package's losses as criteria of ``modelopt.torch.distill``.
 
-Order matters: ``mtq.quantize`` first, ``mtd.convert`` after it, and ``mtd.export`` before saving and exporting. The other way round
-``mtq.quantize`` quantizes the teacher as well, because ``mtd.convert`` makes it a part of the student.
+Order matters: ``mtq.quantize`` first, ``mtd.convert`` after it, and ``mtd.export`` before saving and exporting. The other way
+round ``mtq.quantize`` quantizes the teacher as well, because ``mtd.convert`` makes it a part of the student.
 """
 
 from __future__ import annotations
