@@ -10,7 +10,20 @@ import torch
 from nets import Structures, trained
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from qakd_plugin import KD, LSQ, QAT, QKD, SQAKD, LabelsRequiredError, QakdError, attach, export_onnx, prepare, use_quantizers
+from qakd_plugin import (
+    KD,
+    LSQ,
+    QAT,
+    QKD,
+    SQAKD,
+    LabelsRequiredError,
+    QakdError,
+    attach,
+    distill,
+    export_onnx,
+    prepare,
+    use_quantizers,
+)
 from qakd_plugin.backends import adapter_for
 from qakd_plugin.losses import cross_entropy, kl_divergence
 from qakd_plugin.modes import eval_mode
@@ -265,6 +278,18 @@ def test_lightning_walks_the_phases_of_qkd_and_trains_a_copy_of_the_teacher(tool
     assert any(name.startswith("teacher.") for name in module.state_dict())
 
 
+def test_lightning_ends_where_distill_ends(prepared, mentor, digits):
+    from qakd_plugin.integrations.lightning import DistillationModule
+
+    loader = DataLoader(TensorDataset(*(part[:128] for part in digits.train)), batch_size=64)
+    students, method = [prepared("torch_ao"), prepared("torch_ao")], QKD(1 / 3, 1 / 3, 1 / 3)
+    result = distill(students[0], mentor, loader, method=method, epochs=3)
+    module = DistillationModule(students[1], mentor, method)
+    _fit(module, loader, epochs=3)
+    _assert_equal_state(*students)
+    _assert_equal_state(result.teacher, module.teacher)
+
+
 def test_lightning_checkpoints_go_on_bit_for_bit_and_hold_no_frozen_teacher(prepared, mentor, digits, tmp_path):
     """With a toolkit whose state says whether ranges are frozen: a checkpoint is written right after a validation."""
     import lightning
@@ -432,13 +457,39 @@ def test_hugging_face_trains_one_of_its_own_models(digits, batches, tmp_path):
     by_hand, student = (
         mtq.quantize(copy.deepcopy(teacher), mtq.INT8_DEFAULT_CFG, lambda model: model(pixel_values=x)) for _ in range(2)
     )
-    expected = _hand_written_steps(by_hand, teacher, batches[:2], _imitate, Settings(lr=2e-3), lambda output: output.logits)
-    data = Dictionaries(*(torch.cat(part) for part in zip(*batches[:2], strict=True)), name="pixel_values")
-    trainer = DistillationTrainer(student, _arguments(tmp_path), teacher=teacher, train_dataset=data)
+    # Its forward takes **kwargs, of which the Trainer concludes that losses are divided already.
+    settings = Settings(lr=2e-3)
+    expected = _hand_written_steps(
+        by_hand, teacher, batches[:4], _imitate, settings, lambda output: output.logits, accumulate=2
+    )
+    data = Dictionaries(*(torch.cat(part) for part in zip(*batches[:4], strict=True)), name="pixel_values")
+    arguments = _arguments(tmp_path, gradient_accumulation_steps=2)
+    trainer = DistillationTrainer(student, arguments, teacher=teacher, train_dataset=data)
     trainer.train()
     assert _logged(trainer) == pytest.approx(expected, rel=1e-3)
     for (name, value), actual in zip(by_hand.named_parameters(), student.parameters(), strict=True):
         torch.testing.assert_close(actual, value, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_hugging_face_under_bfloat16_quantizers_see_float32(prepared, mentor, batches, tmp_path):
+    from transformers import TrainerCallback
+
+    from qakd_plugin.integrations.huggingface import DistillationTrainer
+
+    student, seen, outputs = prepared(), set(), set()
+    arguments = _arguments(tmp_path, bf16=True, max_steps=1)
+    trainer = DistillationTrainer(student, arguments, teacher=mentor, train_dataset=Dictionaries(batches[0][0]))
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):  # behind the hooks that training has put there
+            for quantizer in adapter_for(student).quantizers(student):
+                quantizer.module.register_forward_pre_hook(lambda _, args: seen.add(args[0].dtype))
+            student.head.register_forward_hook(lambda _, args, output: outputs.add(output.dtype))
+
+    trainer.add_callback(Look())
+    trainer.train()
+    assert seen == {torch.float32}
+    assert outputs == {torch.bfloat16}
 
 
 def test_hugging_face_refuses_phases_and_other_toolkits(prepared, mentor, batches, tmp_path):

@@ -2,17 +2,15 @@
 
     python examples/by_feature/hugging_face.py
 
-A small vision transformer of the transformers library, quantized by ModelOpt, on scikit-learn's digits.
+A small vision transformer of the transformers library, quantized to W4A4 by ModelOpt, on scikit-learn's digits.
 """
 
-import copy
 import tempfile
 
-import modelopt.torch.quantization as mtq
 import torch
 from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
 
-from qakd_plugin import SQAKD
+import qakd_plugin as qakd
 from qakd_plugin.demo.data import load
 from qakd_plugin.integrations.huggingface import DistillationTrainer
 
@@ -44,8 +42,7 @@ def main(steps: int = 60, epochs: int = 5) -> float:
     )  # fmt: skip
     teacher = train_teacher(ViTForImageClassification(config), digits.loader("train", shuffle=True), epochs)
     images = digits.train[0]
-    four_bits = copy.deepcopy(mtq.INT8_DEFAULT_CFG)
-    student = mtq.quantize(copy.deepcopy(teacher), four_bits, lambda model: model(pixel_values=images[:256]))
+    student = qakd.prepare(teacher, [images[:256]], "modelopt", weight_bits=4, activation_bits=4)
     print(f"before training they agree on {agreement(student.eval(), teacher, digits.test[0]):.4f}")
 
     with tempfile.TemporaryDirectory() as folder:
@@ -54,7 +51,7 @@ def main(steps: int = 60, epochs: int = 5) -> float:
             disable_tqdm=True, use_cpu=True,
         )  # fmt: skip
         data = [{"pixel_values": image} for image in images]
-        trainer = DistillationTrainer(student, arguments, teacher=teacher, method=SQAKD(), train_dataset=data)
+        trainer = DistillationTrainer(student, arguments, teacher=teacher, method=qakd.SQAKD(), train_dataset=data)
         trainer.train()
     result = agreement(student.eval(), teacher, digits.test[0])
     print(f"after {steps} steps they agree on {result:.4f}")

@@ -31,12 +31,16 @@ def main(epochs: int = 3, width: int = 8, toolkit: str = "modelopt") -> float:
     with tempfile.TemporaryDirectory() as folder:
         best = ModelCheckpoint(Path(folder), monitor="val_accuracy", mode="max")
         trainer = lightning.Trainer(
-            accelerator="cpu", max_epochs=epochs, callbacks=[best], logger=False, enable_progress_bar=False
+            accelerator="cpu",
+            max_epochs=epochs,
+            callbacks=[best],
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
         )
         trainer.fit(module, loader, held_out)
         module.load_state_dict(torch.load(best.best_model_path, weights_only=True)["state_dict"])
-    # Last, because the state of some toolkits' quantizers says whether their ranges are frozen: checkpoints hold free ones.
-    module.on_train_end()
+    module.finish()  # checkpoints hold ranges that may still follow
     (metrics,) = trainer.test(module, digits.loader("test"), verbose=False)
     print(f"student {metrics['test_accuracy']:.4f}, agrees with its teacher on {metrics['test_agreement']:.4f}")
     return metrics["test_accuracy"]

@@ -122,6 +122,10 @@ class DistillationModule(_LightningModule):  # type: ignore[misc]
         self.train(True)
 
     def on_train_end(self) -> None:
+        self.finish()
+
+    def finish(self) -> None:
+        """Student in eval mode with frozen ranges, as at the end of training: before export, after a checkpoint was loaded."""
         self.adapter.freeze_ranges(self.student, True)
         self.train(False)
 
