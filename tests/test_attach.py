@@ -215,6 +215,7 @@ def test_a_compiled_teacher_is_compiled_once(backend, prepared, mentor, batches)
 # -- data parallel
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_gradients_of_one_with_the_joined_batch(network, batches, tmp_path):
     x, y = batches[0]
     torch.save({"network": network.state_dict(), "x": x, "y": y}, tmp_path / "batch.pt")

@@ -18,7 +18,7 @@ def test_quickstart(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
-        ("own_loop", {"epochs": 1, "toolkit": "pt2e"}),
+        ("own_loop", {"epochs": 1, "teacher_epochs": 8, "width": 4, "toolkit": "pt2e"}),
         ("lightning_module", {"epochs": 3, "width": 4, "toolkit": "torch_ao"}),
         ("hugging_face", {"steps": 10, "epochs": 2}),
     ],

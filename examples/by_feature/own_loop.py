@@ -20,11 +20,11 @@ def accuracy(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor)
     return float((model(images).argmax(1) == labels).float().mean())
 
 
-def main(epochs: int = 3, width: int = 8, micro_batches: int = 2, toolkit: str = "modelopt") -> float:
+def main(epochs: int = 3, teacher_epochs: int = 10, width: int = 8, micro_batches: int = 2, toolkit: str = "modelopt") -> float:
     """Run the example; returns the student's accuracy on the test split."""
     torch.manual_seed(0)
     digits = load()
-    teacher = train_float(DigitNet(width), digits.loader("train", shuffle=True), 3 * epochs)
+    teacher = train_float(DigitNet(width), digits.loader("train", shuffle=True), teacher_epochs)
     loader = digits.loader("train", labels=False, batch_size=32, shuffle=True)
     student = qakd.prepare(teacher, list(loader)[:8], toolkit, weight_bits=4, activation_bits=4)
 
