@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from .hooks import require_teacher
 from .loop import Augment, Trainer
 from .methods import SQAKD, Method, Phase
 from .optim import Settings
+from .precision import float32_quantizers
 from .progress import say
 from .teacher_cache import TeacherCache
 from .teachers import one_teacher
@@ -173,7 +173,7 @@ def distill(
         None if checkpoint_dir is None else Path(checkpoint_dir),
         {"toolkit": adapter.name, "method": repr(method), "epochs": epochs, **vars(settings)},
     )
-    with tracking, _float32_quantizers(adapter, prepared_model, mixed_precision):
+    with tracking, float32_quantizers(adapter, prepared_model):
         trainer = Trainer(
             adapter,
             prepared_model,
@@ -193,20 +193,6 @@ def distill(
         trainer.run(resume=resume)
     kept = trainer.history[trainer.best.epoch] if trainer.best.epoch >= 0 else trainer.history[-1]
     return DistillResult(prepared_model, trainer.history, kept, network)
-
-
-@contextmanager
-def _float32_quantizers(adapter: Adapter, model: nn.Module, mixed_precision: str) -> Iterator[None]:
-    """Under autocast, quantizers see float32: in bfloat16 neighbouring 8-bit codes fall together."""
-    handles = []
-    if mixed_precision != "no":
-        for quantizer in adapter.quantizers(model):
-            handles.append(quantizer.module.register_forward_pre_hook(lambda _, args: (args[0].float(), *args[1:])))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _in_unit_range(

@@ -101,6 +101,12 @@ class FeatureTaps:
             losses.append(error / teacher.flatten(1).square().sum(1).clamp_min(torch.finfo(torch.float32).tiny))
         return torch.stack(losses).mean(0)
 
+    def added(self, loss: Tensor, parts: dict[str, Tensor]) -> Tensor:
+        """``loss`` with the weighted mean over the batch; it is listed in ``parts`` as "features"."""
+        distance = self.loss().mean()
+        parts["features"] = distance.detach()
+        return loss + self.features.weight * distance
+
     def remove(self) -> None:
         """Take the hooks off again."""
         for handle in self._handles:

@@ -2,33 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 
 from .backends import adapter_for
 from .errors import QakdError
+from .features import FeatureTaps
 from .methods import SQAKD, Method, Phase, require_labels, total_loss
 from .modes import eval_mode
+from .precision import float32_hooks
+from .teachers import one_teacher
 
 
 class Attached:
     """Losses of a method on a prepared model, collected by a forward hook on its root.
 
-    The root is the only module whose hooks fire with every toolkit. Made by :func:`attach`; detach it with :meth:`detach` or by
-    leaving the ``with`` block.
+    The root is the only module whose hooks fire with every toolkit. While attached, quantizers see float32 under autocast. Made
+    by :func:`attach`; detach it with :meth:`detach` or by leaving the ``with`` block.
+
+    Attributes:
+        method: whose losses these are.
+        teacher: the network that teaches.
+        parts: terms of the last loss by name, unweighted and detached.
     """
 
     def __init__(self, prepared_model: nn.Module, teacher: nn.Module | None, method: Method, phases: Sequence[Phase]) -> None:
         self.method = method
         self.teacher = teacher
+        self.parts: dict[str, Tensor] = {}
         self._phases = list(phases)
         self._index = 0
         self._batch: tuple[Tensor, Tensor | None] | None = None
-        self.parts: dict[str, Tensor] = {}
-        self._handle = prepared_model.register_forward_hook(self._collect, with_kwargs=True)
+        self._model = unwrapped(prepared_model)
+        self._adapter = adapter_for(self._model)
+        # On the wrapper where there is one: DistributedDataParallel hands on its own output, with its own backward pass.
+        self._handles = [
+            prepared_model.register_forward_hook(self._collect, with_kwargs=True),
+            *float32_hooks(self._adapter, self._model),
+        ]
+        wanted = next((phase.features for phase in phases if phase.features is not None), None)
+        self._taps = None
+        if wanted is not None:
+            assert teacher is not None
+            self._taps = FeatureTaps(self._adapter, self._model, unwrapped(teacher), wanted)
 
     @property
     def phase(self) -> Phase:
@@ -47,8 +68,20 @@ class Attached:
         self._batch = None
         return self.phase
 
+    def train(self) -> None:
+        """Student in training mode as its toolkit wants it (PT2E forbids ``.train()``), and its ranges free to follow."""
+        self._adapter.freeze_ranges(self._model, False)
+        self._adapter.set_mode(self._model, True)
+
+    def eval(self) -> None:
+        """Student in eval mode with frozen ranges: for validation, and at the end."""
+        self._adapter.set_mode(self._model, False)
+        self._adapter.freeze_ranges(self._model, True)
+
     def loss(self, labels: Tensor | None = None) -> Tensor:
         """The student's loss on the last batch: a scalar to call ``backward`` on.
+
+        It is a mean over the batch: divide it by the number of micro-batches that share one step of the optimizer.
 
         Args:
             labels: (N,) or (N, C), where the phase reads them.
@@ -60,6 +93,8 @@ class Attached:
         student, teacher = self._last()
         targets = require_labels(self.method, labels) if any(t.needs_labels for t in self.phase.student) else None
         loss, self.parts = total_loss(self.phase.student, student, teacher, targets)
+        if self._taps is not None and self.phase.features is not None:
+            loss = self._taps.added(loss, self.parts)
         if not self.phase.teacher:
             self._batch = None
         return loss
@@ -68,20 +103,29 @@ class Attached:
         """The teacher's loss on the last batch, while it learns too; call it after :meth:`loss`.
 
         Raises:
-            QakdError: the teacher is frozen in this phase.
+            QakdError: the teacher is frozen in this phase, or none of its parameters requires a gradient.
         """
         if not self.phase.teacher:
             raise QakdError(f"the teacher is frozen in phase {self.phase.name!r}: only kd.loss() belongs here.")
         student, teacher = self._last()
         assert teacher is not None
+        if not teacher.requires_grad:
+            raise QakdError(
+                f"the teacher learns in phase {self.phase.name!r}, but none of its parameters requires a gradient. Call "
+                "teacher.requires_grad_(True) before the phase."
+            )
         targets = require_labels(self.method, labels) if any(t.needs_labels for t in self.phase.teacher) else None
         loss, _ = total_loss(self.phase.teacher, teacher, student, targets)
         self._batch = None
         return loss
 
     def detach(self) -> None:
-        """Remove the hook. Nothing of it is left on the model."""
-        self._handle.remove()
+        """Remove the hooks. Nothing of them is left on the model."""
+        for handle in self._handles:
+            handle.remove()
+        if self._taps is not None:
+            self._taps.remove()
+        self._batch = None  # it holds the graph of the last forward pass
 
     def __enter__(self) -> Attached:
         return self
@@ -89,10 +133,16 @@ class Attached:
     def __exit__(self, *_: object) -> None:
         self.detach()
 
-    def _collect(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+    def _collect(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if not torch.is_grad_enabled():
             return
-        self._batch = output, teacher_logits(self.teacher, self.phase, args, kwargs) if self.phase.needs_teacher else None
+        logits = logits_of(output, "prepared_model")
+        other = None
+        if self.phase.needs_teacher:
+            # Wrappers move their inputs themselves; a hook sees them where the caller left them.
+            args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(logits.device), (args, kwargs))
+            other = teacher_logits(self.teacher, self.phase, args, kwargs)
+        self._batch = logits, other
 
     def _last(self) -> tuple[Tensor, Tensor | None]:
         if self._batch is None:
@@ -102,21 +152,27 @@ class Attached:
         return self._batch
 
 
-def attach(prepared_model: nn.Module, teacher: nn.Module | None, method: Method | None = None) -> Attached:
+def attach(
+    prepared_model: nn.Module, teacher: nn.Module | Sequence[nn.Module] | None, method: Method | None = None
+) -> Attached:
     """Register a method's losses on a prepared model, for use in a loop of your own.
 
     Example::
 
         with qakd.attach(prepared_model, teacher, method=qakd.SQAKD(temperature=4.0)) as kd:
+            kd.train()
             for x, y in loader:
                 prepared_model(x)
                 kd.loss().backward()
                 optimizer.step(); optimizer.zero_grad()
+            kd.eval()
 
     Args:
-        prepared_model: prepared by a supported toolkit.
-        teacher: full-precision network; None for methods that need none. While it is frozen it runs in eval mode and without
-            gradients, and its own mode is put back after each call.
+        prepared_model: prepared by a supported toolkit; or DistributedDataParallel, or what ``torch.compile`` returns, around
+            one: then call the wrapper in your loop. Attach after ``use_quantizers``, which exchanges quantizers.
+        teacher: full-precision network, compiled or not, or several, of which the mean logits teach; None for methods that need
+            none. While it is frozen it runs in eval mode and without gradients, and its own mode is put back after each call.
+            While it learns, its mode, its optimizer and, in data parallel training, its wrapper are yours.
         method: SQAKD() by default.
 
     Returns:
@@ -126,11 +182,23 @@ def attach(prepared_model: nn.Module, teacher: nn.Module | None, method: Method 
         NotPreparedError: no toolkit prepared the model.
         QakdError: the method needs a teacher and there is none.
     """
-    adapter_for(prepared_model)
     method = SQAKD() if method is None else method
     phases = method.phases(100)  # how many epochs each has is up to the caller's loop
+    adapter_for(unwrapped(prepared_model))
+    teacher = one_teacher(teacher)
     require_teacher(method, phases, teacher)
     return Attached(prepared_model, teacher, method, phases)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The prepared model inside DistributedDataParallel, DataParallel and ``torch.compile``, in any order."""
+    while True:
+        if isinstance(model, DistributedDataParallel | DataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
 
 
 def require_teacher(method: Method, phases: Sequence[Phase], teacher: nn.Module | None) -> None:
@@ -145,6 +213,21 @@ def teacher_logits(teacher: nn.Module | None, phase: Phase, args: tuple[Any, ...
     """The teacher's logits: with gradients where it learns in this phase, in eval mode and without them otherwise."""
     assert teacher is not None
     if phase.teacher:
-        return teacher(*args, **kwargs)  # type: ignore[no-any-return]
+        return logits_of(teacher(*args, **kwargs), "teacher")
     with eval_mode(teacher), torch.no_grad():
-        return teacher(*args, **kwargs)  # type: ignore[no-any-return]
+        return logits_of(teacher(*args, **kwargs), "teacher")
+
+
+def logits_of(output: Any, name: str) -> Tensor:
+    """The logits in what a network puts out: a tensor, or an object or mapping that holds them under ``logits``.
+
+    Raises:
+        QakdError: there are none; ``name`` says whose output it was.
+    """
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    if not isinstance(logits, Tensor):
+        raise QakdError(
+            f"{name} puts out {type(output).__name__} without logits. Wrap it in a module whose forward returns the tensor of "
+            "logits (N, C), or an output with a field of that name."
+        )
+    return logits

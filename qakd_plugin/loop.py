@@ -201,8 +201,7 @@ class Trainer:
         loss, parts = total_loss(phase.student, student, other, labels)
         if phase.features is not None:
             assert self.taps is not None
-            parts["features"] = (distance := self.taps.loss().mean()).detach()
-            loss = loss + phase.features.weight * distance
+            loss = self.taps.added(loss, parts)
         losses = {"loss": loss, **parts}
         if phase.teacher:
             assert other is not None

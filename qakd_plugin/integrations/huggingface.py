@@ -1,0 +1,120 @@
+"""A Hugging Face Trainer with this package's losses, for image classification models prepared by ModelOpt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .._optional import require
+from ..backends import adapter_for
+from ..errors import QakdError
+from ..hooks import logits_of, require_teacher, teacher_logits, unwrapped
+from ..methods import SQAKD, Method, require_labels, total_loss
+from ..optim import Settings, student_optimizer
+from ..precision import float32_quantizers
+
+_library = require("transformers", extra="transformers", purpose="train a prepared model with a Hugging Face Trainer")
+_Trainer: Any = _library.Trainer
+
+
+class DistillationTrainer(_Trainer):  # type: ignore[misc]
+    """``transformers.Trainer`` whose loss is a method's, and whose optimizer has this package's parameter groups.
+
+    Everything else is the Trainer's: data, schedule, logging, checkpoints. The data set yields dictionaries with the names
+    of the model's ``forward`` ("pixel_values" with models of transformers), and "labels" where the method reads them.
+
+    Args:
+        model: prepared and calibrated by ModelOpt (``mtq.quantize`` or ``qakd_plugin.prepare``).
+        args: TrainingArguments. ``learning_rate``, ``weight_decay``, ``adam_*`` set AdamW up; ``optim`` is not read.
+        teacher: full-precision network that takes the same inputs; None for QAT. It is left as it was, on the device of
+            ``args``.
+        method: SQAKD() by default, KD or QAT.
+        quantizer_lr: of parameters that belong to quantizers, as a relative change per step.
+        **options: as ``transformers.Trainer`` takes them, by name.
+
+    Raises:
+        NotPreparedError: no toolkit prepared the model.
+        QakdError: another toolkit did, the method has phases, or it needs a teacher and there is none.
+        MissingPackageError: on import: transformers is not installed.
+    """
+
+    label_names: list[str]
+    optimizer: torch.optim.Optimizer | None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: Any = None,
+        *,
+        teacher: nn.Module | None,
+        method: Method | None = None,
+        quantizer_lr: float = 1e-3,
+        **options: Any,
+    ) -> None:
+        self.method = SQAKD() if method is None else method
+        self.adapter = adapter_for(model)
+        phases = self.method.phases(100)
+        require_teacher(self.method, phases, teacher)
+        self._require_supported(len(phases))
+        (self.phase,) = phases
+        self.quantizer_lr = quantizer_lr
+        super().__init__(model, args, **options)
+        self.teacher = None if teacher is None else teacher.to(self.args.device)
+        # The loss is a mean over the micro-batch, whatever keywords the model takes: let the Trainer divide it.
+        self.model_accepts_loss_kwargs = False
+        if not self.label_names:  # found by the names in forward's signature, where a plain module has no labels
+            self.label_names = ["labels"]
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The method's loss on a batch; labels go to the loss and not to the model.
+
+        Raises:
+            LabelsRequiredError: the method reads labels and the batch holds none.
+        """
+        labels = inputs.get(self.label_names[0])
+        images = {name: value for name, value in inputs.items() if name not in self.label_names}
+        targets = require_labels(self.method, labels) if self.phase.needs_labels else None
+        logits = logits_of(model(**images), "model")
+        other = None
+        if self.phase.needs_teacher:
+            with self.accelerator.autocast():
+                other = teacher_logits(self.teacher, self.phase, (), images)
+        loss, _ = total_loss(self.phase.student, logits, other, targets)
+        # A dictionary: of anything else the Trainer takes [1:] for the logits.
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW in the groups of ``distill``, unless an optimizer was passed."""
+        if self.optimizer is None:
+            settings = Settings(lr=self.args.learning_rate, quantizer_lr=self.quantizer_lr, weight_decay=self.args.weight_decay)
+            self.optimizer = student_optimizer(self.adapter, unwrapped(self.model if model is None else model), settings)
+            for group in self.optimizer.param_groups:
+                group["betas"] = (self.args.adam_beta1, self.args.adam_beta2)
+                group["eps"] = self.args.adam_epsilon
+        return self.optimizer
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; under ``bf16`` quantizers compute in float32."""
+        with float32_quantizers(self.adapter, unwrapped(self.model)):
+            return super().train(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; under ``bf16`` quantizers compute in float32."""
+        with float32_quantizers(self.adapter, unwrapped(self.model)):
+            return super().evaluation_loop(*args, **kwargs)
+
+    def _require_supported(self, phases: int) -> None:
+        if self.adapter.name != "modelopt":
+            raise QakdError(
+                f"model was prepared by {self.adapter.name}, whose modes and ranges transformers.Trainer does not know how to "
+                "switch: prepare it with toolkit='modelopt', or train with qakd.distill or qakd.attach."
+            )
+        if phases != 1:
+            raise QakdError(
+                f"{type(self.method).__name__} has {phases} phases, and transformers.Trainer has one optimizer and one loss: "
+                "train with qakd.distill, or with qakd.attach in a loop of your own."
+            )
