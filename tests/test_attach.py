@@ -212,6 +212,19 @@ def test_a_compiled_teacher_is_compiled_once(backend, prepared, mentor, batches)
     assert mentor.training
 
 
+@pytest.mark.parametrize("toolkit", ["torch_ao", "torchao"])
+def test_a_compiled_student_has_the_gradients_of_one_that_is_not(toolkit, prepared, mentor, batches):
+    torch._dynamo.reset()
+    plain, student = prepared(toolkit), prepared(toolkit)
+    for model, called in ((plain, plain), (student, torch.compile(student, backend="eager"))):
+        with attach(called, mentor) as kd:
+            kd.eval()
+            called(batches[0][0])
+            kd.loss().backward()
+        assert not model._forward_hooks
+    _assert_same(_gradients(plain), _gradients(student), rtol=1e-4, atol=1e-6)
+
+
 # -- data parallel
 
 

@@ -400,6 +400,8 @@ def _logged(trainer):
 
 @pytest.mark.parametrize("quantizers", [None, LSQ()])
 def test_hugging_face_without_labels_equals_hand_written_steps(quantizers, prepared, mentor, batches, tmp_path):
+    from safetensors.torch import load_file
+
     from qakd_plugin.integrations.huggingface import DistillationTrainer
 
     by_hand, student = prepared(quantizers=quantizers), prepared(quantizers=quantizers)
@@ -411,6 +413,10 @@ def test_hugging_face_without_labels_equals_hand_written_steps(quantizers, prepa
     for (name, value), actual in zip(by_hand.named_parameters(), student.parameters(), strict=True):
         assert torch.equal(value, actual), name
     assert not any(quantizer.module._forward_pre_hooks for quantizer in adapter_for(student).quantizers(student))
+    trainer.save_model(tmp_path)
+    again = prepared(quantizers=quantizers)
+    again.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    _assert_equal_state(student, again)
 
 
 def test_hugging_face_accumulates_labelled_micro_batches_and_evaluates(prepared, mentor, batches, tmp_path):
