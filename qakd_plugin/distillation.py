@@ -12,19 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from .backends import Adapter, adapter_for
+from .backends import Adapter, Quantizer, adapter_for
 from .batches import BatchFn, default_batch
 from .checkpoint import CheckpointStore
 from .checks import check_quantizers, check_trainable
 from .description import describe
-from .errors import QakdError
+from .errors import QakdError, UnsupportedQuantizerError
 from .hooks import require_teacher
 from .loop import Augment, Trainer
 from .methods import SQAKD, Method
 from .optim import Settings
+from .processes import require_whole
 from .progress import say
 
 _log = logging.getLogger(__name__)
@@ -110,6 +112,8 @@ def distill(
         CheckpointError: a checkpoint belongs to another run, or cannot be written.
         QakdError: another argument is wrong; names it.
     """
+    require_whole("prepared_model", prepared_model)
+    require_whole("teacher", teacher)
     adapter = adapter_for(prepared_model)
     method = SQAKD() if method is None else method
     phases = method.phases(_positive_int("epochs", epochs))
@@ -120,9 +124,11 @@ def distill(
     check_trainable(adapter, prepared_model)
     summary = describe(prepared_model).summary()
     _log.info("%s", summary)
-    say(summary)
+    process = PartialState()
+    if process.is_main_process:
+        say(summary)
     if seed is not None:
-        set_seed(seed)
+        set_seed(seed + process.process_index)  # processes augment different images: not with the same draws
     store = None
     if checkpoint_dir is not None:
         store = CheckpointStore(Path(checkpoint_dir), _fingerprint(adapter, prepared_model, method, loader, epochs))
@@ -193,9 +199,20 @@ def _fingerprint(adapter: Adapter, model: nn.Module, method: Method, loader: Ite
         "toolkit": adapter.name,
         "method": repr(method),
         "epochs": epochs,
+        "quantizers": [_quantizer_line(adapter, quantizer) for quantizer in adapter.quantizers(model)],
         "parameters": [f"{name} {tuple(parameter.shape)}" for name, parameter in model.named_parameters()],
         "loader length": len(loader),  # type: ignore[arg-type]
     }
+
+
+def _quantizer_line(adapter: Adapter, quantizer: Quantizer) -> str:
+    """Which quantizer it is; its numbers change in training."""
+    rule = adapter.learned(quantizer)
+    try:
+        bits = f" of {adapter.qparams(quantizer).bits} bits"
+    except UnsupportedQuantizerError:  # a form that can be trained with, if not exported
+        bits = ""
+    return f"{quantizer.fqn} {quantizer.role}{bits}{'' if rule is None else f', {rule.method}'}"
 
 
 def _require_length(loader: Iterable[Any]) -> None:

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ._files import write_atomic
 from .backends import Adapter
 from .batches import BatchFn
 from .checkpoint import CheckpointStore, random_state, restore_random_state
 from .checks import blame, check_against_teacher, check_exportable, check_first_batch, require_finite_input
-from .errors import CheckpointError, TrainingError
+from .errors import TrainingError
 from .evaluation import evaluate
 from .hooks import teacher_logits
 from .methods import Method, Phase, require_labels, total_loss
 from .modes import eval_mode
 from .optim import Settings, cosine_schedule, quantizer_parameters, student_optimizer, teacher_optimizer
+from .processes import Processes
 from .progress import Progress
 from .quantizers import refresh_delta
+from .sharding import generators_of, shared
 
 Augment = Callable[[Tensor, Any], tuple[Tensor, Any]]
 """Images as the loader yields them, and labels, before they reach both networks."""
@@ -91,19 +89,21 @@ class Trainer:
     ) -> None:
         self.adapter, self.model, self.teacher = adapter, student, teacher
         self.method, self.phases, self.settings = method, list(phases), settings
-        self.val_loader, self.batch_fn, self.augment = val_loader, batch_fn, augment
+        self.batch_fn, self.augment = batch_fn, augment
         self.store, self.checkpoint_every, self.callbacks = store, checkpoint_every, callbacks
-        self.accelerator = Accelerator()
+        self.processes = Processes()
+        self.accelerator = self.processes.accelerator
         self.device = self.accelerator.device
         self.student: nn.Module = self.accelerator.prepare_model(student)
         if teacher is not None:
             self.teacher = self._prepared_teacher(teacher)
-        self.loader = self._sharded(loader)
+        self.loader, self.val_loader = shared(loader, self.processes), self._shared_val_loader(val_loader)
         self.steps_per_epoch = len(self.loader)  # type: ignore[arg-type]
         self.epochs = [phase for phase in self.phases for _ in range(phase.epochs)]
         self.position, self.best, self.history = Position(), Best(), list[dict[str, Any]]()
         self.last_grad_norm = math.nan
-        self.generators = _generators(loader)
+        self.generators = generators_of(loader)
+        self._require_agreement(loader)
         self._epoch_start: dict[str, Any] = {}
         self._resumed_state: dict[str, Any] | None = None
 
@@ -111,9 +111,9 @@ class Trainer:
         """Train all epochs that are left, and load the best weights."""
         self._first_batch()
         self._make_optimizers()
-        if resume and self.store is not None and (state := self.store.load()) is not None:
-            self._restore(state)
-        with Progress(len(self.epochs) * self.steps_per_epoch, enabled=self.accelerator.is_main_process) as progress:
+        self._begin(resume)
+        bar = Progress(len(self.epochs) * self.steps_per_epoch, enabled=self.processes.is_main)
+        with self.processes.shared_ranges(self.adapter, self.model), bar as progress:
             progress.advance(self.position.step)
             while self.position.epoch < len(self.epochs):
                 self._epoch(self.epochs[self.position.epoch], progress)
@@ -122,6 +122,8 @@ class Trainer:
         # Last, because the state of some toolkits' quantizers says whether their ranges are frozen.
         self.adapter.freeze_ranges(self.model, True)
         self.adapter.set_mode(self.model, False)
+        if self.teacher is not None and any(phase.teacher for phase in self.phases):
+            self.teacher.eval()  # whether or not this process is the one that trained it
 
     # -- one epoch, one step
 
@@ -160,17 +162,29 @@ class Trainer:
             assert other is not None
             teacher_loss, teacher_parts = total_loss(phase.teacher, other, student, labels)
             losses |= {"teacher_loss": teacher_loss, **{f"teacher_{name}": value for name, value in teacher_parts.items()}}
-        values = {name: float(value.detach()) for name, value in losses.items()}
+        mine = len(x) if getattr(self.loader, "counts", True) else 0
+        values, samples = self._values(losses, student, other, mine)
         if not all(math.isfinite(value) for value in values.values()):
             self._explain(x, phase, values)
-        self._backward(loss, self.optimizer, self.student, phase)
+        self._backward(self.processes.weighted(loss, mine, samples), self.optimizer, self.student, phase)
         if phase.teacher:
             assert self.teacher is not None
-            self._backward(teacher_loss, self.teacher_optimizer, self.teacher, phase)
+            self._backward(self.processes.weighted(teacher_loss, mine, samples), self.teacher_optimizer, self.teacher, phase)
             self.teacher_scheduler.step()
+            self.processes.share_buffers(self.teacher)
         self.scheduler.step()
-        self._count(len(x), values, student, other)
-        return values
+        self.processes.share_buffers(self.model)
+        self._count(samples, values)
+        return {name: value for name, value in values.items() if name != "agreement"}
+
+    def _values(
+        self, losses: dict[str, Tensor], student: Tensor, other: Tensor | None, samples: int
+    ) -> tuple[dict[str, float], int]:
+        """Means over the samples of all processes, how often both networks agree among them, and how many samples those are."""
+        values = {name: float(value.detach()) for name, value in losses.items()}
+        if other is not None:
+            values["agreement"] = float((student.argmax(1) == other.argmax(1)).float().mean())
+        return self.processes.joined(values, samples)
 
     def _backward(self, loss: Tensor, optimizer: torch.optim.Optimizer, network: nn.Module, phase: Phase) -> None:
         self.accelerator.backward(loss)
@@ -204,13 +218,10 @@ class Trainer:
         path = None if self.store is None else self.store.newest()
         return "" if path is None else f" The last good checkpoint is {path}."
 
-    def _count(self, samples: int, values: dict[str, float], student: Tensor, other: Tensor | None) -> None:
+    def _count(self, samples: int, values: dict[str, float]) -> None:
         sums = self.position.sums
         for name, value in values.items():
             sums[name] = sums.get(name, 0.0) + value * samples
-        if other is not None:
-            agree = float((student.argmax(1) == other.argmax(1)).sum())
-            sums["agreement"] = sums.get("agreement", 0.0) + agree
         self.position.samples += samples
         self.position.step_in_epoch += 1
         self.position.step += 1
@@ -231,10 +242,8 @@ class Trainer:
             return total_loss(phase.student, self.model(x), other, labels)[0]
 
         with self._evaluated():
-            deltas = refresh_delta(loss)
-        for buffer in self.model.buffers():
-            if id(buffer) in deltas and self.accelerator.num_processes > 1:
-                buffer.copy_(self.accelerator.reduce(buffer, "mean"))
+            refresh_delta(loss)
+        self.processes.share_buffers(self.model)
         restore_random_state(saved, self.generators)
 
     # -- data
@@ -245,6 +254,8 @@ class Trainer:
         if resumed is not None:
             restore_random_state(resumed["epoch_start"], self.generators)
         self._epoch_start = random_state(self.generators)
+        if hasattr(sampler := getattr(self.loader, "sampler", None), "set_epoch"):
+            sampler.set_epoch(self.position.epoch)  # type: ignore[union-attr]
         batches = iter(self.loader)
         for _ in range(self.position.step_in_epoch):
             next(batches)
@@ -262,12 +273,17 @@ class Trainer:
             x, targets = self.augment(x, targets)
         return x, targets
 
-    def _sharded(self, loader: Iterable[Any]) -> Iterable[Any]:
-        """One process takes the loader as it is; several share its batches."""
-        if self.accelerator.num_processes == 1:
-            return loader
-        sharded: Iterable[Any] = self.accelerator.prepare_data_loader(loader, device_placement=False)
-        return sharded
+    def _shared_val_loader(self, val_loader: Iterable[Any] | None) -> Iterable[Any] | None:
+        """Held-out batches that this process evaluates: a share where each gets one, else all."""
+        if isinstance(val_loader, Sized) and len(val_loader) >= self.processes.count:
+            return shared(val_loader, self.processes)
+        return val_loader
+
+    def _val_batches(self) -> Iterator[Any]:
+        assert self.val_loader is not None
+        for batch in self.val_loader:
+            if getattr(self.val_loader, "counts", True):
+                yield batch
 
     # -- set-up
 
@@ -346,7 +362,7 @@ class Trainer:
         }
         if self.val_loader is not None:
             with self._evaluated():
-                row |= evaluate(self.model, self.teacher, self.val_loader, self.batch_fn, self.device)
+                row |= evaluate(self.model, self.teacher, self._val_batches(), self.batch_fn, self.device)
         return row
 
     def _remember_best(self, row: dict[str, Any]) -> None:
@@ -357,9 +373,33 @@ class Trainer:
 
     # -- checkpoints
 
-    def _checkpoint(self) -> None:
-        if self.store is None or not self.accelerator.is_main_process:
+    def _require_agreement(self, loader: Iterable[Any]) -> None:
+        """Several processes make their steps and their checkpoints together, or wait for each other for ever."""
+        self.processes.require_equal("the length of loader", len(loader))  # type: ignore[arg-type]
+        where = None if self.store is None else str(self.store.folder)
+        self.processes.require_equal("checkpoint_dir and checkpoint_every", (where, self.checkpoint_every))
+        if self.store is not None:
+            self.store.fingerprint["processes"] = self.processes.count
+
+    def _begin(self, resume: bool) -> None:
+        """Go on from the newest checkpoint, or start a run of its own. The first process reads for all."""
+        if self.store is None:
             return
+        if not resume:
+            self.processes.on_main(self.store.begin)
+        elif (state := self.processes.on_main(self.store.load)) is not None:
+            self._restore(state)
+
+    def _checkpoint(self) -> None:
+        if self.store is None:
+            return
+        epoch_start = self.processes.gather(self._epoch_start)  # with it, a resumed epoch shuffles alike
+        now = self.processes.gather(random_state(self.generators))
+        self.processes.on_main(lambda: self._write({"epoch_start": epoch_start, "now": now}))
+
+    def _write(self, randomness: dict[str, Any]) -> None:
+        """Write a checkpoint and the history; the first process does, for all."""
+        assert self.store is not None
         state: dict[str, Any] = {
             "student": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -367,8 +407,7 @@ class Trainer:
             "position": vars(self.position),
             "best": vars(self.best),
             "history": self.history,
-            "epoch_start": self._epoch_start,  # with it, a resumed epoch shuffles alike
-            "now": random_state(self.generators),
+            **randomness,
         }
         if any(phase.teacher for phase in self.phases):
             assert self.teacher is not None
@@ -376,8 +415,7 @@ class Trainer:
             state["teacher_optimizer"] = self.teacher_optimizer.state_dict()
             state["teacher_scheduler"] = self.teacher_scheduler.state_dict()
         self.store.save(self.position.step, state)
-        lines = "".join(json.dumps(row) + "\n" for row in self.history)
-        write_atomic(Path(self.store.folder) / "history.jsonl", lines, CheckpointError)
+        self.store.save_history(self.history)
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["student"])
@@ -390,17 +428,15 @@ class Trainer:
             self.teacher_scheduler.load_state_dict(state["teacher_scheduler"])
         self.position, self.best = Position(**state["position"]), Best(**state["best"])
         self.history = state["history"]
+        assert self.store is not None
+        # A run that was killed may have left a history of before this checkpoint, or of after it.
+        store = self.store
+        self.processes.on_main(lambda: store.save_history(self.history))
+        mine = {name: state[name][self.processes.index] for name in ("epoch_start", "now")}
         if self.position.step_in_epoch:
-            self._resumed_state = state
+            self._resumed_state = mine
         else:
-            restore_random_state(state["now"], self.generators)
-
-
-def _generators(loader: Iterable[Any]) -> list[torch.Generator]:
-    """Generators of a DataLoader's own, which its shuffling draws from."""
-    owners = (loader, getattr(loader, "sampler", None), getattr(loader, "dataset", None))
-    found = [generator for owner in owners if isinstance(generator := getattr(owner, "generator", None), torch.Generator)]
-    return list({id(generator): generator for generator in found}.values())
+            restore_random_state(mine["now"], self.generators)
 
 
 def _call(callback: object, name: str, *args: Any) -> None:
