@@ -79,7 +79,7 @@ class Processes:
                 difference = torch.where(mine == first, torch.zeros_like(mine), mine - first)
                 dist.all_reduce(difference)
                 first = first + difference / self.count
-            for buffer, value in zip(buffers, first.split([buffer.numel() for buffer in buffers]), strict=True):
+            for buffer, value in zip(buffers, torch.split(first, [buffer.numel() for buffer in buffers]), strict=True):
                 buffer.copy_(value.reshape(buffer.shape))
 
     @contextmanager
