@@ -69,8 +69,7 @@ class CheckpointStore:
             path = write_atomic(self.folder / name, data, CheckpointError)
         except CheckpointError as error:
             raise CheckpointError(f"{error}{self._way_on()}") from error
-        for old in self._paths()[_KEPT:]:
-            old.unlink(missing_ok=True)
+        self._prune()
         return path
 
     def save_history(self, rows: Sequence[dict[str, Any]]) -> None:
@@ -97,16 +96,20 @@ class CheckpointStore:
                 another run; says what differs.
         """
         self._remove_remains()
-        paths = self._paths()
+        paths, damaged = self._paths(), []
         for path in paths:
             data = path.read_bytes()
             match = _NAME.fullmatch(path.name)
             assert match is not None
             if hashlib.sha256(data).hexdigest()[:16] != match[2]:
                 _log.warning("%s is damaged (its checksum does not match); using the one before it.", path.name)
+                damaged.append(path)
                 continue
             content = _read(path, data)
             self._check(path, content["fingerprint"])
+            for useless in damaged:  # out of the way, lest they count among the two that are kept
+                useless.replace(useless.with_name(f"damaged-{useless.name}"))
+            self._prune()
             state: dict[str, Any] = content["state"]
             return state
         if paths:
@@ -118,6 +121,10 @@ class CheckpointStore:
         if not self.folder.is_dir():
             return []
         return sorted((path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)), reverse=True)
+
+    def _prune(self) -> None:
+        for old in self._paths()[_KEPT:]:
+            old.unlink(missing_ok=True)
 
     def _remove_remains(self) -> None:
         """Remove what a run that was killed while it wrote has left; nobody else can know these names."""

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
@@ -26,7 +25,7 @@ from .hooks import require_teacher
 from .loop import Augment, Trainer
 from .methods import SQAKD, Method
 from .optim import Settings
-from .processes import require_whole
+from .processes import process_index, require_whole
 from .progress import say
 
 _log = logging.getLogger(__name__)
@@ -124,11 +123,11 @@ def distill(
     check_trainable(adapter, prepared_model)
     summary = describe(prepared_model).summary()
     _log.info("%s", summary)
-    process = PartialState()
-    if process.is_main_process:
+    index = process_index()
+    if index == 0:
         say(summary)
     if seed is not None:
-        set_seed(seed + process.process_index)  # processes augment different images: not with the same draws
+        set_seed(seed + index)  # processes augment different images: not with the same draws
     store = None
     if checkpoint_dir is not None:
         store = CheckpointStore(Path(checkpoint_dir), _fingerprint(adapter, prepared_model, method, loader, epochs))

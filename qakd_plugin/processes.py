@@ -6,13 +6,14 @@ over all samples, statistics of BatchNorm, ranges of observers, what is written 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -27,13 +28,13 @@ class Processes:
     """The processes of this run, as many as torchrun or ``accelerate launch`` started.
 
     Raises:
-        QakdError: they were started for FSDP, DeepSpeed or another way to divide a model.
+        QakdError: they were started for FSDP, DeepSpeed or another way to divide a model, or do not know of each other.
     """
 
     def __init__(self) -> None:
         # Not every phase trains every parameter, and quantizers may leave some unused; buffers are shared below.
         handler = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
-        self.accelerator = Accelerator(kwargs_handlers=[handler])
+        self.accelerator = Accelerator(cpu=_on_cpu(), kwargs_handlers=[handler])
         kind = self.accelerator.distributed_type
         if kind not in _DATA_PARALLEL:
             raise QakdError(
@@ -41,6 +42,7 @@ class Processes:
                 "weights. Launch with torchrun, or with accelerate launch --multi_gpu (data parallel)."
             )
         self.count: int = self.accelerator.num_processes
+        _require_started(self.count)
         self.index: int = self.accelerator.process_index
         self.is_main: bool = self.accelerator.is_main_process
 
@@ -134,6 +136,27 @@ class Processes:
         values = self.gather(value)
         if any(other != values[0] for other in values):
             raise QakdError(f"{what} must be the same in all {self.count} processes, but they have {values}.")
+
+
+def process_index() -> int:
+    """This process's number, before anything else of the run exists."""
+    index: int = PartialState(cpu=_on_cpu()).process_index
+    return index
+
+
+def _on_cpu() -> bool:
+    """Whether several processes train on CPUs: accelerate takes each for a run of its own unless it is told."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
+
+
+def _require_started(count: int) -> None:
+    started = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    if started != count:
+        raise QakdError(
+            f"{started} processes were started, but accelerate knows of {count}, and each would train alone. Launch with torchrun "
+            "or accelerate launch, which set RANK, LOCAL_RANK and WORLD_SIZE; and where an Accelerator or PartialState is made "
+            "before distill, make it with cpu=True on machines without an accelerator."
+        )
 
 
 def require_whole(name: str, network: nn.Module | None) -> None:

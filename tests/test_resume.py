@@ -166,6 +166,6 @@ def test_another_number_of_processes_is_refused(server, tmp_path):
     folder = str(tmp_path / "checkpoints")
     server.run(tmp_path, folder=folder, die=("step", 8), **TWO_QKD)
     # One process with the same number of batches.
-    assert server.run(tmp_path, folder=folder, **TWO_QKD | {"processes": 1, "samples": 16 * 2 * BATCHES * 2}) == [1]
+    assert server.run(tmp_path, folder=folder, **TWO_QKD | {"processes": 1, "samples": 64 * BATCHES}) == [1]
     error = (tmp_path / "error-0.txt").read_text()
     assert "processes is 2 there and 1 here" in error, error

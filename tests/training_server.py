@@ -1,7 +1,7 @@
 """Starts training runs in processes of their own, and kills them.
 
-Run as a program it imports and prepares everything once, reads one order a line (JSON) from its input, forks the processes of one
-run for each, and answers with one line. Forking saves the imports; what is killed is a whole process at work. Nothing here may
+Run as a program it imports and prepares everything once, reads one order a line (JSON) from its input, forks the processes
+of one run for each, and answers with one line. Forking saves the imports; what is killed is a whole process at work. Nothing here may
 start a thread before a fork.
 """
 
@@ -74,7 +74,7 @@ def trained_teacher(images, labels, norm=True):
 
 
 class Deaths:
-    """Kills its own process at one exact moment: ``["step", 5]``, ``["augment", 5]``, ``["epoch", 1]``, ``["write", 2]``, ..."""
+    """Kills its own process at one exact moment: ``["step", 5]``, ``["augment", 5]``, ``["write", 2]``, ..."""
 
     def __init__(self, order, steps):
         self.kind, self.number = order or (None, 0)
