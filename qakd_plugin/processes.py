@@ -153,9 +153,9 @@ def _require_started(count: int) -> None:
     started = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     if started != count:
         raise QakdError(
-            f"{started} processes were started, but accelerate knows of {count}, and each would train alone. Launch with torchrun "
-            "or accelerate launch, which set RANK, LOCAL_RANK and WORLD_SIZE; and where an Accelerator or PartialState is made "
-            "before distill, make it with cpu=True on machines without an accelerator."
+            f"{started} processes were started, but accelerate knows of {count}, and each would train alone. Launch with "
+            "torchrun or accelerate launch, which set RANK, LOCAL_RANK and WORLD_SIZE. Where a script makes an Accelerator or "
+            "a PartialState before distill, make it with cpu=True on machines without an accelerator."
         )
 
 

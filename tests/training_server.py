@@ -1,8 +1,8 @@
 """Starts training runs in processes of their own, and kills them.
 
 Run as a program it imports and prepares everything once, reads one order a line (JSON) from its input, forks the processes
-of one run for each, and answers with one line. Forking saves the imports; what is killed is a whole process at work. Nothing here may
-start a thread before a fork.
+of one run for each, and answers with one line. Forking saves the imports; what is killed is a whole process at work. Nothing
+here may start a thread before a fork.
 """
 
 from __future__ import annotations

@@ -1,0 +1,136 @@
+"""Two processes do what one does with the joined batch: the same weights to float tolerance, the same ranges, nothing twice."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_resume import _log, _results
+from torch.utils.data import DataLoader, TensorDataset
+from training_server import BATCHES, Server
+
+from qakd_plugin.sharding import Shards
+
+ALIKE = {"norm": False, "noise": False, "lr": 1e-3}
+"""Without BatchNorm, which normalizes with the share of each process, and without random augmentation."""
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = Server()
+    yield server
+    server.close()
+
+
+def _run(server, out, processes, **order):
+    codes = server.run(out, processes=processes, **order)
+    assert codes == [0] * processes, _log(out)
+    return _results(out, {"processes": processes})
+
+
+def _require_equal_ranks(results):
+    first, second = results
+    assert first["history"] == second["history"]
+    for part in ("student", "teacher"):
+        different = [name for name, value in first[part].items() if not torch.equal(value, second[part][name])]
+        assert not different, part
+
+
+@pytest.mark.parametrize("samples", [32 * BATCHES, 32 * BATCHES - 11, 32 * BATCHES + 1])
+@pytest.mark.parametrize(
+    ("method", "toolkit", "quantizers"),
+    [("SQAKD", "modelopt", "LSQ"), ("QKD", "modelopt", "own"), ("QKD", "pt2e", "own"), ("SQAKD", "pt2e", "LSQ")],
+)
+def test_two_processes_give_the_weights_of_one_with_the_joined_batch(method, toolkit, quantizers, samples, server, tmp_path):
+    order = {"method": method, "toolkit": toolkit, "quantizers": quantizers, "samples": samples, **ALIKE}
+    expected = _run(server, tmp_path / "one", 1, **order)[0]
+    found = _run(server, tmp_path / "two", 2, **order)
+    _require_equal_ranks(found)
+    for part in ("student", "teacher"):
+        for name, value in expected[part].items():
+            assert torch.allclose(found[0][part][name].float(), value.float(), rtol=2e-3, atol=2e-4), name
+    for row, other in zip(found[0]["history"], expected["history"], strict=True):
+        assert row.keys() == other.keys()
+        assert all(row[name] == pytest.approx(other[name], rel=2e-2, abs=2e-2) for name in row if name != "phase")
+
+
+@pytest.mark.parametrize(
+    ("method", "toolkit", "quantizers"), [("QKD", "pt2e", "own"), ("SQAKD", "pt2e", "EWGS"), ("QKD", "modelopt", "LSQ")]
+)
+def test_weights_statistics_and_ranges_are_equal_on_all_ranks(method, toolkit, quantizers, server, tmp_path):
+    """With BatchNorm, observers that go on in training, EWGS's delta, and noise of each process's own."""
+    _require_equal_ranks(_run(server, tmp_path, 2, method=method, toolkit=toolkit, quantizers=quantizers))
+
+
+# -- the shares of a loader
+
+
+class _Processes:
+    """Two processes as a loader sees them, without any: both have drawn the same order."""
+
+    count = 2
+
+    def __init__(self, index):
+        self.index = index
+
+    def on_main(self, work):
+        torch.manual_seed(4)
+        return work()
+
+
+def _shares(loader, index):
+    """What each process is given, batch by batch, and which of it counts."""
+    shards = Shards(loader, _Processes(index))
+    found = [(batch[0].flatten().tolist(), shards.counts) for batch in shards]
+    assert len(found) == len(shards)
+    return found
+
+
+@pytest.mark.parametrize("size", [64, 63, 57, 49, 48, 33])
+@pytest.mark.parametrize("kind", ["by index", "workers", "list"])
+def test_no_sample_is_lost_and_none_counts_twice(kind, size):
+    loader = DataLoader(TensorDataset(torch.arange(size)), 8, shuffle=kind != "list", num_workers=kind == "workers")
+    loader = list(loader) if kind == "list" else loader
+    shares = [_shares(loader, index) for index in range(2)]
+    counted = [number for share in shares for batch, counts in share if counts for number in batch]
+    assert sorted(counted) == list(range(size))
+    assert len(shares[0]) == len(shares[1])
+    assert all(batch for share in shares for batch, _ in share)
+
+
+# -- as users launch it
+
+_SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+from training_server import Deaths, Trainings
+from qakd_plugin.errors import QakdError
+
+torch.set_num_threads(1)
+order = {"toolkit": "modelopt", "quantizers": "LSQ", "method": "QKD", "processes": 2, "norm": False, "noise": False, "lr": 1e-3}
+result = Trainings().run(order, Deaths(None, bytearray(8)))
+import torch.distributed as dist
+torch.save(result, Path(sys.argv[1]) / f"result-{dist.get_rank()}.pt")
+dist.destroy_process_group()
+"""
+
+
+def test_torchrun_gives_the_weights_of_one_process(server, tmp_path):
+    (tmp_path / "train.py").write_text(_SCRIPT)
+    paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "train.py"), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = _results(tmp_path, {"processes": 2})
+    _require_equal_ranks(found)
+    expected = _run(server, tmp_path / "one", 1, method="QKD", quantizers="LSQ", **ALIKE)[0]
+    for name, value in expected["student"].items():
+        assert torch.allclose(found[0]["student"][name].float(), value.float(), rtol=2e-3, atol=2e-4), name
+    assert json.dumps(found[0]["history"]) == json.dumps(found[1]["history"])
