@@ -76,6 +76,11 @@ def distill(
 
     The model is trained in place with AdamW and a cosine schedule. Labels are read only if the method needs them.
 
+    Launched with torchrun or ``accelerate launch``, processes train together: each takes its share of the batches, no sample is
+    lost or counts twice, and all return the same model. A joined batch gives the weights that one process gives, to float
+    tolerance, in networks without BatchNorm in training: BatchNorm normalizes with each process's share, as it does in any data
+    parallel training, and its statistics are averaged after each step. See docs/training.md.
+
     Args:
         prepared_model: prepared and calibrated by ModelOpt, torchao (PT2E, QATConfig) or torch.ao (FX, eager).
         teacher: full-precision network with the same classes. It is left as it was, bit for bit, in its own mode; a method that
@@ -87,10 +92,10 @@ def distill(
             teacher. Never the split that is reported.
         augment: callable on a batch of images in [0, 1]; both networks see what it returns.
         input_stats: (mean, std) per channel when the loader yields normalised images, so that ``augment`` sees [0, 1].
-        checkpoint_dir: full state after every epoch, and ``history.jsonl``.
+        checkpoint_dir: full state after every epoch, and ``history.jsonl``. Of a run of its own, unless ``resume`` is given.
         checkpoint_every: and after every so many optimizer steps.
         resume: go on bit-identically from the newest whole checkpoint; an empty directory starts afresh.
-        seed: of torch, numpy and random, set before anything is drawn.
+        seed: of torch, numpy and random, set before anything is drawn; each further process takes the next number.
         mixed_precision: "no" or "bf16"; quantizers compute in float32 either way.
         callbacks: objects; ``on_step_end(step, losses)`` and ``on_epoch_end(row)`` are called where they exist.
         batch_fn: splits a batch into (images, labels or None).
@@ -108,7 +113,7 @@ def distill(
         NotPreparedError: no toolkit prepared the model, or a range was never calibrated; names it.
         LabelsRequiredError: the method needs labels and the loader yields none.
         TrainingError: an input, a loss or a gradient is not finite (names batch and layer), or no weight requires a gradient.
-        CheckpointError: a checkpoint belongs to another run, or cannot be written.
+        CheckpointError: a checkpoint belongs to another run, cannot be written, or is there though ``resume`` is False.
         QakdError: another argument is wrong; names it.
     """
     require_whole("prepared_model", prepared_model)

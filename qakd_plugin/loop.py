@@ -196,9 +196,9 @@ class Trainer:
         self.last_grad_norm = float(torch.linalg.vector_norm(torch.stack(norms)))
         if not math.isfinite(self.last_grad_norm):
             raise TrainingError(
-                f"the gradient is not finite at step {self.position.step} of phase {phase.name!r} (loss "
-                f"{float(loss.detach()):.4g}). "
-                f"Lower lr={self.settings.lr:g}.{self._last_checkpoint()}"
+                f"the gradient is not finite at step {self.position.step} of phase {phase.name!r} (its norm is "
+                f"{self.last_grad_norm}, the loss {float(loss.detach()):.4g}). Lower lr={self.settings.lr:g}."
+                f"{self._last_checkpoint()}"
             )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -175,6 +175,11 @@ def child(trainings, order, rank, port, steps):
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(order["processes"]), "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
             }  # fmt: skip
+        os.environ |= order.get("environment", {})
+        if order.get("accelerate_first"):
+            from accelerate import PartialState
+
+            PartialState()
         if "file_limit" in order and rank == 0:
             import resource
 
