@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -32,15 +32,14 @@ class Processes:
     """
 
     def __init__(self) -> None:
+        for kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):  # of which accelerate says nothing where it trains on CPUs
+            if os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() == "true":
+                _refuse(kind)
         # Not every phase trains every parameter, and quantizers may leave some unused; buffers are shared below.
         handler = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
         self.accelerator = Accelerator(cpu=_on_cpu(), kwargs_handlers=[handler])
-        kind = self.accelerator.distributed_type
-        if kind not in _DATA_PARALLEL:
-            raise QakdError(
-                f"distill was launched for {kind.value}, which divides the model itself among processes; quantizers need whole "
-                "weights. Launch with torchrun, or with accelerate launch --multi_gpu (data parallel)."
-            )
+        if (kind := self.accelerator.distributed_type) not in _DATA_PARALLEL:
+            _refuse(kind.value)
         self.count: int = self.accelerator.num_processes
         _require_started(self.count)
         self.index: int = self.accelerator.process_index
@@ -136,6 +135,13 @@ class Processes:
         values = self.gather(value)
         if any(other != values[0] for other in values):
             raise QakdError(f"{what} must be the same in all {self.count} processes, but they have {values}.")
+
+
+def _refuse(kind: str) -> NoReturn:
+    raise QakdError(
+        f"distill was launched for {kind}, which divides the model itself among processes; quantizers need whole weights. "
+        "Launch with torchrun, or with accelerate launch --multi_gpu (data parallel)."
+    )
 
 
 def process_index() -> int:

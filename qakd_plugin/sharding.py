@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
 import torch
-from accelerate.utils import concatenate, find_batch_size, slice_tensors
+from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from .errors import QakdError
@@ -63,11 +63,8 @@ class Shards:
 
     def _part(self, group: list[Any]) -> Any:
         try:
-            joined = concatenate(group)
-            size = find_batch_size(joined)
-            assert size is not None
-            start, end, self.counts = _bounds(size, self.processes)
-            return slice_tensors(joined, slice(start, end))
+            start, end, self.counts = _bounds(sum(map(_size, group)), self.processes)
+            return _cut(group, start, end)
         except TypeError as problem:
             raise QakdError(
                 f"loader: its last {len(group)} batches cannot be divided among {self.processes.count} processes, because they "
@@ -132,6 +129,29 @@ def _bounds(size: int, processes: Processes) -> tuple[int, int, bool]:
     """This process's part of so many samples, and whether it is one: if there is none, it borrows the first sample."""
     start, end = (size * number // processes.count for number in (processes.index, processes.index + 1))
     return (start, end, True) if end > start else (0, 1, False)
+
+
+def _size(batch: Any) -> int:
+    """How many samples a batch holds, by the first tensor in it."""
+    if isinstance(batch, Tensor):
+        return len(batch)
+    if isinstance(batch, Mapping):
+        batch = list(batch.values())
+    if isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) > 0:
+        return _size(batch[0])
+    raise TypeError(type(batch).__name__)
+
+
+def _cut(batches: Sequence[Any], start: int, end: int) -> Any:
+    """Samples of batches laid end to end, in the form of a batch. Raises TypeError for a part that is no tensor."""
+    first = batches[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(batches))[start:end]
+    if isinstance(first, Mapping):
+        return {key: _cut([batch[key] for batch in batches], start, end) for key in first}
+    if isinstance(first, tuple | list):
+        return [_cut(parts, start, end) for parts in zip(*batches, strict=True)]
+    raise TypeError(type(first).__name__)
 
 
 _KEPT_OPTIONS = (

@@ -135,6 +135,15 @@ def test_when_one_of_two_is_killed_the_run_goes_on_with_the_same_bits(victim, mo
     _require_same(_finish(server, tmp_path, TWO_QKD), whole(TWO_QKD))
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_whose_loader_works_in_other_processes_ends_with_the_same_bits(processes, server, whole, tmp_path):
+    case = ONE_SQAKD | {"workers": 1, "processes": processes}
+    codes = server.run(tmp_path, folder=str(tmp_path / "checkpoints"), die=("step", 17), **case)
+    assert set(codes) == {-9}, _log(tmp_path)
+    _require_same(_finish(server, tmp_path, case), whole(case))
+    assert whole(case)[0]["history"] != whole(ONE_SQAKD)[0]["history"]
+
+
 def test_a_checkpoint_cut_short_is_passed_over_for_the_one_before(server, whole, tmp_path):
     server.run(tmp_path, folder=str(tmp_path / "checkpoints"), die=("step", 17), **ONE_QKD)
     newest = max((tmp_path / "checkpoints").glob("step-*.pt"))

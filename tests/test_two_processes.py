@@ -74,6 +74,14 @@ def test_weights_statistics_and_ranges_are_equal_on_all_ranks(method, toolkit, q
     _require_equal_ranks(_run(server, tmp_path, 2, method=method, toolkit=toolkit, quantizers=quantizers))
 
 
+def test_a_bad_batch_in_one_process_stops_both(server, tmp_path):
+    assert server.run(tmp_path, processes=2, poison=150) == [1, 1], _log(tmp_path)
+    errors = [(tmp_path / f"error-{rank}.txt").read_text() for rank in range(2)]
+    assert all(error.startswith("TrainingError: ") for error in errors), errors
+    assert sum("loader: batch" in error for error in errors) == 1
+    assert sum("loss is nan at step" in error and "phase 'distill'" in error for error in errors) == 1
+
+
 # -- the shares of a loader
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from qakd_plugin import EWGS, LSQ, QKD, SQAKD, distill, prepare, use_quantizers
 
@@ -71,6 +71,12 @@ def trained_teacher(images, labels, norm=True):
         optimizer.step()
         optimizer.zero_grad()
     return net.eval()
+
+
+def noisy(samples):
+    """A batch, with noise that the loader's own process draws."""
+    images, labels = default_collate(samples)
+    return (images + 0.05 * torch.randn_like(images)).clamp(0, 1), labels
 
 
 class Deaths:
@@ -136,8 +142,13 @@ class Trainings:
         """Shuffled by a generator of its own, or by the global one; a joined batch has 32 images whatever the processes."""
         size = order.get("samples", 32 * BATCHES)
         own = torch.Generator().manual_seed(5) if order.get("generator", True) else None
-        dataset = TensorDataset(self.images[:size], self.labels[:size])
-        return DataLoader(dataset, 32 // processes, shuffle=True, generator=own)
+        images = self.images[:size].clone()
+        if "poison" in order:
+            images[order["poison"]] = float("nan")
+        dataset, workers = TensorDataset(images, self.labels[:size]), order.get("workers", 0)
+        return DataLoader(
+            dataset, 32 // processes, shuffle=True, generator=own, num_workers=workers, collate_fn=noisy if workers else None
+        )
 
     def run(self, order, deaths):
         """One run, as ``order`` says; gives what is compared."""
