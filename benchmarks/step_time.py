@@ -59,6 +59,12 @@ VARIANTS: dict[str, tuple[str | None, Any]] = {
 }
 
 
+def keep_memory() -> None:
+    """Start this script again, unless it runs already with an allocator that keeps what it has."""
+    if any(os.environ.get(key) != value for key, value in KEEP_MEMORY.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})  # glibc reads them at the start
+
+
 class Block(nn.Module):
     """Two 3x3 convolutions and a shortcut."""
 
@@ -114,9 +120,9 @@ def make_step(variant: str, batch: int) -> Callable[[], None]:
     return step
 
 
-def _peak_growth(variant: str, batch: int, queue: Any) -> None:
+def _peak_growth(make: Callable[..., Callable[[], None]], arguments: tuple[Any, ...], queue: Any) -> None:
     torch.set_num_threads(2)
-    step = make_step(variant, batch)
+    step = make(*arguments)
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)  # what preparing freed must not hide what a step takes
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
@@ -131,11 +137,16 @@ def _status_mib(key: str) -> float:
     return int(line.split()[1]) / 1024
 
 
-def peak_growth_mib(variant: str, batch: int) -> float:
-    """Peak resident memory of four steps in a fresh process, above what was there before the first."""
+def peak_growth_mib(make: Callable[..., Callable[[], None]], *arguments: Any) -> float:
+    """Peak resident memory of four steps in a fresh process, above what was there before the first.
+
+    Args:
+        make: a function of a module, which makes a step.
+        *arguments: for it.
+    """
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    process = context.Process(target=_peak_growth, args=(variant, batch, queue))
+    process = context.Process(target=_peak_growth, args=(make, arguments, queue))
     process.start()
     grown = float(queue.get(timeout=600))
     process.join()
@@ -152,8 +163,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file for the rows; the README's table is written with the committed one")
     parser.add_argument("--allocator", choices=("keep", "default"), default="keep", help="what glibc does with freed memory")
     options = parser.parse_args()
-    if options.allocator == "keep" and any(os.environ.get(key) != value for key, value in KEEP_MEMORY.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})  # glibc reads them at the start
+    if options.allocator == "keep":
+        keep_memory()
     torch.set_num_threads(options.threads)
     busy = is_busy()
     names = ["FP32", *(options.variant or list(VARIANTS)[1:])]
@@ -166,7 +177,7 @@ def main() -> None:
             if round_index >= 3:
                 times[name].append(time.perf_counter() - started)
     del steps
-    memory = {name: peak_growth_mib(name, options.batch) for name in track(names, "memory")}
+    memory = {name: peak_growth_mib(make_step, name, options.batch) for name in track(names, "memory")}
     rows = []
     for name in names:
         ratios = sorted(t / base for t, base in zip(times[name], times["FP32"], strict=True))

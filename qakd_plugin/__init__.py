@@ -32,6 +32,7 @@ _HOME = {
     "QKD": "methods",
     "KD": "methods",
     "QAT": "methods",
+    "Features": "features",
     "export_onnx": "deploy.export",
     "ExportedModel": "deploy.export",
     "build_engine": "deploy.engine",
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
     from .errors import QakdError as QakdError
     from .errors import TrainingError as TrainingError
     from .errors import UnsupportedQuantizerError as UnsupportedQuantizerError
+    from .features import Features as Features
     from .hooks import attach as attach
     from .methods import KD as KD
     from .methods import QAT as QAT

@@ -23,10 +23,13 @@ from .description import describe
 from .errors import QakdError, UnsupportedQuantizerError
 from .hooks import require_teacher
 from .loop import Augment, Trainer
-from .methods import SQAKD, Method
+from .methods import SQAKD, Method, Phase
 from .optim import Settings
 from .processes import process_index, require_whole
 from .progress import say
+from .teacher_cache import TeacherCache
+from .teachers import one_teacher
+from .tracking import Tracking
 
 _log = logging.getLogger(__name__)
 
@@ -50,7 +53,7 @@ class DistillResult:
 
 def distill(
     prepared_model: nn.Module,
-    teacher: nn.Module | None,
+    teacher: nn.Module | Sequence[nn.Module] | None,
     loader: Iterable[Any],
     *,
     method: Method | None = None,
@@ -67,10 +70,17 @@ def distill(
     batch_fn: BatchFn = default_batch,
     lr: float = 1e-3,
     quantizer_lr: float = 1e-3,
+    activation_quantizer_lr: float | None = None,
     teacher_lr: float = 1e-4,
     weight_decay: float = 1e-4,
     grad_clip: float | None = 1.0,
     warmup: float = 0.05,
+    accumulate: int = 1,
+    ema: float | None = None,
+    recalibrate_batches: int = 0,
+    patience: int | None = None,
+    cache_teacher: str | os.PathLike[str] | None = None,
+    trackers: Sequence[Any] | None = None,
 ) -> DistillResult:
     """Train a model that a quantization toolkit has prepared, with the losses of a distillation method.
 
@@ -83,8 +93,9 @@ def distill(
 
     Args:
         prepared_model: prepared and calibrated by ModelOpt, torchao (PT2E, QATConfig) or torch.ao (FX, eager).
-        teacher: full-precision network with the same classes. It is left as it was, bit for bit, in its own mode; a method that
-            trains the teacher trains a copy. None for methods that need none.
+        teacher: full-precision network with the same classes, larger or not; or several, of which the mean logits teach. It is
+            left as it was, bit for bit, in its own mode; a method that trains the teacher trains a copy, which
+            ``result.teacher`` holds. None for methods that need none.
         loader: training batches with a length; x, (x, y), a dict, or anything ``batch_fn`` splits. x is float (N, C, H, W).
         method: SQAKD() by default; QKD, KD, QAT.
         epochs: passes over ``loader``.
@@ -101,10 +112,20 @@ def distill(
         batch_fn: splits a batch into (images, labels or None).
         lr: peak learning rate of the weights.
         quantizer_lr: of parameters that belong to quantizers, as a relative change per step; they get no weight decay.
+        activation_quantizer_lr: of those of activations, where it differs.
         teacher_lr: of a teacher that learns too.
         weight_decay: of weights with more than one dimension.
         grad_clip: largest gradient norm; None for none.
         warmup: share of all steps with a rising learning rate.
+        accumulate: batches per optimizer step; gradients are those of their union.
+        ema: decay of a moving average of all weights, e.g. 0.999, which is evaluated and kept in their place. None for none.
+        recalibrate_batches: training batches that refresh the statistics of BatchNorm before each evaluation; 32 forget nearly
+            all of the past. Worth it with ``ema`` and at 2 to 4 bits.
+        patience: stop after so many epochs of the last phase without a better one on ``val_loader``. None never stops.
+        cache_teacher: file for the teacher's logits, computed in one pass before training, for data that look the same in every
+            epoch (no augmentation, or one seeded by sample). Read again by later runs; refused when teacher or data changed.
+        trackers: names or trackers of accelerate ("wandb", "mlflow", ...) that get the history's numbers. None: TensorBoard in
+            ``checkpoint_dir``, where it is installed.
 
     Returns:
         The model, the history, final metrics.
@@ -117,11 +138,27 @@ def distill(
         QakdError: another argument is wrong; names it.
     """
     require_whole("prepared_model", prepared_model)
-    require_whole("teacher", teacher)
     adapter = adapter_for(prepared_model)
     method = SQAKD() if method is None else method
     phases = method.phases(_positive_int("epochs", epochs))
-    settings = Settings(lr, quantizer_lr, teacher_lr, weight_decay, grad_clip, warmup, _precision(mixed_precision))
+    settings = Settings(
+        lr=lr,
+        quantizer_lr=quantizer_lr,
+        activation_quantizer_lr=activation_quantizer_lr,
+        teacher_lr=teacher_lr,
+        weight_decay=weight_decay,
+        grad_clip=grad_clip,
+        warmup=warmup,
+        mixed_precision=_precision(mixed_precision),
+        accumulate=_positive_int("accumulate", accumulate),
+        ema=ema,
+        recalibrate_batches=recalibrate_batches,
+        patience=patience,
+    )
+    if patience is not None and val_loader is None:
+        raise QakdError("patience needs val_loader: held-out batches say whether an epoch is better.")
+    teacher = one_teacher(teacher)
+    require_whole("teacher", teacher)
     require_teacher(method, phases, teacher)
     _require_length(loader)
     check_quantizers(adapter, prepared_model)
@@ -139,8 +176,14 @@ def distill(
     elif resume or checkpoint_every:
         raise QakdError("resume and checkpoint_every need checkpoint_dir: say where checkpoints are.")
     learns = any(phase.teacher for phase in phases)
+    cache = _teacher_cache(cache_teacher, teacher, method, phases, settings.mixed_precision)
     network = copy.deepcopy(teacher).requires_grad_(True) if learns and teacher is not None else teacher
-    with _float32_quantizers(adapter, prepared_model, mixed_precision):
+    tracking = Tracking(
+        trackers,
+        None if checkpoint_dir is None else Path(checkpoint_dir),
+        {"toolkit": adapter.name, "method": repr(method), "epochs": epochs, **vars(settings)},
+    )
+    with tracking, _float32_quantizers(adapter, prepared_model, mixed_precision):
         trainer = Trainer(
             adapter,
             prepared_model,
@@ -152,9 +195,10 @@ def distill(
             batch_fn=batch_fn,
             augment=_in_unit_range(augment, input_stats),
             settings=settings,
+            cache=cache,
             store=store,
             checkpoint_every=checkpoint_every,
-            callbacks=callbacks,
+            callbacks=(*callbacks, tracking),
         )
         trainer.run(resume=resume)
     kept = trainer.history[trainer.best.epoch] if trainer.best.epoch >= 0 else trainer.history[-1]
@@ -217,6 +261,21 @@ def _quantizer_line(adapter: Adapter, quantizer: Quantizer) -> str:
     except UnsupportedQuantizerError:  # a form that can be trained with, if not exported
         bits = ""
     return f"{quantizer.fqn} {quantizer.role}{bits}{'' if rule is None else f', {rule.method}'}"
+
+
+def _teacher_cache(
+    path: str | os.PathLike[str] | None, teacher: nn.Module | None, method: Method, phases: Sequence[Phase], precision: str
+) -> TeacherCache | None:
+    if path is None:
+        return None
+    name = type(method).__name__
+    if teacher is None or not any(phase.needs_teacher for phase in phases):
+        raise QakdError(f"cache_teacher={str(path)!r}, but {name} asks no teacher. Leave it out.")
+    if any(phase.teacher for phase in phases):
+        raise QakdError(f"cache_teacher: the teacher of {name} learns too, so its logits change. Leave it out.")
+    if any(phase.features for phase in phases):
+        raise QakdError("cache_teacher holds logits only; features need the teacher's forward pass. Leave one of them out.")
+    return TeacherCache(path, teacher, precision)
 
 
 def _require_length(loader: Iterable[Any]) -> None:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .averaging import Ema
 from .backends import Adapter
 from .batches import BatchFn
 from .checkpoint import CheckpointStore, random_state, restore_random_state
 from .checks import blame, check_against_teacher, check_exportable, check_first_batch, require_finite_input
 from .errors import TrainingError
 from .evaluation import evaluate
+from .features import FeatureTaps
 from .hooks import teacher_logits
 from .methods import Method, Phase, require_labels, total_loss
 from .modes import eval_mode
@@ -26,6 +29,7 @@ from .processes import Processes
 from .progress import Progress
 from .quantizers import refresh_delta
 from .sharding import generators_of, shared
+from .teacher_cache import TeacherCache
 
 Augment = Callable[[Tensor, Any], tuple[Tensor, Any]]
 """Images as the loader yields them, and labels, before they reach both networks."""
@@ -64,7 +68,8 @@ class Trainer:
         val_loader: held-out batches, or None.
         batch_fn: splits a batch.
         augment: applied to training batches.
-        settings: of the optimizers.
+        settings: numbers of the run.
+        cache: of the teacher's logits, or None.
         store: where checkpoints go, or None.
         checkpoint_every: also after so many optimizer steps.
         callbacks: objects; their methods ``on_step_end(step, losses)`` and ``on_epoch_end(row)`` are called where they exist.
@@ -83,6 +88,7 @@ class Trainer:
         batch_fn: BatchFn,
         augment: Augment | None,
         settings: Settings,
+        cache: TeacherCache | None,
         store: CheckpointStore | None,
         checkpoint_every: int | None,
         callbacks: Sequence[object],
@@ -91,6 +97,7 @@ class Trainer:
         self.method, self.phases, self.settings = method, list(phases), settings
         self.batch_fn, self.augment = batch_fn, augment
         self.store, self.checkpoint_every, self.callbacks = store, checkpoint_every, callbacks
+        self.cache = cache
         self.processes = Processes()
         self.accelerator = self.processes.accelerator
         self.device = self.accelerator.device
@@ -98,7 +105,7 @@ class Trainer:
         if teacher is not None:
             self.teacher = self._prepared_teacher(teacher)
         self.loader, self.val_loader = shared(loader, self.processes), self._shared_val_loader(val_loader)
-        self.steps_per_epoch = len(self.loader)  # type: ignore[arg-type]
+        self.steps_per_epoch = math.ceil(len(self.loader) / settings.accumulate)  # type: ignore[arg-type]
         self.epochs = [phase for phase in self.phases for _ in range(phase.epochs)]
         self.position, self.best, self.history = Position(), Best(), list[dict[str, Any]]()
         self.last_grad_norm = math.nan
@@ -110,15 +117,26 @@ class Trainer:
     def run(self, *, resume: bool) -> None:
         """Train all epochs that are left, and load the best weights."""
         self._first_batch()
+        self.taps = self._feature_taps()
+        try:
+            self._run(resume)
+        finally:
+            if self.taps is not None:
+                self.taps.remove()
+
+    def _run(self, resume: bool) -> None:
         self._make_optimizers()
+        self._fill_cache()
         self._begin(resume)
         bar = Progress(len(self.epochs) * self.steps_per_epoch, enabled=self.processes.is_main)
         with self.processes.shared_ranges(self.adapter, self.model), bar as progress:
             progress.advance(self.position.step)
-            while self.position.epoch < len(self.epochs):
+            while self.position.epoch < len(self.epochs) and not self._has_stalled():
                 self._epoch(self.epochs[self.position.epoch], progress)
-        if self.best.state is not None:
-            self.model.load_state_dict(self.best.state)
+        if self.best.state is None:
+            with self._as_deployed():
+                self.best.state = self._state()
+        self.model.load_state_dict(self.best.state)
         # Last, because the state of some toolkits' quantizers says whether their ranges are frozen.
         self.adapter.freeze_ranges(self.model, True)
         self.adapter.set_mode(self.model, False)
@@ -134,60 +152,100 @@ class Trainer:
         self.adapter.set_mode(self.model, True)
         if self.teacher is not None and phase.teacher:
             self.teacher.train()
-        started, first = time.perf_counter(), self.position.step
-        for batch in self._batches():
-            losses = self._step(phase, batch)
-            progress.update(phase.name, losses)
+        if self.cache is not None:
+            self.cache.start_epoch()
+        started, first = time.perf_counter(), self.position.samples
+        for group in _groups(self._batches(), self.settings.accumulate):
+            losses = self._step(phase, group)
+            progress.update(phase.name, losses, self._rate(started, first), self._agreement())
             for callback in self.callbacks:
                 _call(callback, "on_step_end", self.position.step, losses)
             if self.checkpoint_every and self.position.step % self.checkpoint_every == 0:
                 self._checkpoint()
-        seconds = time.perf_counter() - started
-        row = self._row(phase, seconds, self.position.step - first)
+        row = self._row(phase, self._rate(started, first))
+        with self._as_deployed():
+            row |= self._evaluate()
+            self._remember_best(row)
         self.history.append(row)
-        self._remember_best(row)
         self.position = Position(epoch=self.position.epoch + 1, step=self.position.step)
         self._checkpoint()
         for callback in self.callbacks:
             _call(callback, "on_epoch_end", row)
 
-    def _step(self, phase: Phase, batch: Any) -> dict[str, float]:
-        x, labels = self._on_device(batch, phase)
+    def _step(self, phase: Phase, group: Sequence[tuple[Any, bool]]) -> dict[str, float]:
+        """One optimizer step on one batch, or on several whose gradients add up to that of their union."""
+        batches = [(*self._on_device(batch, phase), counts) for batch, counts in group]
+        samples = self.processes.total(sum(len(x) for x, _, counts in batches if counts))
+        values: dict[str, float] = {}
+        for index, (x, labels, counts) in enumerate(batches):
+            with self._gradients_stay_here(index + 1 < len(batches)):
+                found, number = self._backward(phase, x, labels, len(x) if counts else 0, samples)
+            for name, value in found.items():
+                values[name] = values.get(name, 0.0) + number / samples * value
+            self._share_statistics(phase)
+        self._update(self.optimizer, self.student, phase, values["loss"])
+        if phase.teacher:
+            assert self.teacher is not None
+            self._update(self.teacher_optimizer, self.teacher, phase, values["loss"])
+            self.teacher_scheduler.step()
+        self.scheduler.step()
+        if self.ema is not None:
+            self.ema.update()
+        self.position.step_in_epoch += len(group)
+        self.position.step += 1
+        return values
+
+    def _backward(
+        self, phase: Phase, x: Tensor, labels: Tensor | None, mine: int, samples: int
+    ) -> tuple[dict[str, float], int]:
+        """Losses of one batch in all processes, of how many samples; gradients in proportion to the step's ``samples``."""
         with self._autocast():
             student = self.student(x)
-            other = teacher_logits(self.teacher, phase, (x,), {}) if phase.needs_teacher else None
+            other = self._teach(phase, x) if phase.needs_teacher else None
         loss, parts = total_loss(phase.student, student, other, labels)
+        if phase.features is not None:
+            assert self.taps is not None
+            parts["features"] = (distance := self.taps.loss().mean()).detach()
+            loss = loss + phase.features.weight * distance
         losses = {"loss": loss, **parts}
         if phase.teacher:
             assert other is not None
             teacher_loss, teacher_parts = total_loss(phase.teacher, other, student, labels)
             losses |= {"teacher_loss": teacher_loss, **{f"teacher_{name}": value for name, value in teacher_parts.items()}}
-        mine = len(x) if getattr(self.loader, "counts", True) else 0
-        values, samples = self._values(losses, student, other, mine)
-        if not all(math.isfinite(value) for value in values.values()):
-            self._explain(x, phase, values)
-        self._backward(self.processes.weighted(loss, mine, samples), self.optimizer, self.student, phase)
-        if phase.teacher:
-            assert self.teacher is not None
-            self._backward(self.processes.weighted(teacher_loss, mine, samples), self.teacher_optimizer, self.teacher, phase)
-            self.teacher_scheduler.step()
-            self.processes.share_buffers(self.teacher)
-        self.scheduler.step()
-        self.processes.share_buffers(self.model)
-        self._count(samples, values)
-        return {name: value for name, value in values.items() if name != "agreement"}
-
-    def _values(
-        self, losses: dict[str, Tensor], student: Tensor, other: Tensor | None, samples: int
-    ) -> tuple[dict[str, float], int]:
-        """Means over the samples of all processes, how often both networks agree among them, and how many samples those are."""
         values = {name: float(value.detach()) for name, value in losses.items()}
         if other is not None:
-            values["agreement"] = float((student.argmax(1) == other.argmax(1)).float().mean())
-        return self.processes.joined(values, samples)
+            values["agreement"] = float((student.argmax(1) == other.argmax(1)).sum()) / len(x)
+        # Before the gradients, so that all processes stop where one meets a loss that is not finite.
+        values, number = self.processes.joined(values, mine)
+        if not all(math.isfinite(value) for value in values.values()):
+            self._explain(x, phase, values)
+        share = mine * self.processes.count / samples  # gradients are averaged over processes
+        self.accelerator.backward(loss if share == 1 else share * loss)
+        if phase.teacher:
+            self.accelerator.backward(teacher_loss if share == 1 else share * teacher_loss)
+        self._count(number, values)
+        return {name: value for name, value in values.items() if name != "agreement"}, number
 
-    def _backward(self, loss: Tensor, optimizer: torch.optim.Optimizer, network: nn.Module, phase: Phase) -> None:
-        self.accelerator.backward(loss)
+    def _share_statistics(self, phase: Phase) -> None:
+        self.processes.share_buffers(self.model)
+        if phase.teacher:
+            assert self.teacher is not None
+            self.processes.share_buffers(self.teacher)
+
+    def _teach(self, phase: Phase, x: Tensor) -> Tensor:
+        if self.cache is None:
+            return teacher_logits(self.teacher, phase, (x,), {})
+        return self.cache.logits(x, lambda images: teacher_logits(self.teacher, phase, (images,), {}))
+
+    @contextmanager
+    def _gradients_stay_here(self, more: bool) -> Iterator[None]:
+        """Within the block processes do not average gradients, if there are ``more`` to come before the step."""
+        with ExitStack() as stack:
+            for network in (self.student, self.teacher) if more else ():
+                stack.enter_context(self.accelerator.no_sync(network))
+            yield
+
+    def _update(self, optimizer: torch.optim.Optimizer, network: nn.Module, phase: Phase, loss: float) -> None:
         limit = math.inf if self.settings.grad_clip is None else self.settings.grad_clip
         # Apart from weights: the gradient of a clipping range is a sum over all activations, and would drown theirs.
         quantizers = [p for p in network.parameters() if id(p) in self.of_quantizers]
@@ -197,8 +255,7 @@ class Trainer:
         if not math.isfinite(self.last_grad_norm):
             raise TrainingError(
                 f"the gradient is not finite at step {self.position.step} of phase {phase.name!r} (its norm is "
-                f"{self.last_grad_norm}, the loss {float(loss.detach()):.4g}). Lower lr={self.settings.lr:g}."
-                f"{self._last_checkpoint()}"
+                f"{self.last_grad_norm}, the loss {loss:.4g}). Lower lr={self.settings.lr:g}.{self._last_checkpoint()}"
             )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -223,8 +280,6 @@ class Trainer:
         for name, value in values.items():
             sums[name] = sums.get(name, 0.0) + value * samples
         self.position.samples += samples
-        self.position.step_in_epoch += 1
-        self.position.step += 1
 
     def _curvature_is_due(self) -> bool:
         """Whether some EWGS quantizer wants a new delta before this epoch."""
@@ -248,8 +303,8 @@ class Trainer:
 
     # -- data
 
-    def _batches(self) -> Iterator[Any]:
-        """Batches of this epoch, from where it stands: a resumed epoch draws and drops what it has seen already."""
+    def _batches(self) -> Iterator[tuple[Any, bool]]:
+        """Batches of this epoch, and whether they count: a resumed epoch draws and drops what it has seen already."""
         resumed, self._resumed_state = self._resumed_state, None
         if resumed is not None:
             restore_random_state(resumed["epoch_start"], self.generators)
@@ -261,7 +316,8 @@ class Trainer:
             next(batches)
         if resumed is not None:
             restore_random_state(resumed["now"], self.generators)
-        yield from batches
+        for batch in batches:
+            yield batch, getattr(self.loader, "counts", True)
         if self.position.step_in_epoch == 0:
             raise TrainingError("loader is empty: it yielded no batch. Check the data set and drop_last.")
 
@@ -317,6 +373,7 @@ class Trainer:
         self.of_quantizers = quantizer_parameters(self.adapter, self.model)
         self.optimizer = student_optimizer(self.adapter, self.model, self.settings)
         self.scheduler = cosine_schedule(self.optimizer, len(self.epochs) * self.steps_per_epoch, self.settings.warmup)
+        self.ema = None if self.settings.ema is None else Ema(self.model, self.settings.ema)
         together = sum(phase.epochs for phase in self.phases if phase.teacher)
         if together:
             assert self.teacher is not None
@@ -324,6 +381,27 @@ class Trainer:
             self.teacher_scheduler = cosine_schedule(
                 self.teacher_optimizer, together * self.steps_per_epoch, self.settings.warmup
             )
+
+    def _feature_taps(self) -> FeatureTaps | None:
+        wanted = next((phase.features for phase in self.phases if phase.features is not None), None)
+        if wanted is None:
+            return None
+        assert self.teacher is not None
+        return FeatureTaps(self.adapter, self.model, self.accelerator.unwrap_model(self.teacher), wanted)
+
+    def _fill_cache(self) -> None:
+        if self.cache is None:
+            return
+        saved = random_state(self.generators)
+        phase = self.phases[0]
+        inputs = (self._on_device(batch, phase)[0] for batch in self.loader)
+
+        def logits(x: Tensor) -> Tensor:
+            with self._autocast():
+                return teacher_logits(self.teacher, phase, (x,), {}).float()
+
+        self.cache.fill(inputs, logits, self.accelerator)
+        restore_random_state(saved, self.generators)
 
     def _prepared_teacher(self, teacher: nn.Module) -> nn.Module:
         """Only a teacher that learns is wrapped for data parallel training."""
@@ -350,26 +428,71 @@ class Trainer:
             self.adapter.freeze_ranges(self.model, False)
             self.adapter.set_mode(self.model, True)
 
-    def _row(self, phase: Phase, seconds: float, steps: int) -> dict[str, Any]:
-        position = self.position
-        means = {name: total / position.samples for name, total in position.sums.items()}
-        row: dict[str, Any] = {
-            "epoch": position.epoch,
-            "phase": phase.name,
-            **means,
-            "lr": self.optimizer.param_groups[0]["lr"],
-            "images_per_second": position.samples / position.step_in_epoch * steps / seconds if steps else 0.0,
-        }
-        if self.val_loader is not None:
-            with self._evaluated():
-                row |= evaluate(self.model, self.teacher, self._val_batches(), self.batch_fn, self.device)
-        return row
+    @contextmanager
+    def _as_deployed(self) -> Iterator[None]:
+        """Within the block the student is what would be deployed now: averaged weights, fresh statistics, eval mode."""
+        with self._averaged(), self._recalibrated(), self._evaluated():
+            yield
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.ema is None else self.ema.applied()
+
+    @contextmanager
+    def _recalibrated(self) -> Iterator[None]:
+        """Statistics of BatchNorm follow weights with a delay, and averaged or oscillating ones not at all.
+
+        Some training batches pass in training mode, without gradients and with frozen ranges; works with every toolkit, whether
+        it keeps modules or not. Statistics and sources of randomness are put back.
+        """
+        if not self.settings.recalibrate_batches:
+            yield
+            return
+        saved = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        randomness = random_state(self.generators)
+        self.adapter.set_mode(self.model, True)
+        self.adapter.freeze_ranges(self.model, True)
+        with torch.no_grad(), self._autocast():
+            for batch in itertools.islice(self.loader, self.settings.recalibrate_batches):
+                self.model(self._on_device(batch, self.epochs[0])[0])
+        self.processes.share_buffers(self.model)
+        restore_random_state(randomness, self.generators)
+        try:
+            yield
+        finally:
+            for buffer, value in saved:
+                buffer.copy_(value)
+
+    def _row(self, phase: Phase, images_per_second: float) -> dict[str, Any]:
+        means = {name: total / self.position.samples for name, total in self.position.sums.items()}
+        lr = self.optimizer.param_groups[0]["lr"]
+        return {"epoch": self.position.epoch, "phase": phase.name, **means, "lr": lr, "images_per_second": images_per_second}
+
+    def _evaluate(self) -> dict[str, float]:
+        if self.val_loader is None:
+            return {}
+        return evaluate(self.model, self.teacher, self._val_batches(), self.batch_fn, self.device)
+
+    def _rate(self, started: float, first: int) -> float:
+        return (self.position.samples - first) / (time.perf_counter() - started)
+
+    def _agreement(self) -> float | None:
+        agreed = self.position.sums.get("agreement")
+        return None if agreed is None else agreed / self.position.samples
 
     def _remember_best(self, row: dict[str, Any]) -> None:
         value = row.get("val_accuracy", row.get("val_agreement"))
         if value is not None and value > self.best.value:
-            state = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
-            self.best = Best(row["epoch"], value, state)
+            self.best = Best(row["epoch"], value, self._state())
+
+    def _state(self) -> dict[str, Any]:
+        return {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
+
+    def _has_stalled(self) -> bool:
+        """Whether the last phase has gone on for ``patience`` epochs without a better one. Earlier phases run to their end."""
+        if self.settings.patience is None:
+            return False
+        start = len(self.epochs) - self.phases[-1].epochs
+        return self.position.epoch - max(self.best.epoch + 1, start) >= self.settings.patience
 
     # -- checkpoints
 
@@ -409,6 +532,8 @@ class Trainer:
             "history": self.history,
             **randomness,
         }
+        if self.ema is not None:
+            state["ema"] = self.ema.state_dict()
         if any(phase.teacher for phase in self.phases):
             assert self.teacher is not None
             state["teacher"] = self.accelerator.unwrap_model(self.teacher).state_dict()
@@ -421,6 +546,8 @@ class Trainer:
         self.model.load_state_dict(state["student"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
         if "teacher" in state:
             assert self.teacher is not None
             self.accelerator.unwrap_model(self.teacher).load_state_dict(state["teacher"])
@@ -437,6 +564,12 @@ class Trainer:
             self._resumed_state = mine
         else:
             restore_random_state(mine["now"], self.generators)
+
+
+def _groups(batches: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    """Lists of so many batches; the last may be shorter."""
+    while group := list(itertools.islice(batches, size)):
+        yield group
 
 
 def _call(callback: object, name: str, *args: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from .errors import LabelsRequiredError, QakdError
+from .features import Features
 from .losses import cross_entropy, kl_divergence
 
 
@@ -72,12 +73,14 @@ class Phase:
         epochs: how many.
         student: terms of the student's loss.
         teacher: terms of the teacher's loss; empty: the teacher is frozen, in eval mode.
+        features: that the student is to match as well; None for none.
     """
 
     name: str
     epochs: int
     student: tuple[Term, ...]
     teacher: tuple[Term, ...] = ()
+    features: Features | None = None
 
     @property
     def needs_labels(self) -> bool:
@@ -85,7 +88,7 @@ class Phase:
 
     @property
     def needs_teacher(self) -> bool:
-        return bool(self.teacher) or any(term.needs_other for term in self.student)
+        return bool(self.teacher or self.features) or any(term.needs_other for term in self.student)
 
 
 class Method(Protocol):
@@ -101,17 +104,19 @@ class SQAKD:
 
     Args:
         temperature: softens both predictions.
+        features: layers whose inputs are compared as well; None as in the paper.
 
     Source: Zhao and Zhao, AISTATS 2024, arXiv 2403.11106.
     """
 
     temperature: float = 4.0
+    features: Features | None = None
 
     def __post_init__(self) -> None:
         _positive("temperature", self.temperature)
 
     def phases(self, epochs: int) -> tuple[Phase, ...]:
-        return (Phase("distill", epochs, (Imitation(self.temperature),)),)
+        return (Phase("distill", epochs, (Imitation(self.temperature),), features=self.features),)
 
 
 @dataclass(frozen=True)
@@ -129,12 +134,14 @@ class KD:
     Args:
         temperature: softens both predictions.
         alpha: weight of the teacher, 0 to 1.
+        features: layers whose inputs are compared as well.
 
     Source: Hinton et al., arXiv 1503.02531.
     """
 
     temperature: float = 4.0
     alpha: float = 0.5
+    features: Features | None = None
 
     def __post_init__(self) -> None:
         _positive("temperature", self.temperature)
@@ -143,7 +150,7 @@ class KD:
 
     def phases(self, epochs: int) -> tuple[Phase, ...]:
         terms = (Imitation(self.temperature, weight=self.alpha), Supervision(weight=1 - self.alpha))
-        return (Phase("distill", epochs, tuple(term for term in terms if term.weight > 0)),)
+        return (Phase("distill", epochs, tuple(term for term in terms if term.weight > 0), features=self.features),)
 
 
 @dataclass(frozen=True)
@@ -155,10 +162,10 @@ class QKD:
         co_studying: epochs in which both networks learn from labels and from each other.
         tutoring: epochs with labels and the frozen, trained teacher.
         temperature: softens predictions.
+        features: layers whose inputs are compared as well, in the phases with a teacher.
 
     Numbers that are all at most 1 are fractions of ``distill``'s ``epochs``; otherwise they count epochs themselves, and
-    ``epochs``
-    is not used.
+    ``epochs`` is not used.
 
     Source: Kim et al., 2019, arXiv 1911.12491.
     """
@@ -167,6 +174,7 @@ class QKD:
     co_studying: float = 0.5
     tutoring: float = 0.35
     temperature: float = 2.0
+    features: Features | None = None
 
     def __post_init__(self) -> None:
         _positive("temperature", self.temperature)
@@ -185,8 +193,8 @@ class QKD:
         counts = _whole_epochs(self._lengths, epochs)
         phases = (
             Phase("self-studying", counts[0], (Supervision(),)),
-            Phase("co-studying", counts[1], both, teacher=both),
-            Phase("tutoring", counts[2], both),
+            Phase("co-studying", counts[1], both, teacher=both, features=self.features),
+            Phase("tutoring", counts[2], both, features=self.features),
         )
         return tuple(phase for phase in phases if phase.epochs > 0)
 

@@ -10,49 +10,72 @@ import torch
 from torch import nn
 
 from .backends import Adapter
+from .backends.base import Role
+from .errors import QakdError
 from .quantizers.rule import PREFIX
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How the optimizers are set up; see :func:`qakd_plugin.distill`."""
+    """Numbers of a run; see :func:`qakd_plugin.distill`."""
 
     lr: float = 1e-3
     quantizer_lr: float = 1e-3
+    activation_quantizer_lr: float | None = None
     teacher_lr: float = 1e-4
     weight_decay: float = 1e-4
     grad_clip: float | None = 1.0
     warmup: float = 0.05
     mixed_precision: str = "no"
+    accumulate: int = 1
+    ema: float | None = None
+    recalibrate_batches: int = 0
+    patience: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise QakdError(f"ema={self.ema} must lie between 0 and 1, e.g. 0.999, or be None.")
+        if self.recalibrate_batches < 0:
+            raise QakdError(f"recalibrate_batches={self.recalibrate_batches} must not be negative.")
+        if self.patience is not None and self.patience < 1:
+            raise QakdError(f"patience={self.patience} must be 1 at least, or None.")
 
 
-def quantizer_parameters(adapter: Adapter, model: nn.Module) -> dict[int, nn.Parameter]:
-    """Trained parameters that belong to quantizers, by id."""
-    of_quantizers = [p for quantizer in adapter.quantizers(model) for p in quantizer.module.parameters()]
-    return {id(p): p for p in of_quantizers if p.requires_grad}
+def quantizer_parameters(adapter: Adapter, model: nn.Module, role: Role | None = None) -> dict[int, nn.Parameter]:
+    """Trained parameters that belong to quantizers (of one role), by id."""
+    quantizers = [quantizer for quantizer in adapter.quantizers(model) if role in (None, quantizer.role)]
+    return {id(p): p for quantizer in quantizers for p in quantizer.module.parameters() if p.requires_grad}
 
 
 def student_optimizer(adapter: Adapter, model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    """AdamW: weights, biases and norms without decay, and parameters of quantizers with a rate of their own and no decay.
+    """AdamW: weights, biases and norms without decay, and parameters of quantizers with rates of their own and no decay.
 
     The rate of quantizers is a relative change per step. Ours are logarithms or ratios already; a scale that a toolkit learns
     as it is gets the rate times its size.
     """
-    of_quantizers = quantizer_parameters(adapter, model)
-    weights = [p for p in model.parameters() if p.requires_grad and id(p) not in of_quantizers]
-    relative = {id(p) for name, p in model.named_parameters() if name.rpartition(".")[2].startswith(PREFIX)}
+    of_weights = quantizer_parameters(adapter, model, "weight")
+    of_activations = {key: p for key, p in quantizer_parameters(adapter, model, "activation").items() if key not in of_weights}
+    weights = [p for p in model.parameters() if p.requires_grad and id(p) not in of_weights | of_activations]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in weights if p.ndim > 1], "weight_decay": settings.weight_decay},
         {"params": [p for p in weights if p.ndim <= 1], "weight_decay": 0.0},
-        {"params": [p for key, p in of_quantizers.items() if key in relative], "lr": settings.quantizer_lr},
     ]
-    for key, parameter in of_quantizers.items():
+    rate = settings.quantizer_lr
+    relative = {id(p) for name, p in model.named_parameters() if name.rpartition(".")[2].startswith(PREFIX)}
+    groups += _quantizer_groups(of_weights, relative, rate)
+    groups += _quantizer_groups(
+        of_activations, relative, rate if settings.activation_quantizer_lr is None else settings.activation_quantizer_lr
+    )
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.lr)
+
+
+def _quantizer_groups(parameters: dict[int, nn.Parameter], relative: set[int], rate: float) -> list[dict[str, Any]]:
+    groups: list[dict[str, Any]] = [{"params": [p for key, p in parameters.items() if key in relative], "lr": rate}]
+    for key, parameter in parameters.items():
         if key not in relative:
             size = float(parameter.detach().abs().mean()) or 1.0
-            groups.append({"params": [parameter], "lr": settings.quantizer_lr * size})
-    for group in groups[2:]:
-        group["weight_decay"] = 0.0
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.lr)
+            groups.append({"params": [parameter], "lr": rate * size})
+    return [{**group, "weight_decay": 0.0} for group in groups]
 
 
 def teacher_optimizer(teacher: nn.Module, settings: Settings) -> torch.optim.Optimizer:

@@ -55,9 +55,9 @@ class Processes:
         *totals, number = sums.tolist()
         return dict(zip(values, (total / number for total in totals), strict=True)), int(number)
 
-    def weighted(self, loss: Tensor, samples: int, of_all: int) -> Tensor:
-        """The loss of this process's share such that the mean over processes is the mean over the samples of all."""
-        return loss if self.count == 1 else loss * (samples * self.count / of_all)
+    def total(self, number: int) -> int:
+        """The sum of a number over all processes."""
+        return number if self.count == 1 else self.joined({}, number)[1]
 
     @torch.no_grad()
     def share_buffers(self, network: nn.Module) -> None:

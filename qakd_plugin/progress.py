@@ -50,12 +50,21 @@ class Progress:
         self._task = self._bar.add_task("starting", total=total, losses="")
         self._means: dict[str, float] = {}
 
-    def update(self, phase: str, losses: dict[str, float]) -> None:
-        """One step is done."""
+    def update(self, phase: str, losses: dict[str, float], images_per_second: float, agreement: float | None) -> None:
+        """One step is done.
+
+        Args:
+            phase: its name.
+            losses: of this step; their running means are shown.
+            images_per_second: of this epoch.
+            agreement: share of this epoch's images on which student and teacher name the same class; None without a teacher.
+        """
         for name, value in losses.items():
             self._means[name] = value if name not in self._means else 0.9 * self._means[name] + 0.1 * value
         text = "  ".join(f"{name} {value:.4f}" for name, value in self._means.items())
-        self._bar.update(self._task, advance=1, description=phase, losses=text)
+        if agreement is not None:
+            text += f"  agree {agreement:.1%}"
+        self._bar.update(self._task, advance=1, description=phase, losses=f"{text}  {images_per_second:,.0f} images/s")
 
     def advance(self, steps: int) -> None:
         """Steps that an earlier run has done."""
