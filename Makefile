@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test matrix lint clean
+.PHONY: demo test matrix resume lint clean
 
 demo: $(STAMP)
 	$(BIN)/qakd demo
@@ -17,6 +17,9 @@ test: $(STAMP)
 
 matrix: $(STAMP)
 	$(BIN)/python -m pytest -m '' tests/test_matrix.py
+
+resume: $(STAMP)
+	$(BIN)/python -m pytest -m '' tests/test_resume.py tests/test_two_processes.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check --fix .

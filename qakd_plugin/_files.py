@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import QakdError
@@ -35,6 +35,7 @@ def atomic_path(path: str | os.PathLike[str], error: type[QakdError] = QakdError
             os.fsync(written.fileno())
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(target)
+        _flush_folder(target.parent)
     except OSError as problem:
         raise error(f"cannot write {target}: {problem.strerror or problem}.") from problem
     finally:
@@ -46,6 +47,18 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | str, error: type[Qa
     with atomic_path(path, error) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
     return Path(path)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Let a rename reach the disk as well; systems that cannot open folders (Windows) do so by themselves."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    with suppress(OSError):  # some network file systems refuse; the file has its name already
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _umask() -> int:

@@ -1,18 +1,20 @@
 """Checkpoints that are whole or not there.
 
 The name of a file holds the first digits of its own SHA-256, so one rename makes it appear and a damaged one is recognised.
-Files
-are read with ``weights_only=True``: tensors and plain data, never code.
+Files are read with ``weights_only=True``: tensors and plain data, never code.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import json
 import logging
 import pickle
 import random
 import re
+from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from .errors import CheckpointError
 
 _log = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d{9})-([0-9a-f]{16})\.pt")
+_REMAINS = re.compile(r"\.(step-\d{9}-[0-9a-f]{16}\.pt|history\.jsonl)\..*\.tmp")
 _KEPT = 2
 
 
@@ -39,16 +42,47 @@ class CheckpointStore:
         self.folder = folder
         self.fingerprint = fingerprint
 
+    def begin(self) -> None:
+        """Start a run of its own: nothing of an earlier one may be taken for its checkpoints.
+
+        Raises:
+            CheckpointError: the folder holds checkpoints already.
+        """
+        if (path := self.newest()) is not None:
+            raise CheckpointError(
+                f"checkpoint_dir={self.folder} holds the checkpoints of an earlier run ({path.name}). Pass resume=True to go "
+                "on with it, or choose another folder."
+            )
+        self._remove_remains()
+
     def save(self, step: int, state: dict[str, Any]) -> Path:
-        """Write a checkpoint and drop all but the newest two. A failed write loses nothing already saved."""
+        """Write a checkpoint and drop all but the newest two. A failed write loses nothing already saved.
+
+        Raises:
+            CheckpointError: it cannot be written; says which one is the last.
+        """
         buffer = io.BytesIO()
         torch.save({"fingerprint": self.fingerprint, "state": state}, buffer)
         data = buffer.getvalue()
         name = f"step-{step:09d}-{hashlib.sha256(data).hexdigest()[:16]}.pt"
-        path = write_atomic(self.folder / name, data, CheckpointError)
-        for old in self._paths()[_KEPT:]:
-            old.unlink(missing_ok=True)
+        try:
+            path = write_atomic(self.folder / name, data, CheckpointError)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}{self._way_on()}") from error
+        self._prune()
         return path
+
+    def save_history(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Write ``history.jsonl``, one row a line.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        try:
+            write_atomic(self.folder / "history.jsonl", lines, CheckpointError)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}{self._way_on()}") from error
 
     def newest(self) -> Path | None:
         """The newest file, whole or not."""
@@ -61,16 +95,21 @@ class CheckpointStore:
             CheckpointError: files are there but none is whole, one holds more than tensors and plain data, or it belongs to
                 another run; says what differs.
         """
-        paths = self._paths()
+        self._remove_remains()
+        paths, damaged = self._paths(), []
         for path in paths:
             data = path.read_bytes()
             match = _NAME.fullmatch(path.name)
             assert match is not None
             if hashlib.sha256(data).hexdigest()[:16] != match[2]:
                 _log.warning("%s is damaged (its checksum does not match); using the one before it.", path.name)
+                damaged.append(path)
                 continue
             content = _read(path, data)
             self._check(path, content["fingerprint"])
+            for useless in damaged:  # out of the way, lest they count among the two that are kept
+                useless.replace(useless.with_name(f"damaged-{useless.name}"))
+            self._prune()
             state: dict[str, Any] = content["state"]
             return state
         if paths:
@@ -83,13 +122,28 @@ class CheckpointStore:
             return []
         return sorted((path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)), reverse=True)
 
+    def _prune(self) -> None:
+        for old in self._paths()[_KEPT:]:
+            old.unlink(missing_ok=True)
+
+    def _remove_remains(self) -> None:
+        """Remove what a run that was killed while it wrote has left; nobody else can know these names."""
+        for path in self.folder.iterdir() if self.folder.is_dir() else ():
+            if _REMAINS.fullmatch(path.name):
+                path.unlink(missing_ok=True)
+
+    def _way_on(self) -> str:
+        path = self.newest()
+        saved = "No checkpoint was written before it." if path is None else f"{path} and what came before it are still there."
+        return f" {saved} Make room or choose another folder; resume=True goes on from the newest checkpoint."
+
     def _check(self, path: Path, found: dict[str, Any]) -> None:
         for key, expected in self.fingerprint.items():
             if found.get(key) != expected:
+                there, here = _difference(found.get(key), expected)
                 raise CheckpointError(
-                    f"{path}: the checkpoint belongs to another run: {key} is {_short(found.get(key))} there and "
-                    f"{_short(expected)} "
-                    "here. Use another checkpoint_dir, or resume=False after moving the old files away."
+                    f"{path}: the checkpoint belongs to another run: {key} is {there} there and {here} here. "
+                    "Use another checkpoint_dir, or resume=False after moving the old files away."
                 )
 
 
@@ -130,6 +184,14 @@ def restore_random_state(state: dict[str, Any], generators: list[torch.Generator
     random.setstate((version, tuple(internal), gauss))
     for generator, saved in zip(generators, state["generators"], strict=True):
         generator.set_state(saved)
+
+
+def _difference(there: Any, here: Any) -> tuple[str, str]:
+    """What differs, in few words: of two lists the first entry that does."""
+    if isinstance(there, list) and isinstance(here, list):
+        pairs = zip_longest(there, here, fillvalue="nothing")
+        there, here = next(pair for pair in pairs if pair[0] != pair[1])
+    return _short(there), _short(here)
 
 
 def _short(value: Any) -> str:

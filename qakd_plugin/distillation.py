@@ -14,17 +14,18 @@ import torch
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from .backends import Adapter, adapter_for
+from .backends import Adapter, Quantizer, adapter_for
 from .batches import BatchFn, default_batch
 from .checkpoint import CheckpointStore
 from .checks import check_quantizers, check_trainable
 from .description import describe
-from .errors import QakdError
+from .errors import QakdError, UnsupportedQuantizerError
 from .hooks import require_teacher
 from .loop import Augment, Trainer
 from .methods import SQAKD, Method, Phase
 from .optim import Settings
 from .precision import float32_quantizers
+from .processes import Processes, process_index, require_whole
 from .progress import say
 from .teacher_cache import TeacherCache
 from .teachers import one_teacher
@@ -85,6 +86,11 @@ def distill(
 
     The model is trained in place with AdamW and a cosine schedule. Labels are read only if the method needs them.
 
+    Launched with torchrun or ``accelerate launch``, processes train together: each takes its share of the batches, no sample is
+    lost or counts twice, and all return the same model. A joined batch gives the weights that one process gives, to float
+    tolerance, in networks without BatchNorm in training: BatchNorm normalizes with each process's share, as it does in any data
+    parallel training, and its statistics are averaged after each step. See docs/training.md.
+
     Args:
         prepared_model: prepared and calibrated by ModelOpt, torchao (PT2E, QATConfig) or torch.ao (FX, eager).
         teacher: full-precision network with the same classes, larger or not; or several, of which the mean logits teach. It is
@@ -97,10 +103,10 @@ def distill(
             teacher. Never the split that is reported.
         augment: callable on a batch of images in [0, 1]; both networks see what it returns.
         input_stats: (mean, std) per channel when the loader yields normalised images, so that ``augment`` sees [0, 1].
-        checkpoint_dir: full state after every epoch, and ``history.jsonl``.
+        checkpoint_dir: full state after every epoch, and ``history.jsonl``. Of a run of its own, unless ``resume`` is given.
         checkpoint_every: and after every so many optimizer steps.
         resume: go on bit-identically from the newest whole checkpoint; an empty directory starts afresh.
-        seed: of torch, numpy and random, set before anything is drawn.
+        seed: of torch, numpy and random, set before anything is drawn; each further process takes the next number.
         mixed_precision: "no" or "bf16"; quantizers compute in float32 either way.
         callbacks: objects; ``on_step_end(step, losses)`` and ``on_epoch_end(row)`` are called where they exist.
         batch_fn: splits a batch into (images, labels or None).
@@ -128,9 +134,10 @@ def distill(
         NotPreparedError: no toolkit prepared the model, or a range was never calibrated; names it.
         LabelsRequiredError: the method needs labels and the loader yields none.
         TrainingError: an input, a loss or a gradient is not finite (names batch and layer), or no weight requires a gradient.
-        CheckpointError: a checkpoint belongs to another run, or cannot be written.
+        CheckpointError: a checkpoint belongs to another run, cannot be written, or is there though ``resume`` is False.
         QakdError: another argument is wrong; names it.
     """
+    require_whole("prepared_model", prepared_model)
     adapter = adapter_for(prepared_model)
     method = SQAKD() if method is None else method
     phases = method.phases(_positive_int("epochs", epochs))
@@ -151,23 +158,27 @@ def distill(
     if patience is not None and val_loader is None:
         raise QakdError("patience needs val_loader: held-out batches say whether an epoch is better.")
     teacher = one_teacher(teacher)
+    require_whole("teacher", teacher)
     require_teacher(method, phases, teacher)
     _require_length(loader)
     check_quantizers(adapter, prepared_model)
     check_trainable(adapter, prepared_model)
     summary = describe(prepared_model).summary()
     _log.info("%s", summary)
-    say(summary)
+    index = process_index()
+    if index == 0:
+        say(summary)
     if seed is not None:
-        set_seed(seed)
+        set_seed(seed + index)  # processes augment different images: not with the same draws
     store = None
     if checkpoint_dir is not None:
-        store = CheckpointStore(Path(checkpoint_dir), _fingerprint(adapter, prepared_model, method, loader, epochs))
+        store = CheckpointStore(Path(checkpoint_dir), _fingerprint(adapter, prepared_model, method, loader, epochs, settings))
     elif resume or checkpoint_every:
         raise QakdError("resume and checkpoint_every need checkpoint_dir: say where checkpoints are.")
     learns = any(phase.teacher for phase in phases)
     cache = _teacher_cache(cache_teacher, teacher, method, phases, settings.mixed_precision)
     network = copy.deepcopy(teacher).requires_grad_(True) if learns and teacher is not None else teacher
+    processes = Processes()
     tracking = Tracking(
         trackers,
         None if checkpoint_dir is None else Path(checkpoint_dir),
@@ -178,6 +189,7 @@ def distill(
             adapter,
             prepared_model,
             network,
+            processes=processes,
             method=method,
             phases=phases,
             loader=loader,
@@ -218,14 +230,28 @@ def _in_unit_range(
     return apply
 
 
-def _fingerprint(adapter: Adapter, model: nn.Module, method: Method, loader: Iterable[Any], epochs: int) -> dict[str, Any]:
+def _fingerprint(
+    adapter: Adapter, model: nn.Module, method: Method, loader: Iterable[Any], epochs: int, settings: Settings
+) -> dict[str, Any]:
     return {
         "toolkit": adapter.name,
         "method": repr(method),
         "epochs": epochs,
+        "settings": repr(settings),
+        "quantizers": [_quantizer_line(adapter, quantizer) for quantizer in adapter.quantizers(model)],
         "parameters": [f"{name} {tuple(parameter.shape)}" for name, parameter in model.named_parameters()],
         "loader length": len(loader),  # type: ignore[arg-type]
     }
+
+
+def _quantizer_line(adapter: Adapter, quantizer: Quantizer) -> str:
+    """Which quantizer it is; its numbers change in training."""
+    rule = adapter.learned(quantizer)
+    try:
+        bits = f" of {adapter.qparams(quantizer).bits} bits"
+    except UnsupportedQuantizerError:  # a form that can be trained with, if not exported
+        bits = ""
+    return f"{quantizer.fqn} {quantizer.role}{bits}{'' if rule is None else f', {rule.method}'}"
 
 
 def _teacher_cache(

@@ -3,34 +3,32 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ._files import write_atomic
 from .averaging import Ema
 from .backends import Adapter
 from .batches import BatchFn
 from .checkpoint import CheckpointStore, random_state, restore_random_state
 from .checks import blame, check_against_teacher, check_exportable, check_first_batch, require_finite_input
-from .errors import CheckpointError, TrainingError
+from .errors import TrainingError
 from .evaluation import evaluate
 from .features import FeatureTaps
 from .hooks import teacher_logits
 from .methods import Method, Phase, require_labels, total_loss
 from .modes import eval_mode
 from .optim import Settings, cosine_schedule, quantizer_parameters, student_optimizer, teacher_optimizer
+from .processes import Processes
 from .progress import Progress
 from .quantizers import refresh_delta
+from .sharding import generators_of, shared
 from .teacher_cache import TeacherCache
 
 Augment = Callable[[Tensor, Any], tuple[Tensor, Any]]
@@ -64,6 +62,7 @@ class Trainer:
         adapter: of the toolkit that prepared ``student``.
         student: the prepared model.
         teacher: already the run's own copy where it learns too; None where no phase needs one.
+        processes: that train together.
         method: for messages.
         phases: of the method.
         loader: re-iterable, with a length.
@@ -83,6 +82,7 @@ class Trainer:
         student: nn.Module,
         teacher: nn.Module | None,
         *,
+        processes: Processes,
         method: Method,
         phases: Sequence[Phase],
         loader: Iterable[Any],
@@ -97,20 +97,21 @@ class Trainer:
     ) -> None:
         self.adapter, self.model, self.teacher = adapter, student, teacher
         self.method, self.phases, self.settings = method, list(phases), settings
-        self.val_loader, self.batch_fn, self.augment = val_loader, batch_fn, augment
+        self.batch_fn, self.augment = batch_fn, augment
         self.store, self.checkpoint_every, self.callbacks = store, checkpoint_every, callbacks
         self.cache = cache
-        self.accelerator = Accelerator()
+        self.processes, self.accelerator = processes, processes.accelerator
         self.device = self.accelerator.device
         self.student: nn.Module = self.accelerator.prepare_model(student)
         if teacher is not None:
             self.teacher = self._prepared_teacher(teacher)
-        self.loader = self._sharded(loader)
+        self.loader, self.val_loader = shared(loader, self.processes), self._shared_val_loader(val_loader)
         self.steps_per_epoch = math.ceil(len(self.loader) / settings.accumulate)  # type: ignore[arg-type]
         self.epochs = [phase for phase in self.phases for _ in range(phase.epochs)]
         self.position, self.best, self.history = Position(), Best(), list[dict[str, Any]]()
         self.last_grad_norm = math.nan
-        self.generators = _generators(loader)
+        self.generators = generators_of(loader)
+        self._require_agreement(loader)
         self._epoch_start: dict[str, Any] = {}
         self._resumed_state: dict[str, Any] | None = None
 
@@ -127,9 +128,9 @@ class Trainer:
     def _run(self, resume: bool) -> None:
         self._make_optimizers()
         self._fill_cache()
-        if resume and self.store is not None and (state := self.store.load()) is not None:
-            self._restore(state)
-        with Progress(len(self.epochs) * self.steps_per_epoch, enabled=self.accelerator.is_main_process) as progress:
+        self._begin(resume)
+        bar = Progress(len(self.epochs) * self.steps_per_epoch, enabled=self.processes.is_main)
+        with self.processes.shared_ranges(self.adapter, self.model), bar as progress:
             progress.advance(self.position.step)
             while self.position.epoch < len(self.epochs) and not self._has_stalled():
                 self._epoch(self.epochs[self.position.epoch], progress)
@@ -140,6 +141,8 @@ class Trainer:
         # Last, because the state of some toolkits' quantizers says whether their ranges are frozen.
         self.adapter.freeze_ranges(self.model, True)
         self.adapter.set_mode(self.model, False)
+        if self.teacher is not None and any(phase.teacher for phase in self.phases):
+            self.teacher.eval()  # whether or not this process is the one that trained it
 
     # -- one epoch, one step
 
@@ -170,17 +173,17 @@ class Trainer:
         for callback in self.callbacks:
             _call(callback, "on_epoch_end", row)
 
-    def _step(self, phase: Phase, group: Sequence[Any]) -> dict[str, float]:
+    def _step(self, phase: Phase, group: Sequence[tuple[Any, bool]]) -> dict[str, float]:
         """One optimizer step on one batch, or on several whose gradients add up to that of their union."""
-        batches = [self._on_device(batch, phase) for batch in group]
-        samples = sum(len(x) for x, _ in batches)
+        batches = [(*self._on_device(batch, phase), counts) for batch, counts in group]
+        samples = self.processes.total(sum(len(x) for x, _, counts in batches if counts))
         values: dict[str, float] = {}
-        for index, (x, labels) in enumerate(batches):
-            share = len(x) / samples
+        for index, (x, labels, counts) in enumerate(batches):
             with self._gradients_stay_here(index + 1 < len(batches)):
-                found = self._backward(phase, x, labels, share)
+                found, number = self._backward(phase, x, labels, len(x) if counts else 0, samples)
             for name, value in found.items():
-                values[name] = values.get(name, 0.0) + share * value
+                values[name] = values.get(name, 0.0) + number / samples * value
+            self._share_statistics(phase)
         self._update(self.optimizer, self.student, phase, values["loss"])
         if phase.teacher:
             assert self.teacher is not None
@@ -193,8 +196,10 @@ class Trainer:
         self.position.step += 1
         return values
 
-    def _backward(self, phase: Phase, x: Tensor, labels: Tensor | None, share: float) -> dict[str, float]:
-        """Losses of one batch, and ``share`` times their gradients."""
+    def _backward(
+        self, phase: Phase, x: Tensor, labels: Tensor | None, mine: int, samples: int
+    ) -> tuple[dict[str, float], int]:
+        """Losses of one batch in all processes, of how many samples; gradients in proportion to the step's ``samples``."""
         with self._autocast():
             student = self.student(x)
             other = self._teach(phase, x) if phase.needs_teacher else None
@@ -208,13 +213,24 @@ class Trainer:
             teacher_loss, teacher_parts = total_loss(phase.teacher, other, student, labels)
             losses |= {"teacher_loss": teacher_loss, **{f"teacher_{name}": value for name, value in teacher_parts.items()}}
         values = {name: float(value.detach()) for name, value in losses.items()}
+        if other is not None:
+            values["agreement"] = float((student.argmax(1) == other.argmax(1)).sum()) / len(x)
+        # Before the gradients, so that all processes stop where one meets a loss that is not finite.
+        values, number = self.processes.joined(values, mine)
         if not all(math.isfinite(value) for value in values.values()):
             self._explain(x, phase, values)
+        share = mine * self.processes.count / samples  # gradients are averaged over processes
         self.accelerator.backward(loss if share == 1 else share * loss)
         if phase.teacher:
             self.accelerator.backward(teacher_loss if share == 1 else share * teacher_loss)
-        self._count(len(x), values, student, other)
-        return values
+        self._count(number, values)
+        return {name: value for name, value in values.items() if name != "agreement"}, number
+
+    def _share_statistics(self, phase: Phase) -> None:
+        self.processes.share_buffers(self.model)
+        if phase.teacher:
+            assert self.teacher is not None
+            self.processes.share_buffers(self.teacher)
 
     def _teach(self, phase: Phase, x: Tensor) -> Tensor:
         if self.cache is None:
@@ -238,8 +254,8 @@ class Trainer:
         self.last_grad_norm = float(torch.linalg.vector_norm(torch.stack(norms)))
         if not math.isfinite(self.last_grad_norm):
             raise TrainingError(
-                f"the gradient is not finite at step {self.position.step} of phase {phase.name!r} (loss {loss:.4g}). "
-                f"Lower lr={self.settings.lr:g}.{self._last_checkpoint()}"
+                f"the gradient is not finite at step {self.position.step} of phase {phase.name!r} (its norm is "
+                f"{self.last_grad_norm}, the loss {loss:.4g}). Lower lr={self.settings.lr:g}.{self._last_checkpoint()}"
             )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -259,13 +275,10 @@ class Trainer:
         path = None if self.store is None else self.store.newest()
         return "" if path is None else f" The last good checkpoint is {path}."
 
-    def _count(self, samples: int, values: dict[str, float], student: Tensor, other: Tensor | None) -> None:
+    def _count(self, samples: int, values: dict[str, float]) -> None:
         sums = self.position.sums
         for name, value in values.items():
             sums[name] = sums.get(name, 0.0) + value * samples
-        if other is not None:
-            agree = float((student.argmax(1) == other.argmax(1)).sum())
-            sums["agreement"] = sums.get("agreement", 0.0) + agree
         self.position.samples += samples
 
     def _curvature_is_due(self) -> bool:
@@ -284,26 +297,27 @@ class Trainer:
             return total_loss(phase.student, self.model(x), other, labels)[0]
 
         with self._evaluated():
-            deltas = refresh_delta(loss)
-        for buffer in self.model.buffers():
-            if id(buffer) in deltas and self.accelerator.num_processes > 1:
-                buffer.copy_(self.accelerator.reduce(buffer, "mean"))
+            refresh_delta(loss)
+        self.processes.share_buffers(self.model)
         restore_random_state(saved, self.generators)
 
     # -- data
 
-    def _batches(self) -> Iterator[Any]:
-        """Batches of this epoch, from where it stands: a resumed epoch draws and drops what it has seen already."""
+    def _batches(self) -> Iterator[tuple[Any, bool]]:
+        """Batches of this epoch, and whether they count: a resumed epoch draws and drops what it has seen already."""
         resumed, self._resumed_state = self._resumed_state, None
         if resumed is not None:
             restore_random_state(resumed["epoch_start"], self.generators)
         self._epoch_start = random_state(self.generators)
+        if hasattr(sampler := getattr(self.loader, "sampler", None), "set_epoch"):
+            sampler.set_epoch(self.position.epoch)  # type: ignore[union-attr]
         batches = iter(self.loader)
         for _ in range(self.position.step_in_epoch):
             next(batches)
         if resumed is not None:
             restore_random_state(resumed["now"], self.generators)
-        yield from batches
+        for batch in batches:
+            yield batch, getattr(self.loader, "counts", True)
         if self.position.step_in_epoch == 0:
             raise TrainingError("loader is empty: it yielded no batch. Check the data set and drop_last.")
 
@@ -315,12 +329,17 @@ class Trainer:
             x, targets = self.augment(x, targets)
         return x, targets
 
-    def _sharded(self, loader: Iterable[Any]) -> Iterable[Any]:
-        """One process takes the loader as it is; several share its batches."""
-        if self.accelerator.num_processes == 1:
-            return loader
-        sharded: Iterable[Any] = self.accelerator.prepare_data_loader(loader, device_placement=False)
-        return sharded
+    def _shared_val_loader(self, val_loader: Iterable[Any] | None) -> Iterable[Any] | None:
+        """Held-out batches that this process evaluates: a share where each gets one, else all."""
+        if isinstance(val_loader, Sized) and len(val_loader) >= self.processes.count:
+            return shared(val_loader, self.processes)
+        return val_loader
+
+    def _val_batches(self) -> Iterator[Any]:
+        assert self.val_loader is not None
+        for batch in self.val_loader:
+            if getattr(self.val_loader, "counts", True):
+                yield batch
 
     # -- set-up
 
@@ -381,7 +400,7 @@ class Trainer:
             with self._autocast():
                 return teacher_logits(self.teacher, phase, (x,), {}).float()
 
-        self.cache.fill(inputs, logits, self.accelerator)
+        self.cache.fill(inputs, logits, self.processes)
         restore_random_state(saved, self.generators)
 
     def _prepared_teacher(self, teacher: nn.Module) -> nn.Module:
@@ -435,6 +454,7 @@ class Trainer:
         with torch.no_grad(), self._autocast():
             for batch in itertools.islice(self.loader, self.settings.recalibrate_batches):
                 self.model(self._on_device(batch, self.epochs[0])[0])
+        self.processes.share_buffers(self.model)
         restore_random_state(randomness, self.generators)
         try:
             yield
@@ -450,7 +470,7 @@ class Trainer:
     def _evaluate(self) -> dict[str, float]:
         if self.val_loader is None:
             return {}
-        return evaluate(self.model, self.teacher, self.val_loader, self.batch_fn, self.device)
+        return evaluate(self.model, self.teacher, self._val_batches(), self.batch_fn, self.device)
 
     def _rate(self, started: float, first: int) -> float:
         return (self.position.samples - first) / (time.perf_counter() - started)
@@ -476,9 +496,33 @@ class Trainer:
 
     # -- checkpoints
 
-    def _checkpoint(self) -> None:
-        if self.store is None or not self.accelerator.is_main_process:
+    def _require_agreement(self, loader: Iterable[Any]) -> None:
+        """Several processes make their steps and their checkpoints together, or wait for each other for ever."""
+        self.processes.require_equal("the length of loader", len(loader))  # type: ignore[arg-type]
+        where = None if self.store is None else str(self.store.folder)
+        self.processes.require_equal("checkpoint_dir and checkpoint_every", (where, self.checkpoint_every))
+        if self.store is not None:
+            self.store.fingerprint["processes"] = self.processes.count
+
+    def _begin(self, resume: bool) -> None:
+        """Go on from the newest checkpoint, or start a run of its own. The first process reads for all."""
+        if self.store is None:
             return
+        if not resume:
+            self.processes.on_main(self.store.begin)
+        elif (state := self.processes.on_main(self.store.load)) is not None:
+            self._restore(state)
+
+    def _checkpoint(self) -> None:
+        if self.store is None:
+            return
+        epoch_start = self.processes.gather(self._epoch_start)  # with it, a resumed epoch shuffles alike
+        now = self.processes.gather(random_state(self.generators))
+        self.processes.on_main(lambda: self._write({"epoch_start": epoch_start, "now": now}))
+
+    def _write(self, randomness: dict[str, Any]) -> None:
+        """Write a checkpoint and the history; the first process does, for all."""
+        assert self.store is not None
         state: dict[str, Any] = {
             "student": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -486,8 +530,7 @@ class Trainer:
             "position": vars(self.position),
             "best": vars(self.best),
             "history": self.history,
-            "epoch_start": self._epoch_start,  # with it, a resumed epoch shuffles alike
-            "now": random_state(self.generators),
+            **randomness,
         }
         if self.ema is not None:
             state["ema"] = self.ema.state_dict()
@@ -497,8 +540,7 @@ class Trainer:
             state["teacher_optimizer"] = self.teacher_optimizer.state_dict()
             state["teacher_scheduler"] = self.teacher_scheduler.state_dict()
         self.store.save(self.position.step, state)
-        lines = "".join(json.dumps(row) + "\n" for row in self.history)
-        write_atomic(Path(self.store.folder) / "history.jsonl", lines, CheckpointError)
+        self.store.save_history(self.history)
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["student"])
@@ -513,17 +555,15 @@ class Trainer:
             self.teacher_scheduler.load_state_dict(state["teacher_scheduler"])
         self.position, self.best = Position(**state["position"]), Best(**state["best"])
         self.history = state["history"]
+        assert self.store is not None
+        # A run that was killed may have left a history of before this checkpoint, or of after it.
+        store = self.store
+        self.processes.on_main(lambda: store.save_history(self.history))
+        mine = {name: state[name][self.processes.index] for name in ("epoch_start", "now")}
         if self.position.step_in_epoch:
-            self._resumed_state = state
+            self._resumed_state = mine
         else:
-            restore_random_state(state["now"], self.generators)
-
-
-def _generators(loader: Iterable[Any]) -> list[torch.Generator]:
-    """Generators of a DataLoader's own, which its shuffling draws from."""
-    owners = (loader, getattr(loader, "sampler", None), getattr(loader, "dataset", None))
-    found = [generator for owner in owners if isinstance(generator := getattr(owner, "generator", None), torch.Generator)]
-    return list({id(generator): generator for generator in found}.values())
+            restore_random_state(mine["now"], self.generators)
 
 
 def _groups(batches: Iterator[Any], size: int) -> Iterator[list[Any]]:

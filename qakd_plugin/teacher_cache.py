@@ -15,12 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from ._files import atomic_path
 from .errors import CheckpointError, QakdError
+from .processes import Processes
 
 _log = logging.getLogger(__name__)
 _DIGEST = 16
@@ -50,31 +49,27 @@ class TeacherCache:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def fill(self, batches: Iterable[Tensor], logits: Callable[[Tensor], Tensor], accelerator: Accelerator) -> None:
+    def fill(self, batches: Iterable[Tensor], logits: Callable[[Tensor], Tensor], processes: Processes) -> None:
         """One pass over the data, unless the file was there already; several processes share the work and the result.
 
         Args:
             batches: inputs, as training will see them.
             logits: the teacher's forward pass.
-            accelerator: of the run.
+            processes: that train together.
         """
         if self._rows:
             return
         found: dict[bytes, Tensor] = {}
         for x in batches:
             found.update(zip(_digests(x), logits(x).cpu(), strict=True))
-        found = {key: row for part in gather_object([found]) for key, row in part.items()}
+        found = {key: row for part in processes.gather(found) for key, row in part.items()}
         keys = np.frombuffer(b"".join(found), dtype=np.uint8).reshape(-1, _DIGEST)
         content = {
             "teacher": self._checksum,
             "samples": torch.from_numpy(keys.copy()),
             "logits": torch.stack([*found.values()]),
         }
-        if accelerator.is_main_process:
-            with atomic_path(self.path, CheckpointError) as temporary:
-                torch.save(content, temporary)
-            _log.info("%s: logits of %d samples.", self.path, len(found))
-        accelerator.wait_for_everyone()
+        processes.on_main(lambda: self._write(content))
         self._read()
 
     def start_epoch(self) -> None:
@@ -100,6 +95,11 @@ class TeacherCache:
                 "augmentation by sample, or remove the file to make it anew."
             )
         return teacher(x)
+
+    def _write(self, content: dict[str, Any]) -> None:
+        with atomic_path(self.path, CheckpointError) as temporary:
+            torch.save(content, temporary)
+        _log.info("%s: logits of %d samples.", self.path, len(content["samples"]))
 
     def _read(self) -> None:
         try:

@@ -30,21 +30,21 @@ class Tracking:
     ) -> None:
         if trackers is None:
             trackers = ["tensorboard"] if folder is not None and find_spec("tensorboard") else []
-        self._trackers: list[Any] = []
-        if not trackers:
-            return
         for tracker in trackers:
             if isinstance(tracker, str) and not _is_known(tracker, folder):
                 raise QakdError(
                     f"trackers: {tracker!r} is not a tracker that accelerate knows and finds installed"
                     f"{'' if folder else ', or it writes files and needs checkpoint_dir'}. Install it, or pass trackers=()."
                 )
-        accelerator = Accelerator(log_with=list(trackers), project_dir=None if folder is None else str(folder))
-        accelerator.init_trackers("tracking", dict(configuration))
-        self._trackers = accelerator.trackers
+        self._wanted, self._folder, self._configuration = list(trackers), folder, dict(configuration)
+        self._trackers: list[Any] = []
 
     def on_epoch_end(self, row: Mapping[str, Any]) -> None:
         """Numbers of one epoch, over epochs."""
+        if self._wanted and not self._trackers:  # not before: a run that is refused leaves nothing behind
+            accelerator = Accelerator(log_with=self._wanted, project_dir=None if self._folder is None else str(self._folder))
+            accelerator.init_trackers("tracking", self._configuration)
+            self._trackers = accelerator.trackers
         numbers = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "epoch"}
         for tracker in self._trackers:
             tracker.log(numbers, step=row["epoch"])

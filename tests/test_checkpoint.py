@@ -1,12 +1,14 @@
 """Checkpoints are whole, safe, and belong to their run."""
 
 import pickle
+import re
 
 import pytest
 import torch
 
-from qakd_plugin import SQAKD, CheckpointError, distill
+from qakd_plugin import LSQ, SQAKD, CheckpointError, TrainingError, distill, prepare, use_quantizers
 from qakd_plugin.checkpoint import CheckpointStore
+from qakd_plugin.demo.net import DigitNet
 
 
 @pytest.fixture
@@ -62,6 +64,81 @@ def test_a_checkpoint_of_another_method_is_refused(tmp_path, make_student, teach
         distill(make_student("torch_ao"), teacher, batches, epochs=1, checkpoint_dir=tmp_path, resume=True)
     with pytest.raises(CheckpointError, match="loader length"):
         distill(make_student(), teacher, batches[:-1], epochs=1, checkpoint_dir=tmp_path, resume=True)
+
+
+def test_a_checkpoint_of_another_model_is_refused_and_the_first_difference_named(tmp_path, make_student, teacher, batches):
+    distill(make_student(), teacher, batches, epochs=1, checkpoint_dir=tmp_path)
+    with pytest.raises(CheckpointError, match=r"quantizers is '.* of 8 bits' there and '.* of 4 bits' here"):
+        distill(make_student(bits=4), teacher, batches, epochs=1, checkpoint_dir=tmp_path, resume=True)
+    with pytest.raises(CheckpointError, match=r"quantizers is '.* of 8 bits' there and '.* of 8 bits, LSQ' here"):
+        distill(use_quantizers(make_student(), LSQ()), teacher, batches, epochs=1, checkpoint_dir=tmp_path, resume=True)
+    torch.manual_seed(0)
+    wide = DigitNet(width=4).eval()
+    student = prepare(wide, [x for x, _ in batches], "modelopt")
+    with pytest.raises(
+        CheckpointError, match=r"parameters is 'stem\.0\.weight \(8, .*' there and 'stem\.0\.weight \(4, .*' here"
+    ):
+        distill(student, wide, batches, epochs=1, checkpoint_dir=tmp_path, resume=True)
+
+
+def test_a_new_run_does_not_mix_with_the_checkpoints_of_an_old_one(tmp_path, make_student, teacher, batches):
+    distill(make_student(), teacher, batches, epochs=2, checkpoint_dir=tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointError, match=r"earlier run.*resume=True"):
+        distill(make_student(), teacher, batches, epochs=2, checkpoint_dir=tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_remains_of_a_killed_write_are_removed_and_nothing_else(store):
+    store.save(1, {"step": 1})
+    remains = [store.folder / f".{name}.abc.tmp" for name in (next(store.folder.iterdir()).name, "history.jsonl")]
+    others = [store.folder / name for name in (".notes.tmp", "notes.txt")]
+    for path in (*remains, *others):
+        path.write_text("half")
+    assert store.load()["step"] == 1
+    assert not any(path.exists() for path in remains)
+    assert all(path.exists() for path in others)
+
+
+def test_a_damaged_checkpoint_does_not_count_among_those_that_are_kept(store):
+    for step in (1, 2):
+        store.save(step, {"step": step})
+    damaged = store.newest()
+    damaged.write_bytes(b"half")
+    assert store.load()["step"] == 1
+    assert (store.folder / f"damaged-{damaged.name}").exists()
+    store.save(3, {"step": 3})
+    assert [path.name[:14] for path in sorted(store.folder.glob("step-*"))] == ["step-000000001", "step-000000003"]
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_divergence_names_step_phase_gradient_norm_and_the_last_good_checkpoint(what, tmp_path, make_student, teacher, batches):
+    student = make_student()
+
+    class Diverge:
+        def on_step_end(self, step, losses):
+            if step == 8:
+                with torch.no_grad():
+                    student.head.weight.fill_(float("nan"))
+
+    def explode(gradient):
+        return gradient * float("inf") if list(tmp_path.glob("step-*")) else gradient
+
+    if what == "gradient":
+        student.head.weight.register_hook(explode)
+    with pytest.raises(TrainingError) as caught:
+        distill(
+            student, teacher, batches, epochs=2, checkpoint_dir=tmp_path, checkpoint_every=4,
+            callbacks=[Diverge()] if what == "loss" else [],
+        )  # fmt: skip
+    message = str(caught.value)
+    newest = max(tmp_path.glob("step-*.pt"))
+    step = 8 if what == "loss" else 4
+    assert f"step {step} " in message
+    assert "phase 'distill'" in message
+    assert re.search(r"(gradient norm was \d|norm is (inf|nan))", message)
+    assert f"The last good checkpoint is {newest}." in message
+    assert newest.name.startswith(f"step-{step:09d}")
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, make_student, teacher, batches):
