@@ -241,8 +241,9 @@ class Trainer:
     def _gradients_stay_here(self, more: bool) -> Iterator[None]:
         """Within the block processes do not average gradients, if there are ``more`` to come before the step."""
         with ExitStack() as stack:
-            for network in (self.student, self.teacher) if more else ():
-                stack.enter_context(self.accelerator.no_sync(network))
+            for network in (self.student, self.teacher):
+                if more and network is not None:
+                    stack.enter_context(self.accelerator.no_sync(network))
             yield
 
     def _update(self, optimizer: torch.optim.Optimizer, network: nn.Module, phase: Phase, loss: float) -> None:

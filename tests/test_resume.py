@@ -127,6 +127,20 @@ def test_killed_at_an_exact_moment_a_run_ends_with_the_same_bits(moment, server,
     _require_same(_finish(server, tmp_path, ONE_QKD), whole(ONE_QKD))
 
 
+def test_averages_and_accumulated_gradients_survive_a_kill(server, whole, tmp_path):
+    case = {**ONE_SQAKD, "options": {"accumulate": 3, "ema": 0.9, "recalibrate_batches": 2}}
+    codes = server.run(tmp_path, folder=str(tmp_path / "checkpoints"), die=("step", 8), **case)
+    assert codes == [-9], _log(tmp_path)
+    _require_same(_finish(server, tmp_path, case), whole(case))
+
+
+def test_a_checkpoint_of_other_settings_is_refused(server, tmp_path):
+    folder = str(tmp_path / "checkpoints")
+    assert server.run(tmp_path, folder=folder, **ONE_SQAKD) == [0], _log(tmp_path)
+    assert server.run(tmp_path, folder=folder, **{**ONE_SQAKD, "options": {"ema": 0.9}}) == [1]
+    assert "belongs to another run: settings" in (tmp_path / "error-0.txt").read_text()
+
+
 @pytest.mark.parametrize(("victim", "moment"), [(0, ("write", 5)), (1, ("augment", 12)), (1, ("epoch", 1))])
 def test_when_one_of_two_is_killed_the_run_goes_on_with_the_same_bits(victim, moment, server, whole, tmp_path):
     codes = server.run(tmp_path, folder=str(tmp_path / "checkpoints"), die=moment, victim=victim, **TWO_QKD)

@@ -66,6 +66,20 @@ def test_two_processes_give_the_weights_of_one_with_the_joined_batch(method, too
         assert all(row[name] == pytest.approx(other[name], abs=2e-2 if "agreement" in name else 2e-3) for name in numbers)
 
 
+def test_two_processes_accumulate_average_and_share_cached_logits_as_one_does(server, tmp_path):
+    order = {"method": "SQAKD", "toolkit": "modelopt", "quantizers": "LSQ", **ALIKE}
+    results = []
+    for processes in (1, 2):
+        options = {"accumulate": 2, "ema": 0.9, "cache_teacher": str(tmp_path / f"logits-{processes}.pt")}
+        results.append(_run(server, tmp_path / str(processes), processes, options=options, **order))
+    (expected,), found = results
+    _require_equal_ranks(found)
+    for name, value in expected["student"].items():
+        assert torch.allclose(found[0]["student"][name].float(), value.float(), rtol=0, atol=2e-4), name
+    sizes = [len(torch.load(tmp_path / f"logits-{processes}.pt", weights_only=True)["logits"]) for processes in (1, 2)]
+    assert sizes == [32 * BATCHES] * 2
+
+
 @pytest.mark.parametrize(
     ("method", "toolkit", "quantizers"), [("QKD", "pt2e", "own"), ("SQAKD", "pt2e", "EWGS"), ("QKD", "modelopt", "LSQ")]
 )

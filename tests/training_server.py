@@ -165,6 +165,7 @@ class Trainings:
             student, teacher, self.loader(order, order["processes"]), method=METHODS[order["method"]], epochs=EPOCHS, seed=3,
             val_loader=held_out, augment=augment, checkpoint_dir=order.get("folder"), resume=bool(order.get("folder")),
             checkpoint_every=EVERY if order.get("folder") else None, callbacks=[deaths], trackers=(), lr=order.get("lr", 1e-2),
+            **order.get("options", {}),
         )  # fmt: skip
         history = [{name: value for name, value in row.items() if name != "images_per_second"} for row in result.history]
         return {
