@@ -209,6 +209,15 @@ def require_teacher(method: Method, phases: Sequence[Phase], teacher: nn.Module 
         )
 
 
+def refuse_features(method: Method, phases: Sequence[Phase], bridge: str) -> None:
+    """Raise QakdError where a method compares features, which a bridge to another library does not pick up."""
+    if any(phase.features for phase in phases):
+        raise QakdError(
+            f"{type(method).__name__}(features=...): {bridge} compares logits only. Use qakd.distill or qakd.attach, or leave "
+            "features out."
+        )
+
+
 def teacher_logits(teacher: nn.Module | None, phase: Phase, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The teacher's logits: with gradients where it learns in this phase, in eval mode and without them otherwise."""
     assert teacher is not None

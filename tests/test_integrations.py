@@ -509,3 +509,21 @@ def test_hugging_face_refuses_phases_and_other_toolkits(prepared, mentor, batche
     trainer = DistillationTrainer(prepared(), _arguments(tmp_path), teacher=None, method=QAT(), train_dataset=unlabelled)
     with pytest.raises(LabelsRequiredError, match="QAT"):
         trainer.train()
+
+
+# -- all of them
+
+
+def test_features_are_refused_and_not_left_out(prepared, mentor, tmp_path):
+    from qakd_plugin.integrations.huggingface import DistillationTrainer
+    from qakd_plugin.integrations.lightning import DistillationModule
+    from qakd_plugin.integrations.modelopt_distill import kd_loss_config
+
+    method = SQAKD(features=Features(["head"]))
+    for make in (
+        lambda: DistillationTrainer(prepared(), _arguments(tmp_path), teacher=mentor, method=method),
+        lambda: DistillationModule(prepared(), mentor, method),
+        lambda: kd_loss_config(prepared(), mentor, method),
+    ):
+        with pytest.raises(QakdError, match=r"features=...*compares logits only"):
+            make()

@@ -10,7 +10,7 @@ from torch import nn
 from .._optional import require
 from ..backends import adapter_for
 from ..errors import QakdError
-from ..hooks import logits_of, require_teacher, teacher_logits, unwrapped
+from ..hooks import logits_of, refuse_features, require_teacher, teacher_logits, unwrapped
 from ..methods import SQAKD, Method, require_labels, total_loss
 from ..optim import Settings, student_optimizer
 from ..precision import float32_quantizers
@@ -57,6 +57,7 @@ class DistillationTrainer(_Trainer):  # type: ignore[misc]
         self.adapter = adapter_for(model)
         phases = self.method.phases(100)
         require_teacher(self.method, phases, teacher)
+        refuse_features(self.method, phases, "DistillationTrainer")
         self._require_supported(len(phases))
         (self.phase,) = phases
         self.quantizer_lr = quantizer_lr

@@ -12,7 +12,7 @@ from .._optional import require
 from ..backends import adapter_for
 from ..batches import BatchFn, default_batch
 from ..errors import QakdError
-from ..hooks import require_teacher, teacher_logits
+from ..hooks import refuse_features, require_teacher, teacher_logits
 from ..methods import SQAKD, Method, Phase, require_labels, total_loss
 from ..modes import eval_mode
 from ..optim import Settings, cosine_schedule, quantizer_parameters, student_optimizer, teacher_optimizer
@@ -36,8 +36,8 @@ class DistillationModule(_LightningModule):  # type: ignore[misc]
         prepared_model: prepared and calibrated by a supported toolkit; trained in place.
         teacher: full-precision network; None for methods that need none.
         method: SQAKD() by default.
-        settings: learning rates, weight decay, ``grad_clip`` and ``warmup``, as ``distill`` takes them. Its
-            ``mixed_precision`` is not read: that is ``Trainer(precision=...)``.
+        settings: learning rates, weight decay, ``grad_clip`` and ``warmup``, as ``distill`` takes them. The others are not
+            read: precision, accumulation, averages and early stop are the Trainer's.
         batch_fn: splits a batch into (images, labels or None).
 
     Raises:
@@ -62,6 +62,7 @@ class DistillationModule(_LightningModule):  # type: ignore[misc]
         self.student = prepared_model
         phases = self.method.phases(100)  # only what they learn from; how long they are says the Trainer
         require_teacher(self.method, phases, teacher)
+        refuse_features(self.method, phases, "DistillationModule")
         learns = any(phase.teacher for phase in phases)
         self.automatic_optimization = not learns
         if learns and teacher is not None:

@@ -14,7 +14,7 @@ from torch.nn.modules.loss import _Loss
 from .._optional import require
 from ..backends import adapter_for
 from ..errors import QakdError
-from ..hooks import logits_of
+from ..hooks import logits_of, refuse_features
 from ..losses import kl_divergence
 from ..methods import KD, SQAKD, Method
 
@@ -80,6 +80,7 @@ def kd_loss_config(prepared_model: nn.Module, teacher: nn.Module, method: Method
     if toolkit != "modelopt":
         raise QakdError(f"mtd.convert takes models of ModelOpt, and prepared_model was prepared by {toolkit}: use qakd.attach.")
     method = SQAKD() if method is None else method
+    refuse_features(method, method.phases(1), "a criterion of mtd.convert")
     if isinstance(method, SQAKD):
         alpha = None
     elif isinstance(method, KD):
