@@ -16,6 +16,7 @@ from qakd_plugin import (
     QAT,
     QKD,
     SQAKD,
+    Features,
     LabelsRequiredError,
     QakdError,
     attach,
