@@ -223,11 +223,11 @@ def accuracies(seeds: int, device: str) -> dict[str, list[float]]:
             result = distill(
                 student.to(device),
                 teacher,
-                digits.loader("train", shuffle=True),
+                digits.loader("train", shuffle=True, seed=seed),
                 epochs=8,
                 seed=seed,
                 mixed_precision=precision,
-                val_loader=digits.loader("val"),
+                val_loader=digits.loader("validation"),
             )
             scores = evaluate(result.model, None, digits.loader("test"), default_batch, torch.device(device))
             values.append(scores["val_accuracy"])
