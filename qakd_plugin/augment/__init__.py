@@ -2,3 +2,7 @@
 
 from .candidates import Candidate as Candidate
 from .candidates import default_candidates as default_candidates
+from .cmi import AugmentationScore as AugmentationScore
+from .cmi import CmiStatistics as CmiStatistics
+from .compositions import Search as Search
+from .ranking import Ranking as Ranking
