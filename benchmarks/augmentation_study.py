@@ -5,13 +5,13 @@
 
 SQAKD students (ModelOpt, W2A2 and W4A4) are trained under each candidate in several regimes: data sets (handwritten digits, and
 glyphs rendered from fonts), numbers of images and epochs, a teacher trained with and without a strong augmentation. Each metric
-is computed once per regime on the student's training images, with the teacher only, and correlated with the students' accuracy on
-test images over the candidates (mean over seeds): Spearman and Kendall, with p-values. Signs are such that a metric that works is
-positive.
+is computed once per regime on the student's training images, with the teacher only, and correlated with the students' accuracy
+on test images over the candidates (mean over seeds): Spearman and Kendall, with p-values. Signs are such that a metric that
+works is positive.
 
-Every trained student is a file in --cells: a run that was stopped goes on, and several processes (--part 0/2, --part 1/2) share the
-work. Students of a seed share initial weights, order of batches and number of steps. The networks are residual with 8 channels in
-the first stage, images 24x24 (glyphs) and 32x32 (digits); the teacher saw more glyphs than the students do.
+Every trained student is a file in --cells: a run that was stopped goes on, and several processes (--part 0/2, --part 1/2) share
+the work. Students of a seed share initial weights, order of batches and number of steps. The networks are residual with 8
+channels in the first stage, images 24x24 (glyphs) and 32x32 (digits); the teacher saw more glyphs than the students do.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ REGIMES = (
     Regime("digits", 1078, 12, 4),
 )
 FULL_REGIMES = (
-    *(Regime("glyphs", n, e, b, s) for n, e in ((16000, 8), (16000, 64), (4000, 32), (1000, 128)) for b in (2, 4) for s in (False, True)),
-    *(Regime("digits", 1078, e, b) for e in (20, 100) for b in (2, 4)),
+    *(Regime("glyphs", n, e, b, s) for n, e in ((16000, 8), (16000, 64), (4000, 32), (1000, 128)) for b in (2, 4) for s in
+    (False, True)), *(Regime("digits", 1078, e, b) for e in (20, 100) for b in (2, 4)),
 )  # fmt: skip
 
 
@@ -169,7 +169,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, help="students per candidate and regime (2; 5 with --full)")
     parser.add_argument("--full", action="store_true", help="the large study")
-    parser.add_argument("--cells", type=Path, default=Path("runs/augmentation_study"), help="one file per student (%(default)s)")
+    parser.add_argument(
+        "--cells", type=Path, default=Path("runs/augmentation_study"), help="one file per student (%(default)s)"
+    )
     parser.add_argument("--part", default="0/1", help="which share of the students to train, e.g. 0/2; only 0/1 evaluates")
     options = parser.parse_args()
     torch.set_num_threads(1)

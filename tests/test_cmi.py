@@ -114,7 +114,9 @@ def test_renaming_classes_changes_nothing():
 
 def test_repeated_data_score_the_same():
     logits, targets = _random(150, 6, 6, soft=True)
-    assert cmi_score(logits.repeat(3, 1), targets.repeat(3, 1)).score == pytest.approx(cmi_score(logits, targets).score, abs=1e-12)
+    assert cmi_score(logits.repeat(3, 1), targets.repeat(3, 1)).score == pytest.approx(
+        cmi_score(logits, targets).score, abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("magnitude", [1.0, 100.0])
@@ -146,7 +148,9 @@ def test_memory_does_not_grow_with_the_number_of_images():
     statistics = CmiStatistics(5)
 
     def size():
-        return sum(value.nbytes for block in statistics.blocks for value in vars(block).values() if isinstance(value, torch.Tensor))
+        return sum(
+            value.nbytes for block in statistics.blocks for value in vars(block).values() if isinstance(value, torch.Tensor)
+        )
 
     before = size()
     for seed in range(5):
@@ -156,7 +160,7 @@ def test_memory_does_not_grow_with_the_number_of_images():
 
 
 def test_the_interval_covers_the_score_of_all_images_as_often_as_it_says():
-    """A population of 20,000; many samples of 400 each, of which one in twenty may miss. CMI's bias at 100 per class is small."""
+    """A population of 20,000; many samples of 400 each, of which one in twenty may miss."""
     logits, targets = _random(20_000, 4, 11)
     truth = cmi_score(logits, targets).score
     hits = 0

@@ -14,7 +14,8 @@ from torchvision.transforms import v2
 
 from ..errors import QakdError
 
-Candidates: TypeAlias = Mapping[str, "Callable[[Tensor], Tensor] | None"] | Sequence["Candidate | Callable[[Tensor], Tensor] | str"]
+Transform: TypeAlias = Callable[[Tensor], Tensor]
+Candidates: TypeAlias = Mapping[str, "Transform | None"] | Sequence["Candidate | Transform | str"]
 """What users may pass: {name: callable}, or a sequence of Candidates, callables and names of the default list."""
 
 MIXES = {"cutmix": v2.CutMix, "mixup": v2.MixUp}
@@ -85,7 +86,8 @@ class Candidate:
                 augmented = torch.stack([self._one(image, seeds, index) for index, image in enumerate(images)])
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
             raise QakdError(
-                f"candidate {self.name!r} failed on images {tuple(images.shape)} {images.dtype}: {error} Leave it out, or adapt it."
+                f"candidate {self.name!r} failed on images {tuple(images.shape)} {images.dtype}: {error} "
+                "Leave it out, or adapt it."
             ) from error
         return self._checked(images, augmented)
 
@@ -135,8 +137,8 @@ def one_hot(labels: Tensor, num_classes: int | None) -> Tensor:
 
 
 def default_candidates() -> tuple[Candidate, ...]:
-    """The sixteen of the paper: none, AugMix, AutoAugment (three policies), RandAugment, TrivialAugmentWide, RandomErasing, each
-    alone and followed by CutMix; with torchvision's default settings, on top of what the loader does (crop, flip).
+    """The sixteen of the paper: none, AugMix, AutoAugment (three policies), RandAugment, TrivialAugmentWide, RandomErasing,
+    each alone and followed by CutMix; with torchvision's default settings, on top of what the loader does (crop, flip).
 
     Source: Kur and Zhao, 2025, arXiv 2509.03850.
     """
@@ -197,7 +199,7 @@ def _candidate(name: str | None, item: object) -> Candidate:
         return Candidate(name or "none")
     if not callable(item):
         raise QakdError(f"candidate {name or item!r} must be a callable on images, got {type(item).__name__}.")
-    name = name or getattr(item, "__name__", type(item).__name__)
+    name = name or str(getattr(item, "__name__", type(item).__name__))
     if isinstance(item, v2.CutMix | v2.MixUp):
         return Candidate(name, mix="cutmix" if isinstance(item, v2.CutMix) else "mixup")
     return Candidate(name, item, per_image=isinstance(item, v2.Transform))

@@ -1,7 +1,7 @@
 """Contextual mutual information of a teacher's predictions, in one pass.
 
-For images x with labels y and a teacher's predictions P_x (softmax at temperature 1), with Q_y the mean of P_x over the images of
-class y:
+For images x with labels y and a teacher's predictions P_x (softmax at temperature 1), with Q_y the mean of P_x over the images
+of class y:
 
 - contextual mutual information, CMI = mean over x of KL(P_x || Q_y): what predictions say beyond the label;
 - centroid divergence = mean over the classes that occur of -log Q_y[y]: how far a class's mean prediction is from its label;
@@ -47,8 +47,8 @@ class AugmentationScore:
         cmi: contextual mutual information, not negative: what predictions say beyond the label.
         centroid_divergence: mean over classes of -log of the mean probability of the class.
         cross_entropy: mean of -log of the label's probability: the teacher's loss.
-        variance: mean over images of |P_x - Q_y|^2, the teacher's variance within classes, as a baseline: lower is better. (Wang
-            et al., NeurIPS 2022, arXiv 2012.02909, compare augmentations by the standard deviation of the teacher's mean
+        variance: mean over images of |P_x - Q_y|^2, the teacher's variance within classes, as a baseline: lower is better.
+            (Wang et al., NeurIPS 2022, arXiv 2012.02909, compare augmentations by the standard deviation of the teacher's mean
             probability over repeated draws, which one pass does not give; this is its counterpart for single draws.)
         num_samples: images that were scored.
         interval: confidence interval of ``score``, by a jackknife over blocks of images.
@@ -160,8 +160,8 @@ class Figures:
 class CmiStatistics:
     """Streaming CMI: predictions go in batch by batch; what is kept does not grow with their number.
 
-    Image number i belongs to block i modulo ``blocks``; leaving out one block at a time (jackknife) says how far the figures can be
-    trusted. Memory is O(blocks C^2).
+    Image number i belongs to block i modulo ``blocks``; leaving out one block at a time (jackknife) says how far the figures
+    can be trusted. Memory is O(blocks C^2).
 
     Args:
         num_classes: C.
@@ -246,7 +246,8 @@ class Jackknife:
     """How far a figure can be trusted, by leaving out one block of images at a time.
 
     Attributes:
-        corrected: the figure without its bias of first order: centroids of few images lie too close to them, so CMI is too small.
+        corrected: the figure without its bias of first order: centroids of few images lie too close to them, so CMI is too
+            small.
         error: standard error; infinite with fewer than two blocks.
         freedom: blocks - 1.
     """
@@ -327,12 +328,15 @@ def check_pair(logits: Tensor, targets: Tensor, classes: int, start: int = 0) ->
         return
     if targets.shape != logits.shape[:1] or targets.dtype == torch.bool or targets.is_complex():
         raise QakdError(
-            f"targets must be int64 ({len(logits)},) or float {tuple(logits.shape)}, got {targets.dtype} {tuple(targets.shape)}."
+            f"targets must be int64 ({len(logits)},) or float {tuple(logits.shape)}, "
+            f"got {targets.dtype} {tuple(targets.shape)}."
         )
     wrong = (targets < 0) | (targets >= classes)
     if wrong.any():
         row = int(wrong.nonzero()[0])
-        raise QakdError(f"targets: label {int(targets[row])} of image {start + row} is out of range: it must lie in 0..{classes - 1}.")
+        raise QakdError(
+            f"targets: label {int(targets[row])} of image {start + row} is out of range: it must lie in 0..{classes - 1}."
+        )
 
 
 def _check_soft(logits: Tensor, targets: Tensor, start: int) -> None:

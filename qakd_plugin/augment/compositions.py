@@ -14,7 +14,9 @@ from ..errors import QakdError
 from .candidates import Candidate
 
 
-def _affine(image: Tensor, *, x: float = 0.0, y: float = 0.0, shear: Sequence[float] = (0.0, 0.0), scale: float = 1.0) -> Tensor:
+def _affine(
+    image: Tensor, *, x: float = 0.0, y: float = 0.0, shear: Sequence[float] = (0.0, 0.0), scale: float = 1.0
+) -> Tensor:
     height, width = image.shape[-2:]
     shift = [round(x * width), round(y * height)]
     moved: Tensor = F.affine(image, angle=0.0, translate=shift, scale=scale, shear=list(shear))
@@ -38,7 +40,7 @@ OPERATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "solarize": lambda image, m: F.solarize(image, 1 - abs(m)),
     "erase": lambda image, m: _erase(image, abs(m)),
 }
-"""By name: (image (C, H, W), magnitude from -1 to 1) -> image. torchvision's functions; 0 leaves the image (almost) as it is."""
+"""By name: (image (C, H, W), magnitude from -1 to 1) -> image. torchvision's functions; 0 changes (almost) nothing."""
 
 
 def _erase(image: Tensor, magnitude: float) -> Tensor:

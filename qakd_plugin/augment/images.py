@@ -47,8 +47,8 @@ class UnitRange:
         if not (low >= -1e-2 and high <= 1 + 1e-2):
             given = "after input_stats they lie" if self._stats is not None else "they lie"
             raise QakdError(
-                f"images must be in [0, 1] for an augmentation, but {given} in {low:.3g}..{high:.3g}. Pass input_stats=(mean, std) "
-                "of the loader's normalisation."
+                f"images must be in [0, 1] for an augmentation, but {given} in {low:.3g}..{high:.3g}. "
+                "Pass input_stats=(mean, std) of the loader's normalisation."
             )
         return x.clamp(0, 1) if low < 0 or high > 1 else x
 
@@ -75,8 +75,8 @@ class Chunk:
 class Source:
     """Reads images from what users pass, at most ``limit`` of them; equal seeds read equal images.
 
-    Data that can be indexed (a Dataset, a DataLoader over one, a list of batches) are shuffled; other iterables are taken in their
-    own order.
+    Data that can be indexed (a Dataset, a DataLoader over one, a list of batches) are shuffled; other iterables are taken in
+    their own order.
 
     Args:
         data: Dataset, DataLoader, list of batches, or another iterable of batches.
@@ -135,8 +135,8 @@ class Source:
         if not isinstance(self.data, Sequence):
             return _rechunked(split)
         images, labels = _joined(list(split))
-        order = torch.randperm(len(images), generator=draws)
-        return ((images[rows], None if labels is None else labels[rows]) for rows in order.split(CHUNK))
+        shuffled = torch.split(torch.randperm(len(images), generator=draws), CHUNK)
+        return ((images[rows], None if labels is None else labels[rows]) for rows in shuffled)
 
 
 def _indexed(data: Any) -> Dataset[Any] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, overload
 
@@ -33,12 +33,14 @@ class Ranking(Sequence[AugmentationScore]):
         records: one per candidate.
         candidates: the candidates, in the same order.
         teacher_forwards: images that went through the teacher.
+        num_classes: of the teacher.
         confidence: of intervals, of ties, and of the race.
     """
 
     records: tuple[AugmentationScore, ...]
     candidates: tuple[Candidate, ...]
     teacher_forwards: int
+    num_classes: int
     confidence: float
 
     @overload
@@ -56,7 +58,9 @@ class Ranking(Sequence[AugmentationScore]):
         """One line: what came first, by how much, and what the data leave open."""
         best = self.records[0]
         against, value = (
-            ("centroid divergence", best.centroid_divergence) if best.form == "centroid" else ("cross-entropy", best.cross_entropy)
+            ("centroid divergence", best.centroid_divergence)
+            if best.form == "centroid"
+            else ("cross-entropy", best.cross_entropy)
         )
         line = (
             f"{best.name}: score {best.score:.4f} (CMI {best.cmi:.4f} - {against} {value:.4f}) on {best.num_samples} images, "
@@ -87,16 +91,17 @@ def rank_augmentations(
 ) -> Ranking:
     """Rank augmentations for distillation by what the teacher says about augmented images; nothing is trained.
 
-    Every candidate sees the same images with the same draws: image number i of the order that ``seed`` gives has a seed of its own.
-    A race scores them on growing subsets (60 images or two per class, then twice as many each time) and gives up a candidate as
-    soon as the interval of its difference to the leader lies below zero. The probability that the candidate that would come first
-    on all images is given up is at most about 1 - ``confidence``: look k spends 1/(k (k + 1)) of it, shared by all pairs with the
-    leader (Bonferroni). Intervals are a jackknife's, by Student's t, and so approximate for few images per class.
+    Every candidate sees the same images with the same draws: image number i of the order that ``seed`` gives has a seed of its
+    own. A race scores them on growing subsets (40 images or two per class, then twice as many each time) and gives up a
+    candidate as soon as the interval of its difference to the leader lies below zero. The probability that the candidate that
+    would come first on all images is given up is at most about 1 - ``confidence``: look k spends 1/(k (k + 1)) of it, shared by
+    all pairs with the leader (Bonferroni). Intervals are a jackknife's, by Student's t, and so approximate for few images per
+    class.
 
     Args:
         teacher: full-precision network; used in eval mode and left as it was.
-        data: Dataset, DataLoader, or batches; float images (N, C, H, W). Their own transforms (crop, flip) stay in force. Data that
-            can be indexed are shuffled, iterables are taken in their order.
+        data: Dataset, DataLoader, or batches; float images (N, C, H, W). Their own transforms (crop, flip) stay in force. Data
+            that can be indexed are shuffled, iterables are taken in their order.
         candidates: {name: callable}, or a sequence of callables, ``Candidate`` and names; None for the sixteen of
             :func:`~qakd_plugin.augment.default_candidates`. torchvision transforms are called on each image, others on a batch.
         labels: "dataset", or "teacher": its own answers on the images before augmentation; then no labels are read.
@@ -255,6 +260,7 @@ class _Contest:
             tuple(self._record(runner) for runner in ordered),
             tuple(runner.candidate for runner in ordered),
             self.forwards,
+            self.classes,
             self.confidence,
         )
 
@@ -311,5 +317,3 @@ class _Contest:
             shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise QakdError(f"teacher must return logits (N, C), got {shape}.")
         return logits.float()
-
-
