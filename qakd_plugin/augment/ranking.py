@@ -21,6 +21,8 @@ from .images import CHUNK, Chunk, Source, Stats, UnitRange, require_dataset_labe
 
 _log = logging.getLogger(__name__)
 LABELS = ("dataset", "teacher")
+_GROWTH = 1.5
+"""Of the subset from one look to the next."""
 _PARTNER = 20
 """CutMix mixes an image with the one so many places before it in its chunk: of the same jackknife block."""
 
@@ -92,7 +94,7 @@ def rank_augmentations(
     """Rank augmentations for distillation by what the teacher says about augmented images; nothing is trained.
 
     Every candidate sees the same images with the same draws: image number i of the order that ``seed`` gives has a seed of its
-    own. A race scores them on growing subsets (40 images or two per class, then twice as many each time) and gives up a
+    own. A race scores them on growing subsets (40 images or two per class, then half as many again each time) and gives up a
     candidate as soon as the interval of its difference to the leader lies below zero. The probability that the candidate that
     would come first on all images is given up is at most about 1 - ``confidence``: look k spends 1/(k (k + 1)) of it, shared by
     all pairs with the leader (Bonferroni). Intervals are a jackknife's, by Student's t, and so approximate for few images per
@@ -195,7 +197,7 @@ class _Contest:
             if race and seen >= goal and len(running) > 1 and seen != self.source.total:
                 looks += 1
                 running = self._look(running, looks, len(runners), seen)
-                goal = 2 * seen
+                goal = math.ceil(_GROWTH * seen)
                 if len(running) == 1:
                     break
         if not seen:
