@@ -33,7 +33,7 @@ def console_table(ranking: Ranking) -> Table:
 
 def _cells(record: AugmentationScore) -> list[str]:
     spread = record.interval[1] - record.score
-    note = "tied" if record.tied_with_best else ("dropped" if record.dropped else "")
+    note = "tied" if record.tied_with_best else ("out" if record.dropped else "")
     return [
         record.name,
         f"{record.score:.3f} ± {spread:.3f}",
