@@ -71,76 +71,101 @@ class AugmentationScore:
 
 
 class Sums:
-    """Sums over a set of images from which every figure follows; float64, O(C^2).
+    """Sums over images from which every figure follows, kept apart for each block of images; float64, O(blocks C^2).
 
     Args:
+        blocks: how many.
         classes: C.
         device: where the sums are kept.
     """
 
-    def __init__(self, classes: int, device: torch.device | str = "cpu") -> None:
-        self.count = 0
-        self.mass = torch.zeros(classes, dtype=torch.float64, device=device)
-        """(C,): images of each class."""
-        self.predictions = torch.zeros(classes, classes, dtype=torch.float64, device=device)
-        """(C, C): row y is the sum of P_x over class y."""
-        self.log_hits = torch.full((classes,), -math.inf, dtype=torch.float64, device=device)
-        """(C,): log of the diagonal of ``predictions``, which may be too small for float64 itself."""
-        self.scalars = torch.zeros(3, dtype=torch.float64, device=device)
+    def __init__(self, blocks: int, classes: int, device: torch.device | str = "cpu") -> None:
+        self.count = torch.zeros(blocks, dtype=torch.float64, device=device)
+        self.mass = self.count.new_zeros(blocks, classes)
+        """Images of each class."""
+        self.predictions = self.count.new_zeros(blocks, classes, classes)
+        """Row y is the sum of P_x over class y."""
+        self.log_hits = self.count.new_full((blocks, classes), -math.inf)
+        """Log of the diagonal of ``predictions``, which may be too small for float64 itself."""
+        self.scalars = self.count.new_zeros(blocks, 3)
         """Sums of the entropy of P_x, of |P_x|^2 and of the cross-entropy."""
 
-    def add(self, log_probabilities: Tensor, targets: Tensor) -> None:
+    def add(self, log_p: Tensor, targets: Tensor, block: Tensor) -> None:
         """Count images.
 
         Args:
-            log_probabilities: float64 (n, C).
+            log_p: float64 (n, C), logarithms of the predictions.
             targets: int64 (n,) or float64 (n, C).
+            block: int64 (n,): of each image.
         """
-        p = log_probabilities.exp()
+        p, classes = log_p.exp(), log_p.shape[1]
         if targets.is_floating_point():
-            weight, mass, predictions = targets.sum(1), targets.sum(0), targets.T @ p
-            surprise = -(targets * log_probabilities).sum()
-            log_hits = (targets.log() + log_probabilities).logsumexp(0)
+            row, label = targets.nonzero(as_tuple=True)
+            weight = targets[row, label]
         else:
-            weight, mass = torch.ones_like(p[:, 0]), torch.bincount(targets, minlength=p.shape[1]).to(p)
-            predictions = torch.zeros_like(self.predictions).index_add_(0, targets, p)
-            own = log_probabilities.gather(1, targets[:, None])[:, 0]
-            surprise, log_hits = -own.sum(), _scatter_logsumexp(own, targets, p.shape[1])
-        entropy = -(p * log_probabilities).sum(1)
-        self.count += len(p)
-        self.mass += mass
-        self.predictions += predictions
-        self.log_hits = torch.logaddexp(self.log_hits, log_hits)
-        self.scalars += torch.stack([weight @ entropy, weight @ p.square().sum(1), surprise])
-
-    @classmethod
-    def union(cls, parts: Sequence[Sums]) -> Sums:
-        """The sums over several sets of images that do not overlap."""
-        whole = cls(len(parts[0].mass), parts[0].mass.device)
-        for part in parts:
-            whole.count += part.count
-            whole.mass += part.mass
-            whole.predictions += part.predictions
-            whole.scalars += part.scalars
-        whole.log_hits = torch.stack([part.log_hits for part in parts]).logsumexp(0)
-        return whole
+            row, label = torch.arange(len(p), device=p.device), targets
+            weight = torch.ones_like(p[:, 0])
+        cell = block[row] * classes + label
+        if len(row) <= 4 * len(p):
+            self.predictions.view(-1, classes).index_add_(0, cell, weight[:, None] * p[row])
+        else:  # labels with many classes each: as many rows would not fit
+            for index in range(len(self.count)):
+                mine = block == index
+                self.predictions[index].addmm_(targets[mine].T, p[mine])
+        hits = log_p[row, label]
+        self.count.index_add_(0, block, torch.ones_like(p[:, 0]))
+        self.mass.view(-1).index_add_(0, cell, weight)
+        new = _scatter_logsumexp(weight.log() + hits, cell, self.log_hits.numel())
+        self.log_hits = torch.logaddexp(self.log_hits, new.view_as(self.log_hits))
+        own = torch.stack([-(p * log_p).sum(1), p.square().sum(1)], 1)[row]
+        self.scalars.index_add_(0, block[row], weight[:, None] * torch.cat([own, -hits[:, None]], 1))
 
     def figures(self) -> Figures:
-        """CMI and the rest, of these images."""
-        present = self.mass > 0
-        mass, predictions = self.mass[present], self.predictions[present]
-        centroids = predictions / mass[:, None]
-        of_predictions, of_squares, surprise = self.scalars.tolist()
-        within = float(mass @ torch.special.entr(centroids).sum(1)) - of_predictions
-        spread = of_squares - float(mass @ centroids.square().sum(1))
-        far = mass.log() - self.log_hits[present]
-        # Rounding may leave a negative zero's worth of what cannot be negative.
-        return Figures(
-            cmi=max(within / self.count, 0.0),
-            centroid_divergence=float(far.mean()),
-            cross_entropy=surprise / self.count,
-            variance=max(spread / self.count, 0.0),
+        """CMI and the rest, of all images."""
+        return _figures(
+            self.count.sum(0, keepdim=True),
+            self.mass.sum(0, keepdim=True),
+            self.predictions.sum(0, keepdim=True),
+            self.log_hits.logsumexp(0, keepdim=True),
+            self.scalars.sum(0, keepdim=True),
+        )[0]
+
+    def without_each(self) -> list[Figures]:
+        """The same without the images of one block, for each block that has any; empty if fewer than two have."""
+        filled = self.count > 0
+        if int(filled.sum()) < 2:
+            return []
+        # Sums before a block and behind it: a difference from the whole would leave rounding where nothing is.
+        return _figures(
+            _sum_of_others(self.count[filled]),
+            _sum_of_others(self.mass[filled]),
+            _sum_of_others(self.predictions[filled]),
+            _sum_of_others(self.log_hits[filled], logarithms=True),
+            _sum_of_others(self.scalars[filled]),
         )
+
+
+def _sum_of_others(parts: Tensor, *, logarithms: bool = False) -> Tensor:
+    """For each index of the first dimension, the sum over all others; of the exponentials, where ``parts`` are logarithms."""
+    nothing = torch.full_like(parts[:1], -math.inf if logarithms else 0.0)
+    accumulate = torch.logcumsumexp if logarithms else torch.cumsum
+    before = torch.cat([nothing, accumulate(parts[:-1], 0)])
+    behind = torch.cat([accumulate(parts[1:].flip(0), 0).flip(0), nothing])
+    return torch.logaddexp(before, behind) if logarithms else before + behind
+
+
+def _figures(count: Tensor, mass: Tensor, predictions: Tensor, log_hits: Tensor, scalars: Tensor) -> list[Figures]:
+    """Figures of several sets of images: the first dimension of all sums."""
+    present = mass > 0
+    centroids = (
+        predictions / mass.where(present, torch.ones_like(mass))[:, :, None]
+    )  # 0 for absent classes, and counted 0 times
+    within = (mass * torch.special.entr(centroids).sum(2)).sum(1) - scalars[:, 0]
+    spread = scalars[:, 1] - (mass * centroids.square().sum(2)).sum(1)
+    far = (mass.log() - log_hits).where(present, torch.zeros_like(mass)).sum(1) / present.sum(1)
+    # Rounding may leave a little below zero what cannot be negative.
+    columns = (within.clamp(min=0) / count, far, scalars[:, 2] / count, spread.clamp(min=0) / count)
+    return [Figures(*row) for row in torch.stack(columns, 1).tolist()]
 
 
 @dataclass(frozen=True)
@@ -178,14 +203,9 @@ class CmiStatistics:
     def __init__(self, num_classes: int, *, blocks: int | None = None, device: torch.device | str = "cpu") -> None:
         if num_classes < 2:
             raise QakdError(f"num_classes={num_classes} must be at least 2.")
-        self.num_classes = num_classes
-        count = blocks or (20 if num_classes <= 256 else 10)
-        self.blocks = [Sums(num_classes, device) for _ in range(count)]
-
-    @property
-    def num_samples(self) -> int:
-        """Images so far."""
-        return sum(block.count for block in self.blocks)
+        self.num_classes, self.num_samples = num_classes, 0
+        self.blocks = blocks or (20 if num_classes <= 256 else 10)
+        self.sums = Sums(self.blocks, num_classes, device)
 
     def update(self, logits: Tensor, targets: Tensor) -> None:
         """Count a batch.
@@ -197,32 +217,25 @@ class CmiStatistics:
         Raises:
             QakdError: shapes do not fit, logits are not finite, or labels are out of range; says where.
         """
-        device = self.blocks[0].mass.device
-        start = self.num_samples
-        check_pair(logits, targets, self.num_classes, start)
-        for first in range(0, len(logits), _ROWS):
-            chunk = slice(first, first + _ROWS)
-            z = logits[chunk].detach().to(device).double()
-            y = targets[chunk].to(device)
-            y = y.double() if y.is_floating_point() else y.long()
-            log_p = z.log_softmax(1)
-            for index, block in enumerate(self.blocks):
-                mine = slice((index - start - first) % len(self.blocks), None, len(self.blocks))
-                if len(log_p[mine]):
-                    block.add(log_p[mine], y[mine])
+        device = self.sums.count.device
+        check_pair(logits, targets, self.num_classes, self.num_samples)
+        targets = targets.double() if targets.is_floating_point() else targets.long()
+        for z, y in zip(torch.split(logits.detach(), _ROWS), torch.split(targets, _ROWS), strict=True):
+            if not len(z):
+                continue
+            block = torch.arange(self.num_samples, self.num_samples + len(z), device=device) % self.blocks
+            self.sums.add(z.to(device).double().log_softmax(1), y.to(device), block)
+            self.num_samples += len(z)
 
     def figures(self) -> Figures:
         """Over all images so far."""
         if self.num_samples == 0:
             raise QakdError("no image has been scored: the data are empty.")
-        return Sums.union(self.blocks).figures()
+        return self.sums.figures()
 
     def without_each_block(self) -> list[Figures]:
-        """Over all images but those of one block, for each block that has any."""
-        filled = [block for block in self.blocks if block.count]
-        if len(filled) < 2:
-            return []
-        return [Sums.union(filled[:k] + filled[k + 1 :]).figures() for k in range(len(filled))]
+        """Over all images but those of one block, for each block that has any; empty if fewer than two have."""
+        return self.sums.without_each()
 
     def result(self, name: str = "", form: str = DEFAULT_FORM, confidence: float = 0.95) -> AugmentationScore:
         """The record of all images so far.
