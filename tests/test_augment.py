@@ -10,7 +10,19 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms import v2
 
-from qakd_plugin import KD, QAT, QKD, SQAKD, CMISelector, LabelsRequiredError, QakdError, cmi_score, distill, rank_augmentations
+from qakd_plugin import (
+    KD,
+    QAT,
+    QKD,
+    SQAKD,
+    CMISelector,
+    LabelsRequiredError,
+    QakdError,
+    cmi_score,
+    distill,
+    rank_augmentations,
+    write_report,
+)
 from qakd_plugin.augment import Candidate, Search, default_candidates
 from qakd_plugin.augment.compositions import OPERATIONS, Composition
 
@@ -294,6 +306,11 @@ def test_a_search_scores_its_budget_and_mixes_the_best(teacher, digits):
     assert mixed.num_samples == max(record.num_samples for record in ranking)
 
 
+def test_a_search_refuses_data_that_can_be_read_once(teacher, digits):
+    with pytest.raises(QakdError, match="reads the data twice"):
+        rank_augmentations(teacher, iter(digits.loader("train")), ["none"], search=Search())
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_an_operation_changes_images_more_with_its_magnitude(name, channels):
@@ -375,6 +392,15 @@ def test_teacher_and_student_see_the_same_batch(make_student, teacher, loader):
     assert len(seen["student"]) == steps
     for one, two in zip(seen["student"], seen["teacher"][-steps:], strict=True):
         assert torch.equal(one, two)
+
+
+def test_the_report_shows_what_was_chosen_and_all_scores(tmp_path):
+    history = [
+        {"epoch": 0, "phase": "distill", "loss": 1.0, "augmentation": "b", "augmentation_scores": {"a": -0.5, "b": 0.25}}
+    ]
+    html = write_report([], tmp_path / "report.html", training=[{"name": "student", "history": history}]).read_text()
+    assert "augmentation <b>b</b>" in html
+    assert "b 0.250, a -0.500." in html
 
 
 def test_it_ranks_again_every_so_many_epochs_on_other_images(make_student, teacher, loader):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, overload
 
@@ -133,6 +133,10 @@ def rank_augmentations(
         raise QakdError(f"confidence={confidence} must lie between 0 and 1.")
     if max_samples is not None and max_samples < 1:
         raise QakdError(f"max_samples={max_samples} must be positive, or None for all images.")
+    if search is not None and isinstance(data, Iterator):
+        raise QakdError(
+            "search reads the data twice, but data is an iterator: pass a Dataset, a DataLoader or a list of batches."
+        )
     found = resolve_candidates(candidates)
     composed = () if search is None else search.candidates(seed)
     source = Source(data, batch_fn, UnitRange(input_stats), seed, max_samples)
