@@ -7,7 +7,7 @@ import pytest
 import readme_tables
 
 
-@pytest.mark.parametrize("name", ["step_time", "deployment", "augmentation_racing", "augmentation_study"])
+@pytest.mark.parametrize("name", ["step_time", "deployment", "augmentation_cost", "augmentation_racing", "augmentation_study"])
 def test_a_table_of_the_readme_is_made_from_the_committed_figures(name):
     document = json.loads((readme_tables.RESULTS / f"{name}.json").read_text())
     assert readme_tables.read_table(name) == import_module(name).make_table(document)
