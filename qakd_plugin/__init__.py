@@ -33,6 +33,9 @@ _HOME = {
     "KD": "methods",
     "QAT": "methods",
     "Features": "features",
+    "cmi_score": "augment.cmi",
+    "rank_augmentations": "augment.ranking",
+    "CMISelector": "augment.select",
     "export_onnx": "deploy.export",
     "ExportedModel": "deploy.export",
     "build_engine": "deploy.engine",
@@ -55,6 +58,9 @@ __all__ = ["__version__", *_MODULES, *_HOME]
 
 if TYPE_CHECKING:
     from . import losses as losses
+    from .augment.cmi import cmi_score as cmi_score
+    from .augment.ranking import rank_augmentations as rank_augmentations
+    from .augment.select import CMISelector as CMISelector
     from .bench import benchmark as benchmark
     from .deploy.engine import build_engine as build_engine
     from .deploy.export import ExportedModel as ExportedModel

@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="say more")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_demo, _add_distill, _add_export, _add_engine, _add_bench, _add_report):
+    for add in (_add_demo, _add_distill, _add_rank, _add_export, _add_engine, _add_bench, _add_report):
         add(commands)
     return parser
 
@@ -97,6 +97,53 @@ def _distill(options: argparse.Namespace) -> None:
     for name, value in result.metrics.items():
         print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
     print(path)
+
+
+def _add_rank(commands: Any) -> None:
+    text = "rank augmentations with the teacher alone, by contextual mutual information"
+    parser = _command(commands, "rank", text, _rank, "Nothing was written.")
+    parser.add_argument(
+        "recipe", help=f"{_RECIPE} of qakd_plugin.rank_augmentations (teacher, data, ...); of distill's those that it shares"
+    )
+    parser.add_argument("--max-samples", type=_positive, help="images per candidate at most; all by default")
+    parser.add_argument("--labels", choices=("dataset", "teacher"), help="in place of the recipe's; dataset by default")
+    parser.add_argument("--form", choices=("ce", "centroid"), help="what is subtracted from CMI, in place of the recipe's")
+    parser.add_argument("--seed", type=int, default=0, help="of images and draws (%(default)s)")
+    parser.add_argument("--exhaustive", action="store_true", help="score every candidate on all images")
+    parser.add_argument("--search", type=_positive, metavar="BUDGET", help="also so many compositions of two operations")
+    parser.add_argument("--out", type=Path, default=Path("ranking.json"), help="figures; plots beside it (%(default)s)")
+
+
+def _rank(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from .augment.compositions import Search
+    from .augment.ranking import rank_augmentations
+    from .augment.show import console_table, draw, write_records
+
+    recipe = _call(options.recipe)
+    data = recipe.get("data", recipe.get("loader"))
+    if "teacher" not in recipe or data is None:
+        raise QakdError(f"{options.recipe} returned no teacher or no data: it must return a dict with both.")
+    shared = ("candidates", "labels", "form", "input_stats", "batch_fn", "confidence", "search")
+    arguments = {name: recipe[name] for name in shared if name in recipe}
+    arguments |= {name: value for name in ("labels", "form") if (value := getattr(options, name)) is not None}
+    if options.search is not None:
+        arguments["search"] = Search(budget=options.search, keep=min(3, options.search))
+    ranking = rank_augmentations(
+        recipe["teacher"],
+        data,
+        max_samples=options.max_samples,
+        seed=options.seed,
+        race=not options.exhaustive,
+        **arguments,
+    )
+    Console().print(console_table(ranking))
+    print(ranking.explanation)
+    print(f"{ranking.teacher_forwards} images went through the teacher.")
+    print(write_records(ranking, options.out))
+    for path in draw(ranking, options.out):
+        print(path)
 
 
 def _add_export(commands: Any) -> None:

@@ -14,6 +14,7 @@ import torch
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
+from .augment.select import CMISelector, SelectedAugmentation
 from .backends import Adapter, Quantizer, adapter_for
 from .batches import BatchFn, default_batch
 from .checkpoint import CheckpointStore
@@ -59,7 +60,7 @@ def distill(
     method: Method | None = None,
     epochs: int = 10,
     val_loader: Iterable[Any] | None = None,
-    augment: Callable[[Tensor], Tensor] | None = None,
+    augment: Callable[[Tensor], Tensor] | CMISelector | None = None,
     input_stats: tuple[Sequence[float], Sequence[float]] | None = None,
     checkpoint_dir: str | os.PathLike[str] | None = None,
     checkpoint_every: int | None = None,
@@ -101,7 +102,8 @@ def distill(
         epochs: passes over ``loader``.
         val_loader: held-out batches that pick the best epoch, by accuracy where they have labels, else by agreement with the
             teacher. Never the split that is reported.
-        augment: callable on a batch of images in [0, 1]; both networks see what it returns.
+        augment: callable on a batch of images in [0, 1]; both networks see what it returns. Or ``CMISelector(...)``, which
+            ranks augmentations with the teacher before training, and trains with the best.
         input_stats: (mean, std) per channel when the loader yields normalised images, so that ``augment`` sees [0, 1].
         checkpoint_dir: full state after every epoch, and ``history.jsonl``. Of a run of its own, unless ``resume`` is given.
         checkpoint_every: and after every so many optimizer steps.
@@ -176,6 +178,8 @@ def distill(
     elif resume or checkpoint_every:
         raise QakdError("resume and checkpoint_every need checkpoint_dir: say where checkpoints are.")
     learns = any(phase.teacher for phase in phases)
+    if isinstance(augment, CMISelector):
+        _check_selector(teacher, cache_teacher)
     cache = _teacher_cache(cache_teacher, teacher, method, phases, settings.mixed_precision)
     network = copy.deepcopy(teacher).requires_grad_(True) if learns and teacher is not None else teacher
     processes = Processes()
@@ -195,7 +199,9 @@ def distill(
             loader=loader,
             val_loader=val_loader,
             batch_fn=batch_fn,
-            augment=_in_unit_range(augment, input_stats),
+            augment=SelectedAugmentation(augment, loader, batch_fn, input_stats)
+            if isinstance(augment, CMISelector)
+            else _in_unit_range(augment, input_stats),
             settings=settings,
             cache=cache,
             store=store,
@@ -228,6 +234,15 @@ def _in_unit_range(
         return (images - center) / spread, labels
 
     return apply
+
+
+def _check_selector(teacher: nn.Module | None, cache_teacher: object) -> None:
+    if teacher is None:
+        raise QakdError(
+            "augment=CMISelector() asks the teacher which augmentation is best: pass a teacher, or another augment."
+        )
+    if cache_teacher is not None:
+        raise QakdError("cache_teacher needs images that look the same in every epoch; augment=CMISelector() draws new ones.")
 
 
 def _fingerprint(

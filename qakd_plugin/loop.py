@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .augment.select import SelectedAugmentation
 from .averaging import Ema
 from .backends import Adapter
 from .batches import BatchFn
@@ -147,6 +148,9 @@ class Trainer:
     # -- one epoch, one step
 
     def _epoch(self, phase: Phase, progress: Progress) -> None:
+        if self.position.step_in_epoch == 0 and isinstance(self.augment, SelectedAugmentation):
+            teacher = None if self.teacher is None else self.accelerator.unwrap_model(self.teacher)
+            self.augment.prepare(self.position.epoch, teacher, phase.needs_labels)
         if self.position.step_in_epoch == 0 and self._curvature_is_due():
             self._refresh_curvature(phase)
         self.adapter.freeze_ranges(self.model, False)
@@ -167,6 +171,8 @@ class Trainer:
         with self._as_deployed():
             row |= self._evaluate()
             self._remember_best(row)
+        if isinstance(self.augment, SelectedAugmentation):
+            row |= self.augment.row()
         self.history.append(row)
         self.position = Position(epoch=self.position.epoch + 1, step=self.position.step)
         self._checkpoint()
@@ -535,6 +541,8 @@ class Trainer:
         }
         if self.ema is not None:
             state["ema"] = self.ema.state_dict()
+        if isinstance(self.augment, SelectedAugmentation):
+            state["augmentation"] = self.augment.state_dict()
         if any(phase.teacher for phase in self.phases):
             assert self.teacher is not None
             state["teacher"] = self.accelerator.unwrap_model(self.teacher).state_dict()
@@ -549,6 +557,8 @@ class Trainer:
         self.scheduler.load_state_dict(state["scheduler"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
+        if isinstance(self.augment, SelectedAugmentation):
+            self.augment.load_state_dict(state["augmentation"])
         if "teacher" in state:
             assert self.teacher is not None
             self.accelerator.unwrap_model(self.teacher).load_state_dict(state["teacher"])

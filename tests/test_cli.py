@@ -25,6 +25,9 @@ def build():
     batches = [torch.rand(8, 1, 32, 32) for _ in range(3)]
     return dict(prepared_model=prepare(teacher, batches), teacher=teacher, loader=batches, epochs=1)
 
+def nothing():
+    return {}
+
 def batches():
     return [(torch.rand(16, 1, 32, 32), torch.randint(10, (16,))) for _ in range(2)]
 """
@@ -54,11 +57,27 @@ def test_distill_export_engine_bench_and_report_in_a_row(recipe, tmp_path, capsy
         assert (tmp_path / name).is_file(), name
 
 
+def test_rank_prints_the_table_and_draws_it(recipe, tmp_path, capsys):
+    """The recipe of distill will do; without labels, the teacher answers."""
+    assert main(["rank", recipe, "--labels", "teacher", "--search", "2", "--form", "centroid"]) == 0
+    output = capsys.readouterr().out
+    assert "trivialaugment+cutmix" in output
+    assert "first of 19" in output
+    document = json.loads((tmp_path / "ranking.json").read_text())
+    scores = [record["score"] for record in document["records"] if not record["dropped"]]
+    assert scores == sorted(scores, reverse=True)
+    assert len(document["records"]) == 19
+    assert (tmp_path / "ranking.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / "ranking.svg").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["distill", "nowhere:build", "--out", "x"], "cannot be imported"),
         (["distill", "nocolon", "--out", "x"], "MODULE:FUNCTION"),
+        (["rank", "my_recipe:build"], 'pass labels="teacher"'),
+        (["rank", "my_recipe:nothing"], "no teacher or no data"),
         (["export", "my_recipe:build", "--weights", "none.pt", "--out", "x.onnx"], "none.pt does not exist"),
         (["engine", "none.onnx"], "none.onnx"),
         (["bench", "none.onnx"], "none.onnx does not exist"),
@@ -73,7 +92,7 @@ def test_bad_input_is_one_line_and_a_status(arguments, message, recipe, capsys):
     assert "Traceback" not in error
 
 
-@pytest.mark.parametrize("command", ["demo", "distill", "export", "engine", "bench", "report"])
+@pytest.mark.parametrize("command", ["demo", "distill", "rank", "export", "engine", "bench", "report"])
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
