@@ -160,7 +160,8 @@ class Trainer:
         if self.cache is not None:
             self.cache.start_epoch()
         started, first = time.perf_counter(), self.position.samples
-        for group in _groups(self._batches(), self.settings.accumulate):
+        left = len(self.loader) - self.position.step_in_epoch  # type: ignore[arg-type]
+        for group in _groups(self._batches(), self.settings.accumulate, left):
             losses = self._step(phase, group)
             progress.update(phase.name, losses, self._rate(started, first), self._agreement())
             for callback in self.callbacks:
@@ -577,9 +578,14 @@ class Trainer:
             restore_random_state(mine["now"], self.generators)
 
 
-def _groups(batches: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    """Lists of so many batches; the last may be shorter."""
-    while group := list(itertools.islice(batches, size)):
+def _groups(batches: Iterator[Any], size: int, left: int) -> Iterator[list[Any]]:
+    """Lists of so many batches; the last may be shorter.
+
+    Never asks for more than the ``left`` there are before the last list is done with: a sampler that is asked once more draws
+    again, and a checkpoint in between would hold what it drew.
+    """
+    while group := list(itertools.islice(batches, min(size, max(left, 1)))):
+        left -= len(group)
         yield group
 
 

@@ -127,9 +127,10 @@ def test_killed_at_an_exact_moment_a_run_ends_with_the_same_bits(moment, server,
     _require_same(_finish(server, tmp_path, ONE_QKD), whole(ONE_QKD))
 
 
-def test_averages_and_accumulated_gradients_survive_a_kill(server, whole, tmp_path):
+@pytest.mark.parametrize("moment", [("step", 8), ("renamed", 6)], ids=["in a step", "before the evaluation of an epoch"])
+def test_averages_and_accumulated_gradients_survive_a_kill(moment, server, whole, tmp_path):
     case = {**ONE_SQAKD, "options": {"accumulate": 3, "ema": 0.9, "recalibrate_batches": 2}}
-    codes = server.run(tmp_path, folder=str(tmp_path / "checkpoints"), die=("step", 8), **case)
+    codes = server.run(tmp_path, folder=str(tmp_path / "checkpoints"), die=moment, **case)
     assert codes == [-9], _log(tmp_path)
     _require_same(_finish(server, tmp_path, case), whole(case))
 
