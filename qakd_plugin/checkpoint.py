@@ -11,14 +11,12 @@ import io
 import json
 import logging
 import pickle
-import random
 import re
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ._files import write_atomic
@@ -158,32 +156,6 @@ def _read(path: Path, data: bytes) -> dict[str, Any]:
     if not isinstance(content, dict) or not {"fingerprint", "state"} <= content.keys():
         raise CheckpointError(f"{path}: not a checkpoint of this package.")
     return content
-
-
-def random_state(generators: list[torch.Generator]) -> dict[str, Any]:
-    """All sources of randomness that a training step may draw from, as plain data and tensors."""
-    numpy_state: Any = np.random.get_state(legacy=True)  # noqa: NPY002 - as in restore_random_state
-    python_state = random.getstate()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": [numpy_state[0], torch.from_numpy(np.asarray(numpy_state[1]).astype(np.int64)), *map(float, numpy_state[2:])],
-        "python": [python_state[0], list(python_state[1]), python_state[2]],
-        "generators": [generator.get_state() for generator in generators],
-    }
-
-
-def restore_random_state(state: dict[str, Any], generators: list[torch.Generator]) -> None:
-    """Undo everything drawn since :func:`random_state`."""
-    torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), int(position), int(has_gauss), cached))  # noqa: NPY002 - the global generator is what user code may draw from
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    for generator, saved in zip(generators, state["generators"], strict=True):
-        generator.set_state(saved)
 
 
 def _difference(there: Any, here: Any) -> tuple[str, str]:

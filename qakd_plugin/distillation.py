@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from .augment.select import CMISelector, SelectedAugmentation
+from .augment.images import Stats
+from .augment.select import Augmentation, CMISelector, FixedAugmentation, SelectedAugmentation
 from .backends import Adapter, Quantizer, adapter_for
 from .batches import BatchFn, default_batch
 from .checkpoint import CheckpointStore
@@ -22,7 +22,7 @@ from .checks import check_quantizers, check_trainable
 from .description import describe
 from .errors import QakdError, UnsupportedQuantizerError
 from .hooks import require_teacher
-from .loop import Augment, Trainer
+from .loop import Trainer
 from .methods import SQAKD, Method, Phase
 from .optim import Settings
 from .precision import float32_quantizers
@@ -61,7 +61,7 @@ def distill(
     epochs: int = 10,
     val_loader: Iterable[Any] | None = None,
     augment: Callable[[Tensor], Tensor] | CMISelector | None = None,
-    input_stats: tuple[Sequence[float], Sequence[float]] | None = None,
+    input_stats: Stats | None = None,
     checkpoint_dir: str | os.PathLike[str] | None = None,
     checkpoint_every: int | None = None,
     resume: bool = False,
@@ -174,7 +174,9 @@ def distill(
         set_seed(seed + index)  # processes augment different images: not with the same draws
     store = None
     if checkpoint_dir is not None:
-        store = CheckpointStore(Path(checkpoint_dir), _fingerprint(adapter, prepared_model, method, loader, epochs, settings))
+        store = CheckpointStore(
+            Path(checkpoint_dir), _fingerprint(adapter, prepared_model, method, loader, epochs, settings, augment)
+        )
     elif resume or checkpoint_every:
         raise QakdError("resume and checkpoint_every need checkpoint_dir: say where checkpoints are.")
     learns = any(phase.teacher for phase in phases)
@@ -199,9 +201,7 @@ def distill(
             loader=loader,
             val_loader=val_loader,
             batch_fn=batch_fn,
-            augment=SelectedAugmentation(augment, loader, batch_fn, input_stats)
-            if isinstance(augment, CMISelector)
-            else _in_unit_range(augment, input_stats),
+            augment=_augmentation(augment, loader, batch_fn, input_stats),
             settings=settings,
             cache=cache,
             store=store,
@@ -213,27 +213,15 @@ def distill(
     return DistillResult(prepared_model, trainer.history, kept, network)
 
 
-def _in_unit_range(
-    augment: Callable[[Tensor], Tensor] | None, input_stats: tuple[Sequence[float], Sequence[float]] | None
-) -> Augment | None:
-    """The augmentation, on images taken back to [0, 1] and normalised again behind it."""
-    if augment is None:
-        return None
-    if not callable(augment):
-        raise QakdError(f"augment must be a callable on a batch of [0, 1] images, got {type(augment).__name__}.")
-    mean, std = (torch.tensor(values).reshape(1, -1, 1, 1) for values in input_stats or ([0.0], [1.0]))
-
-    def apply(x: Tensor, labels: Any) -> tuple[Tensor, Any]:
-        center, spread = mean.to(x), std.to(x)
-        images = augment(x * spread + center)
-        if images.shape != x.shape or images.dtype != x.dtype:
-            raise QakdError(
-                f"augment must keep shape and dtype: it made {tuple(images.shape)} {images.dtype} of {tuple(x.shape)} "
-                f"{x.dtype}."
-            )
-        return (images - center) / spread, labels
-
-    return apply
+def _augmentation(
+    augment: Callable[[Tensor], Tensor] | CMISelector | None,
+    loader: Iterable[Any],
+    batch_fn: BatchFn,
+    input_stats: Stats | None,
+) -> Augmentation:
+    if isinstance(augment, CMISelector):
+        return SelectedAugmentation(augment, loader, batch_fn, input_stats)
+    return FixedAugmentation(augment, input_stats)
 
 
 def _check_selector(teacher: nn.Module | None, cache_teacher: object) -> None:
@@ -246,13 +234,14 @@ def _check_selector(teacher: nn.Module | None, cache_teacher: object) -> None:
 
 
 def _fingerprint(
-    adapter: Adapter, model: nn.Module, method: Method, loader: Iterable[Any], epochs: int, settings: Settings
+    adapter: Adapter, model: nn.Module, method: Method, loader: Iterable[Any], epochs: int, settings: Settings, augment: object
 ) -> dict[str, Any]:
     return {
         "toolkit": adapter.name,
         "method": repr(method),
         "epochs": epochs,
         "settings": repr(settings),
+        "augmentation": getattr(augment, "__qualname__", type(augment).__qualname__),  # its repr may hold an address
         "quantizers": [_quantizer_line(adapter, quantizer) for quantizer in adapter.quantizers(model)],
         "parameters": [f"{name} {tuple(parameter.shape)}" for name, parameter in model.named_parameters()],
         "loader length": len(loader),  # type: ignore[arg-type]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .augment.select import SelectedAugmentation
+from .augment.select import Augmentation
 from .averaging import Ema
 from .backends import Adapter
 from .batches import BatchFn
-from .checkpoint import CheckpointStore, random_state, restore_random_state
+from .checkpoint import CheckpointStore
 from .checks import blame, check_against_teacher, check_exportable, check_first_batch, require_finite_input
 from .errors import TrainingError
 from .evaluation import evaluate
@@ -25,15 +25,15 @@ from .features import FeatureTaps
 from .hooks import teacher_logits
 from .methods import Method, Phase, require_labels, total_loss
 from .modes import eval_mode
-from .optim import Settings, cosine_schedule, quantizer_parameters, student_optimizer, teacher_optimizer
+from .optim import Settings, clip_gradients, cosine_schedule, quantizer_parameters, student_optimizer, teacher_optimizer
 from .processes import Processes
 from .progress import Progress
 from .quantizers import refresh_delta
-from .sharding import generators_of, shared
+from .randomness import generators_of, random_state, restore_random_state, undisturbed
+from .sharding import shared
 from .teacher_cache import TeacherCache
 
-Augment = Callable[[Tensor, Any], tuple[Tensor, Any]]
-"""Images as the loader yields them, and labels, before they reach both networks."""
+_EMPTY = "loader is empty: it yielded no batch. Check the data set and drop_last."
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Trainer:
         loader: re-iterable, with a length.
         val_loader: held-out batches, or None.
         batch_fn: splits a batch.
-        augment: applied to training batches.
+        augment: of training batches.
         settings: numbers of the run.
         cache: of the teacher's logits, or None.
         store: where checkpoints go, or None.
@@ -89,7 +89,7 @@ class Trainer:
         loader: Iterable[Any],
         val_loader: Iterable[Any] | None,
         batch_fn: BatchFn,
-        augment: Augment | None,
+        augment: Augmentation,
         settings: Settings,
         cache: TeacherCache | None,
         store: CheckpointStore | None,
@@ -148,11 +148,11 @@ class Trainer:
     # -- one epoch, one step
 
     def _epoch(self, phase: Phase, progress: Progress) -> None:
-        if self.position.step_in_epoch == 0 and isinstance(self.augment, SelectedAugmentation):
+        if self.position.step_in_epoch == 0:
             teacher = None if self.teacher is None else self.accelerator.unwrap_model(self.teacher)
             self.augment.prepare(self.position.epoch, teacher, phase.needs_labels)
-        if self.position.step_in_epoch == 0 and self._curvature_is_due():
-            self._refresh_curvature(phase)
+            if self._curvature_is_due():
+                self._refresh_curvature(phase)
         self.adapter.freeze_ranges(self.model, False)
         self.adapter.set_mode(self.model, True)
         if self.teacher is not None and phase.teacher:
@@ -172,13 +172,11 @@ class Trainer:
         with self._as_deployed():
             row |= self._evaluate()
             self._remember_best(row)
-        if isinstance(self.augment, SelectedAugmentation):
-            row |= self.augment.row()
-        self.history.append(row)
+        self.history.append(row | self.augment.row())
         self.position = Position(epoch=self.position.epoch + 1, step=self.position.step)
         self._checkpoint()
         for callback in self.callbacks:
-            _call(callback, "on_epoch_end", row)
+            _call(callback, "on_epoch_end", self.history[-1])
 
     def _step(self, phase: Phase, group: Sequence[tuple[Any, bool]]) -> dict[str, float]:
         """One optimizer step on one batch, or on several whose gradients add up to that of their union."""
@@ -254,12 +252,7 @@ class Trainer:
             yield
 
     def _update(self, optimizer: torch.optim.Optimizer, network: nn.Module, phase: Phase, loss: float) -> None:
-        limit = math.inf if self.settings.grad_clip is None else self.settings.grad_clip
-        # Apart from weights: the gradient of a clipping range is a sum over all activations, and would drown theirs.
-        quantizers = [p for p in network.parameters() if id(p) in self.of_quantizers]
-        weights = [p for p in network.parameters() if id(p) not in self.of_quantizers]
-        norms = [nn.utils.clip_grad_norm_(parameters, limit) for parameters in (weights, quantizers) if parameters]
-        self.last_grad_norm = float(torch.linalg.vector_norm(torch.stack(norms)))
+        self.last_grad_norm = clip_gradients(network.parameters(), self.of_quantizers, self.settings.grad_clip)
         if not math.isfinite(self.last_grad_norm):
             raise TrainingError(
                 f"the gradient is not finite at step {self.position.step} of phase {phase.name!r} (its norm is "
@@ -297,17 +290,15 @@ class Trainer:
 
     def _refresh_curvature(self, phase: Phase) -> None:
         """EWGS's delta from the curvature of this phase's loss on one batch, in eval mode. Draws nothing from training."""
-        saved = random_state(self.generators)
-        x, labels = self._on_device(next(iter(self.loader)), phase)
 
         def loss() -> Tensor:
             other = teacher_logits(self.teacher, phase, (x,), {}) if phase.needs_teacher else None
             return total_loss(phase.student, self.model(x), other, labels)[0]
 
-        with self._evaluated():
+        with undisturbed(self.generators), self._evaluated():
+            x, labels = self._on_device(next(iter(self.loader)), phase)
             refresh_delta(loss)
         self.processes.share_buffers(self.model)
-        restore_random_state(saved, self.generators)
 
     # -- data
 
@@ -327,15 +318,13 @@ class Trainer:
         for batch in batches:
             yield batch, getattr(self.loader, "counts", True)
         if self.position.step_in_epoch == 0:
-            raise TrainingError("loader is empty: it yielded no batch. Check the data set and drop_last.")
+            raise TrainingError(_EMPTY)
 
     def _on_device(self, batch: Any, phase: Phase) -> tuple[Tensor, Tensor | None]:
         x, labels = self.batch_fn(batch)
         x = x.to(self.device, non_blocking=True)
         targets = require_labels(self.method, labels).to(self.device, non_blocking=True) if phase.needs_labels else None
-        if self.augment is not None:
-            x, targets = self.augment(x, targets)
-        return x, targets
+        return self.augment(x, targets)
 
     def _shared_val_loader(self, val_loader: Iterable[Any] | None) -> Iterable[Any] | None:
         """Held-out batches that this process evaluates: a share where each gets one, else all."""
@@ -353,15 +342,15 @@ class Trainer:
 
     def _first_batch(self) -> None:
         """One forward pass of both networks before anything is trained: checks, and lazily made parameters."""
-        saved = random_state(self.generators)
-        batch = next(iter(self.loader), None)
-        restore_random_state(saved, self.generators)
-        if batch is None:
-            raise TrainingError("loader is empty: it yielded no batch. Check the data set and drop_last.")
-        x, labels = self.batch_fn(batch)
-        for phase in self.phases:
-            if phase.needs_labels:
-                require_labels(self.method, labels)
+        with undisturbed(self.generators):
+            batch = next(iter(self.loader), None)
+            if batch is None:
+                raise TrainingError(_EMPTY)
+            self._check(*self.batch_fn(batch))
+
+    def _check(self, x: Tensor, labels: Tensor | None) -> None:
+        if any(phase.needs_labels for phase in self.phases):
+            require_labels(self.method, labels)
         x = x.to(self.device)
         require_finite_input(x, 0)
         with self._evaluated(), torch.no_grad(), self._autocast():
@@ -375,7 +364,6 @@ class Trainer:
             if teacher is not None and self.teacher is not None and self.settings.mixed_precision == "no":
                 check_against_teacher(self.adapter, self.model, self.teacher, teacher, x)
             check_exportable(self.adapter, self.model, x)
-        restore_random_state(saved, self.generators)
 
     def _make_optimizers(self) -> None:
         self.of_quantizers = quantizer_parameters(self.adapter, self.model)
@@ -400,7 +388,6 @@ class Trainer:
     def _fill_cache(self) -> None:
         if self.cache is None:
             return
-        saved = random_state(self.generators)
         phase = self.phases[0]
         inputs = (self._on_device(batch, phase)[0] for batch in self.loader)
 
@@ -408,8 +395,8 @@ class Trainer:
             with self._autocast():
                 return teacher_logits(self.teacher, phase, (x,), {}).float()
 
-        self.cache.fill(inputs, logits, self.processes)
-        restore_random_state(saved, self.generators)
+        with undisturbed(self.generators):
+            self.cache.fill(inputs, logits, self.processes)
 
     def _prepared_teacher(self, teacher: nn.Module) -> nn.Module:
         """Only a teacher that learns is wrapped for data parallel training."""
@@ -456,14 +443,12 @@ class Trainer:
             yield
             return
         saved = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
-        randomness = random_state(self.generators)
         self.adapter.set_mode(self.model, True)
         self.adapter.freeze_ranges(self.model, True)
-        with torch.no_grad(), self._autocast():
+        with undisturbed(self.generators), torch.no_grad(), self._autocast():
             for batch in itertools.islice(self.loader, self.settings.recalibrate_batches):
                 self.model(self._on_device(batch, self.epochs[0])[0])
         self.processes.share_buffers(self.model)
-        restore_random_state(randomness, self.generators)
         try:
             yield
         finally:
@@ -538,12 +523,11 @@ class Trainer:
             "position": vars(self.position),
             "best": vars(self.best),
             "history": self.history,
+            "augmentation": self.augment.state_dict(),
             **randomness,
         }
         if self.ema is not None:
             state["ema"] = self.ema.state_dict()
-        if isinstance(self.augment, SelectedAugmentation):
-            state["augmentation"] = self.augment.state_dict()
         if any(phase.teacher for phase in self.phases):
             assert self.teacher is not None
             state["teacher"] = self.accelerator.unwrap_model(self.teacher).state_dict()
@@ -558,8 +542,7 @@ class Trainer:
         self.scheduler.load_state_dict(state["scheduler"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
-        if isinstance(self.augment, SelectedAugmentation):
-            self.augment.load_state_dict(state["augmentation"])
+        self.augment.load_state_dict(state["augmentation"])
         if "teacher" in state:
             assert self.teacher is not None
             self.accelerator.unwrap_model(self.teacher).load_state_dict(state["teacher"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +82,27 @@ def _quantizer_groups(parameters: dict[int, nn.Parameter], relative: set[int], r
 def teacher_optimizer(teacher: nn.Module, settings: Settings) -> torch.optim.Optimizer:
     """AdamW for a teacher that learns too."""
     return torch.optim.AdamW(teacher.parameters(), lr=settings.teacher_lr, weight_decay=settings.weight_decay)
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], of_quantizers: Container[int], limit: float | None) -> float:
+    """Clip the gradients of weights, and apart from them those of quantizers, to a norm each.
+
+    Apart, because the gradient of a clipping range is a sum over all activations, and would drown those of weights.
+
+    Args:
+        parameters: with or without gradients.
+        of_quantizers: ids of those that belong to quantizers.
+        limit: largest norm; None only measures.
+
+    Returns:
+        The norm of all gradients before clipping.
+    """
+    parts: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+    for parameter in parameters:
+        parts[id(parameter) in of_quantizers].append(parameter)
+    largest = math.inf if limit is None else limit
+    norms = [nn.utils.clip_grad_norm_(part, largest) for part in parts if part]
+    return float(torch.linalg.vector_norm(torch.stack(norms)))
 
 
 def cosine_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup: float) -> torch.optim.lr_scheduler.LambdaLR:

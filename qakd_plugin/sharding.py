@@ -85,20 +85,6 @@ def shared(loader: Iterable[Any], processes: Processes) -> Iterable[Any]:
     return Shards(loader, processes)
 
 
-def generators_of(loader: Iterable[Any]) -> list[torch.Generator]:
-    """Generators of a loader's own, which its shuffling draws from."""
-    batches = getattr(loader, "batch_sampler", None)
-    owners = (
-        loader,
-        getattr(loader, "sampler", None),
-        batches,
-        getattr(batches, "sampler", None),
-        getattr(loader, "dataset", None),
-    )
-    found = [generator for owner in owners if isinstance(generator := getattr(owner, "generator", None), torch.Generator)]
-    return list({id(generator): generator for generator in found}.values())
-
-
 class _SharedIndices:
     """A batch sampler with this process's part of what the first process's draws."""
 

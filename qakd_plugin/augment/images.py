@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ..batches import BatchFn
-from ..checkpoint import random_state, restore_random_state
 from ..errors import LabelsRequiredError, QakdError
 
 CHUNK = 40
@@ -40,7 +38,7 @@ class UnitRange:
             QakdError: they are no float images, or not in [0, 1]; says what to pass.
         """
         if x.ndim != 4 or not x.is_floating_point():
-            raise QakdError(f"data must hold float images (N, C, H, W), got {tuple(x.shape)} {x.dtype}.")
+            raise QakdError(f"images must be float (N, C, H, W), got {tuple(x.shape)} {x.dtype}.")
         if self._stats is not None:
             x = x * self._stats[1].to(x) + self._stats[0].to(x)
         low, high = (float(value) for value in x.aminmax())
@@ -101,7 +99,7 @@ class Source:
         return count if self.limit is None else min(count, self.limit)
 
     def chunks(self) -> Iterator[Chunk]:
-        """All chunks; full ones, except the last. Draws from the global generators: see :func:`undisturbed`."""
+        """All chunks; full ones, except the last. Draws from the global generators."""
         draws = torch.Generator().manual_seed(self.seed)
         batches = iter(self._batches(draws))
         left = self.limit
@@ -180,19 +178,6 @@ def require_dataset_labels(labels: Any) -> Tensor:
             "teacher's own answers on the images before augmentation."
         )
     return labels
-
-
-@contextmanager
-def undisturbed(data: Any) -> Iterator[None]:
-    """Within the block anything may be drawn; afterwards all generators are as they were."""
-    owners = (data, getattr(data, "sampler", None), getattr(data, "dataset", None))
-    found = [generator for owner in owners if isinstance(generator := getattr(owner, "generator", None), torch.Generator)]
-    generators = list({id(generator): generator for generator in found}.values())
-    saved = random_state(generators)
-    try:
-        yield
-    finally:
-        restore_random_state(saved, generators)
 
 
 def _seed_all(seed: int) -> None:

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from ..batches import BatchFn, default_batch
 from ..errors import QakdError
 from ..modes import eval_mode
+from ..randomness import generators_of, undisturbed
 from .candidates import Candidate, Candidates, one_hot, resolve_candidates
 from .cmi import DEFAULT_FORM, AugmentationScore, CmiStatistics, Figures, Jackknife, check_form
 from .compositions import Search, mixture
-from .images import CHUNK, Chunk, Source, Stats, UnitRange, require_dataset_labels, undisturbed
+from .images import CHUNK, Chunk, Source, Stats, UnitRange, require_dataset_labels
 
 _log = logging.getLogger(__name__)
 LABELS = ("dataset", "teacher")
@@ -141,7 +142,7 @@ def rank_augmentations(
     composed = () if search is None else search.candidates(seed)
     source = Source(data, batch_fn, UnitRange(input_stats), seed, max_samples)
     contest = _Contest(teacher, source, labels, check_form(form), confidence)
-    with undisturbed(data), eval_mode(teacher), torch.no_grad():
+    with undisturbed(generators_of(data)), eval_mode(teacher), torch.no_grad():
         runners = contest.run([*found, *composed], race=race)
         if search is not None:
             best = [runner.candidate for runner in contest.order(runners) if runner.candidate in composed]

@@ -1,11 +1,11 @@
-"""``distill(augment=CMISelector())``: rank augmentations with the teacher, then train with the best."""
+"""Augmentations in training: one that the user gives, or the best by a ranking with the teacher (``CMISelector``)."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
@@ -61,6 +61,72 @@ class CMISelector:
                 raise QakdError(f"CMISelector: {name}={value!r} must be a positive whole number or None.")
         if not 0 < self.confidence < 1:
             raise QakdError(f"CMISelector: confidence={self.confidence} must lie between 0 and 1.")
+
+
+class Augmentation(Protocol):
+    """What a training loop asks of an augmentation: see :class:`FixedAugmentation` and :class:`SelectedAugmentation`."""
+
+    def prepare(self, epoch: int, teacher: nn.Module | None, needs_labels: bool) -> None:
+        """Called before an epoch."""
+
+    def __call__(self, x: Tensor, labels: Any) -> tuple[Tensor, Any]:
+        """Images as the loader yields them, and labels, as both networks and the losses get them."""
+
+    def row(self) -> dict[str, Any]:
+        """What the epoch's row of the history says of it."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data for a checkpoint."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up the state of a checkpoint."""
+
+
+class FixedAugmentation:
+    """A callable of the user's, on images taken to [0, 1] and normalised again behind it; or none.
+
+    Args:
+        transform: keeps shape and dtype of a batch; None changes nothing.
+        input_stats: (mean, std) of normalised images.
+
+    Raises:
+        QakdError: it is not callable.
+    """
+
+    def __init__(self, transform: Callable[[Tensor], Tensor] | None, input_stats: Stats | None) -> None:
+        if transform is not None and not callable(transform):
+            raise QakdError(f"augment must be a callable on a batch of [0, 1] images, got {type(transform).__name__}.")
+        self.transform, self.unit_range = transform, UnitRange(input_stats)
+
+    def prepare(self, epoch: int, teacher: nn.Module | None, needs_labels: bool) -> None:
+        """Nothing is chosen."""
+
+    def __call__(self, x: Tensor, labels: Any) -> tuple[Tensor, Any]:
+        """Augment a batch; labels stay as they are.
+
+        Raises:
+            QakdError: the images are not in [0, 1], or the transform made something else of them.
+        """
+        if self.transform is None:
+            return x, labels
+        images = self.transform(self.unit_range.unit(x))
+        if images.shape != x.shape or images.dtype != x.dtype:
+            raise QakdError(
+                f"augment must keep shape and dtype: it made {tuple(images.shape)} {images.dtype} of {tuple(x.shape)} "
+                f"{x.dtype}."
+            )
+        return self.unit_range.normalised(images), labels
+
+    def row(self) -> dict[str, Any]:
+        """Nothing changes from epoch to epoch."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """It has no state."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """It has no state."""
 
 
 class SelectedAugmentation:

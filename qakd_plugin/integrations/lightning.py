@@ -15,7 +15,7 @@ from ..errors import QakdError
 from ..hooks import refuse_features, require_teacher, teacher_logits
 from ..methods import SQAKD, Method, Phase, require_labels, total_loss
 from ..modes import eval_mode
-from ..optim import Settings, cosine_schedule, quantizer_parameters, student_optimizer, teacher_optimizer
+from ..optim import Settings, clip_gradients, cosine_schedule, quantizer_parameters, student_optimizer, teacher_optimizer
 from ..precision import float32_hooks
 
 _library = require("lightning", extra="lightning", purpose="train a prepared model as a LightningModule")
@@ -150,6 +150,7 @@ class DistillationModule(_LightningModule):  # type: ignore[misc]
         steps = self.trainer.estimated_stepping_batches
         if not 0 < steps < float("inf"):
             raise QakdError("the training loader has no length, which the schedule needs: pass a map-style data set.")
+        self._of_quantizers = quantizer_parameters(self.adapter, self.student)
         optimizer = student_optimizer(self.adapter, self.student, self.settings)
         schedule = cosine_schedule(optimizer, int(steps), self.settings.warmup)
         if self.automatic_optimization:
@@ -160,13 +161,9 @@ class DistillationModule(_LightningModule):  # type: ignore[misc]
         return [optimizer, second], [schedule, cosine_schedule(second, together, self.settings.warmup)]
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        # Apart from weights: the gradient of a clipping range is a sum over all activations, and would drown theirs.
-        if self.settings.grad_clip is None:
-            return
-        of_quantizers = quantizer_parameters(self.adapter, self.student)
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for part in ([p for p in parameters if id(p) not in of_quantizers], [p for p in parameters if id(p) in of_quantizers]):
-            nn.utils.clip_grad_norm_(part, self.settings.grad_clip)
+        if self.settings.grad_clip is not None:
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            clip_gradients(parameters, self._of_quantizers, self.settings.grad_clip)
 
     # -- steps
 
