@@ -30,11 +30,12 @@ from typing import Any
 import readme_tables
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from qakd_plugin import EWGS, LSQ, PACT, DoReFa, prepare, use_quantizers
 from qakd_plugin.backends import adapter_for
 from qakd_plugin.bench.environment import environment, is_busy
+from qakd_plugin.demo.net import Block
 from qakd_plugin.progress import track
 
 BARS = {"ModelOpt LSQ": 1.30, "ModelOpt EWGS": 1.40}
@@ -63,24 +64,6 @@ def keep_memory() -> None:
     """Start this script again, unless it runs already with an allocator that keeps what it has."""
     if any(os.environ.get(key) != value for key, value in KEEP_MEMORY.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})  # glibc reads them at the start
-
-
-class Block(nn.Module):
-    """Two 3x3 convolutions and a shortcut."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
 
 
 class ResNet20(nn.Sequential):

@@ -166,7 +166,7 @@ class _Analysis:
         on_grid = self._on_grid({node for node, _ in outputs})
         return Placement(
             layers=tuple(dict.fromkeys(name for node in self.nodes for name in self._layers_of(node))),
-            edges=self._edges(calls),
+            edges=frozenset(str(node.target) for node in outermost(self.nodes, set(calls))),
             unsigned=frozenset(self._for_all_calls(calls, self.positive)),
             covered=frozenset(self._for_all_calls(calls, on_grid)),
             outputs=tuple(dict.fromkeys(quantizer for _, quantizer in outputs)),
@@ -235,19 +235,6 @@ class _Analysis:
                 on_grid.add(node)
         return on_grid
 
-    def _edges(self, calls: Sequence[fx.Node]) -> frozenset[str]:
-        """Layers no other layer stands before, or after."""
-        call_set = set(calls)
-        behind: set[fx.Node] = set()
-        for node in self.nodes:
-            if any(source in behind or source in call_set for source in node.all_input_nodes):
-                behind.add(node)
-        ahead: set[fx.Node] = set()
-        for node in reversed(self.nodes):
-            if any(user in ahead or user in call_set for user in node.users):
-                ahead.add(node)
-        return frozenset(str(node.target) for node in calls if node not in behind or node not in ahead)
-
     @staticmethod
     def _for_all_calls(calls: Iterable[fx.Node], nodes: set[fx.Node]) -> set[str]:
         """Names of layers whose input is in ``nodes`` at every call."""
@@ -256,6 +243,24 @@ class _Analysis:
             name = str(call.target)
             verdict[name] = verdict.get(name, True) and call.all_input_nodes[0] in nodes
         return {name for name, holds in verdict.items() if holds}
+
+
+def outermost(nodes: Sequence[fx.Node], layers: set[fx.Node]) -> set[fx.Node]:
+    """Layers of a graph that no other layer stands before, or after.
+
+    Args:
+        nodes: of the whole graph, in its order.
+        layers: some of them.
+    """
+    behind: set[fx.Node] = set()
+    for node in nodes:
+        if any(source in behind or source in layers for source in node.all_input_nodes):
+            behind.add(node)
+    ahead: set[fx.Node] = set()
+    for node in reversed(nodes):
+        if any(user in ahead or user in layers for user in node.users):
+            ahead.add(node)
+    return {node for node in layers if node not in behind or node not in ahead}
 
 
 def _tensor_sources(node: fx.Node) -> list[fx.Node]:

@@ -56,7 +56,7 @@ def _logits(model, images):
 @pytest.mark.parametrize("toolkit", TOOLKITS)
 @pytest.mark.parametrize("config", QUANTIZERS, ids=lambda c: type(c).__name__)
 def test_there_and_back_computes_the_same(config, toolkit, student_of, float_nets, batches, digits):
-    student, images = student_of(toolkit), digits.test[0][:64]
+    student, images = student_of(toolkit), digits.test[0]
     teacher = float_nets[toolkit == "torch_ao_eager"]
     use_quantizers(student, config)
     distill(student, teacher, [x for x, _ in batches[:2]], epochs=1, seed=0)
@@ -105,14 +105,14 @@ def test_torch_ao_converts_learned_quantizers(student_of, digits):
     from torch.ao.quantization.backend_config import get_tensorrt_backend_config
     from torch.ao.quantization.quantize_fx import convert_to_reference_fx
 
-    student, images = use_quantizers(student_of("torch_ao", 8), LSQ()), digits.test[0][:64]
+    student, images = use_quantizers(student_of("torch_ao", 8), LSQ()), digits.test[0]
     expected = _logits(student, images)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         reference = convert_to_reference_fx(copy.deepcopy(student), backend_config=get_tensorrt_backend_config())
     with torch.no_grad():
         converted = reference(images)
-    assert float((converted.argmax(1) == expected.argmax(1)).float().mean()) >= 0.95  # ties: 3 of 64 images with one thread
+    assert float((converted.argmax(1) == expected.argmax(1)).float().mean()) >= 0.98
     assert float((converted - expected).abs().median()) < 0.02 * float(expected.max() - expected.min())
 
 
@@ -137,11 +137,11 @@ def test_torch_ao_eager_converts_learned_quantizers(student_of):
 def test_pt2e_converts_learned_quantizers(student_of, digits):
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
-    student, images = use_quantizers(student_of("pt2e", 8), LSQ()), digits.test[0][:64]
+    student, images = use_quantizers(student_of("pt2e", 8), LSQ()), digits.test[0]
     expected = _logits(student, images)
     with torch.no_grad():
         converted = convert_pt2e(copy.deepcopy(student))(images)
-    assert float((converted.argmax(1) == expected.argmax(1)).float().mean()) >= 0.95  # ties: 3 of 64 images with one thread
+    assert float((converted.argmax(1) == expected.argmax(1)).float().mean()) >= 0.98
     assert float((converted - expected).abs().median()) < 0.02 * float(expected.max() - expected.min())
 
 

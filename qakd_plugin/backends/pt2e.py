@@ -27,6 +27,7 @@ from ..errors import NotPreparedError, QakdError, UnsupportedQuantizerError
 from ..placement import place_quantizers
 from ..quantizers import Rule
 from .base import QParams, Quantizer, require_no_zero_gamma
+from .fake_quantize import FakeQuantizeSwitches
 from .learned import learned_fake_quantize, restored_fake_quantize, rule_of, substitute
 
 _aten = torch.ops.aten
@@ -63,7 +64,7 @@ _UNIT_TOLERANCE = 1e-6
 """How far from 1 the product of the folded scale and its inverse may lie: float32 rounding leaves about 2e-7."""
 
 
-class PT2EAdapter:
+class PT2EAdapter(FakeQuantizeSwitches):
     """Adapter for ``prepare_qat_pt2e``."""
 
     name = "pt2e"
@@ -121,21 +122,6 @@ class PT2EAdapter:
             quant_max=int(observer.quant_max),
             axis=int(q.ch_axis) if per_channel else None,
         )
-
-    def set_fake_quant(self, model: nn.Module, enabled: bool) -> None:
-        for quantizer in self.quantizers(model):
-            quantizer.module.enable_fake_quant(enabled)  # type: ignore[operator]
-
-    def freeze_ranges(self, model: nn.Module, frozen: bool) -> None:
-        for quantizer in self.quantizers(model):
-            q: Any = quantizer.module
-            if frozen:
-                if not hasattr(q, "_qakd_observed"):
-                    q._qakd_observed = bool(q.observer_enabled[0])
-                q.enable_observer(False)
-            elif hasattr(q, "_qakd_observed"):  # an observer the user switched off stays off
-                q.enable_observer(q._qakd_observed)
-                del q._qakd_observed
 
     def set_mode(self, model: nn.Module, training: bool) -> None:
         """Tell every BatchNorm and dropout of the graph.

@@ -15,7 +15,7 @@ from torchao.quantization.pt2e.observer import MovingAverageMinMaxObserver, Movi
 from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
 
 from ..errors import QakdError
-from ..placement import Placement, within
+from ..placement import Placement, outermost, within
 from .pt2e import CONVOLUTIONS, TRANSPOSED, WEIGHTED, from_inputs, layer_name
 
 _aten = torch.ops.aten
@@ -143,7 +143,7 @@ class TensorRTQuantizer(Quantizer):  # type: ignore[misc]
     def _all(self, calls: Sequence[fx.Node], graph: fx.Graph) -> dict[fx.Node, _Layer]:
         """Every layer but those kept in floating point, by the exported graph alone."""
         chosen = [node for node in calls if not any(within(layer_name(node), pattern) for pattern in self.keep)]
-        edges = _edges(graph, set(chosen))
+        edges = outermost(list(graph.nodes), set(chosen))
         positive = _positive(graph)
         layers = {}
         for node in chosen:
@@ -203,19 +203,6 @@ def activation_spec(bits: int, *, signed: bool = True) -> QuantizationSpec:
         quant_max=limit - 1 if signed else 2 * limit - 1,
         qscheme=torch.per_tensor_symmetric if signed else torch.per_tensor_affine,
     )
-
-
-def _edges(graph: fx.Graph, layers: set[fx.Node]) -> set[fx.Node]:
-    """Layers no other layer stands before, or after."""
-    behind: set[fx.Node] = set()
-    for node in graph.nodes:
-        if any(source in behind or source in layers for source in node.all_input_nodes):
-            behind.add(node)
-    ahead: set[fx.Node] = set()
-    for node in reversed(graph.nodes):
-        if any(user in ahead or user in layers for user in node.users):
-            ahead.add(node)
-    return {node for node in layers if node not in behind or node not in ahead}
 
 
 def _positive(graph: fx.Graph) -> set[fx.Node]:

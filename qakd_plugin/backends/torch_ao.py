@@ -22,6 +22,7 @@ from ..errors import NotPreparedError, QakdError, UnsupportedQuantizerError
 from ..placement import WEIGHTED, Placement, has_own_forward, place_quantizers
 from ..quantizers import Rule
 from .base import QParams, Quantizer, require_no_zero_gamma
+from .fake_quantize import FakeQuantizeSwitches
 from .learned import learned_fake_quantize, restored_fake_quantize, rule_of, substitute
 
 with warnings.catch_warnings():
@@ -51,7 +52,7 @@ FUSED_RELU = tuple(
 QAT_LAYERS = (*_FUSED_BATCH_NORM, *FUSED_RELU, nnqat.Conv1d, nnqat.Conv2d, nnqat.Conv3d, nnqat.Linear)
 
 
-class TorchAOAdapter:
+class TorchAOAdapter(FakeQuantizeSwitches):
     """Adapter for ``prepare_qat_fx``."""
 
     name = "torch_ao"
@@ -103,21 +104,6 @@ class TorchAOAdapter:
             quant_max=int(observer.quant_max),
             axis=int(q.ch_axis) if per_channel else None,
         )
-
-    def set_fake_quant(self, model: nn.Module, enabled: bool) -> None:
-        for quantizer in self.quantizers(model):
-            quantizer.module.enable_fake_quant(enabled)  # type: ignore[operator]
-
-    def freeze_ranges(self, model: nn.Module, frozen: bool) -> None:
-        for quantizer in self.quantizers(model):
-            q: Any = quantizer.module
-            if frozen:
-                if not hasattr(q, "_qakd_observed"):
-                    q._qakd_observed = bool(q.observer_enabled[0])
-                q.enable_observer(False)
-            elif hasattr(q, "_qakd_observed"):  # an observer the user switched off stays off
-                q.enable_observer(q._qakd_observed)
-                del q._qakd_observed
 
     def set_mode(self, model: nn.Module, training: bool) -> None:
         model.train(training)
