@@ -7,9 +7,10 @@ import os
 
 import pytest
 import torch
+from nets import Structures, trained
 from torch import nn
 
-from qakd_plugin import prepare
+from qakd_plugin import prepare, use_quantizers
 from qakd_plugin.demo.data import Digits, load
 from qakd_plugin.demo.net import DigitNet, train_float
 
@@ -59,3 +60,28 @@ def batches(digits: Digits) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Six labelled batches of 32."""
     images, labels = digits.train
     return [(images[start : start + 32], labels[start : start + 32]) for start in range(0, 192, 32)]
+
+
+@pytest.fixture(scope="session")
+def network(digits):
+    torch.manual_seed(0)
+    return trained(Structures(functional=True), *digits.train, steps=30)
+
+
+@pytest.fixture
+def mentor(network):
+    return copy.deepcopy(network)
+
+
+@pytest.fixture(scope="session")
+def prepared(network, digits):
+    """One prepared student per toolkit; tests take copies."""
+    made = {}
+
+    def make(toolkit="modelopt", quantizers=None):
+        if toolkit not in made:
+            made[toolkit] = prepare(network, [digits.train[0][:64]], toolkit, weight_bits=8, activation_bits=8)
+        student = copy.deepcopy(made[toolkit])
+        return student if quantizers is None else use_quantizers(student, quantizers)
+
+    return make

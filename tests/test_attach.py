@@ -6,36 +6,11 @@ import data_parallel
 import pytest
 import torch
 from data_parallel import TOOLKITS
-from nets import Structures, trained
 from torch._dynamo.utils import counters
 
-from qakd_plugin import KD, QAT, QKD, SQAKD, QakdError, attach, prepare
+from qakd_plugin import KD, QAT, QKD, SQAKD, QakdError, attach
 from qakd_plugin.backends import adapter_for
 from qakd_plugin.losses import cross_entropy, kl_divergence
-
-
-@pytest.fixture(scope="module")
-def network(digits):
-    torch.manual_seed(0)
-    return trained(Structures(functional=True), *digits.train, steps=30)
-
-
-@pytest.fixture
-def mentor(network):
-    return copy.deepcopy(network)
-
-
-@pytest.fixture(scope="module")
-def prepared(network, digits):
-    """One prepared student per toolkit; tests take copies."""
-    made = {}
-
-    def make(toolkit="modelopt"):
-        if toolkit not in made:
-            made[toolkit] = prepare(network, [digits.train[0][:64]], toolkit, weight_bits=8, activation_bits=8)
-        return copy.deepcopy(made[toolkit])
-
-    return make
 
 
 def _gradients(model):

@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from interruption import Stop, StopAt
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms import v2
@@ -410,19 +411,6 @@ def test_it_ranks_again_every_so_many_epochs_on_other_images(make_student, teach
     assert scores[0] != scores[2]
 
 
-class _Stop(Exception):
-    pass
-
-
-class _StopAt:
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, step, losses):
-        if step == self.step:
-            raise _Stop
-
-
 @pytest.mark.parametrize("stop", [4, 9])
 @pytest.mark.parametrize("search", [None, Search(budget=3, keep=2)], ids=["list", "search"])
 def test_a_stopped_run_goes_on_bit_identically(make_student, teacher, loader, tmp_path, stop, search):
@@ -433,9 +421,9 @@ def test_a_stopped_run_goes_on_bit_identically(make_student, teacher, loader, tm
     options = {"epochs": 3, "augment": augment, "seed": 0}
     whole = distill(make_student(), teacher, loader, **options)
     loader.generator.set_state(start)
-    with pytest.raises(_Stop):
+    with pytest.raises(Stop):
         distill(
-            make_student(), teacher, loader, checkpoint_dir=tmp_path, checkpoint_every=2, callbacks=[_StopAt(stop)], **options
+            make_student(), teacher, loader, checkpoint_dir=tmp_path, checkpoint_every=2, callbacks=[StopAt(stop)], **options
         )
     loader.generator.manual_seed(99)
     resumed = distill(make_student(), teacher, loader, checkpoint_dir=tmp_path, resume=True, **options)

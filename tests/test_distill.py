@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from interruption import Stop, StopAt
 from torch import nn
 
 from qakd_plugin import KD, QAT, QKD, SQAKD, LabelsRequiredError, NotPreparedError, QakdError, TrainingError, distill
@@ -149,19 +150,6 @@ def test_bf16_trains_and_quantizers_see_float32(toolkit, make_student, teacher, 
     assert result.history[0]["kl"] < 5
 
 
-class _Stop(Exception):
-    pass
-
-
-class _StopAt:
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, step, losses):
-        if step == self.step:
-            raise _Stop
-
-
 @pytest.mark.parametrize(
     ("toolkit", "method", "stop"),
     [
@@ -184,8 +172,8 @@ def test_resume_is_bit_identical(toolkit, method, stop, tmp_path, make_student, 
         return _weights(result.model), history
 
     expected = run(tmp_path / "whole")
-    with pytest.raises(_Stop):
-        run(tmp_path / "stopped", callbacks=[_StopAt(stop)])
+    with pytest.raises(Stop):
+        run(tmp_path / "stopped", callbacks=[StopAt(stop)])
     torch.manual_seed(99)
     resumed = run(tmp_path / "stopped", resume=True)
     assert _same(expected[0], resumed[0])

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from nets import Structures, trained
+from nets import Structures
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from qakd_plugin import (
@@ -22,38 +22,11 @@ from qakd_plugin import (
     attach,
     distill,
     export_onnx,
-    prepare,
-    use_quantizers,
 )
 from qakd_plugin.backends import adapter_for
 from qakd_plugin.losses import cross_entropy, kl_divergence
 from qakd_plugin.modes import eval_mode
 from qakd_plugin.optim import Settings, cosine_schedule, quantizer_parameters, student_optimizer, teacher_optimizer
-
-
-@pytest.fixture(scope="module")
-def network(digits):
-    torch.manual_seed(0)
-    return trained(Structures(functional=True), *digits.train, steps=30)
-
-
-@pytest.fixture
-def mentor(network):
-    return copy.deepcopy(network)
-
-
-@pytest.fixture(scope="module")
-def prepared(network, digits):
-    """One prepared student per toolkit; tests take copies."""
-    made = {}
-
-    def make(toolkit="modelopt", quantizers=None):
-        if toolkit not in made:
-            made[toolkit] = prepare(network, [digits.train[0][:64]], toolkit, weight_bits=8, activation_bits=8)
-        student = copy.deepcopy(made[toolkit])
-        return student if quantizers is None else use_quantizers(student, quantizers)
-
-    return make
 
 
 def _assert_equal_state(expected, actual):

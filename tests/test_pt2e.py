@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from interruption import Stop, StopAt
 from torch import nn
 
 from qakd_plugin import (
@@ -310,19 +311,6 @@ def test_a_trained_student_is_exported_exactly(bits, tmp_path, make_student, tea
     assert counted.integer == counted.total == 10
 
 
-class _Stop(Exception):
-    pass
-
-
-class _StopAt:
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, step, losses):
-        if step == self.step:
-            raise _Stop
-
-
 def test_resume_is_bit_identical(tmp_path, make_student, teacher, batches, digits):
     def run(folder, **options):
         student = make_student("pt2e", 4)
@@ -331,8 +319,8 @@ def test_resume_is_bit_identical(tmp_path, make_student, teacher, batches, digit
         return student.state_dict()
 
     whole = run("whole")
-    with pytest.raises(_Stop):
-        run("broken", callbacks=[_StopAt(9)])
+    with pytest.raises(Stop):
+        run("broken", callbacks=[StopAt(9)])
     resumed = run("broken", resume=True)
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
 
