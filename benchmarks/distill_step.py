@@ -41,21 +41,18 @@ from qakd_plugin.evaluation import evaluate
 from qakd_plugin.progress import track
 
 RESULTS = readme_tables.RESULTS / "distill_step.json"
-BARS = {"SQAKD, LSQ": 1.50, "SQAKD, LSQ, bf16": 1.00}
+BARS = {
+    "SQAKD, LSQ": 1.50,
+    "SQAKD, LSQ, channels_last": 1.50,
+    "SQAKD, LSQ, bf16": 1.00,
+    "SQAKD, LSQ, bf16, channels_last": 1.00,
+}
 Step = Callable[[], None]
 
 
-def fp32(batch: int, device: str) -> Step:
+def fp32(batch: int, device: str, layout: torch.memory_format = torch.contiguous_format) -> Step:
     """The yardstick: labels, no quantizer, no teacher."""
-    model, x, y = _resnet(device).train(), *_batch(batch, device)
-    optimizer = _sgd(model)
-
-    def step() -> None:
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    return _supervised(_resnet(device).train().to(memory_format=layout), batch, device, layout)  # type: ignore[call-overload]
 
 
 def by_hand(batch: int, device: str) -> Step:
@@ -78,12 +75,17 @@ def by_hand(batch: int, device: str) -> Step:
 
 def labels_only(batch: int, device: str) -> Step:
     """The same student without a teacher: what the teacher adds is the difference to this."""
+    x, _ = _batch(batch, device)
+    return _supervised(use_quantizers(_prepared("modelopt", x, device), LSQ()), batch, device, torch.contiguous_format)
+
+
+def _supervised(model: nn.Module, batch: int, device: str, layout: torch.memory_format) -> Step:
     x, y = _batch(batch, device)
-    student = use_quantizers(_prepared("modelopt", x, device), LSQ())
-    optimizer = _sgd(student)
+    x = x.contiguous(memory_format=layout)
+    optimizer = _sgd(model)
 
     def step() -> None:
-        F.cross_entropy(student(x), y).backward()
+        F.cross_entropy(model(x), y).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -109,11 +111,20 @@ def co_studying(batch: int, device: str) -> Step:
     return step
 
 
-def ours(batch: int, device: str, *, bf16: bool = False, compiled: bool = False, cached: bool = False) -> Step:
+def ours(
+    batch: int,
+    device: str,
+    *,
+    bf16: bool = False,
+    compiled: bool = False,
+    cached: bool = False,
+    layout: torch.memory_format = torch.contiguous_format,
+) -> Step:
     """SQAKD with LSQ, prepared by ModelOpt."""
     x, _ = _batch(batch, device)
-    student = use_quantizers(_prepared("modelopt", x, device), LSQ())
-    teacher: nn.Module = _resnet(device).eval()
+    x = x.contiguous(memory_format=layout)
+    student = use_quantizers(_prepared("modelopt", x, device), LSQ()).to(memory_format=layout)  # type: ignore[call-overload]
+    teacher: nn.Module = _resnet(device).eval().to(memory_format=layout)  # type: ignore[call-overload]
     if cached:
         with torch.no_grad():
             teacher = _Recalled(teacher(x))
@@ -134,11 +145,14 @@ def ours(batch: int, device: str, *, bf16: bool = False, compiled: bool = False,
 
 VARIANTS: dict[str, Callable[[int, str], Step]] = {
     "FP32": fp32,
+    "FP32, channels_last": partial(fp32, layout=torch.channels_last),
     "by hand: torch.ao FX, KL": by_hand,
     "QAT, LSQ": labels_only,
     "SQAKD, LSQ": ours,
     "SQAKD, LSQ, cached teacher": partial(ours, cached=True),
+    "SQAKD, LSQ, channels_last": partial(ours, layout=torch.channels_last),
     "SQAKD, LSQ, bf16": partial(ours, bf16=True),
+    "SQAKD, LSQ, bf16, channels_last": partial(ours, bf16=True, layout=torch.channels_last),
     "SQAKD, LSQ, bf16, cached teacher": partial(ours, bf16=True, cached=True),
     "SQAKD, LSQ, bf16, compiled teacher": partial(ours, bf16=True, compiled=True),
     "QKD co-studying, LSQ": co_studying,

@@ -38,7 +38,12 @@ from qakd_plugin.bench.environment import environment, is_busy
 from qakd_plugin.demo.net import Block
 from qakd_plugin.progress import track
 
-BARS = {"ModelOpt LSQ": 1.30, "ModelOpt EWGS": 1.40}
+BARS = {
+    "ModelOpt LSQ": 1.30,
+    "ModelOpt LSQ, channels_last": 1.30,
+    "ModelOpt EWGS": 1.40,
+    "ModelOpt EWGS, channels_last": 1.40,
+}
 MEMORY_BAR = 1.25
 RESULTS = readme_tables.RESULTS / "step_time.json"
 KEEP_MEMORY = {
@@ -46,13 +51,18 @@ KEEP_MEMORY = {
     "MALLOC_TRIM_THRESHOLD_": str(4 * 2**30),
     "MALLOC_TOP_PAD_": str(64 * 2**20),
 }
+CHANNELS_LAST = ", channels_last"
+"""At the end of a variant's name: the network and its input lie in memory that way."""
 VARIANTS: dict[str, tuple[str | None, Any]] = {
     "FP32": (None, None),
+    "FP32, channels_last": (None, None),
     "ModelOpt, its own": ("modelopt", None),
     "ModelOpt LSQ": ("modelopt", LSQ()),
+    "ModelOpt LSQ, channels_last": ("modelopt", LSQ()),
     "ModelOpt PACT": ("modelopt", PACT()),
     "ModelOpt DoReFa": ("modelopt", DoReFa()),
     "ModelOpt EWGS": ("modelopt", EWGS()),
+    "ModelOpt EWGS, channels_last": ("modelopt", EWGS()),
     "PT2E, its own": ("pt2e", None),
     "PT2E LSQ": ("pt2e", LSQ()),
     "torch.ao FX, its own": ("torch_ao", None),
@@ -93,6 +103,8 @@ def make_step(variant: str, batch: int) -> Callable[[], None]:
         if quantizer is not None:
             use_quantizers(model, quantizer)
         adapter_for(model).set_mode(model, True)
+    if variant.endswith(CHANNELS_LAST):
+        model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
 
     def step() -> None:

@@ -330,3 +330,43 @@ def test_sqakd_with_a_learned_quantizer_reports_what_it_found(student_of, float_
     with caplog.at_level(logging.INFO):
         distill(student, float_nets[False], [x for x, _ in batches[:1]], method=SQAKD(), epochs=1, seed=0)
     assert "prepared by modelopt with PACT" in caplog.text
+
+
+@pytest.mark.parametrize("toolkit", ["modelopt", "torch_ao", "pt2e"])
+@pytest.mark.parametrize("config", QUANTIZERS, ids=lambda c: type(c).__name__)
+def test_channels_last_trains_alike_and_stays(config, toolkit, student_of, batches):
+    x, y = batches[0]
+    gradients = {}
+    for layout in (torch.contiguous_format, torch.channels_last):
+        student = use_quantizers(student_of(toolkit), config).to(memory_format=layout)
+        adapter = adapter_for(student)
+        seen = []
+        for quantizer in adapter.quantizers(student):
+            if quantizer.role == "activation":
+                quantizer.module.register_forward_hook(lambda module, args, out, seen=seen: seen.append((args[0], out)))
+        torch.nn.functional.cross_entropy(student(x.contiguous(memory_format=layout)), y).backward()
+        assert sum(x.is_contiguous(memory_format=layout) for x, _ in seen) > 3
+        assert all(x.stride() == out.stride() for x, out in seen)
+        gradients[layout] = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+    one, other = gradients.values()
+    assert one.keys() == other.keys()
+    # Sums in another order, and values on rounding ties that fall to the other side.
+    norms = {name: torch.linalg.vector_norm(gradient) for name, gradient in one.items()}
+    difference = torch.stack([torch.linalg.vector_norm(other[name] - gradient) for name, gradient in one.items()])
+    assert torch.linalg.vector_norm(difference) <= 0.02 * torch.linalg.vector_norm(torch.stack(list(norms.values())))
+
+
+def test_a_student_in_channels_last_is_exported_exactly(student_of, digits, tmp_path):
+    student = use_quantizers(student_of("modelopt"), LSQ()).to(memory_format=torch.channels_last)
+    exported = export_onnx(student, digits.test[0][:8], tmp_path / "student.onnx")
+    assert exported.parity.weight_codes > 0
+
+
+def test_modelopts_own_class_returns_with_its_own_quantizers(student_of):
+    from modelopt.torch.quantization.nn import TensorQuantizer
+
+    student = use_quantizers(student_of("modelopt"), LSQ())
+    quantizers = [quantizer.module for quantizer in adapter_for(student).quantizers(student)]
+    assert all(isinstance(module, TensorQuantizer) and type(module) is not TensorQuantizer for module in quantizers)
+    restore_quantizers(student)
+    assert all(type(module) is TensorQuantizer for module in quantizers)

@@ -33,8 +33,7 @@ _log = logging.getLogger(__name__)
 _SMALLEST_AMAX = 2.0**-24
 """ModelOpt maps everything to zero where amax is not above this."""
 
-
-_BACKEND = "qakd"
+BACKEND = "qakd"
 """Under which ModelOpt finds learned quantizers."""
 
 
@@ -148,7 +147,8 @@ class ModelOptAdapter:
             assert quantizer.weight is not None
             clip = clip.reshape([-1 if dim == rule.axis else 1 for dim in range(quantizer.weight().ndim)])
         rule.install(q, clip)
-        q.backend, q.backend_extra_args = _BACKEND, rule.as_dict()
+        q.backend, q.backend_extra_args = BACKEND, rule.as_dict()
+        _set_learned(q, True)
 
     def uninstall(self, model: nn.Module, quantizer: Quantizer) -> None:
         q: Any = quantizer.module
@@ -162,6 +162,7 @@ class ModelOptAdapter:
         scale, (low, high) = rule.scale(q), rule.codes
         remove_tensors(q)
         q.backend, q.backend_extra_args = None, {}
+        _set_learned(q, False)
         q.unsigned = low == 0
         q.num_bits = high.bit_length() if low == 0 else high.bit_length() + 1
         q.narrow_range = low == -high
@@ -172,7 +173,7 @@ class ModelOptAdapter:
 
     def learned(self, quantizer: Quantizer) -> Rule | None:
         q: Any = quantizer.module
-        return rule_from_dict(q.backend_extra_args) if q.backend == _BACKEND else None
+        return rule_from_dict(q.backend_extra_args) if q.backend == BACKEND else None
 
     def export_form(self, model: nn.Module) -> nn.Module:
         form = copy.deepcopy(model).eval()
@@ -327,16 +328,26 @@ def _quantizer_class() -> type[nn.Module] | None:
     module: Any = sys.modules.get("modelopt.torch.quantization.nn.modules.tensor_quantizer")
     if module is None:
         return None
-    if not module.is_registered_quant_backend(_BACKEND):
+    if not module.is_registered_quant_backend(BACKEND):
         # From here on ModelOpt can run, save and restore quantizers that were swapped.
-        module.register_quant_backend(_BACKEND, _run_rule)
+        module.register_quant_backend(BACKEND, run_rule)
     quantizer_class: type[nn.Module] = module.TensorQuantizer
     return quantizer_class
 
 
-def _run_rule(inputs: Tensor, quantizer: Any) -> Tensor:
+def run_rule(inputs: Tensor, quantizer: Any) -> Tensor:
     """What ModelOpt calls in the place of its own arithmetic."""
     return rule_from_dict(quantizer.backend_extra_args)(inputs, quantizer)
+
+
+def _set_learned(quantizer: nn.Module, learned: bool) -> None:
+    """Give a quantizer the class that fits, as ModelOpt itself turns one kind of quantizer into another."""
+    from .modelopt_quantizer import LearnedTensorQuantizer
+
+    plain, ours = _quantizer_class(), LearnedTensorQuantizer
+    assert plain is not None
+    if type(quantizer) is (plain if learned else ours):
+        quantizer.__class__ = ours if learned else plain
 
 
 def _role(fqn: str) -> Role:

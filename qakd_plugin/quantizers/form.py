@@ -87,7 +87,7 @@ class _FakeQuantize(torch.autograd.Function):
             # Codes are out / scale; inside, the rounding error is (out - x) / scale, outside it is the bound.
             inside = x if through_rounding else out
             if scale.numel() == 1:
-                total = torch.dot(gradient.reshape(-1), out.reshape(-1)) - torch.dot(g.reshape(-1), inside.reshape(-1))
+                total = _dot(gradient, out) - _dot(g, inside)
                 total = total.reshape(scale.shape)
             else:
                 total = (gradient * out - g * inside).sum_to_size(scale.shape)
@@ -101,6 +101,13 @@ def _quantized(x: Tensor, scale: Tensor, low: float, high: float, shift: float) 
     codes = torch.div(x, scale).clamp_(low, high)
     codes = codes.add_(shift).round_().sub_(shift) if shift else codes.round_()
     return codes.mul_(scale)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Sum of products. Images in channels_last are read as they lie in memory: flattening them otherwise makes copies."""
+    if a.ndim == 4 and all(not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last) for t in (a, b)):
+        a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
+    return torch.dot(a.reshape(-1), b.reshape(-1))
 
 
 def _where_inside(g: Tensor, x: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
