@@ -20,7 +20,7 @@ from onnx import TensorProto
 from qdq_graphs import INT4, INT8, UINT8, QdqGraph, residual_net, resnet18
 
 from qakd_plugin.deploy.engine import attach_timing_cache, build_engine, input_shape, trtexec_command
-from qakd_plugin.deploy.engine_file import load_engine, verify_engine
+from qakd_plugin.deploy.engine_file import FORMAT, load_engine, sealed, verify_engine
 from qakd_plugin.deploy.inspect_onnx import inspect_onnx
 from qakd_plugin.deploy.plan import PlanLayer, count, read_plan
 from qakd_plugin.deploy.trt import (
@@ -54,8 +54,9 @@ def engine(built: Path, tmp_path: Path) -> Path:
 
 
 def _edit_manifest(engine: Path, **changes: Any) -> None:
+    """As an engine of that kind would have it."""
     path = engine.with_name(engine.name + ".json")
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    path.write_text(json.dumps(sealed(json.loads(path.read_text()) | changes)))
 
 
 # What is built
@@ -187,7 +188,11 @@ def test_a_truncated_engine_is_refused(engine: Path) -> None:
         (lambda path: path.write_text("[" * 100_000), "not valid JSON"),
         (lambda path: path.write_text("[]"), "has format None"),
         (lambda path: path.write_text('{"format": 99}'), "has format 99"),
-        (lambda path: path.write_text('{"format": 1}'), "sha256, bytes, runtime, capabilities missing"),
+        (
+            lambda path: path.write_text(f'{{"format": {FORMAT}}}'),
+            "sha256, bytes, runtime, capabilities, float_type, seal missing",
+        ),
+        (lambda path: path.write_text(path.read_text().replace('"max": 64', '"max": 65')), "entries are not those that were"),
     ],
 )
 def test_a_damaged_manifest_is_refused(engine: Path, damage: Callable[[Path], object], message: str) -> None:
@@ -216,6 +221,9 @@ def test_an_engine_of_another_gpu_is_refused(engine: Path, monkeypatch: pytest.M
     _edit_manifest(engine, capabilities=["CURRENT"], gpu="SM86")
     monkeypatch.setattr("qakd_plugin.deploy.engine_file.gpu_capability", lambda: "SM89")
     with pytest.raises(EngineError, match="generation SM86, this one is SM89"):
+        load_engine(engine)
+    _edit_manifest(engine, capabilities=["SM80", "SM86"], gpu=None)
+    with pytest.raises(EngineError, match="generation SM80 or SM86, this one is SM89"):
         load_engine(engine)
 
 

@@ -105,7 +105,7 @@ def make_session(fails: bool = False, driver: Any = None) -> tuple[EngineSession
     device = HostDevice()
     engine = Affine(device, fails)
     module = SimpleNamespace(TensorIOMode=SimpleNamespace(INPUT="in"), nptype=lambda dtype: dtype)
-    loaded = LoadedEngine(engine, Runtime("tensorrt", module), ["out of luck"])
+    loaded = LoadedEngine(engine, Runtime("tensorrt", module), ["out of luck"], {})
     return EngineSession(loaded, engine, device, driver), device
 
 
@@ -245,7 +245,7 @@ def test_engines_with_several_inputs_are_refused() -> None:
     module = SimpleNamespace(TensorIOMode=SimpleNamespace(INPUT="in"), nptype=lambda dtype: dtype)
     engine = TwoInputs(device)
     with pytest.raises(EngineError, match=r"inputs \['x', 'y'\]: one was expected"):
-        EngineSession(LoadedEngine(engine, Runtime("tensorrt", module), []), engine, device)
+        EngineSession(LoadedEngine(engine, Runtime("tensorrt", module), [], {}), engine, device)
 
 
 @no_gpu

@@ -14,7 +14,7 @@ from typing import Any
 
 from .._files import atomic_path, write_atomic
 from ..errors import EngineError
-from .engine_file import FORMAT, load_engine, manifest_path, verify_engine
+from .engine_file import FORMAT, load_engine, manifest_path, sealed, verify_engine
 from .inspect_onnx import OnnxContents, WeightLayer, inspect_onnx
 from .plan import PlanContents, PlanLayer, count, read_plan
 from .trt import Runtime, choose_capabilities, collecting_logger, gpu_capability, last, load_runtime, progress_monitor
@@ -124,11 +124,12 @@ def build_engine(
             "capabilities": targets,
             "gpu": gpu,
             "inputs": {name: list(shape) for name, shape in source.inputs.items()},
+            "float_type": "float16" if source.float16 else "float32",
             "profile": asdict(profile) if source.dynamic_batch else None,
             **_precisions(contents, layers),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        text = json.dumps(manifest, indent=2)
+        text = json.dumps(sealed(manifest), indent=2)
         new_engine.write_bytes(plan)
         new_record.write_text(text + "\n")
     return EngineInfo(engine, record, json.loads(text))
@@ -230,7 +231,10 @@ def _profile(builder: Any, source: OnnxContents, batches: _Profile) -> Any:
     profile = builder.create_optimization_profile()
     for name, shape in source.inputs.items():
         if None in shape:
-            profile.set_shape(name, *[(batch, *shape[1:]) for batch in (batches.min, batches.opt, batches.max)])
+            try:
+                profile.set_shape(name, *[(batch, *shape[1:]) for batch in (batches.min, batches.opt, batches.max)])
+            except RuntimeError as error:  # what the bindings raise
+                raise EngineError(f"input {name!r} of {list(shape)}: {error} Choose other batch sizes.") from error
     return profile
 
 
@@ -255,11 +259,12 @@ def _with_missing(layers: Sequence[PlanLayer], expected: Sequence[WeightLayer]) 
 
 def _precisions(contents: PlanContents | None, layers: Sequence[PlanLayer] | None) -> dict[str, Any]:
     if contents is None or layers is None:
-        return dict.fromkeys(("convolutions", "matmuls", "int4_weights", "layers"), "unknown")
+        return dict.fromkeys(("convolutions", "matmuls", "int4_weights", "int4_layers", "layers"), "unknown")
     return {
         "convolutions": count(layers, "convolution"),
         "matmuls": count(layers, "matmul"),
         "int4_weights": contents.int4_weights,
+        "int4_layers": sum(layer.stored == "int4" for layer in layers),
         "layers": [asdict(layer) for layer in layers],
     }
 

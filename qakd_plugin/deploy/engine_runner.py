@@ -56,14 +56,12 @@ class EngineRunner:
         MissingPackageError: its runtime, or torch and pycuda, are not installed.
     """
 
-    precision = "float32"
-
     def __init__(
         self, path: str | os.PathLike[str], *, cuda_graph: bool = True, runtime_cache: str | os.PathLike[str] | None = None
     ) -> None:
         started = time.perf_counter()
         loaded = load_engine(path)
-        self.runtime = loaded.runtime.name
+        self.runtime, self.precision = loaded.runtime.name, str(loaded.manifest["float_type"])
         if runtime_cache is not None and not loaded.runtime.is_rtx:
             raise EngineError("runtime_cache: tensorrt compiles nothing at run time and has none. Leave it out.")
         self._device = open_device()
