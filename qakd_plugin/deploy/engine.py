@@ -16,6 +16,7 @@ from .._files import atomic_path, write_atomic
 from ..errors import EngineError
 from .engine_file import FORMAT, load_engine, manifest_path, sealed, verify_engine
 from .inspect_onnx import OnnxContents, WeightLayer, inspect_onnx
+from .inspector import inspect_plan
 from .plan import PlanContents, PlanLayer, count, read_plan
 from .trt import Runtime, choose_capabilities, collecting_logger, gpu_capability, last, load_runtime, progress_monitor
 
@@ -112,7 +113,7 @@ def build_engine(
     # The manifest takes its name first: should the engine fail to follow, the digest of an older engine does not match.
     with atomic_path(engine, EngineError) as new_engine, atomic_path(record, EngineError) as new_record:
         plan = _build(library, source, str(onnx_path), profile, targets, timing_cache, progress)
-        contents = read_plan(plan) if library.is_rtx else None
+        contents = read_plan(plan) if library.is_rtx else inspect_plan(library, plan, source.shapes(profile.opt))
         layers = None if contents is None else _with_missing(contents.layers, source.layers)
         _require_integers(layers, require_int8)
         manifest = {
@@ -207,6 +208,8 @@ def _build(
         config.num_compute_capabilities = len(targets)
         for index, target in enumerate(targets):
             config.set_compute_capability(getattr(trt.ComputeCapability, target), index)
+    else:  # the GPU is at hand: the inspector will be asked
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if timing_cache is not None:
         attach_timing_cache(config, timing_cache)
     plan = builder.build_serialized_network(network, config)
@@ -229,10 +232,11 @@ def _parser_problem(parser: Any, messages: Sequence[str]) -> str:
 
 def _profile(builder: Any, source: OnnxContents, batches: _Profile) -> Any:
     profile = builder.create_optimization_profile()
+    sizes = [source.shapes(batch) for batch in (batches.min, batches.opt, batches.max)]
     for name, shape in source.inputs.items():
         if None in shape:
             try:
-                profile.set_shape(name, *[(batch, *shape[1:]) for batch in (batches.min, batches.opt, batches.max)])
+                profile.set_shape(name, *[size[name] for size in sizes])
             except RuntimeError as error:  # what the bindings raise
                 raise EngineError(f"input {name!r} of {list(shape)}: {error} Choose other batch sizes.") from error
     return profile

@@ -59,6 +59,10 @@ class OnnxContents:
     def dynamic_batch(self) -> bool:
         return any(None in shape for shape in self.inputs.values())
 
+    def shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
+        """Sizes of every input by name, with ``batch`` in the place of a dynamic one."""
+        return {name: tuple(batch if size is None else size for size in shape) for name, shape in self.inputs.items()}
+
 
 def inspect_onnx(path: str | os.PathLike[str]) -> OnnxContents:
     """Read an ONNX file, and refuse what TensorRT cannot take or would misread.
