@@ -2,9 +2,9 @@
 
     python examples/by_feature/int4_vit.py
 
-Torchvision's ViT, made small, on scikit-learn's digits; LSQ learns the scales. What is not quantized computes in FP16. An engine
-is built where TensorRT or TensorRT-RTX is installed, which takes no GPU for the latter. `benchmarks/engines.py` does the same
-with ViT-B/16.
+Torchvision's ViT, made small, on scikit-learn's digits; LSQ learns the scales. What is not quantized computes in FP16. An
+engine is built where TensorRT or TensorRT-RTX is installed; the latter needs no GPU for it. `benchmarks/engines.py` does the
+same with ViT-B/16.
 """
 
 import tempfile
