@@ -102,7 +102,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[bytes, ir.Model]:
         proto = onnx.ModelProto.FromString(data)
         external = [tensor.name for tensor in proto.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
         if not external:
-            onnx.checker.check_model(proto)
+            onnx.checker.check_model(data)  # the bytes: a model would be written once more
         model = ir.serde.deserialize_model(proto)
         if not external:
             _read_tensors(model)
