@@ -152,6 +152,7 @@ def _add_export(commands: Any) -> None:
     parser.add_argument("recipe", help=f"{_RECIPE}: prepared_model, and example_input (float (N, C, H, W)) or loader")
     parser.add_argument("--weights", type=Path, help="student.pt of qakd distill, loaded into the prepared model")
     parser.add_argument("--target", choices=("tensorrt", "onnxruntime", "openvino"), default="tensorrt", help="(%(default)s)")
+    parser.add_argument("--float16", action="store_true", help="for tensorrt: write what is not quantized in FP16")
     parser.add_argument("--out", type=Path, required=True, help="the ONNX file")
 
 
@@ -179,7 +180,7 @@ def _export(options: argparse.Namespace) -> None:
         example = default_batch(next(iter(recipe["loader"])))[0]
     if example is None:
         raise QakdError(f"{options.recipe} returned neither example_input nor loader: parity is checked on real samples.")
-    exported = export_onnx(model, example, options.out, target=options.target)
+    exported = export_onnx(model, example, options.out, target=options.target, float16=options.float16)
     proof = exported.parity
     print(
         f"parity: {proof.weight_codes} weight codes equal, {proof.activation_codes} activation codes compared, "
@@ -202,6 +203,7 @@ def _add_engine(commands: Any) -> None:
     parser.add_argument("--capability", action="append", help="RTX: GPU generation such as SM89; may be repeated")
     parser.add_argument("--require-int8", type=float, help="smallest share of layers that must compute in integers")
     parser.add_argument("--allow-float", action="store_true", help="take a file without Q/DQ, for a float baseline")
+    parser.add_argument("--timing-cache", type=Path, help="classic TensorRT: file of measured kernels, read and written")
 
 
 def _engine(options: argparse.Namespace) -> None:
@@ -218,10 +220,12 @@ def _engine(options: argparse.Namespace) -> None:
         capabilities=options.capability,
         require_int8=options.require_int8,
         allow_float=options.allow_float,
+        timing_cache=options.timing_cache,
     )
     for kind in ("convolutions", "matmuls"):
         found = info.manifest[kind]
         print(f"{kind}: {found if isinstance(found, str) else '{int8} of {total} in int8'.format(**found)}")
+    print(f"with weights stored in int4: {info.manifest['int4_layers']}")
     for runtime in ("tensorrt", "tensorrt_rtx"):
         line = trtexec_command(
             options.onnx,

@@ -76,12 +76,23 @@ def is_quantized(value: ir.Value | None) -> bool:
     return node is not None and constant(node.inputs[0]) is None
 
 
-def is_weight_only(dequantize: ir.Node) -> bool:
-    """Whether stored integers are the weight of linear layers alone whose activations stay in floating point."""
+def weight_readers(dequantize: ir.Node) -> list[ir.Node]:
+    """The layers that read stored integers, directly or through a transpose."""
     readers: list[ir.Node] = []
     for use in dequantize.outputs[0].uses():
         readers += [inner.node for inner in use.node.outputs[0].uses()] if use.node.op_type == "Transpose" else [use.node]
-    return bool(readers) and all(node.op_type in {"Gemm", "MatMul"} and not is_quantized(node.inputs[0]) for node in readers)
+    return readers
+
+
+def is_linear_weight(dequantize: ir.Node) -> bool:
+    """Whether stored integers are the weight of linear layers alone."""
+    readers = weight_readers(dequantize)
+    return bool(readers) and all(node.op_type in {"Gemm", "MatMul"} for node in readers)
+
+
+def is_weight_only(dequantize: ir.Node) -> bool:
+    """Whether stored integers are the weight of linear layers alone whose activations stay in floating point."""
+    return is_linear_weight(dequantize) and not any(is_quantized(node.inputs[0]) for node in weight_readers(dequantize))
 
 
 def replace(old: ir.Node, new: ir.Value) -> None:

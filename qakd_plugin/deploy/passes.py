@@ -19,6 +19,7 @@ from .graph import (
     activation_quantizers,
     constant,
     initializer,
+    is_linear_weight,
     is_weight_only,
     only_consumer,
     producer,
@@ -47,6 +48,14 @@ def canonicalize(model: ir.Model) -> ir.Model:
     pack_int4(graph)
     raise_opset(model)
     _clean(model)
+    return model
+
+
+def to_tensorrt_form(model: ir.Model) -> ir.Model:
+    """Canonical -> what TensorRT takes at its smallest: 4-bit weights of linear layers in 4 bits; in place."""
+    pack_int4(model.graph, beside_int8=True)
+    raise_opset(model)
+    common.RemoveUnusedNodesPass()(model)
     return model
 
 
@@ -250,18 +259,24 @@ def merge_equal_quantizers(graph: ir.Graph) -> None:
         replace(node, kept.outputs[0])
 
 
-def pack_int4(graph: ir.Graph) -> None:
-    """Store codes -8..7 of linear layers in 4 bits where activations are in floating point.
+def pack_int4(graph: ir.Graph, *, beside_int8: bool = False) -> None:
+    """Store codes -8..7 of linear layers in 4 bits, where every target can take them: where activations are in float.
 
-    All other weights of few bits stay in INT8: TensorRT has no 4-bit convolution beside 8-bit activations and fails to build
-    one scale for all 4-bit weights, and ONNX Runtime's integer kernels read INT8 only.
+    All other weights of few bits stay in INT8: ONNX Runtime's integer kernels read INT8 only, and TensorRT has no 4-bit
+    convolution beside 8-bit activations.
+
+    Args:
+        graph: changed in place.
+        beside_int8: pack linear layers with quantized activations as well, which TensorRT takes with one scale per output
+            channel; it fails to build one scale for all, and applies the first of several blocks to all.
     """
     for dequantize in weight_dequantizers(graph):
         codes, scale = constant(dequantize.inputs[0]), constant(dequantize.inputs[1])
         assert codes is not None
         assert scale is not None
         fits = codes.dtype == np.int8 and codes.min() >= -8 and codes.max() <= 7
-        if fits and scale.ndim > 0 and is_weight_only(dequantize):
+        taken = is_linear_weight(dequantize) if beside_int8 else is_weight_only(dequantize)
+        if fits and scale.ndim > 0 and taken:
             value = dequantize.inputs[0]
             assert value is not None
             packed = initializer(graph, f"{value.name}.int4", codes.astype(ml_dtypes.int4))

@@ -96,15 +96,21 @@ def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
         QakdError: the file is missing, is no JSON, or does not fit.
     """
     try:
-        document = json.loads(Path(path).read_text())
+        document = json.loads(Path(path).read_bytes(), parse_constant=_refuse_constant)
     except FileNotFoundError as error:
         raise QakdError(f"{path} does not exist.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise QakdError(f"{path} is not valid JSON: {error}") from error
+    except OSError as error:
+        raise QakdError(f"{path} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and endless nesting
+        raise QakdError(f"{path} is not valid JSON: {str(error)[:200]}") from error
     if not isinstance(document, dict):
         raise QakdError(f"{path} is not a report: an object is expected.")
     validate(document)
     return document
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number in JSON")
 
 
 def console_table(rows: Sequence[Row], title: str | None = None) -> Table:
