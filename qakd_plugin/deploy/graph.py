@@ -62,9 +62,35 @@ def activation_quantizers(graph: ir.Graph) -> Iterator[ir.Node]:
 
 def weight_dequantizers(graph: ir.Graph) -> Iterator[ir.Node]:
     """Every DequantizeLinear of stored integers, in execution order."""
-    for node in graph:
-        if node.op_type == "DequantizeLinear" and constant(node.inputs[0]) is not None:
-            yield node
+    return (node for node in graph if node.op_type == "DequantizeLinear" and is_stored(node))
+
+
+def is_stored(dequantize: ir.Node) -> bool:
+    """Whether a DequantizeLinear reads stored integers, straight or through what ``storage`` puts between."""
+    value = dequantize.inputs[0]
+    while (node := producer(value, *_STORAGE)) is not None:
+        value = node.inputs[0]
+    return value is not None and (value.const_value is not None or producer(value, "Constant") is not None)
+
+
+def stored_codes(dequantize: ir.Node) -> npt.NDArray[Any]:
+    """The integers that a DequantizeLinear of stored integers reads, as the runtime will see them."""
+    return _evaluate(dequantize.inputs[0])
+
+
+_STORAGE = ("Cast", "Mul", "Add")
+
+
+def _evaluate(value: ir.Value | None) -> npt.NDArray[Any]:
+    node = producer(value, *_STORAGE)
+    if node is None:
+        array = constant(value)
+        assert array is not None
+        return array
+    operands = [_evaluate(operand) for operand in node.inputs]
+    if node.op_type == "Cast":
+        return operands[0].astype(ir.DataType(node.attributes.get_int("to", 0)).numpy())
+    return np.asarray((np.multiply if node.op_type == "Mul" else np.add)(*operands))
 
 
 def dequantizer_before(value: ir.Value | None) -> ir.Node | None:
@@ -73,7 +99,7 @@ def dequantizer_before(value: ir.Value | None) -> ir.Node | None:
     node = producer(value, *between)
     while node is not None and node.op_type != "DequantizeLinear":
         node = producer(node.inputs[0], *between)
-    return node if node is not None and constant(node.inputs[0]) is None else None
+    return node if node is not None and not is_stored(node) else None
 
 
 def is_quantized(value: ir.Value | None) -> bool:

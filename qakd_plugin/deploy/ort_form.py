@@ -31,8 +31,10 @@ from .graph import (
     only_consumer,
     producer,
     scalar,
+    stored_codes,
     weight_dequantizers,
 )
+from .storage import WeightStorage, store_weights
 
 _NON_NEGATIVE_MAPS = {"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Identity", "GlobalAveragePool",
                       "AveragePool", "ReduceMean", "Concat", "Split", "Slice", "Gather", "DequantizeLinear", "QuantizeLinear",
@@ -43,8 +45,8 @@ _LARGEST_BIAS = 2.0**30
 """Half of what 32 bits hold: sums of products come on top of it."""
 
 
-def to_onnxruntime_form(model: ir.Model) -> ir.Model:
-    """A copy of a canonical model in ONNX Runtime's form."""
+def to_onnxruntime_form(model: ir.Model, storage: WeightStorage = "int4") -> ir.Model:
+    """A copy of a canonical model in ONNX Runtime's form, weights stored as :func:`.storage.store_weights` does."""
     model = ir.serde.deserialize_model(ir.serde.serialize_model(model))
     graph = model.graph
     positive = _non_negative_values(graph)
@@ -52,18 +54,20 @@ def to_onnxruntime_form(model: ir.Model) -> ir.Model:
         _to_unsigned(graph, quantize, positive)
     common.RemoveUnusedNodesPass()(model)  # the clamps that quantizers absorbed
     for dequantize in weight_dequantizers(graph):
-        if is_weight_only(dequantize):
-            if model.opset_imports[""] >= 21:
-                _shield_transpose(graph, dequantize)
-        elif not dequantize.attributes.get_int("block_size", 0):
+        if not is_weight_only(dequantize) and not dequantize.attributes.get_int("block_size", 0):
             _widen(graph, dequantize)
             _add_zero_point(graph, dequantize)
+    store_weights(model, storage)
+    if model.opset_imports[""] >= 21:
+        for dequantize in filter(is_weight_only, weight_dequantizers(graph)):
+            _shield_transpose(graph, dequantize)
     for node in list(graph):
         weight = producer(node.inputs[1], "DequantizeLinear") if node.op_type == "Gemm" else None
         if weight is not None and not is_weight_only(weight) and not weight.attributes.get_int("block_size", 0):
             _split_bias(graph, node)
         if node.op_type == "Conv" and _bias_error(node) > _BIAS_ERROR:
             _split_bias(graph, node)
+    common.RemoveUnusedNodesPass()(model)  # codes and scales that were replaced
     return model
 
 
@@ -214,8 +218,7 @@ def _shield_transpose(graph: ir.Graph, dequantize: ir.Node) -> None:
     MatMulNBits, which rounds activations to 8 bits that the model never had. It does not look through blocks, and leaves 4-bit
     codes and Gemm alone.
     """
-    codes, scale = constant(dequantize.inputs[0]), constant(dequantize.inputs[1])
-    assert codes is not None
+    codes, scale = stored_codes(dequantize), constant(dequantize.inputs[1])
     assert scale is not None
     transposed = any(use.node.op_type == "Transpose" for use in dequantize.outputs[0].uses())
     if not transposed or codes.dtype != np.int8 or scale.ndim != 1 or dequantize.attributes.get_int("axis", 1) != 0:
