@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnx_ir as ir
+
+from ..errors import ExportError
 
 QUANTIZER_KEY = "qakd.quantizer"
 """Node metadata: the dotted names, comma-separated, of the quantizers of the trained model that this node carries out."""
@@ -17,6 +22,24 @@ WEIGHT_KEY = "qakd.weight"
 
 COARSE_KEY = "qakd.coarse"
 """Node metadata of a weight's DequantizeLinear: "channel:bits, ..." where codes lost their lowest bits, see ``ort_form``."""
+
+
+def read_onnx(path: str | os.PathLike[str]) -> ir.Model:
+    """Read an ONNX file with its weights inside.
+
+    Raises:
+        ExportError: it is missing or no valid ONNX.
+    """
+    try:
+        model = ir.serde.deserialize_model(onnx.ModelProto.FromString(Path(path).read_bytes()))
+    except OSError as error:
+        raise ExportError(f"{path} cannot be read: {error.strerror}.") from error
+    except Exception as error:  # protobuf and onnx-ir raise many kinds on foreign bytes; all mean the same here
+        reason = " ".join(str(error).split())[:200]
+        raise ExportError(f"{path} is not a valid ONNX file ({type(error).__name__}: {reason}). Export it again.") from error
+    if len(model.graph) == 0:
+        raise ExportError(f"{path} is not a valid ONNX file: its graph has no node. Export it again.")
+    return model
 
 
 def constant(value: ir.Value | None) -> npt.NDArray[Any] | None:
@@ -40,6 +63,30 @@ def initializer(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value
     value = ir.Value(name=name, const_value=ir.tensor(array, name=name), shape=ir.Shape(array.shape))
     value.dtype = ir.DataType.from_numpy(array.dtype)
     graph.register_initializer(value)
+    return value
+
+
+def cast(kind: ir.DataType) -> ir.Node:
+    """A Cast whose input :func:`chain` fills in."""
+    return ir.node("Cast", [None], {"to": kind.value})
+
+
+def chain(before: ir.Node, value: ir.Value, steps: Sequence[ir.Node], name: str) -> ir.Value:
+    """Insert operators on integers in front of ``before``, each reading first what the last one made; returns the result."""
+    graph = before.graph
+    assert graph is not None
+    for index, node in enumerate(steps):
+        node.replace_input_with(0, value)
+        node.name = f"{name}{index}"
+        result = node.outputs[0]
+        result.name = f"{node.name}:out"
+        to = node.attributes.get_int("to", 0)
+        if to:
+            result.dtype = ir.DataType(to)
+        elif value.dtype is not None:
+            result.dtype = value.dtype
+        value = result
+        graph.insert_before(before, node)
     return value
 
 

@@ -151,7 +151,7 @@ def _non_negative_values(graph: ir.Graph) -> set[ir.Value]:
 
 
 def _widen(graph: ir.Graph, dequantize: ir.Node) -> None:
-    """Store codes times the largest power of two that fits into int8; the scale is divided by it, so products are the same.
+    """Store codes times the largest power of two that fits into -127..127; the scale is divided by it: the same products.
 
     Per channel where the scale is. A power below one, where the bias needs room, costs the lowest bits.
     """
@@ -168,7 +168,7 @@ def _widen(graph: ir.Graph, dequantize: ir.Node) -> None:
     others = tuple(dim for dim in range(codes.ndim) if scale.ndim == 0 or dim != axis % codes.ndim)
     low, high = (bound(codes.astype(np.int32), axis=others, keepdims=True) for bound in (np.min, np.max))
     factor = np.ones_like(low)
-    while (fits := (2 * factor * low >= -128) & (2 * factor * high <= 127) & (factor < 64)).any():
+    while (fits := (2 * factor * low >= -127) & (2 * factor * high <= 127) & (factor < 64)).any():
         factor = np.where(fits, 2 * factor, factor)
     largest = np.exp2(room if scale.ndim else room.min()).reshape(-1, *[1] * (codes.ndim - 1))
     factor = np.minimum(factor, largest)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from .graph import constant, initializer, weight_dequantizers
+from .graph import cast, chain, constant, initializer, weight_dequantizers
 from .passes import declare_opset
 
 WeightStorage = Literal["int8", "int4", "int2"]
@@ -76,14 +76,8 @@ def _pack(graph: ir.Graph, dequantize: ir.Node, codes: npt.NDArray[Any], factor:
     wide = dequantize.inputs[0]
     assert wide is not None
     value = initializer(graph, f"{wide.name}.{codes.dtype.name}", codes)
-    steps: list[tuple[str, list[ir.Value], ir.DataType]] = [("Cast", [], ir.DataType.INT8)]
+    steps = [cast(ir.DataType.INT8)]
     if (factor != 1).any():
         power = initializer(graph, f"{wide.name}.power", factor)
-        steps = [("Cast", [], ir.DataType.INT32), ("Mul", [power], ir.DataType.INT32), *steps]
-    for index, (op_type, others, kind) in enumerate(steps):
-        attributes = {"to": kind.value} if op_type == "Cast" else {}
-        node = ir.node(op_type, [value, *others], attributes, name=f"{dequantize.name}/storage{index}")
-        node.outputs[0].name, node.outputs[0].dtype = f"{node.name}:out", kind
-        graph.insert_before(dequantize, node)
-        value = node.outputs[0]
-    dequantize.replace_input_with(0, value)
+        steps = [cast(ir.DataType.INT32), ir.node("Mul", [None, power]), *steps]
+    dequantize.replace_input_with(0, chain(dequantize, value, steps, f"{dequantize.name}/storage"))
