@@ -27,6 +27,7 @@ from .graph import (
     activation_quantizers,
     constant,
     initializer,
+    is_quantized,
     is_weight_only,
     only_consumer,
     producer,
@@ -40,6 +41,8 @@ _NON_NEGATIVE_MAPS = {"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "
                       "AveragePool", "ReduceMean", "Concat", "Split", "Slice", "Gather", "DequantizeLinear", "QuantizeLinear",
                       "Add", "Mul"}  # fmt: skip
 """Operators whose output is not negative where none of their data inputs is."""
+
+_WEIGHTED = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 
 _LARGEST_BIAS = 2.0**30
 """Half of what 32 bits hold: sums of products come on top of it."""
@@ -62,13 +65,25 @@ def to_onnxruntime_form(model: ir.Model, storage: WeightStorage = "int4") -> ir.
         for dequantize in filter(is_weight_only, weight_dequantizers(graph)):
             _shield_transpose(graph, dequantize)
     for node in list(graph):
-        weight = producer(node.inputs[1], "DequantizeLinear") if node.op_type == "Gemm" else None
-        if weight is not None and not is_weight_only(weight) and not weight.attributes.get_int("block_size", 0):
+        if _loses_bias(node):
             _split_bias(graph, node)
-        if node.op_type == "Conv" and _bias_error(node) > _BIAS_ERROR:
-            _split_bias(graph, node)
+        if node.op_type in _WEIGHTED and constant(node.inputs[1]) is not None and is_quantized(node.inputs[0]):
+            _shield_float_weight(graph, node)
     common.RemoveUnusedNodesPass()(model)  # codes and scales that were replaced
     return model
+
+
+def _loses_bias(layer: ir.Node) -> bool:
+    """Whether a layer's bias must be added behind it: the runtime would change its codes, or run on a slower kernel for it."""
+    if layer.op_type == "Conv":
+        return _bias_error(layer) > _BIAS_ERROR
+    if layer.op_type not in {"Gemm", "ConvTranspose"}:
+        return False
+    weight = producer(layer.inputs[1], "DequantizeLinear")
+    if weight is None or weight.attributes.get_int("block_size", 0) != 0:
+        return False
+    # There is no integer kernel for transposed convolutions, yet the runtime rounds their biases as if there were.
+    return layer.op_type == "ConvTranspose" or not is_weight_only(weight)
 
 
 _BIAS_ERROR = 0.08
@@ -230,6 +245,24 @@ def _shield_transpose(graph: ir.Graph, dequantize: ir.Node) -> None:
     dequantize.attributes["block_size"] = ir.AttrInt64("block_size", codes.shape[1])
 
 
+def _shield_float_weight(graph: ir.Graph, layer: ir.Node) -> None:
+    """Clip a layer's quantized input to the range of float32, which changes nothing.
+
+    The runtime would quantize a float weight that it finds between DequantizeLinear and QuantizeLinear on its own
+    (``WeightBiasQuantization``); it does not look through a Clip.
+    """
+    if all(output.is_graph_output() for output in layer.outputs):
+        return
+    limit = np.finfo(np.float32).max
+    bounds = [
+        initializer(graph, f"float32_{name}", np.asarray(sign * limit)) for name, sign in (("lowest", -1), ("highest", 1))
+    ]
+    clip = ir.node("Clip", [layer.inputs[0], *bounds], name=f"{layer.name}/Clip")
+    clip.outputs[0].name, clip.outputs[0].dtype = f"{clip.name}:out", ir.DataType.FLOAT
+    graph.insert_before(layer, clip)
+    layer.replace_input_with(0, clip.outputs[0])
+
+
 def _bias_error(conv: ir.Node) -> float:
     """By how many steps of its output the runtime would change a convolution's bias, at most; 0 where it would not.
 
@@ -250,14 +283,13 @@ def _bias_error(conv: ir.Node) -> float:
 def _split_bias(graph: ir.Graph, layer: ir.Node) -> None:
     """Add the float bias of a layer behind it, where it stays exact.
 
-    A Gemm with its bias inside computes in float; a convolution without gives its integer kernel up, so that is done only where
-    rounding the bias would change codes.
+    A Gemm with its bias inside computes in float; a convolution without gives its integer kernel up.
     """
     bias = layer.inputs[2] if len(layer.inputs) > 2 else None
     if bias is None:
         return
     values = constant(bias)
-    if layer.op_type == "Conv" and values is not None:
+    if layer.op_type != "Gemm" and values is not None:
         rank = 2 + len(layer.attributes.get_ints("kernel_shape", (1, 1)))
         bias = initializer(graph, f"{layer.name}.bias", values.reshape(-1, *[1] * (rank - 2)))
     layer.resize_inputs(2)
