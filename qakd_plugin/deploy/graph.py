@@ -67,13 +67,18 @@ def weight_dequantizers(graph: ir.Graph) -> Iterator[ir.Node]:
             yield node
 
 
-def is_quantized(value: ir.Value | None) -> bool:
-    """Whether an activation comes straight from a quantizer."""
+def dequantizer_before(value: ir.Value | None) -> ir.Node | None:
+    """The DequantizeLinear that an activation comes straight from, if it comes from a quantizer."""
     between = ("DequantizeLinear", "Flatten", "Reshape", "Transpose", "MaxPool", "Squeeze", "Pad")
     node = producer(value, *between)
     while node is not None and node.op_type != "DequantizeLinear":
         node = producer(node.inputs[0], *between)
-    return node is not None and constant(node.inputs[0]) is None
+    return node if node is not None and constant(node.inputs[0]) is None else None
+
+
+def is_quantized(value: ir.Value | None) -> bool:
+    """Whether an activation comes straight from a quantizer."""
+    return dequantizer_before(value) is not None
 
 
 def is_weight_only(dequantize: ir.Node) -> bool:
