@@ -51,7 +51,7 @@ class LayerTime:
         name: that the runtime gave it, mostly the layer's.
         op: what it is.
         precision: of what it reads (ONNX Runtime) or computes in (OpenVINO).
-        time_ms: mean over the calls of the pass.
+        time_ms: median over the calls of the pass.
     """
 
     name: str
@@ -224,6 +224,6 @@ def _problem(value: Any, depth: int) -> str | None:
         return None
     if not isinstance(value, int | float):
         return f"{type(value).__name__} is no JSON type."
-    if not math.isfinite(value):
-        return f"{value} is not a finite number."
-    return "a number beyond 2^63." if isinstance(value, int) and abs(value) > _LARGEST else None
+    if isinstance(value, int):
+        return "a number beyond 2^63." if abs(value) > _LARGEST else None
+    return None if math.isfinite(value) else f"{value} is not a finite number."

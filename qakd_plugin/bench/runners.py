@@ -175,7 +175,7 @@ def make_runner(path: str | os.PathLike[str] | nn.Module, runtime: str, threads:
 def node_times(
     path: str | os.PathLike[str], runtime: str, threads: int, precision: str, images: Array, *, warm_up: int, calls: int
 ) -> list[tuple[str, str, str, float]]:
-    """Name, operator, precision and mean milliseconds of each node that ONNX Runtime or OpenVINO runs.
+    """Name, operator, precision and median milliseconds of each node that ONNX Runtime or OpenVINO runs.
 
     Args:
         path: ONNX file.
@@ -192,10 +192,10 @@ def node_times(
         runner = OnnxRuntimeRunner(path, threads, Path(folder))
         for _ in range(warm_up + calls):
             runner.run(images)
-        return _onnxruntime_times(runner.events(), warm_up, calls)
+        return _onnxruntime_times(runner.events(), warm_up)
 
 
-def _onnxruntime_times(events: list[dict[str, Any]], warm_up: int, calls: int) -> list[tuple[str, str, str, float]]:
+def _onnxruntime_times(events: list[dict[str, Any]], warm_up: int) -> list[tuple[str, str, str, float]]:
     nodes: dict[str, list[dict[str, Any]]] = {}
     for event in events:
         nodes.setdefault(event["args"]["node_index"], []).append(event)
@@ -205,22 +205,26 @@ def _onnxruntime_times(events: list[dict[str, Any]], warm_up: int, calls: int) -
         arguments = node[0]["args"]
         types = [kind for value in arguments.get("input_type_shape", []) for kind in value] or ["unknown"]
         precision = {"float": "float32", "double": "float64"}.get(types[0], types[0])
-        time_ms = sum(event["dur"] for event in node[warm_up:]) / calls / 1e3
-        found.append((name, arguments["op_name"], precision, time_ms))
+        found.append((name, arguments["op_name"], precision, _median_ms([event["dur"] / 1e3 for event in node[warm_up:]])))
     return found
 
 
 def _openvino_times(runner: OpenVINORunner, images: Array, warm_up: int, calls: int) -> list[tuple[str, str, str, float]]:
     kinds: dict[str, tuple[str, str]] = {}
-    totals: dict[str, float] = {}
+    times: dict[str, list[float]] = {}
     names = {"i8": "int8", "u8": "uint8", "f32": "float32", "bf16": "bfloat16", "f16": "float16", "fp32": "float32"}
     for index in range(warm_up + calls):
         runner.run(images)
         for entry in runner.events() if index >= warm_up else ():
             kind = entry.exec_type.rpartition("_")[2].lower()  # "brgconv_avx512_amx_I8"
             kinds[entry.node_name] = entry.node_type, names.get(kind, kind)
-            totals[entry.node_name] = totals.get(entry.node_name, 0.0) + entry.real_time.total_seconds() * 1e3
-    return [(name, *kinds[name], total / calls) for name, total in totals.items()]
+            times.setdefault(entry.node_name, []).append(entry.real_time.total_seconds() * 1e3)
+    return [(name, *kinds[name], _median_ms(found)) for name, found in times.items()]
+
+
+def _median_ms(times: list[float]) -> float:
+    """Not the mean: one interruption by the system lasts longer than most layers."""
+    return float(np.median(times)) if times else 0.0
 
 
 def _check_shape(name: str, expected: list[Any], images: Array) -> None:

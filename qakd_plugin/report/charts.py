@@ -160,7 +160,7 @@ def _curve(name: str, values: Sequence[float | None]) -> Curve | None:
     thinned = known[:: max(1, len(known) // _POINTS)]
     thinned += [] if thinned[-1] == known[-1] else [known[-1]]
     points = " ".join(f"{x(index):.1f},{y(value):.1f}" for index, value in thinned)
-    return Curve(name, points, y.ticks(3), known[-1][1], low, high)
+    return Curve(name, points, y.ticks(4), known[-1][1], low, high)
 
 
 def _phases(history: Sequence[Mapping[str, Any]]) -> str:

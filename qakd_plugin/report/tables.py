@@ -42,7 +42,7 @@ class Column:
 def _number(heading: str, meaning: str, value: Callable[[Row], float | None], form: str, factor: float = 1.0) -> Column:
     def text(row: Row) -> str:
         found = value(row)
-        return "-" if found is None else format(found * factor, form)
+        return "-" if found is None else format(int(found) if form == "d" else found * factor, form)
 
     return Column(heading, meaning, value, text)
 
@@ -233,9 +233,15 @@ def console_table(rows: Sequence[Row], title: str | None = None) -> Table:
     table.add_column("", no_wrap=True, min_width=1)
     cells = [[short(column.text(row), 60) for column in wanted] for row in rows]
     for index, column in enumerate(wanted):
-        numeric = column.is_numeric(rows)  # figures are never cut, names are where the terminal is narrow
-        width = max((len(line[index]) for line in cells), default=1) if numeric else None
-        table.add_column(column.heading, justify="right" if numeric else "left", no_wrap=not numeric, min_width=width)
+        numeric, longest = column.is_numeric(rows), max((len(line[index]) for line in cells), default=1)
+        word = max(map(len, column.heading.split()))
+        # Where the terminal is narrow, headings take two lines, then long names do; figures are never cut.
+        table.add_column(
+            column.heading,
+            justify="right" if numeric else "left",
+            no_wrap=not numeric and longest <= 24,
+            min_width=max(longest, word) if numeric else None,
+        )
     for line, best in zip(cells, pareto(rows), strict=True):
         table.add_row("*" if best else "", *line)
     return table
