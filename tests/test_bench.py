@@ -331,6 +331,23 @@ def test_copies_and_computing_of_an_engine_are_told_apart(files, tmp_path, monke
         benchmark([engine.path], runtimes=("tensorrt",), batch_sizes=(3,))
 
 
+def test_openvinos_own_files_are_measured_beside(files, digits, tmp_path):
+    """What NNCF writes: an .xml with its weights in a .bin."""
+    import openvino
+
+    openvino.save_model(openvino.convert_model(files / "canonical.onnx"), tmp_path / "ir.xml", compress_to_fp16=False)
+    rows = benchmark([tmp_path / "ir.xml", files / "canonical.onnx"], digits.loader("test"), ("openvino",), calls=2)
+    assert [(row.weight_bits, row.integer_layers) for row in rows] == [(8, 10), (8, 10)]
+    assert rows[0].accuracy == rows[1].accuracy
+    sizes = sum((tmp_path / name).stat().st_size for name in ("ir.xml", "ir.bin"))
+    assert rows[0].file_mib == pytest.approx(sizes / 2**20)
+    (tmp_path / "bad.xml").write_text("<net")
+    with pytest.raises(QakdError, match=r"bad\.xml: cannot load it"):
+        benchmark([Candidate(tmp_path / "bad.xml")], runtimes=("openvino",))
+    with pytest.raises(QakdError, match="measured in none of"):
+        benchmark([tmp_path / "ir.xml"])
+
+
 def test_census_names_float_layers(files):
     counted = census(files / "fp32.onnx")
     assert counted.integer == 0

@@ -20,7 +20,8 @@ class Candidate:
     """What to measure, and what a report should call it.
 
     Attributes:
-        path: ONNX file or engine; or a float ``torch.nn.Module``, a yardstick for "torch" and "torch.compile".
+        path: ONNX file, engine, or OpenVINO's own .xml with its .bin; or a float ``torch.nn.Module``, a yardstick for "torch"
+            and "torch.compile".
         method: "FP32", "PTQ", "QAT", "SQAKD".
         model: name of the network. Rows are compared with rows of the same model.
         toolkit: that prepared it.
@@ -58,7 +59,7 @@ class Candidate:
         """Those that can take it."""
         if self.file is None:
             return MODULE_RUNTIMES
-        return ("tensorrt",) if self.file.suffix == ".engine" else FILE_RUNTIMES
+        return {".engine": ("tensorrt",), ".xml": ("openvino",)}.get(self.file.suffix, FILE_RUNTIMES)
 
 
 def named_by_its_path(model: str | os.PathLike[str] | nn.Module) -> Candidate:

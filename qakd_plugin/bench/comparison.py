@@ -38,7 +38,7 @@ def with_findings(rows: Sequence[Row], candidates: Sequence[Candidate]) -> list[
         if best is None or (rows[best].speedup_over_best_float or math.inf) > 1:
             continue
         candidate = candidates[best]
-        if rows[best].runtime in FILE_RUNTIMES:
+        if rows[best].runtime in FILE_RUNTIMES and candidate.existing.suffix == ".onnx":
             left = census(candidate.existing).float_layers if rows[best].runtime == "onnxruntime" else ()
             done[best] = replace(rows[best], findings=tuple(diagnose(candidate.existing, left)))
     return done

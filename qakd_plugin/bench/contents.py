@@ -1,10 +1,10 @@
-"""What a file says of itself: the input it takes, and whether it is quantized."""
+"""What a file says of itself: the input it takes, and whether it is quantized. ONNX, engines, and OpenVINO's own format."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
+from xml.etree import ElementTree
 
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
@@ -46,6 +46,10 @@ def input_sizes(path: Path) -> list[int | None]:
         if not isinstance(inputs, dict) or not inputs or not all(isinstance(sizes, list) for sizes in inputs.values()):
             raise EngineError(f"{path}: its manifest names no input. Build the engine again.")
         return list(next(iter(inputs.values())))
+    if path.suffix == ".xml":
+        data = _layers(path, "Parameter")[0].find("data")
+        sizes = "" if data is None else data.get("shape", "")
+        return [int(size) if size.isdecimal() else None for size in sizes.split(",")]
     graph = _load(path).graph
     stored = {tensor.name for tensor in graph.initializer}
     inputs = [value for value in graph.input if value.name not in stored]
@@ -78,10 +82,22 @@ def has_quantizers(path: Path) -> bool:
     if path.suffix == ".engine":
         counted = engine_layers(path)
         return counted is not None and counted[0] > 0
+    if path.suffix == ".xml":
+        return bool(_layers(path, "FakeQuantize"))
     return any(node.op_type in {"QuantizeLinear", "DequantizeLinear"} for node in _load(path).graph.node)
 
 
-def _load(path: str | os.PathLike[str]) -> onnx.ModelProto:
+def _layers(path: Path, kind: str) -> list[ElementTree.Element]:
+    try:
+        found = [layer for layer in ElementTree.parse(path).iter("layer") if layer.get("type") == kind]
+    except ElementTree.ParseError as error:
+        raise QakdError(f"{path}: cannot load it: it is no valid file of OpenVINO ({error}).") from error
+    if kind == "Parameter" and not found:
+        raise QakdError(f"{path}: the graph has no input.")
+    return found
+
+
+def _load(path: Path) -> onnx.ModelProto:
     try:
         return onnx.load(path, load_external_data=False)
     except DecodeError as error:

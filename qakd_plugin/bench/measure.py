@@ -78,8 +78,9 @@ def benchmark(
     that say why.
 
     Args:
-        models: ONNX files, engines, float torch modules, or :class:`Candidate`. What is given without Candidate counts as one
-            model. Engines run in "tensorrt", modules in "torch" and "torch.compile", ONNX files in the other runtimes.
+        models: ONNX files, engines, OpenVINO's .xml files, float torch modules, or :class:`Candidate`. What is given without
+            Candidate counts as one model. Engines run in "tensorrt", modules in "torch" and "torch.compile", files in
+            "onnxruntime" and "openvino".
         loader: batches (images, labels) for accuracy through the runtime, and real inputs for latency; without it, random
             images of the shape that the first file takes.
         runtimes: "onnxruntime", "openvino", "tensorrt", "torch", "torch.compile".
@@ -316,6 +317,6 @@ def _count_layers(candidate: Candidate, runner: Runner) -> tuple[int, int] | Non
 
 
 def _size(path: Path) -> int:
-    """Of a file and its external data."""
-    data = path.with_name(path.name + ".data")
-    return path.stat().st_size + (data.stat().st_size if data.is_file() else 0)
+    """Of a file and its weights, where they lie beside it."""
+    beside = path.with_suffix(".bin") if path.suffix == ".xml" else path.with_name(path.name + ".data")
+    return path.stat().st_size + (beside.stat().st_size if beside.is_file() else 0)

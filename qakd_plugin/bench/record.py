@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from importlib import resources
 from typing import Any
@@ -192,8 +192,7 @@ def validate(document: Mapping[str, Any]) -> None:
     _check_plain(document)
     problem = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema()).iter_errors(document))
     if problem is not None:
-        place = "/".join(map(str, problem.absolute_path)) or "the document"
-        raise QakdError(f"report: {place}: {problem.message[:300]}")
+        raise QakdError(f"report: {_place(problem.absolute_path)}: {problem.message[:300]}")
     runs = len(document["runs"])
     for index, row in enumerate(document["rows"]):
         if row.get("run", 0) >= runs:
@@ -207,12 +206,16 @@ def _check_plain(document: Mapping[str, Any]) -> None:
         place, value = waiting.pop()
         problem = _problem(value, len(place))
         if problem:
-            raise QakdError(f"report: {'/'.join(str(part)[:40] for part in place) or 'the document'}: {problem}")
+            raise QakdError(f"report: {_place(place)}: {problem}")
         if isinstance(value, dict):
             waiting += [((*place, key), inner) for key, inner in value.items()]
             waiting += [((*place, "a key"), key) for key in value]
         elif isinstance(value, list | tuple):
             waiting += [((*place, index), inner) for index, inner in enumerate(value)]
+
+
+def _place(path: Iterable[Any]) -> str:
+    return "/".join(str(part)[:40] for part in path) or "the document"
 
 
 def _problem(value: Any, depth: int) -> str | None:
