@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import QakdError
 from .contents import has_quantizers
 from .runners import FILE_RUNTIMES, MODULE_RUNTIMES
 
@@ -66,7 +67,9 @@ def named_by_its_path(model: str | os.PathLike[str] | nn.Module) -> Candidate:
     """A candidate of what was given without one: its file's name stands for the method, and the model has no name."""
     if _is_module(model):
         return Candidate(model, method="FP32")
-    path = Path(model)  # type: ignore[arg-type]
+    if not isinstance(model, str | os.PathLike):
+        raise QakdError(f"models: expected paths of files and torch modules, got {type(model).__name__}.")
+    path = Path(model)
     bits = 8 if path.is_file() and has_quantizers(path) else 32
     return Candidate(path, method=path.stem, weight_bits=bits, activation_bits=bits)
 

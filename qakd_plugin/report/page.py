@@ -30,6 +30,7 @@ _AXES = {
     "peak_rss_mib": "peak memory, MiB",
 }
 _MEASURES = {"accuracy": "top-1 accuracy, %", "agreement": "agreement with the trained model, %", "sqnr_db": "SQNR, dB"}
+_FAMILIES = {"float": "floating point", "ptq": "PTQ", "qat": "QAT", "distilled": "QAT with distillation"}
 _MARKERS = {
     "onnxruntime": "M-5 0a5 5 0 1 0 10 0a5 5 0 1 0-10 0Z",
     "openvino": "M-4.5-4.5h9v9h-9Z",
@@ -60,6 +61,7 @@ def render(document: Mapping[str, Any]) -> str:
         common=common_setting(rows),
         verdicts=verdicts(rows),
         beside=side_by_side(rows),
+        families={kind: text for kind, text in _FAMILIES.items() if any(family(row) == kind for row in rows)},
         markers={name: path for name, path in _MARKERS.items() if any(row.runtime.startswith(name) for row in rows)},
         plot=accuracy_latency_plot(rows),
         bars=latency_bars(rows),

@@ -14,6 +14,14 @@ _LABEL_HEIGHT, _LETTER_WIDTH, _LONGEST_LABEL = 14.0, 6.4, 36
 _LOGARITHMIC = 12.0
 """Latencies that differ by more than this factor are drawn on a logarithmic axis."""
 
+_TICK_WIDTH = 42.0
+
+_LABELLED = 200
+"""With more points than this none has a label."""
+
+_FRONTIERS = 6
+"""With rows of more settings no lines are drawn: they would cross each other and tell nothing."""
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -42,7 +50,9 @@ class Axis:
         """Round values within the axis as (position, text)."""
         if self.logarithmic:
             powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-            values = [factor * 10.0**power for power in powers for factor in ((1, 2, 5) if len(powers) < 5 else (1,))]
+            room = abs(self.end - self.start) / _TICK_WIDTH
+            factors = (1, 2, 5) if 3 * math.log10(self.high / self.low) < room else (1,)
+            values = [factor * 10.0**power for power in powers for factor in factors]
         else:
             step = nice_step((self.high - self.low) / number)
             first = math.ceil(self.low / step - 1e-9)
@@ -103,7 +113,9 @@ def accuracy_latency_plot(rows: Sequence[Row]) -> Plot | None:
     placed: list[tuple[float, float, float, float]] = [_box(x(row.p50_ms) - 5, y(_percent(row)), 10) for row, _ in shown]
     points = []
     for row, best in sorted(shown, key=lambda entry: (not entry[1], entry[0].p50_ms)):
-        label, label_x, label_y, anchor = _label(row, x(row.p50_ms), y(_percent(row)), placed)
+        label, label_x, label_y, anchor = "", 0.0, 0.0, "start"
+        if len(shown) <= _LABELLED:
+            label, label_x, label_y, anchor = _label(row, x(row.p50_ms), y(_percent(row)), placed)
         low, high = (100 * value if value is not None else _percent(row) for value in (row.accuracy_low, row.accuracy_high))
         points.append(Point(row, x(row.p50_ms), y(_percent(row)), y(low), y(high), label, label_x, label_y, anchor, best))
     return Plot(tuple(points), x.ticks(6), y.ticks(5), tuple(_frontiers(points)))
@@ -160,4 +172,5 @@ def _frontiers(points: Sequence[Point]) -> list[str]:
     for point in points:
         if point.pareto:
             lines.setdefault(point.row.setting, []).append((point.x, point.y))
-    return [" ".join(f"{x:.1f},{y:.1f}" for x, y in sorted(line)) for line in lines.values() if len(line) > 1]
+    shown = lines.values() if len(lines) <= _FRONTIERS else ()
+    return [" ".join(f"{x:.1f},{y:.1f}" for x, y in sorted(line)) for line in shown if len(line) > 1]

@@ -101,7 +101,8 @@
     const values = [];
     if (logarithmic) {
       const [first, last] = [Math.floor(Math.log10(low)), Math.ceil(Math.log10(high))];
-      for (let power = first; power <= last; power++) for (const k of last - first < 4 ? [1, 2, 5] : [1]) values.push(k * 10 ** power);
+      const factors = 3 * Math.log10(high / low) < Math.abs(end - start) / 42 ? [1, 2, 5] : [1];
+      for (let power = first; power <= last; power++) for (const k of factors) values.push(k * 10 ** power);
     } else {
       const step = niceStep((high - low) / Math.max(2, Math.min(6, Math.abs(end - start) / 70)));
       for (let k = Math.ceil(low / step - 1e-9); k <= high / step + 1e-9; k++) values.push(k * step);
@@ -177,14 +178,15 @@
     svg("text", root, { class: "axis", x: box.left, y: 11 }, measures[state.y]);
     const lines = frontiers(shown);
     const best = new Set(lines.flat());
-    for (const line of lines.filter(line => line.length > 1)) {
+    // Lines of many settings would cross each other and tell nothing.
+    for (const line of lines.length <= 6 ? lines.filter(line => line.length > 1) : []) {
       svg("polyline", root, { class: "front", points: line.map(row => `${x.at(row[state.x])},${y.at(row[state.y])}`).join(" ") });
     }
     const placed = shown.map(row => ({ row, x: x.at(row[state.x]), y: y.at(row[state.y]) }));
     placed.sort((a, b) => best.has(b.row) - best.has(a.row) || a.x - b.x);
     const taken = placed.map(point => [point.x - 5, point.y - 7, point.x + 5, point.y + 7]);
     const intervals = shown.length <= 40 && state.y === "accuracy";
-    const labelled = shown.length <= 200 ? placed : placed.filter(point => best.has(point.row)).slice(0, 40);
+    const labelled = shown.length <= 200 ? placed : [];
     for (const point of placed) {
       point.group = svg("g", root, { class: `${point.row.family}${best.has(point.row) ? " best" : ""}` });
       if (intervals && point.row.accuracy_low !== null && point.row.accuracy_high !== null) {
