@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test matrix resume lint clean
+.PHONY: demo test matrix resume fuzz lint clean
 
 demo: $(STAMP)
 	$(BIN)/qakd demo
@@ -20,6 +20,9 @@ matrix: $(STAMP)
 
 resume: $(STAMP)
 	$(BIN)/python -m pytest -m '' tests/test_resume.py tests/test_two_processes.py
+
+fuzz: $(STAMP)
+	$(BIN)/python -m pytest -m fuzz tests/test_fuzz.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="say more")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_demo, _add_distill, _add_rank, _add_export, _add_engine, _add_bench, _add_report):
+    for add in (_add_demo, _add_distill, _add_rank, _add_export, _add_tune, _add_engine, _add_bench, _add_report):
         add(commands)
     return parser
 
@@ -188,6 +188,25 @@ def _export(options: argparse.Namespace) -> None:
         f"rounding ties, deviation {proof.runtime_deviation:.1e} with ties settled, agreement {proof.unfused.top1:.2%}"
     )
     print(exported.path)
+
+
+def _add_tune(commands: Any) -> None:
+    text = "fit a file for ONNX Runtime to this machine's processor, by measuring"
+    parser = _command(commands, "tune", text, _tune, "Nothing was written.")
+    parser.add_argument("onnx", type=Path, help="file exported with --target onnxruntime")
+    parser.add_argument("--out", type=Path, help="the tuned file; beside the ONNX file by default")
+    parser.add_argument("--batch", type=_positive, default=1, help="images per call (%(default)s)")
+    parser.add_argument("--threads", type=_positive, default=1, help="(%(default)s)")
+    parser.add_argument("--calls", type=_positive, default=40, help="timed calls of each variant (%(default)s)")
+
+
+def _tune(options: argparse.Namespace) -> None:
+    from .deploy.tune import tune_for_host
+
+    out = options.out or options.onnx.with_suffix(".tuned.onnx")
+    tuning = tune_for_host(options.onnx, out, batch=options.batch, threads=options.threads, calls=options.calls)
+    print(tuning)
+    print(tuning.path)
 
 
 def _add_engine(commands: Any) -> None:

@@ -9,14 +9,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 
-from ..errors import ExportError
-from .graph import WEIGHT_KEY, constant, dequantizer_before, is_quantized, producer, scalar
+from .graph import WEIGHT_KEY, constant, dequantizer_before, is_quantized, producer, read_onnx, scalar
 
 NARROW = 16
 """Convolutions with fewer input or output channels are no faster in ONNX Runtime's integer kernels than in floating point
@@ -56,7 +53,7 @@ def diagnose(path: str | os.PathLike[str], float_layers: Iterable[str] = ()) -> 
     Raises:
         ExportError: the file is missing or no valid ONNX.
     """
-    graph = _read(path).graph
+    graph = read_onnx(path).graph
     if not any(node.op_type in {"QuantizeLinear", "DequantizeLinear"} for node in graph):
         return [Finding("not quantized", (), "The file has no quantizers. Prepare the model, train it, and export it again.")]
     findings = [
@@ -248,19 +245,6 @@ _HARMLESS_KINDS = {"narrow", "depthwise", "untied pool", "add with one float inp
 """Findings that do not explain why a layer runs in floating point."""
 
 
-def _read(path: str | os.PathLike[str]) -> ir.Model:
-    try:
-        model = ir.serde.deserialize_model(onnx.ModelProto.FromString(Path(path).read_bytes()))
-    except OSError as error:
-        raise ExportError(f"{path} cannot be read: {error.strerror}.") from error
-    except Exception as error:  # protobuf and onnx-ir raise many kinds on foreign bytes; all mean the same here
-        reason = " ".join(str(error).split())[:200]
-        raise ExportError(f"{path} is not a valid ONNX file ({type(error).__name__}: {reason}). Export it again.") from error
-    if len(model.graph) == 0:
-        raise ExportError(f"{path} is not a valid ONNX file: its graph has no node. Export it again.")
-    return model
-
-
 def _left_in_float(graph: ir.Graph, float_layers: Iterable[str]) -> Iterator[str]:
     """Names, as in the trained model, of layers with stored weights that a runtime lists as computed in floating point."""
     listed = tuple(float_layers)
@@ -293,9 +277,9 @@ def _is_stored(node: ir.Node) -> bool:
 
 
 def _codes(dequantize: ir.Node) -> ir.Value | None:
-    """The initializer that a DequantizeLinear reads, also through a Cast; None for an activation."""
+    """The initializer that a DequantizeLinear reads, also through what is folded at load; None for an activation."""
     value = dequantize.inputs[0]
-    while (between := producer(value, "Cast", "Clip", "QuantizeLinear")) is not None:
+    while (between := producer(value, "Cast", "Mul", "Add", "Clip", "QuantizeLinear")) is not None:
         value = between.inputs[0]
     return value if constant(value) is not None else None
 

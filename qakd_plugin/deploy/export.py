@@ -19,6 +19,7 @@ from ..errors import ExportError, UnsupportedQuantizerError
 from .graph import WEIGHT_KEY, is_weight_only, weight_dequantizers
 from .ort_form import to_onnxruntime_form
 from .parity import ParityReport, check_parity
+from .storage import WeightStorage, store_weights
 from .to_onnx import export_canonical, to_proto
 
 Target = Literal["tensorrt", "onnxruntime", "openvino"]
@@ -48,20 +49,26 @@ def export_onnx(
     example_input: Tensor,
     path: str | os.PathLike[str],
     target: Target = "tensorrt",
+    weight_storage: WeightStorage = "int4",
 ) -> ExportedModel:
     """Export a trained, prepared model to ONNX with Q/DQ, and prove that the file computes what was trained.
 
     The canonical form ("tensorrt") has int8 codes, zero point 0, float biases and BatchNorm folded exactly; "openvino" takes
     the same. "onnxruntime" is an exact rewrite of it that ONNX Runtime's integer kernels can take. The batch dimension is
-    dynamic. Weights of at most 4 bits of linear layers whose activations stay in floating point are stored in 4 bits, per
-    channel or in blocks, which makes it opset 21 instead of 20. OpenVINO by default quantizes such layers' activations on its
-    own: set DYNAMIC_QUANTIZATION_GROUP_SIZE to 0 for the numbers that were trained.
+    dynamic, the opset 20, or 21 where weights are stored in 4 bits.
+
+    Weights of at most 4 bits take 4 bits in the file, behind a Cast that the runtime folds: outputs and speed are those of
+    int8 codes. TensorRT has no such form: there this holds for linear layers whose activations stay in floating point, per
+    channel or in blocks, and all other weights take 8 bits. OpenVINO by default quantizes such layers' activations on its own:
+    set DYNAMIC_QUANTIZATION_GROUP_SIZE to 0 for the numbers that were trained.
 
     Args:
         prepared_model: prepared by a supported toolkit, trained or calibrated; it is not changed.
         example_input: float32 (N, C, H, W). Parity is checked on these samples: pass real ones, several.
         path: where the file goes; it appears whole or not at all.
         target: "tensorrt", "onnxruntime" or "openvino".
+        weight_storage: the narrowest type in the file. "int4" needs ONNX Runtime 1.23 or later, or OpenVINO; "int8" is for
+            older ones; "int2" (opset 25) makes files of 2-bit models smaller still, for ONNX Runtime alone.
 
     Returns:
         The path (usable wherever a path is) and the parity report.
@@ -74,6 +81,7 @@ def export_onnx(
     """
     if target not in get_args(Target):
         raise ExportError(f"target={target!r} is unknown: use one of {list(get_args(Target))}.")
+    _check_storage(weight_storage, target)
     _check_example(example_input)
     adapter = adapter_for(prepared_model)
     _check_quantizers(adapter, prepared_model, target)
@@ -82,8 +90,10 @@ def export_onnx(
     model = export_canonical(form, samples)
     if target == "tensorrt":
         _check_blocks(model)
-    if target == "onnxruntime":
-        model = to_onnxruntime_form(model)
+    elif target == "onnxruntime":
+        model = to_onnxruntime_form(model, weight_storage)
+    else:
+        store_weights(model, weight_storage)
     parity = _gate(adapter, model, form, prepared_model, samples, fused=target == "onnxruntime")
     write_atomic(path, to_proto(model).SerializeToString(), ExportError)
     return ExportedModel(Path(path), target, parity)
@@ -107,6 +117,20 @@ def _gate(
     adapter.set_mode(evaluated, False)
     adapter.freeze_ranges(evaluated, True)
     return check_parity(model, form, evaluated, samples, fused=fused)
+
+
+def _check_storage(storage: str, target: str) -> None:
+    if storage not in get_args(WeightStorage):
+        raise ExportError(f"weight_storage={storage!r} is unknown: use one of {list(get_args(WeightStorage))}.")
+    if storage == "int2" and target != "onnxruntime":
+        raise ExportError(
+            f"weight_storage='int2': {target} does not load 2-bit weights, ONNX Runtime alone does. Take 'int4', which "
+            "holds them in 4 bits."
+        )
+    if storage == "int8" and target == "tensorrt":
+        raise ExportError(
+            "weight_storage='int8': for TensorRT, weights take 8 bits wherever it needs them to. Leave weight_storage out."
+        )
 
 
 def _check_example(example: Tensor) -> None:

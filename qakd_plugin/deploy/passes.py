@@ -269,18 +269,21 @@ def pack_int4(graph: ir.Graph) -> None:
 
 
 def raise_opset(model: ir.Model) -> None:
-    """Declare opset 21 where blocks or 4-bit codes need it, in the form that ONNX Runtime loads.
+    """Declare opset 21 where blocks or 4-bit codes need it."""
+    nodes = [node for node in model.graph if node.op_type == "DequantizeLinear"]
+    if any(node.attributes.get_int("block_size", 0) or _is_int4(node.inputs[0]) for node in nodes):
+        declare_opset(model, 21)
+
+
+def declare_opset(model: ir.Model, version: int) -> None:
+    """Declare an opset from 21 to 25, in the form that ONNX Runtime loads.
 
     There an int8 QuantizeLinear with a zero point in front of MaxPool or Reshape fails to load (onnxruntime#25526); without one
-    and with ``output_dtype`` it does not. No other operator that the exporter writes changed between 20 and 21 but in the types
-    it takes.
+    and with ``output_dtype`` it does not. No other operator that the exporter writes changed from 20 on but in the types it
+    takes.
     """
-    graph = model.graph
-    nodes = [node for node in graph if node.op_type == "DequantizeLinear"]
-    if not any(node.attributes.get_int("block_size", 0) or _is_int4(node.inputs[0]) for node in nodes):
-        return
-    model.opset_imports[""] = 21
-    for quantize in activation_quantizers(graph):
+    model.opset_imports[""] = max(version, model.opset_imports[""])
+    for quantize in activation_quantizers(model.graph):
         zero_point = constant(quantize.inputs[2] if len(quantize.inputs) > 2 else None)
         if zero_point is None or zero_point.dtype != np.int8 or zero_point.any():
             continue
