@@ -129,9 +129,17 @@ def measure(name: str, cells: Path, calls: int) -> dict[str, Any]:
 
 def _ratios(rows: list[Row]) -> dict[str, float]:
     """Median processor time of FP32 in ONNX Runtime over that of each row."""
-    times = {"OpenVINO FP32": "FP32 openvino 32", "ORT INT8": "PTQ onnxruntime 8", "ORT W4A4": "PTQ onnxruntime 4"}
+    times = {
+        "OpenVINO FP32": "FP32 openvino 32",
+        "OpenVINO BF16": "FP32 openvino bfloat16",
+        "ORT INT8": "PTQ onnxruntime 8",
+        "ORT W4A4": "PTQ onnxruntime 4",
+    }
     times |= {"ORT INT8, tuned": "PTQ tuned onnxruntime 8", "OpenVINO INT8": "PTQ openvino 8", "NNCF": "NNCF PTQ openvino 8"}
-    found = {f"{row.method} {row.runtime} {row.weight_bits}": row.cpu_ms for row in rows}
+    found = {
+        f"{row.method} {row.runtime} {'bfloat16' if row.precision == 'bfloat16' else row.weight_bits}": row.cpu_ms
+        for row in rows
+    }
     reference = found["FP32 onnxruntime 32"]
     ratios = {label: reference / found[key] for label, key in times.items() if key in found}
     static = [cpu for key, cpu in found.items() if key.startswith("quantize_static")]
@@ -175,7 +183,16 @@ def _met(holds: bool) -> str:
 def make_table(document: dict[str, Any]) -> str:
     """Markdown: speed over FP32 in ONNX Runtime, and file sizes."""
     networks = document["networks"]
-    columns = ("ORT INT8", "ORT W4A4", "quantize_static", "ORT INT8, tuned", "OpenVINO FP32", "OpenVINO INT8", "NNCF")
+    columns = (
+        "ORT INT8",
+        "ORT W4A4",
+        "quantize_static",
+        "ORT INT8, tuned",
+        "OpenVINO FP32",
+        "OpenVINO BF16",
+        "OpenVINO INT8",
+        "NNCF",
+    )
     present = [label for label in columns if any(label in cell["ratios"] for cell in networks.values())]
     header = ["network", "ORT FP32, ms", *present, "integer layers", "W8 / W4 / W2 file, times smaller"]
     rows = []

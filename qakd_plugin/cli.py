@@ -7,6 +7,7 @@ import importlib
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -262,30 +263,50 @@ def _engine(options: argparse.Namespace) -> None:
 
 
 def _add_bench(commands: Any) -> None:
-    text = "measure ONNX files side by side and write a report"
+    text = "measure ONNX files and engines side by side and write a report"
     parser = _command(commands, "bench", text, _bench, "No report was written.")
-    parser.add_argument("models", nargs="+", type=Path, help="ONNX files")
-    parser.add_argument("--runtime", action="append", choices=("onnxruntime", "openvino"), help="may be repeated (onnxruntime)")
+    parser.add_argument("models", nargs="+", type=Path, help="ONNX files and engines of one network")
+    parser.add_argument("--model", default="", help="name of the network, for the report")
+    parser.add_argument(
+        "--runtime",
+        action="append",
+        choices=("onnxruntime", "openvino", "tensorrt"),
+        help="may be repeated; engines run in tensorrt (onnxruntime, and tensorrt where an engine is given)",
+    )
+    parser.add_argument(
+        "--module", help="MODULE:FUNCTION that returns a float torch module: rows of torch and torch.compile as yardsticks"
+    )
     parser.add_argument("--batch", action="append", type=_positive, help="may be repeated (1)")
     parser.add_argument("--threads", action="append", type=_positive, help="may be repeated (1)")
     parser.add_argument("--calls", type=_positive, default=200, help="timed calls of each file (%(default)s)")
     parser.add_argument("--loader", help="MODULE:FUNCTION that returns batches (images, labels): accuracy through the runtime")
+    parser.add_argument(
+        "--profile-layers", action="store_true", help="also record time and precision of each layer, in a pass of its own"
+    )
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="(%(default)s)")
 
 
 def _bench(options: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from .bench import benchmark
+    from .bench.candidates import named_by_its_path
+    from .bench.measure import benchmark
     from .report import console_table, write_report
 
+    models = list(options.models)
+    engines = [path for path in models if path.suffix == ".engine"]
+    runtimes = options.runtime or ["onnxruntime"] * (len(engines) < len(models)) + ["tensorrt"] * bool(engines)
+    if options.module:
+        models.append(_resolve(options.module)())
+        runtimes = [*runtimes, "torch", "torch.compile"]
     rows = benchmark(
-        options.models,
+        [replace(named_by_its_path(model), model=options.model) for model in models],
         _resolve(options.loader)() if options.loader else None,
-        runtimes=options.runtime or ("onnxruntime",),
+        runtimes=runtimes,
         batch_sizes=options.batch or (1,),
         threads=options.threads or (1,),
         calls=options.calls,
+        profile_layers=options.profile_layers,
         progress=lambda line: print(line, file=sys.stderr),
     )
     Console().print(console_table(rows))
@@ -293,16 +314,20 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _add_report(commands: Any) -> None:
-    text = "make HTML and Markdown of a report.json"
+    text = "make HTML and Markdown of a report.json, or one of several: runs of several machines beside each other"
     parser = _command(commands, "report", text, _report, "No report was written.")
-    parser.add_argument("json", type=Path, help="report.json")
-    parser.add_argument("--out", type=Path, help="HTML file; beside the JSON file by default")
+    parser.add_argument("json", nargs="+", type=Path, help="report.json")
+    parser.add_argument("--out", type=Path, help="HTML file; beside the JSON file by default, needed with several")
+    parser.add_argument("--title", help="in place of the reports' own")
 
 
 def _report(options: argparse.Namespace) -> None:
-    from .report import read_report, write_report
+    from .report import merge_reports, read_report, write_report
 
-    print(write_report(read_report(options.json), options.out or options.json.with_suffix(".html")))
+    if options.out is None and len(options.json) > 1:
+        raise QakdError("--out is missing: name the HTML file of the merged report.")
+    document = merge_reports([read_report(path) for path in options.json], options.title)
+    print(write_report(document, options.out or options.json[0].with_suffix(".html")))
 
 
 def _positive(text: str) -> int:

@@ -68,7 +68,7 @@ def test_the_wheel_holds_the_package_and_its_data_only(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"qakd_plugin"}
-    for needed in ("py.typed", "report/template.html", "bench/schema.json"):
+    for needed in ("py.typed", "report/template.html", "report/report.css", "report/report.js", "bench/schema.json"):
         assert f"qakd_plugin/{needed}" in names
 
 
