@@ -12,6 +12,7 @@ from typing import Any
 
 from accelerate.utils import set_seed
 from torch import Tensor, nn
+from torch.optim import AdamW
 
 from .augment.images import Stats
 from .augment.select import Augmentation, CMISelector, FixedAugmentation, SelectedAugmentation
@@ -24,7 +25,7 @@ from .errors import QakdError, UnsupportedQuantizerError
 from .hooks import require_teacher
 from .loop import Trainer
 from .methods import SQAKD, Method, Phase
-from .optim import Settings
+from .optim import MakeOptimizer, Settings, optimizer_name
 from .precision import float32_quantizers
 from .processes import Processes, process_index, require_whole
 from .progress import say
@@ -82,10 +83,11 @@ def distill(
     patience: int | None = None,
     cache_teacher: str | os.PathLike[str] | None = None,
     trackers: Sequence[Any] | None = None,
+    optimizer: MakeOptimizer = AdamW,
 ) -> DistillResult:
     """Train a model that a quantization toolkit has prepared, with the losses of a distillation method.
 
-    The model is trained in place with AdamW and a cosine schedule. Labels are read only if the method needs them.
+    The model is trained in place, with AdamW by default, and a cosine schedule. Labels are read only if the method needs them.
 
     Launched with torchrun or ``accelerate launch``, processes train together: each takes its share of the batches, no sample is
     lost or counts twice, and all return the same model. A joined batch gives the weights that one process gives, to float
@@ -128,6 +130,8 @@ def distill(
             epoch (no augmentation, or one seeded by sample). Read again by later runs; refused when teacher or data changed.
         trackers: names or trackers of accelerate ("wandb", "mlflow", ...) that get the history's numbers. None: TensorBoard in
             ``checkpoint_dir``, where it is installed.
+        optimizer: an optimizer's class, or a ``functools.partial`` of one, called with parameter groups and ``lr=``. Rates of
+            quantizers are relative changes per step with Adam's step only.
 
     Returns:
         The model, the history, final metrics.
@@ -156,6 +160,7 @@ def distill(
         ema=ema,
         recalibrate_batches=recalibrate_batches,
         patience=patience,
+        optimizer=optimizer,
     )
     if patience is not None and val_loader is None:
         raise QakdError("patience needs val_loader: held-out batches say whether an epoch is better.")
@@ -188,7 +193,9 @@ def distill(
     tracking = Tracking(
         trackers,
         None if checkpoint_dir is None else Path(checkpoint_dir),
-        {"toolkit": adapter.name, "method": repr(method), "epochs": epochs, **vars(settings)},
+        {"toolkit": adapter.name, "method": repr(method), "epochs": epochs}
+        | vars(settings)
+        | {"optimizer": optimizer_name(optimizer)},
     )
     with tracking, float32_quantizers(adapter, prepared_model):
         trainer = Trainer(
@@ -241,6 +248,7 @@ def _fingerprint(
         "method": repr(method),
         "epochs": epochs,
         "settings": repr(settings),
+        "optimizer": optimizer_name(settings.optimizer),
         "augmentation": getattr(augment, "__qualname__", type(augment).__qualname__),  # its repr may hold an address
         "quantizers": [_quantizer_line(adapter, quantizer) for quantizer in adapter.quantizers(model)],
         "parameters": [f"{name} {tuple(parameter.shape)}" for name, parameter in model.named_parameters()],

@@ -1,11 +1,12 @@
-"""Optimizers and their schedule: AdamW, linear warm-up, half a cosine."""
+"""Optimizers and their schedule: AdamW or another, linear warm-up, half a cosine."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Container, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -14,6 +15,9 @@ from .backends import Adapter
 from .backends.base import Role
 from .errors import QakdError
 from .quantizers.rule import PREFIX
+
+MakeOptimizer: TypeAlias = Callable[..., torch.optim.Optimizer]
+"""Called with parameter groups and ``lr=``: ``torch.optim.AdamW``, ``partial(torch.optim.SGD, momentum=0.9)``."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class Settings:
     ema: float | None = None
     recalibrate_batches: int = 0
     patience: int | None = None
+    optimizer: MakeOptimizer = field(default=torch.optim.AdamW, repr=False)  # its repr may hold an address
 
     def __post_init__(self) -> None:
         if self.ema is not None and not 0 < self.ema < 1:
@@ -49,10 +54,10 @@ def quantizer_parameters(adapter: Adapter, model: nn.Module, role: Role | None =
 
 
 def student_optimizer(adapter: Adapter, model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    """AdamW: weights, biases and norms without decay, and parameters of quantizers with rates of their own and no decay.
+    """Groups: weights, biases and norms without decay, and parameters of quantizers with rates of their own and no decay.
 
-    The rate of quantizers is a relative change per step. Ours are logarithms or ratios already; a scale that a toolkit learns
-    as it is gets the rate times its size.
+    With Adam's step the rate of quantizers is a relative change per step. Ours are logarithms or ratios already; a scale that a
+    toolkit learns as it is gets the rate times its size.
     """
     of_weights = quantizer_parameters(adapter, model, "weight")
     of_activations = {key: p for key, p in quantizer_parameters(adapter, model, "activation").items() if key not in of_weights}
@@ -67,7 +72,7 @@ def student_optimizer(adapter: Adapter, model: nn.Module, settings: Settings) ->
     groups += _quantizer_groups(
         of_activations, relative, rate if settings.activation_quantizer_lr is None else settings.activation_quantizer_lr
     )
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.lr)
+    return settings.optimizer([group for group in groups if group["params"]], lr=settings.lr)
 
 
 def _quantizer_groups(parameters: dict[int, nn.Parameter], relative: set[int], rate: float) -> list[dict[str, Any]]:
@@ -80,8 +85,17 @@ def _quantizer_groups(parameters: dict[int, nn.Parameter], relative: set[int], r
 
 
 def teacher_optimizer(teacher: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    """AdamW for a teacher that learns too."""
-    return torch.optim.AdamW(teacher.parameters(), lr=settings.teacher_lr, weight_decay=settings.weight_decay)
+    """The same kind for a teacher that learns too."""
+    group = {"params": list(teacher.parameters()), "weight_decay": settings.weight_decay}
+    return settings.optimizer([group], lr=settings.teacher_lr)
+
+
+def optimizer_name(make: MakeOptimizer) -> str:
+    """The same text in every process, for checkpoints and trackers: "AdamW", "SGD(momentum=0.9)"."""
+    if isinstance(make, partial):
+        options = ", ".join(f"{name}={value!r}" for name, value in sorted(make.keywords.items()))
+        return f"{optimizer_name(make.func)}({options})"
+    return getattr(make, "__qualname__", type(make).__qualname__)
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], of_quantizers: Container[int], limit: float | None) -> float:

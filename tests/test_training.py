@@ -1,6 +1,7 @@
 """What the loop offers beside the methods: each option does what its name says, and nothing else."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -153,6 +154,32 @@ def test_weights_and_both_kinds_of_quantizers_have_rates_of_their_own(make_stude
         expected = 0.01 if quantizer.role == "weight" else 0.5
         assert {rates[id(p)] for p in quantizer.module.parameters()} == {(expected, 0.0)}
     assert rates[id(student.head.weight)] == (0.1, 0.2)
+
+
+def test_another_optimizer_takes_the_steps_that_it_takes_by_hand(make_student, teacher, batches):
+    student, expected = make_student(), make_student()
+    sgd = partial(torch.optim.SGD, momentum=0.9, nesterov=True)
+    options = {"lr": 0.05, "weight_decay": 0.0, "warmup": 0.0, "grad_clip": None}
+    distill(student, teacher, batches, epochs=2, optimizer=sgd, **options)
+    optimizer = torch.optim.SGD([p for p in expected.parameters() if p.requires_grad], 0.05, momentum=0.9, nesterov=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2 * len(batches))
+    with attach(expected, teacher, SQAKD()) as kd:
+        kd.train()
+        for x, _ in 2 * batches:
+            expected(x)
+            kd.loss().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+        kd.eval()
+    torch.testing.assert_close(dict(student.named_parameters()), dict(expected.named_parameters()))
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(make_student, teacher, batches, tmp_path):
+    options = {"epochs": 1, "checkpoint_dir": tmp_path, "trackers": ()}
+    distill(make_student(), teacher, batches, **options)
+    with pytest.raises(CheckpointError, match="belongs to another run: optimizer"):
+        distill(make_student(), teacher, batches, resume=True, optimizer=partial(torch.optim.SGD, momentum=0.9), **options)
 
 
 # -- teachers
