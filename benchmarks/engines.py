@@ -40,6 +40,7 @@ from zoo import Net, random_weights
 
 from qakd_plugin import build_engine, export_onnx, prepare
 from qakd_plugin._files import write_atomic
+from qakd_plugin._optional import require
 from qakd_plugin.attention import open_attention
 from qakd_plugin.bench.environment import environment, is_busy
 from qakd_plugin.deploy.engine_runner import EngineRunner
@@ -200,8 +201,7 @@ def export_form(net: Net, form: Form, folder: Path, toolkit: str) -> dict[str, A
 def quantized(model: nn.Module, images: Tensor, form: Form, toolkit: str) -> nn.Module | None:
     """The network prepared as a form says; None for a float one."""
     if form.modelopt_config is not None:
-        import modelopt.torch.quantization as mtq
-
+        mtq: Any = require("modelopt.torch.quantization", extra="modelopt", purpose=f"quantize with {form.modelopt_config}")
         config = copy.deepcopy(getattr(mtq, form.modelopt_config))
         # Blocks are for linear layers; those of a convolution are refused at export.
         config["quant_cfg"].append({"parent_class": "nn.Conv2d", "quantizer_name": "*", "enable": False})
