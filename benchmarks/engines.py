@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import io
 import json
 import logging
@@ -39,6 +40,7 @@ from zoo import Net, random_weights
 
 from qakd_plugin import build_engine, export_onnx, prepare
 from qakd_plugin._files import write_atomic
+from qakd_plugin._optional import require
 from qakd_plugin.attention import open_attention
 from qakd_plugin.bench.environment import environment, is_busy
 from qakd_plugin.deploy.engine_runner import EngineRunner
@@ -199,11 +201,12 @@ def export_form(net: Net, form: Form, folder: Path, toolkit: str) -> dict[str, A
 def quantized(model: nn.Module, images: Tensor, form: Form, toolkit: str) -> nn.Module | None:
     """The network prepared as a form says; None for a float one."""
     if form.modelopt_config is not None:
-        import modelopt.torch.quantization as mtq
-
+        mtq: Any = require("modelopt.torch.quantization", extra="modelopt", purpose=f"quantize with {form.modelopt_config}")
+        config = copy.deepcopy(getattr(mtq, form.modelopt_config))
+        # Blocks are for linear layers; those of a convolution are refused at export.
+        config["quant_cfg"].append({"parent_class": "nn.Conv2d", "quantizer_name": "*", "enable": False})
         with contextlib.redirect_stdout(io.StringIO()):
-            opened = open_attention(model)
-            prepared: nn.Module = mtq.quantize(opened, getattr(mtq, form.modelopt_config), lambda network: network(images))
+            prepared: nn.Module = mtq.quantize(open_attention(model), config, lambda network: network(images))
         return prepared
     if form.bits is None:
         return None
@@ -337,7 +340,7 @@ def make_table(document: dict[str, Any]) -> str:
             export, build = cell["export"], cell["build"]
             integer = build["with_weights"] - len(build["with_weights_in_float"])
             wanted = ("FP32", "FP16", "INT8, FP16") if form == "INT8" else ()
-            sizes = [_megabytes(cells.get(f"{net.name} {other}")) for other in wanted] or ["", "", ""]
+            sizes = [_megabytes(cells.get(f"{net.name} {other}")) for other in wanted] or ["-"] * 3
             rows.append(
                 [net.name if form == "INT8" else f"{net.name} {form}", f"{export['seconds']:.1f}", f"{export['peak_gib']:.2f}"]
                 + [f"{build['seconds']:.1f}", f"{integer} of {build['with_weights']}", str(build["int4_layers"]), *sizes]

@@ -166,5 +166,5 @@ def _check_built_for(path: str | os.PathLike[str], manifest: dict[str, Any], ver
     if here and any(built_for) and here not in built_for:
         raise EngineError(
             f"{path} was built for a GPU of generation {' or '.join(map(str, built_for))}, this one is {here}. Build it again "
-            "on this machine."
+            "on this machine, with tensorrt_rtx for capabilities=['CURRENT']."
         )
