@@ -153,6 +153,9 @@ def _add_export(commands: Any) -> None:
     parser.add_argument("recipe", help=f"{_RECIPE}: prepared_model, and example_input (float (N, C, H, W)) or loader")
     parser.add_argument("--weights", type=Path, help="student.pt of qakd distill, loaded into the prepared model")
     parser.add_argument("--target", choices=("tensorrt", "onnxruntime", "openvino"), default="tensorrt", help="(%(default)s)")
+    parser.add_argument(
+        "--weight-storage", choices=("int8", "int4", "int2"), default="int4", help="narrowest type in the file (%(default)s)"
+    )
     parser.add_argument("--float16", action="store_true", help="for tensorrt: write what is not quantized in FP16")
     parser.add_argument("--out", type=Path, required=True, help="the ONNX file")
 
@@ -181,7 +184,14 @@ def _export(options: argparse.Namespace) -> None:
         example = default_batch(next(iter(recipe["loader"])))[0]
     if example is None:
         raise QakdError(f"{options.recipe} returned neither example_input nor loader: parity is checked on real samples.")
-    exported = export_onnx(model, example, options.out, target=options.target, float16=options.float16)
+    exported = export_onnx(
+        model,
+        example,
+        options.out,
+        target=options.target,
+        weight_storage=options.weight_storage,
+        float16=options.float16,
+    )
     proof = exported.parity
     print(
         f"parity: {proof.weight_codes} weight codes equal, {proof.activation_codes} activation codes compared, "

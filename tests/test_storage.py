@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from qakd_plugin import ExportError, export_onnx, prepare
+from qakd_plugin import DoReFa, EngineError, ExportError, export_onnx, prepare, use_quantizers
 from qakd_plugin.bench.census import census
 from qakd_plugin.bench.runners import OpenVINORunner
 from qakd_plugin.deploy.diagnosis import diagnose
 from qakd_plugin.deploy.graph import stored_codes, weight_dequantizers
-from qakd_plugin.deploy.storage import _common_factor
+from qakd_plugin.deploy.inspect_onnx import inspect_onnx
+from qakd_plugin.deploy.storage import _grid
 
 
 def _run(path, images, *, optimize):
@@ -90,6 +91,14 @@ def test_openvino_gets_the_same_numbers_from_packed_weights(bits, tmp_path, wide
     np.testing.assert_array_equal(*(OpenVINORunner(path, 1).run(images.numpy()) for path in (plain, packed)))
 
 
+def test_tensorrt_refuses_packed_weights_by_name(tmp_path, wide):
+    model, images = wide
+    student = prepare(model, [images], "modelopt", weight_bits=4, activation_bits=8)
+    path = export_onnx(student, images, tmp_path / "s.onnx", target="openvino").path
+    with pytest.raises(EngineError, match=r"^3\.weight/DequantizeLinear: weights stored behind a Cast"):
+        inspect_onnx(path)
+
+
 def test_codes_times_different_powers_of_two_are_packed_per_channel(tmp_path, wide):
     model, images = wide
     student = prepare(model, [images], "modelopt", weight_bits=4, activation_bits=4)
@@ -108,23 +117,35 @@ def test_codes_times_different_powers_of_two_are_packed_per_channel(tmp_path, wi
     np.testing.assert_array_equal(_run(plain, images, optimize=True), _run(packed, images, optimize=True))
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_common_factor_is_a_power_of_two_per_channel_or_none(seed):
+@pytest.mark.parametrize("odd", [False, True])
+@pytest.mark.parametrize("seed", range(10))
+def test_a_grid_gives_every_code_back_and_is_found_where_there_is_one(seed, odd):
     random = np.random.default_rng(seed)
-    small = random.integers(-8, 8, (5, 4, 3)).astype(np.int32)
-    powers = 2 ** random.integers(0, 5, (5, 1, 1))
-    codes = np.clip(small * powers, -128, 127).astype(np.int8)
-    factor = _common_factor(codes, 0, -8, 7)
-    if factor is None:
-        assert any(np.abs(row).max() > 7 * np.gcd.reduce(row.ravel()) for row in codes.astype(int))
-    else:
-        quotients = codes // factor
-        assert quotients.min() >= -8
-        assert quotients.max() <= 7
-        np.testing.assert_array_equal(quotients * factor, codes)
-    odd = codes.copy()
-    odd[0, 0, :2] = (127, 1)
-    assert _common_factor(odd, 0, -8, 7) is None
+    small = random.integers(-8, 8, (5, 4, 3))
+    small[:, 0, 0] = 1  # an odd code in every channel, so that the power is the one drawn
+    powers = 2 ** random.integers(0, 3, (5, 1, 1))
+    codes = (powers * (2 * small + 1 if odd else small)).astype(np.int8)
+    factor, offset = _grid(codes, 0, -8, 7)
+    found = (codes - offset) // factor
+    assert found.min() >= -8
+    assert found.max() <= 7
+    np.testing.assert_array_equal(found * factor + offset, codes)
+    codes[0, 0, :2] = (127, -64)
+    assert _grid(codes, 0, -8, 7) is None
+
+
+def test_weights_on_a_grid_without_zero_are_packed_too(tmp_path, wide):
+    model, images = wide
+    student = prepare(model, [images], "modelopt", weight_bits=4, activation_bits=4)
+    use_quantizers(student, DoReFa(), keep=("0", "13"))
+    plain, packed = (
+        export_onnx(student, images, tmp_path / f"{name}.onnx", target="onnxruntime", weight_storage=name).path
+        for name in ("int8", "int4")
+    )
+    assert packed.stat().st_size < 0.7 * plain.stat().st_size
+    assert census(packed).float_layers == ()
+    for optimize in (False, True):
+        np.testing.assert_array_equal(_run(plain, images, optimize=optimize), _run(packed, images, optimize=optimize))
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 ``INT4 -> Cast(int8) -> DequantizeLinear``: ONNX Runtime and OpenVINO fold the Cast when they load the file, so outputs and
 speed are those of int8 codes. Without the Cast both compute in floating point. Codes that ``ort_form`` stored times a power of
 two are divided by it here and multiplied again behind the Cast, in int32: ``INT4 -> Cast(int32) -> Mul -> Cast(int8) ->
-DequantizeLinear``.
+DequantizeLinear``. Grids without a zero (DoReFa's codes are odd) get an Add as well.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from .passes import declare_opset
 
 WeightStorage = Literal["int8", "int4", "int2"]
 """The narrowest type that weights are stored in."""
+
+Codes = npt.NDArray[np.int8]
+Factors = npt.NDArray[np.int32]
 
 _NARROW: dict[WeightStorage, tuple[tuple[type, int, int, int], ...]] = {
     "int8": (),
@@ -45,9 +48,9 @@ def store_weights(model: ir.Model, storage: WeightStorage) -> None:
             continue
         axis = dequantize.attributes.get_int("axis", 1) if scale.ndim == 1 else None
         for kind, low, high, needed in _NARROW[storage]:
-            factor = _common_factor(codes, axis, low, high)
-            if factor is not None:
-                _pack(model.graph, dequantize, (codes // factor).astype(kind), factor)
+            grid = _grid(codes, axis, low, high)
+            if grid is not None:
+                _pack(model.graph, dequantize, kind, codes, *grid)
                 opset = max(opset, needed)
                 break
     if opset:
@@ -55,29 +58,34 @@ def store_weights(model: ir.Model, storage: WeightStorage) -> None:
         common.RemoveUnusedNodesPass()(model)  # the wide codes
 
 
-def _common_factor(codes: npt.NDArray[np.int8], axis: int | None, low: int, high: int) -> npt.NDArray[np.int32] | None:
-    """Powers of two that divide all codes so that quotients fit into low..high: one for all, or per channel; None if none."""
+def _grid(codes: Codes, axis: int | None, low: int, high: int) -> tuple[Factors, Factors] | None:
+    """Powers of two p and offsets o so that (codes - o) / p are integers in low..high: one for all, or per channel; or None."""
     every = tuple(range(codes.ndim))
     per_channel = None if axis is None else tuple(dim for dim in every if dim != axis % codes.ndim)
     for dims in (every, per_channel):
         if dims is None:
             continue
         used = np.bitwise_or.reduce(codes.astype(np.int32), axis=dims, keepdims=True)
-        factor = np.where(used == 0, 1, used & -used)
-        if dims == every:
-            factor = factor.reshape(())
-        quotients = codes // factor
-        if quotients.min(initial=0) >= low and quotients.max(initial=0) <= high:
-            return factor.astype(np.int32)
+        power = np.where(used == 0, 1, used & -used)  # the lowest bit that any code uses
+        without_zero = (codes // power % 2 == 1).all(axis=dims, keepdims=True)
+        for factor, offset in ((power, 0 * power), (np.where(without_zero, 2, 1) * power, np.where(without_zero, power, 0))):
+            small = (codes - offset) // factor
+            if small.min(initial=0) >= low and small.max(initial=0) <= high:
+                shape = () if dims == every else factor.shape
+                return factor.astype(np.int32).reshape(shape), offset.astype(np.int32).reshape(shape)
     return None
 
 
-def _pack(graph: ir.Graph, dequantize: ir.Node, codes: npt.NDArray[Any], factor: npt.NDArray[np.int32]) -> None:
+def _pack(graph: ir.Graph, dequantize: ir.Node, kind: type, codes: Codes, factor: Factors, offset: Factors) -> None:
     wide = dequantize.inputs[0]
     assert wide is not None
-    value = initializer(graph, f"{wide.name}.{codes.dtype.name}", codes)
+    small: npt.NDArray[Any] = ((codes - offset) // factor).astype(kind)
+    value = initializer(graph, f"{wide.name}.{small.dtype.name}", small)
     steps = [cast(ir.DataType.INT8)]
+    if offset.any():
+        steps.insert(0, ir.node("Add", [None, initializer(graph, f"{wide.name}.offset", offset)]))
     if (factor != 1).any():
-        power = initializer(graph, f"{wide.name}.power", factor)
-        steps = [cast(ir.DataType.INT32), ir.node("Mul", [None, power]), *steps]
+        steps.insert(0, ir.node("Mul", [None, initializer(graph, f"{wide.name}.power", factor)]))
+    if len(steps) > 1:
+        steps.insert(0, cast(ir.DataType.INT32))
     dequantize.replace_input_with(0, chain(dequantize, value, steps, f"{dequantize.name}/storage"))
