@@ -153,6 +153,9 @@ def _add_export(commands: Any) -> None:
     parser.add_argument("recipe", help=f"{_RECIPE}: prepared_model, and example_input (float (N, C, H, W)) or loader")
     parser.add_argument("--weights", type=Path, help="student.pt of qakd distill, loaded into the prepared model")
     parser.add_argument("--target", choices=("tensorrt", "onnxruntime", "openvino"), default="tensorrt", help="(%(default)s)")
+    parser.add_argument(
+        "--weight-storage", choices=("int8", "int4", "int2"), default="int4", help="narrowest type in the file (%(default)s)"
+    )
     parser.add_argument("--out", type=Path, required=True, help="the ONNX file")
 
 
@@ -180,7 +183,7 @@ def _export(options: argparse.Namespace) -> None:
         example = default_batch(next(iter(recipe["loader"])))[0]
     if example is None:
         raise QakdError(f"{options.recipe} returned neither example_input nor loader: parity is checked on real samples.")
-    exported = export_onnx(model, example, options.out, target=options.target)
+    exported = export_onnx(model, example, options.out, options.target, options.weight_storage)
     proof = exported.parity
     print(
         f"parity: {proof.weight_codes} weight codes equal, {proof.activation_codes} activation codes compared, "

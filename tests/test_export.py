@@ -23,6 +23,8 @@ from qakd_plugin import (
 )
 from qakd_plugin.backends import adapter_for
 from qakd_plugin.bench.census import census
+from qakd_plugin.bench.runners import OpenVINORunner
+from qakd_plugin.deploy.openvino_parity import check_openvino
 from qakd_plugin.deploy.parity import check_parity
 from qakd_plugin.deploy.to_onnx import export_canonical
 
@@ -165,8 +167,41 @@ def test_a_wrong_bias_of_the_last_layer_is_caught(make_student, digits):
     student, images = make_student(), digits.test[0][:16]
     file, form = _exported(student, images)
     form.head.bias[3] += 0.5
-    with pytest.raises(ParityError, match="logits"):
+    with pytest.raises(ParityError, match=r"^head: .*behind the last quantizer") as caught:
         check_parity(file, form, student, images, fused=False)
+    assert caught.value.layer == "head"
+
+
+class _FloatEnd(nn.Module):
+    """Three float layers behind the last quantizer."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.pool = nn.Conv2d(1, 8, 3, 2), nn.AdaptiveAvgPool2d(1)
+        self.first, self.norm, self.last = nn.Linear(8, 12), nn.LayerNorm(12), nn.Linear(12, 10)
+
+    def forward(self, x):
+        return self.last(self.norm(torch.relu(self.first(self.pool(torch.relu(self.conv(x))).flatten(1)))))
+
+
+@pytest.mark.parametrize("layer", ["first", "norm", "last"])
+@pytest.mark.parametrize("where", ["file", "prepared model"])
+def test_a_difference_behind_the_last_quantizer_is_bisected_to_its_layer(layer, where, digits):
+    images = digits.test[0][:16]
+    torch.manual_seed(0)
+    student = prepare(_FloatEnd().eval(), [images], keep=("first", "last"))
+    file, form = _exported(student, images)
+    check_parity(file, form, student, images, fused=False)
+    if where == "file":
+        bias = file.graph.initializers[f"{layer}.bias"]
+        values = bias.const_value.numpy()
+        bias.const_value = ir.tensor(values + 0.3 * np.arange(len(values), dtype=np.float32))
+    else:
+        with torch.no_grad():
+            student.get_submodule(layer).bias.add_(0.3 * torch.arange(student.get_submodule(layer).bias.numel()))
+    with pytest.raises(ParityError, match=rf"^{layer}: ") as caught:
+        check_parity(file, form, student, images, fused=False)
+    assert caught.value.layer == layer
 
 
 def test_nothing_is_written_when_parity_fails(tmp_path, make_student, digits, monkeypatch):
@@ -221,17 +256,34 @@ def test_layers_that_are_kept_in_float_stay_so_in_onnxruntime(layer, tmp_path, t
     student, images = prepare(teacher, calibration, keep=(layer,)), digits.test[0][:64]
     path = export_onnx(student, images, tmp_path / "s.onnx", target="onnxruntime").path
     assert len(census(path).float_layers) == 1
-    assert census(path).float_layers[0].startswith(f"{layer}/Conv")
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
-    options.log_severity_level = 3
-    onnxruntime.InferenceSession(path, options)
-    kept = {initializer.name: initializer for initializer in onnx.load(tmp_path / "optimized.onnx").graph.initializer}
-    weights = student.get_submodule(layer).weight.detach().flatten()
-    assert any(
-        initializer.data_type == onnx.TensorProto.FLOAT and len(onnx.numpy_helper.to_array(initializer).ravel()) >= len(weights)
-        for initializer in kept.values()
-    )
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_agreement_in_openvino_is_recorded(bits, tmp_path, make_student, digits):
+    student, images = make_student("modelopt", bits), digits.test[0][:128]
+    exported = export_onnx(student, images, tmp_path / "s.onnx", target="openvino")
+    found = exported.parity.openvino
+    with torch.no_grad():
+        expected = student(images).numpy()
+    got = OpenVINORunner(exported.path, 1).run(images.numpy())
+    assert found.top1 == (got.argmax(1) == expected.argmax(1)).mean()
+    assert found.top1 >= 0.97
+    assert found.sqnr_db > 15
+    assert found.samples == 128
+    assert exported.parity.fused is None
+    assert export_onnx(student, images[:8], tmp_path / "t.onnx").parity.openvino is None
+
+
+def test_a_file_that_openvino_computes_differently_is_refused_and_its_layer_named(make_student, digits):
+    student, images = make_student(), digits.test[0][:64]
+    file, _ = _exported(student, images)
+    with torch.no_grad():
+        reference = student(images).numpy()
+    good = check_openvino(file, images, reference)
+    assert good.top1 > 0.95
+    with pytest.raises(ParityError, match=r"OpenVINO computes something else .* labels agree") as caught:
+        check_openvino(file, images, -reference)
+    assert caught.value.layer == "logits"  # ONNX Runtime and OpenVINO agree on all codes of this file
 
 
 # -- bad input

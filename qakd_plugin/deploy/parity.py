@@ -16,7 +16,7 @@ The steps:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
@@ -42,6 +42,9 @@ from .graph import (
 
 Codes = dict[str, list[npt.NDArray[np.float32]]]
 """Integer codes, as floats, of every call of every activation quantizer, by name."""
+
+Outputs = dict[str, npt.NDArray[np.float32]]
+"""What layers put out, by name."""
 
 TIE_TOLERANCE = 1e-2
 """How far from a tie, in steps, an activation may be rounded the other way. Float32 sums of a few thousand products differ by
@@ -85,6 +88,7 @@ class ParityReport:
         toolkit_deviation: export form against prepared model, ties settled; likewise.
         unfused: the file without fusions against the prepared model, ties left as they fall.
         fused: the file as it is deployed, fusions on, against the prepared model; None where it was not run.
+        openvino: the file in OpenVINO against the prepared model; None where it is not meant for it, or it is not installed.
     """
 
     weight_codes: int
@@ -96,6 +100,7 @@ class ParityReport:
     toolkit_deviation: float
     unfused: Agreement
     fused: Agreement | None
+    openvino: Agreement | None = None
 
     def as_dict(self) -> dict[str, object]:
         """Plain data for a report."""
@@ -118,13 +123,26 @@ def check_parity(file: ir.Model, form: nn.Module, prepared: nn.Module, samples: 
     weight_codes = check_weight_codes(file, form)
     runtime = "the exported file in ONNX Runtime"
     runtime_logits, codes = run_recorded(file, samples, optimize=False)
-    runtime_check, runtime_deviation = _same(form, samples, runtime_logits, codes, runtime, TIE_TOLERANCE)
+    behind = layers_behind_quantizers(file, form)
+
+    def in_file(names: Sequence[str]) -> Outputs:
+        return run_layers(file, samples, names)
+
+    def in_prepared(names: Sequence[str]) -> Outputs:
+        with recorded_outputs(prepared, names) as outputs, torch.no_grad():
+            prepared(samples)
+        return outputs
+
+    runtime_check, runtime_deviation = _same(form, samples, runtime_logits, codes, runtime, TIE_TOLERANCE, behind, in_file)
     toolkit_logits, codes = _run_prepared(prepared, form, samples)
-    toolkit_check, toolkit_deviation = _same(form, samples, toolkit_logits, codes, "the prepared model", TIE_TOLERANCE)
+    toolkit_check, toolkit_deviation = _same(
+        form, samples, toolkit_logits, codes, "the prepared model", TIE_TOLERANCE, behind, in_prepared
+    )
     fused_check, fused_agreement = None, None
     if fused:
         fused_logits, codes = run_recorded(file, samples, optimize=True)
-        fused_check, _ = _same(form, samples, fused_logits, codes, f"{runtime} with fusions", FUSED_TIE_TOLERANCE)
+        fusions = f"{runtime} with fusions"
+        fused_check, _ = _same(form, samples, fused_logits, codes, fusions, FUSED_TIE_TOLERANCE, behind, in_file)
         fused_agreement = agreement(toolkit_logits, fused_logits)
     return ParityReport(
         weight_codes=weight_codes,
@@ -140,13 +158,38 @@ def check_parity(file: ir.Model, form: nn.Module, prepared: nn.Module, samples: 
 
 
 def _same(
-    form: nn.Module, samples: Tensor, logits: npt.NDArray[np.float32], codes: Codes, program: str, tolerance: float
+    form: nn.Module,
+    samples: Tensor,
+    logits: npt.NDArray[np.float32],
+    codes: Codes,
+    program: str,
+    tolerance: float,
+    behind: Sequence[str],
+    outputs_of: Callable[[Sequence[str]], Outputs],
 ) -> tuple[ImposedCodes, float]:
-    """Run the export form with another program's codes; raise unless only ties differ and the logits agree."""
-    with imposed_codes(form, codes, tolerance) as outcome, torch.no_grad():
-        settled = _first(form(samples)).numpy()
+    """Run the export form with another program's codes; raise unless only ties differ and the logits agree.
+
+    Where they do not although all codes agree, the layers ``behind`` the last quantizers are compared one by one.
+    """
+    with imposed_codes(form, codes, tolerance) as outcome, recorded_outputs(form, behind) as settled, torch.no_grad():
+        expected = _first(form(samples)).numpy()
     outcome.raise_first(program, "its export form")
-    return outcome, _close(logits, settled, program, "its export form")
+    deviation = _deviation(logits, expected)
+    if not deviation <= LOGIT_TOLERANCE:
+        others = outputs_of(behind)
+        differ = [name for name in settled if name in others and not _deviation(others[name], settled[name]) <= LOGIT_TOLERANCE]
+        layer = differ[0] if differ else "logits"
+        raise ParityError(
+            f"{layer}: {program} and its export form differ by {deviation:.2g} of the logit range although all activation "
+            f"codes agree; allowed are {LOGIT_TOLERANCE:g}. "
+            + (
+                "It is the first layer behind the last quantizer that computes something else."
+                if differ
+                else "What is behind the last quantizer computes something else."
+            ),
+            layer,
+        )
+    return outcome, deviation
 
 
 def agreement(reference: npt.NDArray[np.float32], logits: npt.NDArray[np.float32]) -> Agreement:
@@ -221,6 +264,21 @@ def run_recorded(file: ir.Model, samples: Tensor, *, optimize: bool) -> tuple[np
 
     Fused kernels put out the codes that their quantizer would have, so reading them does not undo a fusion.
     """
+    tapped, taps = with_codes(file)
+    session = _session(tapped, optimize=optimize)
+    outputs = session.run(None, {session.get_inputs()[0].name: samples.numpy()})
+    codes: Codes = {}
+    for (labels, zero_point), array in zip(taps, outputs[len(outputs) - len(taps) :], strict=True):
+        for label in labels.split(","):
+            name, _, call = label.partition("#")
+            calls = codes.setdefault(name, [])
+            assert len(calls) == int(call or 0), f"calls of {name} are out of order"
+            calls.append(array.astype(np.float32) - np.float32(zero_point))
+    return np.asarray(outputs[0]), codes
+
+
+def with_codes(file: ir.Model) -> tuple[ir.Model, list[tuple[str, float]]]:
+    """A copy that also puts out the codes of every activation quantizer, and their labels and zero points."""
     tapped = ir.serde.deserialize_model(ir.serde.serialize_model(file))
     taps: list[tuple[str, float]] = []
     for node in activation_quantizers(tapped.graph):
@@ -233,16 +291,7 @@ def run_recorded(file: ir.Model, samples: Tensor, *, optimize: bool) -> tuple[np
         value.dtype = value.dtype or ir.DataType.INT8
         tapped.graph.outputs.append(value)
         taps.append((label, scalar(node.inputs[2] if len(node.inputs) > 2 else None, 0.0)))
-    session = _session(tapped, optimize=optimize)
-    outputs = session.run(None, {session.get_inputs()[0].name: samples.numpy()})
-    codes: Codes = {}
-    for (labels, zero_point), array in zip(taps, outputs[len(outputs) - len(taps) :], strict=True):
-        for label in labels.split(","):
-            name, _, call = label.partition("#")
-            calls = codes.setdefault(name, [])
-            assert len(calls) == int(call or 0), f"calls of {name} are out of order"
-            calls.append(array.astype(np.float32) - np.float32(zero_point))
-    return np.asarray(outputs[0]), codes
+    return tapped, taps
 
 
 class ImposedCodes:
@@ -342,15 +391,68 @@ def _run_prepared(prepared: nn.Module, form: nn.Module, samples: Tensor) -> tupl
     return logits, codes
 
 
-def _close(actual: npt.NDArray[np.float32], expected: npt.NDArray[np.float32], program: str, other: str) -> float:
-    deviation = float(np.abs(actual - expected).max()) / max(float(np.ptp(expected)), 1e-30)
-    if not deviation <= LOGIT_TOLERANCE:
-        raise ParityError(
-            f"logits: {program} and {other} differ by {deviation:.2g} of the logit range although all activation codes agree; "
-            f"allowed are {LOGIT_TOLERANCE:g}. The layers behind the last quantizer compute something else.",
-            "logits",
-        )
-    return deviation
+def layers_behind_quantizers(file: ir.Model, form: nn.Module) -> list[str]:
+    """Names of the export form's innermost modules that the file computes behind its last quantizers."""
+    quantized: set[ir.Node] = set()
+    waiting = list(activation_quantizers(file.graph))
+    while waiting:
+        node = waiting.pop()
+        if node not in quantized:
+            quantized.add(node)
+            waiting += [source for value in node.inputs if value is not None and (source := value.producer()) is not None]
+    modules = dict(form.named_modules())
+    found = dict.fromkeys(_layer_name(node) for node in file.graph if node not in quantized)
+    names = [name for name in found if name in modules and not isinstance(modules[name], ActivationQDQ | StoredWeight)]
+    return [name for name in names if not any(other.startswith(f"{name}.") for other in names)]
+
+
+def _layer_name(node: ir.Node) -> str:
+    return (node.name or "").partition("/")[0]
+
+
+@contextmanager
+def recorded_outputs(model: nn.Module, names: Sequence[str]) -> Iterator[Outputs]:
+    """Within the block, remember what named layers put out at their last call, in the order of these calls."""
+    outputs: Outputs = {}
+
+    def record(name: str, output: object) -> None:
+        if isinstance(output, Tensor):
+            outputs.pop(name, None)
+            outputs[name] = output.detach().numpy()
+
+    modules = dict(model.named_modules())
+    handles = [
+        modules[name].register_forward_hook(lambda module, args, output, name=name: record(name, output))
+        for name in names
+        if name in modules
+    ]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def run_layers(file: ir.Model, samples: Tensor, names: Sequence[str]) -> Outputs:
+    """What the file computes at the end of each named layer, without fusions."""
+    tapped = ir.serde.deserialize_model(ir.serde.serialize_model(file))
+    last = {_layer_name(node): node.outputs[0] for node in tapped.graph if _layer_name(node) in names}
+    if not last:
+        return {}
+    for value in last.values():
+        if not value.is_graph_output():
+            value.dtype = value.dtype or ir.DataType.FLOAT
+            tapped.graph.outputs.append(value)
+    session = _session(tapped, optimize=False)
+    found = session.run([value.name for value in last.values()], {session.get_inputs()[0].name: samples.numpy()})
+    return dict(zip(last, found, strict=True))
+
+
+def _deviation(actual: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> float:
+    """Largest difference over the range of what is expected; infinite where shapes differ."""
+    if actual.shape != expected.shape:
+        return float("inf")
+    return float(np.abs(actual - expected).max()) / max(float(np.ptp(expected)), 1e-30)
 
 
 def _session(file: ir.Model, *, optimize: bool) -> onnxruntime.InferenceSession:

@@ -1,0 +1,79 @@
+"""The file in OpenVINO against the trained model.
+
+OpenVINO's kernels settle rounding ties their own way and cannot be told to record codes without being changed, so logits are
+compared: what a wrong reading of the file would leave is no signal at all.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from torch import Tensor
+
+from .._optional import require
+from ..errors import ParityError
+from .parity import Agreement, agreement, run_recorded, with_codes
+
+LOWEST_SQNR_DB = 3.0
+LOWEST_TOP1 = 0.9
+"""A file fails below both: networks that were never trained, at few bits, keep labels or signal, and a wrong file neither."""
+
+FEW = 0.01
+"""Share of a quantizer's codes that may differ by more than one step before its layer is called the first that differs."""
+
+
+def check_openvino(file: ir.Model, samples: Tensor, reference: npt.NDArray[np.float32]) -> Agreement | None:
+    """Run a file in OpenVINO in float32 precision, without rounding that the file does not ask for, and compare logits.
+
+    Args:
+        file: as it will be written.
+        samples: float32 (N, ...) inputs.
+        reference: float32 (N, classes) logits of the prepared model.
+
+    Returns:
+        How they compare; None where OpenVINO is not installed.
+
+    Raises:
+        ParityError: agreement and signal-to-noise ratio are both too low, or OpenVINO cannot load the file; names the layer.
+    """
+    if importlib.util.find_spec("openvino") is None:
+        return None
+    found = agreement(reference, _run(file, samples)[0])
+    if found.top1 < LOWEST_TOP1 and not found.sqnr_db >= LOWEST_SQNR_DB:
+        layer = _first_difference(file, samples)
+        raise ParityError(
+            f"{layer}: OpenVINO computes something else than the prepared model: {found.top1:.0%} of {found.samples} labels "
+            f"agree, signal-to-noise ratio {found.sqnr_db:.1f} dB; asked for are {LOWEST_TOP1:.0%} or {LOWEST_SQNR_DB} dB. "
+            "If the model is not trained yet, train it first; otherwise raise this layer's number of bits.",
+            layer,
+        )
+    return found
+
+
+def _run(file: ir.Model, samples: Tensor) -> list[npt.NDArray[np.float32]]:
+    openvino = require("openvino", extra="openvino", purpose="compare with OpenVINO")
+    core = openvino.Core()
+    options = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+    try:
+        model = core.read_model(ir.serde.serialize_model(file).SerializeToString())
+        compiled = core.compile_model(model, "CPU", options)
+    except RuntimeError as error:
+        raise ParityError(f"the file: OpenVINO cannot load it: {' '.join(str(error).split())[:300]}") from error
+    results = compiled([samples.numpy()])
+    return [np.asarray(results[output]) for output in compiled.outputs]
+
+
+def _first_difference(file: ir.Model, samples: Tensor) -> str:
+    """The first quantizer whose codes differ from ONNX Runtime's by more than one step in more than a few places."""
+    _, codes = run_recorded(file, samples, optimize=False)
+    tapped, taps = with_codes(file)
+    outputs = _run(tapped, samples)[-len(taps) :] if taps else []
+    for (labels, zero_point), array in zip(taps, outputs, strict=True):
+        name, _, call = labels.partition(",")[0].partition("#")
+        own = array.astype(np.float32) - np.float32(zero_point)
+        if float((np.abs(own - codes[name][int(call or 0)]) > 1).mean()) > FEW:
+            return name
+    return "logits"
