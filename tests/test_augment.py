@@ -359,6 +359,10 @@ def test_the_selector_trains_with_what_ranks_first_and_says_so(make_student, tea
     assert [row["augmentation"] for row in result.history] == [best.name] * 2
     assert result.history[0]["augmentation_score"] == pytest.approx(best.score)
     assert set(result.history[0]["augmentation_scores"]) == set(FEW)
+    for record in result.history[0]["augmentation_ranking"]:
+        assert record["score"] == result.history[0]["augmentation_scores"][record["name"]]
+        part = "cross_entropy" if record["form"] == "ce" else "centroid_divergence"
+        assert record["score"] == pytest.approx(record["cmi"] - record[part])
     assert "augmentation_scores" not in result.history[1]
     assert f"mutual information: {best.name}: score" in caplog.text
 

@@ -406,6 +406,16 @@ def test_the_page_stays_what_it_is_whatever_names_say(text):
     assert "x" * 1001 not in page
 
 
+def test_parity_is_shown_as_far_as_it_was_checked():
+    bare = render(build_document([], parity=[{"name": "bare"}]))
+    assert "bare" in bare
+    assert "agreement, OpenVINO" not in bare
+    full = render(build_document([], parity=[{"name": "bare"}, {**PARITY, "openvino": {"top1": 0.875}}]))
+    assert "agreement, OpenVINO" in full
+    assert "87.50 %" in full
+    assert "1,234" in full
+
+
 def test_only_the_pages_own_style_and_script_are_allowed():
     page = render(document())
     (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', page.replace("&#39;", "'"))

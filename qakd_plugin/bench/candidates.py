@@ -64,7 +64,10 @@ class Candidate:
 
 
 def named_by_its_path(model: str | os.PathLike[str] | nn.Module) -> Candidate:
-    """A candidate of what was given without one: its file's name stands for the method, and the model has no name."""
+    """A candidate of what was given without one: its file's name stands for the method, and the model has no name.
+
+    A quantized file counts as W8A8, since 8 bits are what its codes are computed in.
+    """
     if _is_module(model):
         return Candidate(model, method="FP32")
     if not isinstance(model, str | os.PathLike):

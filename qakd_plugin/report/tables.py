@@ -234,10 +234,11 @@ def console_table(rows: Sequence[Row], title: str | None = None) -> Table:
     cells = [[short(column.text(row), 60) for column in wanted] for row in rows]
     for index, column in enumerate(wanted):
         numeric, longest = column.is_numeric(rows), max((len(line[index]) for line in cells), default=1)
-        word = max(map(len, column.heading.split()))
+        heading = "top-1 %" if column is ACCURACY else column.heading
+        word = max(map(len, heading.split()))
         # Where the terminal is narrow, headings take two lines, then long names do; figures are never cut.
         table.add_column(
-            column.heading,
+            heading,
             justify="right" if numeric else "left",
             no_wrap=not numeric and longest <= 24,
             min_width=max(longest, word) if numeric else None,
