@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test matrix resume lint clean
+.PHONY: demo test matrix resume docs lint clean
 
 demo: $(STAMP)
 	$(BIN)/qakd demo
@@ -21,6 +21,9 @@ matrix: $(STAMP)
 resume: $(STAMP)
 	$(BIN)/python -m pytest -m '' tests/test_resume.py tests/test_two_processes.py
 
+docs: $(STAMP)
+	$(BIN)/python -m mkdocs build --strict
+
 lint: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -34,4 +37,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache

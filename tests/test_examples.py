@@ -27,7 +27,8 @@ def test_quickstart(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["modelopt_qat", "torch_ao_fx", "torchao_pt2e", "torchao_qatconfig"])
 def test_a_toolkits_own_code_and_our_lines_make_an_exported_student_that_knows_digits(name, tmp_path):
-    assert run(name, folder=tmp_path, **SMALL) > 0.5  # what export_onnx writes passed its gate
+    settings = SMALL | ({"width": 64} if name == "torchao_qatconfig" else {})  # groups of 32 weights
+    assert run(name, folder=tmp_path, **settings) > 0.5  # what export_onnx writes passed its gate
     assert (tmp_path / "student.onnx").is_file()
 
 
@@ -58,7 +59,7 @@ def test_two_processes_of_torchrun_end_with_the_same_weights():
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([*command, *settings], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    found = re.findall(r"process (\d): accuracy ([\d.]+), weights (\w+)", done.stdout)
+    found = re.findall(r"process (\d): accuracy ([\d.]+), weights ([0-9a-f]{16})", done.stdout)
     assert {rank for rank, _, _ in found} == {"0", "1"}
     assert len({digest for _, _, digest in found}) == 1
     assert float(found[0][1]) > 0.5
