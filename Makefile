@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test matrix resume docs lint clean
+.PHONY: demo test matrix resume fuzz docs lint clean
 
 demo: $(STAMP)
 	$(BIN)/qakd demo
@@ -21,6 +21,9 @@ matrix: $(STAMP)
 resume: $(STAMP)
 	$(BIN)/python -m pytest -m '' tests/test_resume.py tests/test_two_processes.py
 
+fuzz: $(STAMP)
+	$(BIN)/python -m pytest -m fuzz tests/test_fuzz.py
+
 docs: $(STAMP)
 	$(BIN)/python -m mkdocs build --strict
 
@@ -28,6 +31,9 @@ lint: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/mypy
+
+docs/report.png: runs/demo/report.html
+	chromium --headless --hide-scrollbars --window-size=1280,2000 --screenshot=$@ file://$(abspath $<)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -26,20 +26,17 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import glyphs
 import readme_tables
 import torch
-import torch.nn.functional as F
 from scipy.stats import kendalltau, spearmanr
-from torch import Tensor, nn
+from small_nets import BATCH, DEVICE, accuracy, data, teacher
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from qakd_plugin import SQAKD, distill, prepare, rank_augmentations
-from qakd_plugin._files import atomic_path, write_atomic
+from qakd_plugin._files import write_atomic
 from qakd_plugin.augment.candidates import Candidate, default_candidates
 from qakd_plugin.bench.environment import environment
-from qakd_plugin.demo.data import load as load_digits
-from qakd_plugin.demo.net import DigitNet
 from qakd_plugin.progress import track
 
 RESULTS = readme_tables.RESULTS / "augmentation_study.json"
@@ -47,8 +44,6 @@ SMALL = (
     "none", "cutmix", "augmix", "autoaugment-cifar10", "randaugment", "trivialaugment", "randomerasing",
     "trivialaugment+cutmix", "randomerasing+cutmix",
 )  # fmt: skip
-BATCH = 128
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 METRICS: dict[str, Callable[[dict[str, float]], float]] = {
     "CMI - CE": lambda r: r["cmi"] - r["cross_entropy"],
     "CMI - centroid": lambda r: r["cmi"] - r["centroid_divergence"],
@@ -103,57 +98,18 @@ FULL_REGIMES = (
 )  # fmt: skip
 
 
-def data(name: str) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Training and test split: (images, labels) each."""
-    if name == "glyphs":
-        return glyphs.load(16_000, seed=0), glyphs.load(4000, seed=1)
-    digits = load_digits(seed=0)
-    return digits.train, digits.test
-
-
-def teacher(name: str, strong: bool, folder: Path) -> nn.Module:
-    """The full-precision network of a data set, trained once."""
-    path = folder / f"teacher-{name}{'-strong' if strong else ''}.pt"
-    classes = len(glyphs.CLASSES) if name == "glyphs" else 10
-    torch.manual_seed(0)
-    network = DigitNet(width=8)
-    network.head = nn.Linear(32, classes)
-    if not path.is_file():
-        (images, labels), _ = data(name)
-        strengthen = next(c for c in default_candidates() if c.name == ("trivialaugment" if strong else "none"))
-        _train_teacher(network.to(DEVICE), images, labels, strengthen, epochs=6 if name == "glyphs" else 15)
-        with atomic_path(path) as temporary:
-            torch.save(network.state_dict(), temporary)
-    network.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
-    return network.cpu().eval()
-
-
-def _train_teacher(network: nn.Module, images: Tensor, labels: Tensor, augment: Candidate, epochs: int) -> None:
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2, weight_decay=1e-2)
-    steps = epochs * -(-len(images) // BATCH)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=steps)
-    network.train()
-    for _ in range(epochs):
-        for rows in torch.randperm(len(images)).split(BATCH):
-            F.cross_entropy(network(augment(images[rows])[0].to(DEVICE)), labels[rows].to(DEVICE)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-
-
-@torch.no_grad()
-def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Share of correct answers."""
-    device = next(network.parameters()).device
-    answers = torch.cat([network(x.to(device)).argmax(1).cpu() for x in images.split(500)])
-    return int((answers == labels).sum()) / len(labels)
+def regime_teacher(regime: Regime, folder: Path) -> nn.Module:
+    """Its full-precision network."""
+    path = folder / f"teacher-{regime.data}{'-strong' if regime.strong_teacher else ''}.pt"
+    strengthen = next(c for c in default_candidates() if c.name == ("trivialaugment" if regime.strong_teacher else "none"))
+    return teacher(regime.data, path, strengthen)
 
 
 def student_accuracy(regime: Regime, candidate: Candidate, seed: int, folder: Path) -> float:
     """Train one student under a candidate; its accuracy on test images."""
     (images, _), test = data(regime.data)
     images = images[: regime.images]
-    network = teacher(regime.data, regime.strong_teacher, folder)
+    network = regime_teacher(regime, folder)
     student = prepare(network, [images[:256]], "modelopt", weight_bits=regime.bits, activation_bits=regime.bits)
     order = torch.Generator().manual_seed(seed)
     loader: Any = DataLoader(images, BATCH, shuffle=True, generator=order)  # type: ignore[arg-type]
@@ -185,7 +141,7 @@ def records(regime: Regime, names: Sequence[str], folder: Path) -> dict[str, dic
     path = folder / f"metrics-{regime.data}-{regime.images}{'-strong' if regime.strong_teacher else ''}.json"
     if not path.is_file():
         (images, labels), _ = data(regime.data)
-        network = teacher(regime.data, regime.strong_teacher, folder).to(DEVICE)
+        network = regime_teacher(regime, folder).to(DEVICE)
         pool = TensorDataset(images[: regime.images], labels[: regime.images])
         ranking = rank_augmentations(network, pool, names, race=False)
         parts = ("cmi", "centroid_divergence", "cross_entropy", "variance")
@@ -225,7 +181,7 @@ def evaluate(regime: Regime, names: Sequence[str], seeds: int, folder: Path) -> 
     return {
         "regime": regime.name,
         "seeds": count,
-        "teacher": accuracy(teacher(regime.data, regime.strong_teacher, folder), *data(regime.data)[1]),
+        "teacher": accuracy(regime_teacher(regime, folder), *data(regime.data)[1]),
         "accuracies": accuracies,
         "best": max(means, key=means.__getitem__),
         "best_over_none": max(means.values()) - means["none"],

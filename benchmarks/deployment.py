@@ -1,94 +1,303 @@
-"""ONNX Runtime INT8 over FP32 on torchvision networks, measured side by side in one interleaved run.
+"""INT8 in ONNX Runtime and OpenVINO, beside what their own tools make of the same networks; one interleaved run per network.
 
-    python benchmarks/deployment.py --out benchmarks/results/deployment.json
+    python benchmarks/deployment.py --cells runs/deployment --out benchmarks/results/deployment.json
 
-Random weights: latency does not depend on them. Prints, per network and bit width, median latencies, the ratio, and how many
-layers run on integer kernels.
+Networks are calibrated, not trained: latency does not depend on the weights. Rows of a network: FP32 in both runtimes
+(OpenVINO pinned to f32), ours at W8A8 and W4A4, ours tuned for this machine (AMX hosts only), ``quantize_static`` at several
+settings (the fastest counts), NNCF's post-training quantization (where ``nncf`` is installed). Bars are ratios of median
+processor times over FP32 in ONNX Runtime. Files are made once per folder ``--cells``, each network in a process of its own,
+whose time and peak memory are noted; networks that --out holds already are not measured again unless --fresh.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
-import tempfile
+import logging
+import resource
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import readme_tables
 import torch
 import torchvision
+from step_time import ResNet20
+from torch import Tensor, nn
 
 from qakd_plugin import export_onnx, prepare
-from qakd_plugin.bench import Candidate, benchmark
+from qakd_plugin._files import write_atomic
+from qakd_plugin.bench import Candidate, Row, benchmark
+from qakd_plugin.bench.census import census
 from qakd_plugin.bench.environment import environment, is_busy
+from qakd_plugin.deploy.diagnosis import diagnose
 from qakd_plugin.deploy.to_onnx import export_float
+from qakd_plugin.deploy.tune import has_amx, tune_for_host
 from qakd_plugin.report import console_table
 
 RESULTS = readme_tables.RESULTS / "deployment.json"
-NETWORKS = ("resnet18", "mobilenet_v2", "shufflenet_v2_x1_0")
-BARS = {"resnet18": 2.6, "mobilenet_v2": 1.7}
+NETWORKS = ("resnet18", "resnet50", "mobilenet_v2", "vit_b_16", "resnet20", "shufflenet_v2_x1_0")
+STATIC = ("QDQ", "QDQ, per channel", "QOperator, per channel")
+BARS = {
+    "resnet18": {"ORT INT8": 2.6, "ORT INT8, tuned": 3.7, "OpenVINO INT8": 9.0},
+    "resnet50": {"ORT INT8": 2.7, "ORT INT8, tuned": 3.5, "OpenVINO INT8": 7.0},
+    "mobilenet_v2": {"ORT INT8": 1.7, "ORT INT8, tuned": 1.9, "OpenVINO INT8": 2.3},
+    "vit_b_16": {"ORT INT8": 4.2, "ORT INT8, tuned": 4.5, "OpenVINO INT8": 5.0},
+    "resnet20": {"ORT INT8": 1.8, "ORT INT8, tuned": 1.8, "OpenVINO INT8": 3.0},
+}
+"""Speed over FP32 in ONNX Runtime that is aimed at, batch 1, one thread."""
+
+SIZE_BARS = {"W4": 7.0, "W2": 13.0}
+"""How many times smaller than FP32 files should be."""
 
 
 def main() -> None:
-    """Export, measure, print, and write the rows."""
+    """Make the files, measure, print, and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", action="append", choices=NETWORKS, help="may be repeated; all by default")
-    parser.add_argument("--toolkit", default="modelopt", choices=("modelopt", "pt2e", "torch_ao"))
-    parser.add_argument("--calls", type=int, default=100)
-    parser.add_argument("--out", type=Path, help="JSON file for the rows")
+    parser.add_argument("--calls", type=int, default=100, help="timed calls of each file (%(default)s)")
+    parser.add_argument("--cells", type=Path, default=Path("runs/deployment"), help="folder of the files (%(default)s)")
+    parser.add_argument("--out", type=Path, help="JSON file for the figures; the README's table too, if it is the default one")
+    parser.add_argument("--fresh", action="store_true", help="measure networks again that --out holds")
+    parser.add_argument("--table-only", action="store_true", help="only rewrite the README's table")
+    parser.add_argument("--make", choices=NETWORKS, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    logging.basicConfig(level=logging.ERROR)
+    if options.make:
+        make_files(options.make, options.cells)
+        return
+    done: dict[str, Any] = {}
+    if options.out and options.out.is_file():
+        done = json.loads(options.out.read_text()).get("networks", {})
+    for name in () if options.table_only else options.network or NETWORKS:
+        if name not in done or options.fresh:
+            done[name] = measure(name, options.cells, options.calls)
+            if options.out:
+                ordered = {key: done[key] for key in NETWORKS if key in done}
+                write_atomic(options.out, json.dumps({"networks": ordered}, indent=1) + "\n")
+        for line in verdicts(name, done[name]):
+            print(f"{name}: {line}", flush=True)
+    table = make_table({"networks": {key: done[key] for key in NETWORKS if key in done}})
+    print(table)
+    if options.out and options.out.resolve() == RESULTS:
+        readme_tables.write_table("deployment", table)
+
+
+def measure(name: str, cells: Path, calls: int) -> dict[str, Any]:
+    """All rows of one network, from one interleaved run."""
+    folder = cells / name
+    if not (folder / "made.json").is_file():
+        command = [sys.executable, __file__, "--make", name, "--cells", str(cells)]
+        subprocess.run(command, check=True)
+    made = json.loads((folder / "made.json").read_text())
     busy = is_busy()
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for name in options.network or NETWORKS:
-            candidates = _export(Path(folder), name, options.toolkit)
-            rows += benchmark(candidates, calls=options.calls)
+    candidates = [
+        Candidate(folder / "fp32.onnx", "FP32", name),
+        Candidate(folder / "w8.ort.onnx", "PTQ", name, "modelopt", 8, 8, runtime="onnxruntime"),
+        Candidate(folder / "w4.ort.onnx", "PTQ", name, "modelopt", 4, 4, runtime="onnxruntime"),
+        Candidate(folder / "w8.onnx", "PTQ", name, "modelopt", 8, 8, runtime="openvino"),
+    ]
+    for setting in STATIC:
+        if (path := _static_path(folder, setting)).is_file():
+            candidates.append(Candidate(path, f"quantize_static {setting}", name, None, 8, 8, runtime="onnxruntime"))
+    if (folder / "nncf.xml").is_file():
+        candidates.append(Candidate(folder / "nncf.xml", "NNCF PTQ", name, None, 8, 8, runtime="openvino"))
+    tuning = None
+    if has_amx():
+        tuned = tune_for_host(folder / "w8.ort.onnx", folder / "w8.tuned.onnx")
+        tuning = tuned.as_dict()
+        candidates.append(Candidate(tuned.path, "PTQ tuned", name, "modelopt", 8, 8, runtime="onnxruntime"))
+    rows = benchmark(candidates, runtimes=("onnxruntime", "openvino"), calls=calls)
     from rich.console import Console
 
-    Console(width=150).print(console_table(rows, title=f"224x224, batch 1, one thread, {options.toolkit}"))
-    for row in rows:
-        if row.weight_bits == 8 and row.model in BARS:
-            verdict = "reached" if row.speedup and row.speedup >= BARS[row.model] else "MISSED"
-            print(f"{row.model}: INT8 {row.speedup:.2f}x FP32, bar {BARS[row.model]}x: {verdict}")
-    if busy:
-        print("The machine was busy when this began: take the ratios with care.")
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        document = {"environment": environment(), "rows": [{**row.as_dict(), "model": row.model} for row in rows]}
-        options.out.write_text(json.dumps(document, indent=1) + "\n")
-        print(options.out)
-        if options.out.resolve() == RESULTS:
-            readme_tables.write_table("deployment", make_table(document))
+    Console(width=150).print(console_table(rows, title=f"{name}, batch 1, one thread"))
+    left = census(folder / "w8.ort.onnx").float_layers
+    return {
+        "environment": environment(),
+        "busy": busy,
+        "rows": [{**row.as_dict(), "model": row.model} for row in rows],
+        "ratios": _ratios(rows),
+        "made": made,
+        "float_layers": list(left),
+        "findings": [[finding.kind, len(finding.layers)] for finding in diagnose(folder / "w8.ort.onnx", left)],
+        "tuning": tuning,
+    }
+
+
+def _ratios(rows: list[Row]) -> dict[str, float]:
+    """Median processor time of FP32 in ONNX Runtime over that of each row."""
+    times = {
+        "OpenVINO FP32": "FP32 openvino 32",
+        "OpenVINO BF16": "FP32 openvino bfloat16",
+        "ORT INT8": "PTQ onnxruntime 8",
+        "ORT W4A4": "PTQ onnxruntime 4",
+    }
+    times |= {"ORT INT8, tuned": "PTQ tuned onnxruntime 8", "OpenVINO INT8": "PTQ openvino 8", "NNCF": "NNCF PTQ openvino 8"}
+    found = {
+        f"{row.method} {row.runtime} {'bfloat16' if row.precision == 'bfloat16' else row.weight_bits}": row.cpu_ms
+        for row in rows
+    }
+    reference = found["FP32 onnxruntime 32"]
+    ratios = {label: reference / found[key] for label, key in times.items() if key in found}
+    static = [cpu for key, cpu in found.items() if key.startswith("quantize_static")]
+    return {**ratios, **({"quantize_static": reference / min(static)} if static else {})}
+
+
+def verdicts(name: str, cell: dict[str, Any]) -> list[str]:
+    """One line per bar: met or MISSED."""
+    ratios, made = cell["ratios"], cell["made"]
+    lines = []
+    for label, bar in BARS.get(name, {}).items():
+        if label in ratios:
+            lines.append(f"{label} {ratios[label]:.2f}x FP32 in ONNX Runtime, bar {bar}x: {_met(ratios[label] >= bar)}")
+        elif "tuned" in label:
+            lines.append(f"{label}: this processor has no AMX, not measured")
+    for ours, theirs in (("ORT INT8", "quantize_static"), ("OpenVINO INT8", "NNCF")):
+        if theirs in ratios:
+            lead = ratios[ours] / ratios[theirs]
+            # Ratios repeat within 3 %.
+            lines.append(f"{ours} {lead:.2f}x {theirs}'s fastest, bar 1x: {_met(lead >= 0.97)}")
+        else:
+            lines.append(f"{ours} against {theirs}: not measured, {made['missing'].get(theirs, 'no such file')}")
+    for bits, bar in SIZE_BARS.items():
+        smaller = made["bytes"]["fp32"] / made["bytes"][bits]
+        lines.append(f"{bits} file {smaller:.1f} times smaller than FP32, bar {bar}: {_met(smaller >= bar)}")
+    row = next(row for row in cell["rows"] if (row["method"], row["runtime"], row["weight_bits"]) == ("PTQ", "onnxruntime", 8))
+    without_weights = sum(count for kind, count in cell["findings"] if kind == "products of activations")
+    floating = row["total_layers"] - row["integer_layers"] - without_weights
+    lines.append(f"{row['integer_layers']} integer layers, {floating} with weights in floating point: {_met(floating == 0)}")
+    cost = f"export {made['export_seconds']:.1f} s, process peak {made['peak_gib']:.2f} GiB"
+    lines.append(f"{cost}, bar for resnet50 30 s and 3 GiB: {_met(made['export_seconds'] < 30 and made['peak_gib'] < 3)}")
+    if cell["busy"]:
+        lines.append("the machine was busy when this was measured: take ratios with care")
+    return lines
+
+
+def _met(holds: bool) -> str:
+    return "met" if holds else "MISSED"
 
 
 def make_table(document: dict[str, Any]) -> str:
-    """Markdown: median latencies of each network, and what they rest on."""
-    header = ["network, 224x224", "FP32 p50 ms", "W8A8 p50 ms", "W4A4 p50 ms", "W8A8 over FP32", "integer layers"]
-    found: dict[str, dict[int, dict[str, Any]]] = {}
-    for row in document["rows"]:
-        found.setdefault(row["model"], {})[row["weight_bits"]] = row
-    rows = [
-        [name, *(f"{bits[width]['p50_ms']:.2f}" for width in (32, 8, 4)), f"{bits[8]['speedup']:.2f}x"]
-        + [f"{bits[8]['integer_layers']} of {bits[8]['total_layers']}"]
-        for name, bits in found.items()
-    ]
+    """Markdown: speed over FP32 in ONNX Runtime, and file sizes."""
+    networks = document["networks"]
+    columns = (
+        "ORT INT8",
+        "ORT W4A4",
+        "quantize_static",
+        "ORT INT8, tuned",
+        "OpenVINO FP32",
+        "OpenVINO BF16",
+        "OpenVINO INT8",
+        "NNCF",
+    )
+    present = [label for label in columns if any(label in cell["ratios"] for cell in networks.values())]
+    header = ["network", "ORT FP32, ms", *present, "integer layers", "W8 / W4 / W2 file, times smaller"]
+    rows = []
+    for name, cell in networks.items():
+        kinds = {(row["method"], row["runtime"], row["weight_bits"]): row for row in cell["rows"]}
+        reference, ours = kinds["FP32", "onnxruntime", 32], kinds["PTQ", "onnxruntime", 8]
+        sizes = cell["made"]["bytes"]
+        ratios = [f"{cell['ratios'][label]:.2f}" if label in cell["ratios"] else "" for label in present]
+        smaller = " / ".join(f"{sizes['fp32'] / sizes[bits]:.1f}" for bits in ("W8", "W4", "W2"))
+        rows.append(
+            [name, f"{reference['cpu_ms']:.2f}", *ratios, f"{ours['integer_layers']} of {ours['total_layers']}", smaller]
+        )
     return readme_tables.markdown(header, rows)
 
 
-def _export(folder: Path, name: str, toolkit: str) -> list[Candidate]:
+def make_files(name: str, cells: Path) -> None:
+    """Write every file of a network; ``made.json`` comes last."""
+    folder = cells / name
+    folder.mkdir(parents=True, exist_ok=True)
+    model, images = _network(name)
+    export_float(model, images, folder / "fp32.onnx")
+    student = prepare(model, [images], "modelopt", weight_bits=8, activation_bits=8)
+    start = time.perf_counter()
+    export_onnx(student, images, folder / "w8.ort.onnx", target="onnxruntime")
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    export_onnx(student, images, folder / "w8.onnx", target="openvino")
+    for bits, storage in ((4, "int4"), (2, "int2")):
+        student = prepare(model, [images], "modelopt", weight_bits=bits, activation_bits=max(bits, 4))
+        export_onnx(student, images, folder / f"w{bits}.ort.onnx", target="onnxruntime", weight_storage=storage)
+    missing: dict[str, str] = {}
+    for setting in STATIC:
+        try:
+            _quantize_static(folder / "fp32.onnx", _static_path(folder, setting), setting, images)
+        except Exception as error:  # a foreign tool that fails at one setting is a result, too
+            missing["quantize_static"] = f"{setting}: {type(error).__name__}: {str(error)[:200]}"
+    if importlib.util.find_spec("nncf") is None:
+        missing["NNCF"] = "nncf is not installed (pip install nncf)"
+    else:
+        _quantize_nncf(folder / "fp32.onnx", folder / "nncf.xml", images, transformer=name.startswith("vit"))
+    files = {"fp32": "fp32", "W8": "w8.ort", "W4": "w4.ort", "W2": "w2.ort"}
+    made = {
+        "bytes": {label: (folder / f"{file}.onnx").stat().st_size for label, file in files.items()},
+        "export_seconds": seconds,
+        "peak_gib": peak,
+        "missing": missing,
+    }
+    write_atomic(folder / "made.json", json.dumps(made, indent=1) + "\n")
+
+
+def _network(name: str) -> tuple[nn.Module, Tensor]:
+    """With random weights and BatchNorm statistics that fit them, and a batch of random images."""
     torch.manual_seed(0)
-    model = getattr(torchvision.models, name)().train()
-    images = torch.randn(4, 3, 224, 224)
+    small = name == "resnet20"
+    model = (ResNet20() if small else torchvision.models.get_model(name)).train()
+    images = torch.randn(4, 3, 32, 32) if small else torch.randn(4, 3, 224, 224)
     with torch.no_grad():
         for _ in range(4):
-            model(images)  # BatchNorm statistics that fit the weights
-    model.eval()
-    candidates = [Candidate(export_float(model, images, folder / f"{name}.onnx"), "FP32", name)]
-    for bits in (8, 4):
-        student = prepare(model, [images], toolkit, weight_bits=bits, activation_bits=bits)
-        file = export_onnx(student, images, folder / f"{name}.w{bits}.onnx", target="onnxruntime")
-        candidates.append(Candidate(file, "PTQ", name, toolkit, bits, bits))
-    return candidates
+            model(images)
+    return model.eval(), images
+
+
+def _static_path(folder: Path, setting: str) -> Path:
+    return folder / f"static.{setting.replace(', ', '.').replace(' ', '_')}.onnx"
+
+
+def _quantize_static(source: Path, target: Path, setting: str, images: Tensor) -> None:
+    """ONNX Runtime's own quantization, unsigned activations, after its own preparation; of linear and convolution layers."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.batches = iter([{"input": images.numpy()}])
+
+        def get_next(self) -> dict[str, Any] | None:
+            return next(self.batches, None)
+
+    prepared = target.with_suffix(".prepared.onnx")
+    quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
+    quantize_static(
+        str(prepared),
+        str(target),
+        Reader(),
+        quant_format=QuantFormat.QOperator if "QOperator" in setting else QuantFormat.QDQ,
+        per_channel="per channel" in setting,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+        # In a transformer, quantizing all else costs speed (4.3x against 3.4x over FP32 on ViT-B/16).
+        op_types_to_quantize=["Conv", "Gemm", "MatMul"] if "vit" in str(source) else None,
+        extra_options={"MatMulConstBOnly": True},
+    )
+    prepared.unlink()
+
+
+def _quantize_nncf(source: Path, target: Path, images: Tensor, *, transformer: bool) -> None:
+    import nncf
+    import openvino
+
+    quantized = nncf.quantize(
+        openvino.Core().read_model(str(source)),
+        nncf.Dataset([images.numpy()]),
+        model_type=nncf.ModelType.TRANSFORMER if transformer else None,
+    )
+    openvino.save_model(quantized, str(target), compress_to_fp16=False)
 
 
 if __name__ == "__main__":

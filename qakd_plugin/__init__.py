@@ -38,6 +38,7 @@ _HOME = {
     "CMISelector": "augment.select",
     "export_onnx": "deploy.export",
     "ExportedModel": "deploy.export",
+    "tune_for_host": "deploy.tune",
     "build_engine": "deploy.engine",
     "benchmark": "bench",
     "write_report": "report",
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from .deploy.engine import build_engine as build_engine
     from .deploy.export import ExportedModel as ExportedModel
     from .deploy.export import export_onnx as export_onnx
+    from .deploy.tune import tune_for_host as tune_for_host
     from .description import describe as describe
     from .distillation import DistillResult as DistillResult
     from .distillation import distill as distill

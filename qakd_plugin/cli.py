@@ -7,6 +7,7 @@ import importlib
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="say more")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_demo, _add_distill, _add_rank, _add_export, _add_engine, _add_bench, _add_report):
+    for add in (_add_demo, _add_distill, _add_rank, _add_export, _add_tune, _add_engine, _add_bench, _add_report):
         add(commands)
     return parser
 
@@ -152,6 +153,7 @@ def _add_export(commands: Any) -> None:
     parser.add_argument("recipe", help=f"{_RECIPE}: prepared_model, and example_input (float (N, C, H, W)) or loader")
     parser.add_argument("--weights", type=Path, help="student.pt of qakd distill, loaded into the prepared model")
     parser.add_argument("--target", choices=("tensorrt", "onnxruntime", "openvino"), default="tensorrt", help="(%(default)s)")
+    parser.add_argument("--float16", action="store_true", help="for tensorrt: write what is not quantized in FP16")
     parser.add_argument("--out", type=Path, required=True, help="the ONNX file")
 
 
@@ -179,7 +181,7 @@ def _export(options: argparse.Namespace) -> None:
         example = default_batch(next(iter(recipe["loader"])))[0]
     if example is None:
         raise QakdError(f"{options.recipe} returned neither example_input nor loader: parity is checked on real samples.")
-    exported = export_onnx(model, example, options.out, target=options.target)
+    exported = export_onnx(model, example, options.out, target=options.target, float16=options.float16)
     proof = exported.parity
     print(
         f"parity: {proof.weight_codes} weight codes equal, {proof.activation_codes} activation codes compared, "
@@ -187,6 +189,25 @@ def _export(options: argparse.Namespace) -> None:
         f"rounding ties, deviation {proof.runtime_deviation:.1e} with ties settled, agreement {proof.unfused.top1:.2%}"
     )
     print(exported.path)
+
+
+def _add_tune(commands: Any) -> None:
+    text = "fit a file for ONNX Runtime to this machine's processor, by measuring"
+    parser = _command(commands, "tune", text, _tune, "Nothing was written.")
+    parser.add_argument("onnx", type=Path, help="file exported with --target onnxruntime")
+    parser.add_argument("--out", type=Path, help="the tuned file; beside the ONNX file by default")
+    parser.add_argument("--batch", type=_positive, default=1, help="images per call (%(default)s)")
+    parser.add_argument("--threads", type=_positive, default=1, help="(%(default)s)")
+    parser.add_argument("--calls", type=_positive, default=40, help="timed calls of each variant (%(default)s)")
+
+
+def _tune(options: argparse.Namespace) -> None:
+    from .deploy.tune import tune_for_host
+
+    out = options.out or options.onnx.with_suffix(".tuned.onnx")
+    tuning = tune_for_host(options.onnx, out, batch=options.batch, threads=options.threads, calls=options.calls)
+    print(tuning)
+    print(tuning.path)
 
 
 def _add_engine(commands: Any) -> None:
@@ -202,6 +223,7 @@ def _add_engine(commands: Any) -> None:
     parser.add_argument("--capability", action="append", help="RTX: GPU generation such as SM89; may be repeated")
     parser.add_argument("--require-int8", type=float, help="smallest share of layers that must compute in integers")
     parser.add_argument("--allow-float", action="store_true", help="take a file without Q/DQ, for a float baseline")
+    parser.add_argument("--timing-cache", type=Path, help="classic TensorRT: file of measured kernels, read and written")
 
 
 def _engine(options: argparse.Namespace) -> None:
@@ -218,10 +240,12 @@ def _engine(options: argparse.Namespace) -> None:
         capabilities=options.capability,
         require_int8=options.require_int8,
         allow_float=options.allow_float,
+        timing_cache=options.timing_cache,
     )
     for kind in ("convolutions", "matmuls"):
         found = info.manifest[kind]
         print(f"{kind}: {found if isinstance(found, str) else '{int8} of {total} in int8'.format(**found)}")
+    print(f"with weights stored in int4: {info.manifest['int4_layers']}")
     for runtime in ("tensorrt", "tensorrt_rtx"):
         line = trtexec_command(
             options.onnx,
@@ -239,30 +263,50 @@ def _engine(options: argparse.Namespace) -> None:
 
 
 def _add_bench(commands: Any) -> None:
-    text = "measure ONNX files side by side and write a report"
+    text = "measure ONNX files and engines side by side and write a report"
     parser = _command(commands, "bench", text, _bench, "No report was written.")
-    parser.add_argument("models", nargs="+", type=Path, help="ONNX files")
-    parser.add_argument("--runtime", action="append", choices=("onnxruntime", "openvino"), help="may be repeated (onnxruntime)")
+    parser.add_argument("models", nargs="+", type=Path, help="ONNX files and engines of one network")
+    parser.add_argument("--model", default="", help="name of the network, for the report")
+    parser.add_argument(
+        "--runtime",
+        action="append",
+        choices=("onnxruntime", "openvino", "tensorrt"),
+        help="may be repeated; engines run in tensorrt (onnxruntime, and tensorrt where an engine is given)",
+    )
+    parser.add_argument(
+        "--module", help="MODULE:FUNCTION that returns a float torch module: rows of torch and torch.compile as yardsticks"
+    )
     parser.add_argument("--batch", action="append", type=_positive, help="may be repeated (1)")
     parser.add_argument("--threads", action="append", type=_positive, help="may be repeated (1)")
     parser.add_argument("--calls", type=_positive, default=200, help="timed calls of each file (%(default)s)")
     parser.add_argument("--loader", help="MODULE:FUNCTION that returns batches (images, labels): accuracy through the runtime")
+    parser.add_argument(
+        "--profile-layers", action="store_true", help="also record time and precision of each layer, in a pass of its own"
+    )
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="(%(default)s)")
 
 
 def _bench(options: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from .bench import benchmark
+    from .bench.candidates import named_by_its_path
+    from .bench.measure import benchmark
     from .report import console_table, write_report
 
+    models = list(options.models)
+    engines = [path for path in models if path.suffix == ".engine"]
+    runtimes = options.runtime or ["onnxruntime"] * (len(engines) < len(models)) + ["tensorrt"] * bool(engines)
+    if options.module:
+        models.append(_resolve(options.module)())
+        runtimes = [*runtimes, "torch", "torch.compile"]
     rows = benchmark(
-        options.models,
+        [replace(named_by_its_path(model), model=options.model) for model in models],
         _resolve(options.loader)() if options.loader else None,
-        runtimes=options.runtime or ("onnxruntime",),
+        runtimes=runtimes,
         batch_sizes=options.batch or (1,),
         threads=options.threads or (1,),
         calls=options.calls,
+        profile_layers=options.profile_layers,
         progress=lambda line: print(line, file=sys.stderr),
     )
     Console().print(console_table(rows))
@@ -270,16 +314,20 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _add_report(commands: Any) -> None:
-    text = "make HTML and Markdown of a report.json"
+    text = "make HTML and Markdown of a report.json, or one of several: runs of several machines beside each other"
     parser = _command(commands, "report", text, _report, "No report was written.")
-    parser.add_argument("json", type=Path, help="report.json")
-    parser.add_argument("--out", type=Path, help="HTML file; beside the JSON file by default")
+    parser.add_argument("json", nargs="+", type=Path, help="report.json")
+    parser.add_argument("--out", type=Path, help="HTML file; beside the JSON file by default, needed with several")
+    parser.add_argument("--title", help="in place of the reports' own")
 
 
 def _report(options: argparse.Namespace) -> None:
-    from .report import read_report, write_report
+    from .report import merge_reports, read_report, write_report
 
-    print(write_report(read_report(options.json), options.out or options.json.with_suffix(".html")))
+    if options.out is None and len(options.json) > 1:
+        raise QakdError("--out is missing: name the HTML file of the merged report.")
+    document = merge_reports([read_report(path) for path in options.json], options.title)
+    print(write_report(document, options.out or options.json[0].with_suffix(".html")))
 
 
 def _positive(text: str) -> int:

@@ -64,6 +64,8 @@ def test_a_checkpoint_of_another_method_is_refused(tmp_path, make_student, teach
         distill(make_student("torch_ao"), teacher, batches, epochs=1, checkpoint_dir=tmp_path, resume=True)
     with pytest.raises(CheckpointError, match="loader length"):
         distill(make_student(), teacher, batches[:-1], epochs=1, checkpoint_dir=tmp_path, resume=True)
+    with pytest.raises(CheckpointError, match="augmentation"):
+        distill(make_student(), teacher, batches, epochs=1, checkpoint_dir=tmp_path, resume=True, augment=torch.clone)
 
 
 def test_a_checkpoint_of_another_model_is_refused_and_the_first_difference_named(tmp_path, make_student, teacher, batches):

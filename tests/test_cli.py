@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from qakd_plugin.bench.environment import has_bfloat16
 from qakd_plugin.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,6 +28,9 @@ def build():
 
 def nothing():
     return {}
+
+def module():
+    return DigitNet(width=4)
 
 def batches():
     return [(torch.rand(16, 1, 32, 32), torch.randint(10, (16,))) for _ in range(2)]
@@ -46,9 +50,13 @@ def test_distill_export_engine_bench_and_report_in_a_row(recipe, tmp_path, capsy
     assert main(["export", recipe, "--weights", "run/student.pt", "--out", "s.onnx"]) == 0
     assert main(["export", recipe, "--weights", "run/student.pt", "--out", "s.ort.onnx", "--target", "onnxruntime"]) == 0
     assert main(["engine", "s.onnx", "--runtime", "tensorrt_rtx", "--require-int8", "1"]) == 0
-    assert main(["bench", "s.ort.onnx", "--loader", "my_recipe:batches", "--calls", "5", "--out", "r.html"]) == 0
+    bench = ["bench", "s.ort.onnx", "--loader", "my_recipe:batches", "--calls", "5", "--out", "r.html"]
+    assert main([*bench, "--model", "net", "--profile-layers", "--batch", "1", "--batch", "2"]) == 0
+    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert [(row["model"], row["method"], row["batch"]) for row in rows] == [("net", "s.ort", 1), ("net", "s.ort", 2)]
+    assert all(row["layers"] for row in rows)
     (tmp_path / "r.html").unlink()
-    assert main(["report", "r.json"]) == 0
+    assert main(["report", "r.json", "--title", "again"]) == 0
     output = capsys.readouterr().out
     assert "9 of 9 in int8" in output
     assert "trtexec --onnx=s.onnx" in output
@@ -81,7 +89,9 @@ def test_rank_prints_the_table_and_draws_it(recipe, tmp_path, capsys):
         (["export", "my_recipe:build", "--weights", "none.pt", "--out", "x.onnx"], "none.pt does not exist"),
         (["engine", "none.onnx"], "none.onnx"),
         (["bench", "none.onnx"], "none.onnx does not exist"),
+        (["bench", "none.onnx", "--module", "my_recipe:nothing"], "torch modules, got dict"),
         (["report", "none.json"], "none.json does not exist"),
+        (["report", "one.json", "two.json"], "--out is missing"),
     ],
 )
 def test_bad_input_is_one_line_and_a_status(arguments, message, recipe, capsys):
@@ -137,7 +147,12 @@ def test_the_demo_writes_a_report_and_goes_on_where_it_was_stopped(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "teacher.pt").stat().st_mtime_ns == saved
     document = json.loads((tmp_path / "report.json").read_text())
-    assert len(document["rows"]) == 10
+    runtimes = [row["runtime"] for row in document["rows"] if row["weight_bits"] < 32]
+    assert {runtime: runtimes.count(runtime) for runtime in runtimes} == {"onnxruntime": 9, "openvino": 9}
+    floats = {(row["runtime"], row["precision"]) for row in document["rows"] if row["weight_bits"] == 32}
+    expected = {("onnxruntime", "float32"), ("openvino", "float32")}
+    assert floats == expected | ({("openvino", "bfloat16")} if has_bfloat16() else set())
+    assert all(row["layers"] and row["conditions"] for row in document["rows"])
     assert {row["method"] for row in document["rows"]} == {"FP32", "PTQ", "QAT", "SQAKD"}
     assert all(row["integer_layers"] == row["total_layers"] for row in document["rows"] if row["weight_bits"] < 32)
     assert all(engine["convolutions"] == {"total": 9, "int8": 9} for engine in document["engines"])

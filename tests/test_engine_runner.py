@@ -105,7 +105,7 @@ def make_session(fails: bool = False, driver: Any = None) -> tuple[EngineSession
     device = HostDevice()
     engine = Affine(device, fails)
     module = SimpleNamespace(TensorIOMode=SimpleNamespace(INPUT="in"), nptype=lambda dtype: dtype)
-    loaded = LoadedEngine(engine, Runtime("tensorrt", module), ["out of luck"])
+    loaded = LoadedEngine(engine, Runtime("tensorrt", module), ["out of luck"], {})
     return EngineSession(loaded, engine, device, driver), device
 
 
@@ -245,7 +245,7 @@ def test_engines_with_several_inputs_are_refused() -> None:
     module = SimpleNamespace(TensorIOMode=SimpleNamespace(INPUT="in"), nptype=lambda dtype: dtype)
     engine = TwoInputs(device)
     with pytest.raises(EngineError, match=r"inputs \['x', 'y'\]: one was expected"):
-        EngineSession(LoadedEngine(engine, Runtime("tensorrt", module), []), engine, device)
+        EngineSession(LoadedEngine(engine, Runtime("tensorrt", module), [], {}), engine, device)
 
 
 @no_gpu
@@ -254,3 +254,28 @@ def test_without_a_gpu_the_runner_says_what_is_missing(tmp_path: Any) -> None:
         open_device()
     with pytest.raises((EngineError, MissingPackageError), match=r"none\.engine\.json cannot be read"):
         EngineRunner(tmp_path / "none.engine")
+
+
+@pytest.mark.parametrize(
+    ("interface", "names"),
+    [
+        ("Runtime", ["deserialize_cuda_engine"]),
+        (
+            "ICudaEngine",
+            ["num_io_tensors", "get_tensor_name", "get_tensor_mode", "get_tensor_dtype", "get_tensor_profile_shape"],
+        ),
+        ("ICudaEngine", ["create_runtime_config", "create_execution_context", "create_engine_inspector"]),
+        ("IExecutionContext", ["set_input_shape", "get_tensor_shape", "set_tensor_address", "execute_async_v3"]),
+        ("IRuntimeConfig", ["cuda_graph_strategy", "dynamic_shapes_kernel_specialization_strategy"]),
+        ("IRuntimeConfig", ["create_runtime_cache", "set_runtime_cache"]),
+        ("IRuntimeCache", ["serialize", "deserialize"]),
+        ("CudaGraphStrategy", ["WHOLE_GRAPH_CAPTURE", "DISABLED"]),
+        ("DynamicShapesKernelSpecializationStrategy", ["EAGER"]),
+        ("EngineInspector", ["execution_context", "get_engine_information"]),
+        ("LayerInformationFormat", ["JSON"]),
+    ],
+)
+def test_what_the_runner_calls_is_in_the_installed_bindings(interface: str, names: list[str]) -> None:
+    """They cannot be called without a GPU, but a name that is not there would be found only on one."""
+    bindings = pytest.importorskip("tensorrt_rtx_bindings")
+    assert [name for name in names if not hasattr(getattr(bindings, interface), name)] == []

@@ -58,6 +58,7 @@ def test_a_toolkits_own_code_and_our_lines_make_an_exported_student_that_knows_d
         ("own_loop", {"epochs": 1, "teacher_epochs": 8, "width": 4, "toolkit": "pt2e"}),
         ("lightning_module", {"epochs": 3, "width": 4, "toolkit": "torch_ao"}),
         ("hugging_face", {"steps": 10, "epochs": 2}),
+        ("int4_vit", {"epochs": 1, "teacher_epochs": 8, "width": 32}),
     ],
 )
 def test_an_example_by_feature_trains_a_student_that_knows_digits(name, settings):

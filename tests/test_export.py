@@ -215,6 +215,25 @@ def test_unusual_structures_are_exported_exactly(bits, tmp_path):
     assert proof.runtime_deviation < 1e-4
 
 
+@pytest.mark.parametrize("layer", ["stem.0", "stages.1.conv1", "stages.1.shortcut.0"])
+def test_layers_that_are_kept_in_float_stay_so_in_onnxruntime(layer, tmp_path, teacher, calibration, digits):
+    # Left alone, ONNX Runtime quantizes a float weight that it finds between two quantizers.
+    student, images = prepare(teacher, calibration, keep=(layer,)), digits.test[0][:64]
+    path = export_onnx(student, images, tmp_path / "s.onnx", target="onnxruntime").path
+    assert len(census(path).float_layers) == 1
+    assert census(path).float_layers[0].startswith(f"{layer}/Conv")
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(path, options)
+    kept = {initializer.name: initializer for initializer in onnx.load(tmp_path / "optimized.onnx").graph.initializer}
+    weights = student.get_submodule(layer).weight.detach().flatten()
+    assert any(
+        initializer.data_type == onnx.TensorProto.FLOAT and len(onnx.numpy_helper.to_array(initializer).ravel()) >= len(weights)
+        for initializer in kept.values()
+    )
+
+
 # -- bad input
 
 

@@ -6,7 +6,15 @@ from importlib import import_module
 import pytest
 import readme_tables
 
-TABLES = ["step_time", "distill_step", "deployment", "augmentation_cost", "augmentation_racing", "augmentation_study"]
+TABLES = [
+    "step_time",
+    "distill_step",
+    "deployment",
+    "engines",
+    "augmentation_cost",
+    "augmentation_racing",
+    "augmentation_study",
+]
 
 
 @pytest.mark.parametrize("name", TABLES)

@@ -144,7 +144,7 @@ class SelectedAugmentation:
         self.unit_range = UnitRange(input_stats)
         self.chosen: Candidate | None = None
         self.classes = 0
-        self._scores: dict[str, float] | None = None  # of this epoch's ranking
+        self._records: list[dict[str, Any]] | None = None  # of this epoch's ranking
         self._score = 0.0
 
     def prepare(self, epoch: int, teacher: nn.Module | None, needs_labels: bool) -> None:
@@ -184,7 +184,8 @@ class SelectedAugmentation:
     def _choose(self, plain: dict[str, Any], records: list[AugmentationScore], classes: int, explanation: str) -> None:
         self.chosen = self._candidate(plain)
         self.classes = classes
-        self._scores = {record.name: record.score for record in records}
+        parts = ("name", "score", "cmi", "cross_entropy", "centroid_divergence", "form")
+        self._records = [{part: getattr(record, part) for part in parts} for record in records]
         self._score = records[0].score
         line = f"augmentation by contextual mutual information: {explanation}"
         _log.info("%s", line)
@@ -202,20 +203,21 @@ class SelectedAugmentation:
         if self.chosen is None:
             return {}
         row: dict[str, Any] = {"augmentation": self.chosen.name, "augmentation_score": self._score}
-        if self._scores is not None:
-            row["augmentation_scores"] = self._scores
-        self._scores = None
+        if self._records is not None:
+            row["augmentation_scores"] = {record["name"]: record["score"] for record in self._records}
+            row["augmentation_ranking"] = self._records
+        self._records = None
         return row
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data for a checkpoint."""
         chosen = None if self.chosen is None else _plain(self.chosen)
-        return {"chosen": chosen, "classes": self.classes, "scores": self._scores, "score": self._score}
+        return {"chosen": chosen, "classes": self.classes, "records": self._records, "score": self._score}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the choice of a checkpoint."""
         self.chosen = None if state["chosen"] is None else self._candidate(state["chosen"])
-        self.classes, self._scores, self._score = state["classes"], state["scores"], state["score"]
+        self.classes, self._records, self._score = state["classes"], state["records"], state["score"]
 
     def _candidate(self, plain: dict[str, Any]) -> Candidate:
         """A candidate of this run by name, or a composition that a search made."""

@@ -1,7 +1,26 @@
-"""Measurement of deployed files: latency, accuracy through the runtime, integer layers. Knows files, nothing of torch
-models."""
+"""Measurement of deployed files: latency, accuracy through the runtime, integer layers. Knows files; torch is imported only
+where a torch module is measured as a yardstick.
 
-from .measure import Candidate, benchmark
-from .record import Row
+Names are imported when they are first used: the process that measures a file's peak memory must not hold more than the runtime.
+"""
 
-__all__ = ["Candidate", "Row", "benchmark"]
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__all__ = ["Candidate", "LayerTime", "Row", "benchmark"]
+
+if TYPE_CHECKING:
+    from .candidates import Candidate as Candidate
+    from .measure import benchmark as benchmark
+    from .record import LayerTime as LayerTime
+    from .record import Row as Row
+
+_HOME = {"Candidate": "candidates", "benchmark": "measure", "LayerTime": "record", "Row": "record"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)

@@ -6,9 +6,12 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnxruntime
+
+from ..deploy.engine_file import read_manifest
 
 _INTEGER = {
     "QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat",
@@ -47,3 +50,22 @@ def census(path: str | os.PathLike[str]) -> Census:
         node for node in nodes if node.op_type in _FLOAT or (node.domain == "com.microsoft.nchwc" and node.op_type == "Conv")
     ]
     return Census(len(integer), len(integer) + len(floating), tuple(node.name or node.op_type for node in floating))
+
+
+def engine_layers(path: str | os.PathLike[str]) -> tuple[int, int] | None:
+    """Layers of an engine that compute in integers, and all, as its plan was read when it was built.
+
+    Args:
+        path: of the engine.
+
+    Returns:
+        Convolutions and matrix products with weights; None where the plan could not be read.
+
+    Raises:
+        EngineError: the manifest is missing or damaged.
+    """
+    manifest = read_manifest(path)
+    counts: list[Any] = [manifest.get(kind) for kind in ("convolutions", "matmuls")]
+    if not all(isinstance(count, dict) and {"int8", "total"} <= set(count) for count in counts):
+        return None
+    return sum(count["int8"] for count in counts), sum(count["total"] for count in counts)

@@ -4,31 +4,39 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
+import subprocess
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from .record import Conditions
+
 _PACKAGES = (
     "qakd-plugin", "torch", "torchvision", "timm", "nvidia-modelopt", "torchao", "onnx", "onnx-ir", "onnxscript", "onnxruntime",
     "openvino", "tensorrt", "tensorrt-rtx-cu13-bindings", "numpy",
 )  # fmt: skip
-_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16", "asimddp", "i8mm")
+_BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")
+_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm", *_BFLOAT16_FLAGS)
 BUSY_LOAD = 0.5
 """Load average per core above which a measurement is marked as disturbed before it starts."""
+BUSY_SHARE = 0.1
+"""Share of the processor that others may use during a measurement before it is marked as disturbed."""
 
 
 def environment() -> dict[str, Any]:
     """Processor, memory, system, versions of what takes part, and how busy the machine is."""
-    frequency = psutil.cpu_freq()
     return {
         "cpu": _cpu_model(),
         "cpu_flags": [flag for flag in _FLAGS if flag in _cpu_flags()],
         "cores": psutil.cpu_count(logical=False),
         "logical_cores": psutil.cpu_count(),
-        "clock_mhz": round(frequency.current) if frequency else None,
+        "clock_mhz": _clock_mhz(),
         "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+        "gpu": _gpu("name,driver_version"),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
@@ -46,6 +54,60 @@ def is_busy() -> bool:
     """Whether other work competes for the processor."""
     load, cores = load_average(), psutil.cpu_count() or 1
     return load is not None and load / cores > BUSY_LOAD
+
+
+def has_bfloat16() -> bool:
+    """Whether the processor computes in bfloat16, rather than in float32 with conversions."""
+    return not _cpu_flags().isdisjoint(_BFLOAT16_FLAGS)
+
+
+class Watch:
+    """Observes the machine from when it is made until :meth:`conditions` is asked for."""
+
+    def __init__(self) -> None:
+        self._busy, self._load = is_busy(), load_average()
+        self._started, self._others = time.perf_counter(), _others_seconds()
+
+    def conditions(self) -> Conditions:
+        """What the machine did meanwhile."""
+        wall = time.perf_counter() - self._started
+        # Ticks are 10 ms: over less than a second their rounding would be a finding of its own.
+        others = max(0.0, _others_seconds() - self._others) / wall if wall > 1 else 0.0
+        temperature = _gpu("temperature.gpu")
+        return Conditions(
+            load_before=self._load,
+            load_after=load_average(),
+            other_cores=round(others, 3),
+            clock_mhz=_clock_mhz(),
+            gpu_celsius=int(temperature) if temperature and temperature.isdecimal() else None,
+            busy=self._busy or others / (psutil.cpu_count() or 1) > BUSY_SHARE,
+        )
+
+
+def _others_seconds() -> float:
+    """Processor time of the whole machine but this process, in seconds since it started."""
+    machine, own = psutil.cpu_times(), psutil.Process().cpu_times()
+    idle = machine.idle + getattr(machine, "iowait", 0.0)
+    guests = getattr(machine, "guest", 0.0) + getattr(machine, "guest_nice", 0.0)  # counted within user time as well
+    return float(sum(machine) - idle - guests - own.user - own.system)
+
+
+def _clock_mhz() -> int | None:
+    frequency = psutil.cpu_freq()
+    return round(frequency.current) if frequency else None
+
+
+def _gpu(fields: str) -> str | None:
+    """What NVIDIA's driver says of the first GPU; None where there is none."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    command = [tool, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout.strip() else None
 
 
 def _version(package: str) -> str | None:

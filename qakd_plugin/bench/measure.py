@@ -3,60 +3,64 @@
 from __future__ import annotations
 
 import math
-import os
+import random
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx
 
+from ..deploy.engine_runner import EngineRunner
 from ..errors import QakdError
-from .census import census
-from .record import Row
-from .runners import Array, Runner, make_runner
+from .candidates import Candidate, named_by_its_path
+from .census import census, engine_layers
+from .comparison import with_findings, with_speedups
+from .contents import BatchLimits, batch_limits, input_sizes
+from .environment import Watch, has_bfloat16
+from .peak_memory import peak_rss_mib
+from .record import Conditions, LayerTime, Row
+from .runners import FILE_RUNTIMES, MODULE_RUNTIMES, RUNTIMES, Array, OpenVINORunner, Runner, make_runner, node_times
+
+if TYPE_CHECKING:
+    import os
+
+    from torch import nn
 
 WARM_UP_CALLS = 10
 CALLS_FOR_P90 = 64
 CALLS_FOR_P99 = 662
 """Samples that a 90th and a 99th percentile need (early-stopping bound of MLPerf Inference)."""
 
+_SCORED_AT_ONCE = 64
+_PROFILED_CALLS = 20
+_STAGED_CALLS = 64
 
-@dataclass(frozen=True)
-class Candidate:
-    """A file to measure, and what a report should call it.
 
-    Attributes:
-        path: ONNX file.
-        method: "FP32", "PTQ", "QAT", "SQAKD".
-        model: name of the network.
-        toolkit: that prepared it.
-        weight_bits: 32 for float.
-        activation_bits: 32 for float.
-        runtime: only measured there; None: in all runtimes asked for.
-    """
+@dataclass
+class _Job:
+    """A candidate in a runtime and precision; ``score`` and ``layers`` (in integers, all) are found once, whatever batches and
+    threads are measured."""
 
-    path: str | os.PathLike[str]
-    method: str = ""
-    model: str = ""
-    toolkit: str | None = None
-    weight_bits: int = 32
-    activation_bits: int = 32
-    runtime: str | None = None
+    candidate: Candidate
+    runtime: str
+    precision: str
+    score: dict[str, Any] | None = None
+    layers: tuple[int | None, int | None] | None = None
 
 
 @dataclass
 class _Timed:
-    candidate: Candidate
+    job: _Job
     runner: Runner
-    wall: list[float]
-    cpu: list[float]
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
 
 
 def benchmark(
-    models: Sequence[str | os.PathLike[str] | Candidate],
+    models: Sequence[str | os.PathLike[str] | nn.Module | Candidate],
     loader: Iterable[Any] | None = None,
     runtimes: Sequence[str] = ("onnxruntime",),
     *,
@@ -64,59 +68,95 @@ def benchmark(
     threads: Sequence[int] = (1,),
     calls: int = 200,
     reference: Array | None = None,
+    profile_layers: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> list[Row]:
     """Measure files side by side in one run.
 
+    Float files and modules are measured in float32 and, where the runtime can (OpenVINO, torch) and the processor has it, in
+    bfloat16: rows of their own. The best integer row of a model that is not faster than its best float row carries findings
+    that say why.
+
     Args:
-        models: ONNX files and engines, or :class:`Candidate`; engines run in "tensorrt", ONNX files in the other runtimes.
+        models: ONNX files, engines, OpenVINO's .xml files, float torch modules, or :class:`Candidate`. What is given without
+            Candidate counts as one model. Engines run in "tensorrt", modules in "torch" and "torch.compile", files in
+            "onnxruntime" and "openvino".
         loader: batches (images, labels) for accuracy through the runtime, and real inputs for latency; without it, random
-            images of the shape the first file takes.
-        runtimes: "onnxruntime", "openvino", "tensorrt".
+            images of the shape that the first file takes.
+        runtimes: "onnxruntime", "openvino", "tensorrt", "torch", "torch.compile".
         batch_sizes: images per call.
         threads: threads of the runtime.
         calls: timed calls of each candidate, after a warm-up.
         reference: float32 (N, C) logits of the trained model on ``loader``'s images, for agreement and SQNR.
+        profile_layers: also record each layer's time and precision (ONNX Runtime, OpenVINO), in a pass of its own: recording
+            slows a runtime down.
         progress: called with a line per stage.
 
     Returns:
-        One row per file, runtime, batch size and number of threads.
+        One row per file, runtime, precision, batch size and number of threads.
 
     Raises:
-        QakdError: a file is missing or does not load, or the loader's images do not fit; names it.
+        QakdError: a file is missing or does not load, cannot take a batch size, or the loader's images do not fit; names it.
         MissingPackageError: a runtime is not installed; carries the pip line.
     """
     if not models:
         raise QakdError("models is empty: name at least one ONNX file.")
     say = progress or (lambda _: None)
-    candidates = [model if isinstance(model, Candidate) else _plain(model) for model in models]
-    for candidate in candidates:
-        if not Path(candidate.path).is_file():
-            raise QakdError(f"models: {candidate.path} does not exist.")
-    images, labels = _collect(loader) if loader is not None else (_random_images(candidates[0]), None)
-    rows: list[Row] = []
-    scores: dict[tuple[int, str], dict[str, Any]] = {}
+    candidates = [model if isinstance(model, Candidate) else named_by_its_path(model) for model in models]
+    jobs = _jobs(candidates, runtimes, batch_sizes)
+    images, labels = _collect(loader) if loader is not None else (_random_images(candidates), None)
+    rows: list[tuple[Row, Candidate]] = []
     for count in threads:
-        jobs = [
-            (index, candidate, runtime)
-            for index, candidate in enumerate(candidates)
-            for runtime in runtimes
-            if candidate.runtime in (None, runtime) and (Path(candidate.path).suffix == ".engine") == (runtime == "tensorrt")
-        ]
-        if len({index for index, _, _ in jobs}) < len(candidates):
-            raise QakdError("runtimes: engines run in 'tensorrt', ONNX files in 'onnxruntime' and 'openvino'; name them all.")
-        runners = [make_runner(candidate.path, runtime, count) for _, candidate, runtime in jobs]
-        for (index, candidate, runtime), runner in zip(jobs, runners, strict=True):
-            if labels is not None and (index, runtime) not in scores:
-                say(f"accuracy of {Path(candidate.path).name} in {runtime}")
-                scores[index, runtime] = _score(runner, images, labels, reference)
+        with ExitStack() as stack:
+            timed = []
+            for job in jobs:
+                path = job.candidate.path
+                timed.append(_Timed(job, make_runner(path, job.runtime, count, job.precision)))
+                stack.callback(timed[-1].runner.close)
+            for one in timed:
+                if one.job.layers is None:
+                    one.job.layers = _count_layers(one.job.candidate, one.runner) or (None, None)
+                if labels is not None and one.job.score is None:
+                    say(f"accuracy of {one.job.candidate.label} in {one.job.runtime}, {one.job.precision}")
+                    one.job.score = _score(one, images, labels, reference)
+            for batch in batch_sizes:
+                say(f"latency of {len(jobs)} candidates, batch {batch}, {count} thread{'s' * (count > 1)}, interleaved")
+                fresh = [_Timed(one.job, one.runner) for one in timed]
+                conditions = _measure(fresh, images, batch, calls)
+                for one in fresh:
+                    rows.append((_row(one, images, batch, count, conditions, profile_layers), one.job.candidate))
+    compared = with_speedups([row for row, _ in rows])
+    return with_findings(compared, [candidate for _, candidate in rows])
+
+
+def _jobs(candidates: Sequence[Candidate], runtimes: Sequence[str], batch_sizes: Sequence[int]) -> list[_Job]:
+    """What will be measured; refuses what cannot be before anything is."""
+    unknown = [name for name in runtimes if name not in RUNTIMES]
+    if unknown:
+        raise QakdError(f"runtimes: {unknown[0]!r} is unknown: use {', '.join(map(repr, RUNTIMES))}.")
+    jobs = []
+    for candidate in candidates:
+        if candidate.file is not None and not candidate.file.is_file():
+            raise QakdError(f"models: {candidate.file} does not exist.")
+        if candidate.file is None and candidate.weight_bits < 32:
+            raise QakdError(f"models: {candidate.label}: modules are measured in floating point. Export a quantized one.")
+        wanted = [name for name in runtimes if name in candidate.runtimes and candidate.runtime in (None, name)]
+        if not wanted:
+            raise QakdError(
+                f"runtimes: {candidate.label} is measured in none of {list(runtimes)}: engines run in 'tensorrt', ONNX files "
+                "in 'onnxruntime' and 'openvino', torch modules in 'torch' and 'torch.compile'; name them all."
+            )
+        limits = BatchLimits(1, None) if candidate.file is None else batch_limits(candidate.file)
         for batch in batch_sizes:
-            say(f"latency of {len(jobs)} candidates, batch {batch}, {count} thread{'s' * (count > 1)}, interleaved")
-            timed = [_Timed(candidate, runner, [], []) for (_, candidate, _), runner in zip(jobs, runners, strict=True)]
-            _measure(timed, images, batch, calls)
-            for (index, _, runtime), one in zip(jobs, timed, strict=True):
-                rows.append(_row(one, batch, count, calls, scores.get((index, runtime), {})))
-    return _with_speedups(rows)
+            if not limits.takes(batch):
+                raise QakdError(f"batch_sizes: {candidate.label} takes batches of {limits}, {batch} was asked for.")
+        jobs += [_Job(candidate, runtime, precision) for runtime in wanted for precision in _precisions(candidate, runtime)]
+    return jobs
+
+
+def _precisions(candidate: Candidate, runtime: str) -> tuple[str, ...]:
+    both = candidate.weight_bits == 32 and (runtime == "openvino" or runtime in MODULE_RUNTIMES) and has_bfloat16()
+    return ("float32", "bfloat16") if both else ("float32",)
 
 
 def wilson_interval(correct: int, total: int) -> tuple[float, float]:
@@ -135,18 +175,6 @@ def percentiles(samples: Sequence[float]) -> tuple[float, float | None, float | 
     return float(p50), float(p90) if enough >= CALLS_FOR_P90 else None, float(p99) if enough >= CALLS_FOR_P99 else None
 
 
-def _plain(path: str | os.PathLike[str]) -> Candidate:
-    name = Path(path).stem
-    quantized = _has_quantizers(path)
-    return Candidate(path, method=name, model=name, weight_bits=8 if quantized else 32, activation_bits=8 if quantized else 32)
-
-
-def _has_quantizers(path: str | os.PathLike[str]) -> bool:
-    if Path(path).suffix != ".onnx" or not Path(path).is_file():
-        return False
-    return any(node.op_type == "QuantizeLinear" for node in onnx.load(path, load_external_data=False).graph.node)
-
-
 def _collect(loader: Iterable[Any]) -> tuple[Array, Array]:
     """All images and labels of a loader, as arrays."""
     images, labels = [], []
@@ -160,16 +188,27 @@ def _collect(loader: Iterable[Any]) -> tuple[Array, Array]:
     return np.concatenate(images), np.concatenate(labels)
 
 
-def _random_images(candidate: Candidate) -> Array:
-    shape = onnx.load(candidate.path, load_external_data=False).graph.input[0].type.tensor_type.shape
-    sizes = [dimension.dim_value for dimension in shape.dim][1:]
-    if any(size < 1 for size in sizes):
-        raise QakdError(f"{candidate.path}: its input size is not fixed; pass a loader with real images.")
-    return np.random.default_rng(0).random((64, *sizes), dtype=np.float32)
+def _random_images(candidates: Sequence[Candidate]) -> Array:
+    files = [candidate.file for candidate in candidates if candidate.file is not None]
+    if not files:
+        raise QakdError("loader: torch modules do not say what size their input has; pass a loader with images.")
+    sizes = input_sizes(files[0])[1:]
+    fixed = [size for size in sizes if size is not None]
+    if len(fixed) < len(sizes):
+        raise QakdError(f"{files[0]}: its input size is not fixed; pass a loader with real images.")
+    return np.random.default_rng(0).random((_SCORED_AT_ONCE, *fixed), dtype=np.float32)
 
 
-def _score(runner: Runner, images: Array, labels: Array, reference: Array | None) -> dict[str, Any]:
-    logits = np.concatenate([runner.run(images[start : start + 64]) for start in range(0, len(images), 64)])
+def _score(one: _Timed, images: Array, labels: Array, reference: Array | None) -> dict[str, Any]:
+    """Accuracy through the runtime. Every call has the same size: runtimes compile for a size, and some files fix it."""
+    file = one.job.candidate.file
+    size = _SCORED_AT_ONCE if file is None else batch_limits(file).nearest(_SCORED_AT_ONCE)
+    found = []
+    for start in range(0, len(images), size):
+        part = images[start : start + size]
+        filled = part if len(part) == size else np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])
+        found.append(one.runner.run(np.ascontiguousarray(filled))[: len(part)])
+    logits = np.concatenate(found)
     correct = int((logits.argmax(1) == labels).sum())
     low, high = wilson_interval(correct, len(labels))
     score: dict[str, Any] = {
@@ -179,35 +218,49 @@ def _score(runner: Runner, images: Array, labels: Array, reference: Array | None
         "samples": len(labels),
     }
     if reference is not None:
+        if reference.shape != logits.shape:
+            raise QakdError(f"reference: expected logits of shape {list(logits.shape)}, got {list(reference.shape)}.")
         noise = float(((logits.astype(np.float64) - reference) ** 2).sum())
         signal = float((reference.astype(np.float64) ** 2).sum())
         score["agreement"] = float((logits.argmax(1) == reference.argmax(1)).mean())
-        score["sqnr_db"] = 10 * math.log10(signal / noise) if noise else None
+        score["sqnr_db"] = 10 * math.log10(signal / noise) if noise and signal else None
     return score
 
 
-def _measure(timed: Sequence[_Timed], images: Array, batch: int, calls: int) -> None:
-    """Fill in wall and processor time per call, in seconds: one call of each candidate after the other."""
-    repeats = -(-batch // len(images))
-    pool = np.concatenate([images] * repeats) if repeats > 1 else images
-    batches = [np.ascontiguousarray(pool[start : start + batch]) for start in range(0, len(pool) - batch + 1, batch)]
+def _measure(timed: Sequence[_Timed], images: Array, batch: int, calls: int) -> Conditions:
+    """Fill in wall and processor time per call, in seconds: one call of each candidate per round.
+
+    The order within a round is shuffled, so that no candidate always finds the caches as the same other one left them.
+    """
+    batches = _batches(images, batch)
+    order, shuffle = list(timed), random.Random(0).shuffle
     for index in range(WARM_UP_CALLS):
-        for one in timed:
+        for one in order:
             one.runner.run(batches[index % len(batches)])
+    watch = Watch()
     for index in range(calls):
         data = batches[index % len(batches)]
-        for one in timed:
+        shuffle(order)
+        for one in order:
             wall, cpu = time.perf_counter(), time.process_time()
             one.runner.run(data)
             one.wall.append(time.perf_counter() - wall)
             one.cpu.append(time.process_time() - cpu)
+    return watch.conditions()
 
 
-def _row(one: _Timed, batch: int, threads: int, calls: int, score: dict[str, Any]) -> Row:
-    candidate, runner = one.candidate, one.runner
+def _batches(images: Array, batch: int) -> list[Array]:
+    repeats = -(-batch // len(images))
+    pool = np.concatenate([images] * repeats) if repeats > 1 else images
+    return [np.ascontiguousarray(pool[start : start + batch]) for start in range(0, len(pool) - batch + 1, batch)]
+
+
+def _row(one: _Timed, images: Array, batch: int, threads: int, conditions: Conditions, profile_layers: bool) -> Row:
+    job, candidate, runner = one.job, one.job.candidate, one.runner
     p50, p90, p99 = percentiles(one.wall)
-    counted = census(candidate.path) if runner.runtime == "onnxruntime" else None
-    quantized = candidate.weight_bits < 32
+    data = _batches(images, batch)[0]
+    integer, total = job.layers or (None, None)
+    is_file = job.runtime in FILE_RUNTIMES
     return Row(
         model=candidate.model,
         method=candidate.method,
@@ -215,41 +268,55 @@ def _row(one: _Timed, batch: int, threads: int, calls: int, score: dict[str, Any
         weight_bits=candidate.weight_bits,
         activation_bits=candidate.activation_bits,
         runtime=runner.runtime,
-        precision="int8" if quantized else runner.precision,
+        precision="int8" if candidate.weight_bits < 32 else runner.precision,
         batch=batch,
         threads=threads,
-        calls=calls,
+        calls=len(one.wall),
         p50_ms=p50 * 1e3,
         p90_ms=None if p90 is None else p90 * 1e3,
         p99_ms=None if p99 is None else p99 * 1e3,
         cpu_ms=float(np.median(one.cpu)) * 1e3,
         throughput=batch / p50,
         load_ms=runner.load_ms,
-        file_mib=_size(candidate.path) / 2**20,
-        integer_layers=None if counted is None else counted.integer,
-        total_layers=None if counted is None else counted.total,
-        **score,
+        file_mib=None if candidate.file is None else _size(candidate.file) / 2**20,
+        integer_layers=integer,
+        total_layers=total,
+        peak_rss_mib=peak_rss_mib(candidate.existing, job.runtime, job.precision, threads, data.shape) if is_file else None,
+        conditions=conditions,
+        layers=_layers(job, threads, data) if profile_layers and is_file else (),
+        **_stages(runner, data),
+        **(job.score or {}),
     )
 
 
-def _size(path: str | os.PathLike[str]) -> int:
-    """Of a file and its external data."""
-    data = Path(f"{os.fspath(path)}.data")
-    return Path(path).stat().st_size + (data.stat().st_size if data.is_file() else 0)
+def _stages(runner: Runner, data: Array) -> dict[str, Any]:
+    """What an engine's copies and its computing take, apart, by events on the GPU; nothing elsewhere."""
+    if not isinstance(runner, EngineRunner):
+        return {}
+    times = [runner.time(data) for _ in range(_STAGED_CALLS)]
+    return {name: float(np.median([getattr(t, name) for t in times])) for name in ("upload_ms", "compute_ms", "download_ms")}
 
 
-def _with_speedups(rows: Sequence[Row]) -> list[Row]:
-    """Ratios within one run: over the same runtime's FP32, and over the fastest float row of any runtime."""
-    done = []
-    for row in rows:
-        setting = (row.batch, row.threads)
-        floats = [other for other in rows if (other.batch, other.threads) == setting and other.weight_bits == 32]
-        same = [o.p50_ms for o in floats if o.runtime == row.runtime and o.precision == "float32"]
-        done.append(
-            replace(
-                row,
-                speedup=same[0] / row.p50_ms if same else None,
-                speedup_over_best_float=min(o.p50_ms for o in floats) / row.p50_ms if floats else None,
-            )
-        )
-    return done
+def _layers(job: _Job, threads: int, data: Array) -> tuple[LayerTime, ...]:
+    found = node_times(
+        job.candidate.existing, job.runtime, threads, job.precision, data, warm_up=WARM_UP_CALLS, calls=_PROFILED_CALLS
+    )
+    return tuple(LayerTime(*node) for node in found)
+
+
+def _count_layers(candidate: Candidate, runner: Runner) -> tuple[int, int] | None:
+    """Convolutions and matrix products: in integers, and all; None where that is not known."""
+    if isinstance(runner, OpenVINORunner):
+        return runner.count_layers()
+    if isinstance(runner, EngineRunner):
+        return engine_layers(candidate.existing)
+    if runner.runtime == "onnxruntime":
+        counted = census(candidate.existing)
+        return counted.integer, counted.total
+    return None
+
+
+def _size(path: Path) -> int:
+    """Of a file and its weights, where they lie beside it."""
+    beside = path.with_suffix(".bin") if path.suffix == ".xml" else path.with_name(path.name + ".data")
+    return path.stat().st_size + (beside.stat().st_size if beside.is_file() else 0)

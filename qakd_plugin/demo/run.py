@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def run(folder: Path, *, epochs: int = 12, teacher_epochs: int = 15, seed: int =
     parity = _export_all(console, folder, students, example)
     step(6, "Building TensorRT-RTX engines from the canonical files")
     engines = _build_all(console, folder, students)
-    step(7, f"Measuring in ONNX Runtime, interleaved, {calls} calls each")
+    step(7, f"Measuring the files in every runtime that is installed, interleaved, {calls} calls each")
     rows = _measure(folder, float_file, students, digits, calls)
     step(8, "Writing the report")
     training = [{"name": student.name, "history": student.history} for student in students if student.history]
@@ -102,7 +103,7 @@ def run(folder: Path, *, epochs: int = 12, teacher_epochs: int = 15, seed: int =
         parity=parity,
         engines=engines,
     )
-    console.print(console_table(rows, title="Deployed files, measured through ONNX Runtime (one thread, batch 1)"))
+    console.print(console_table(rows, title="Deployed files (one thread, batch 1)"))
     console.print(f"Report: {path}  (report.md and report.json beside it). Files: {folder / 'onnx'}, {folder / 'engines'}.")
     return path
 
@@ -193,36 +194,45 @@ def _build_all(console: Console, folder: Path, students: list[Student]) -> list[
 
 
 def _measure(folder: Path, float_file: Path, students: list[Student], digits: Digits, calls: int) -> list[Row]:
+    """Every student in the form made for each runtime; layers are profiled, since the nets are small."""
+    forms = {"onnxruntime": ".ort.onnx"}
+    if find_spec("openvino"):
+        forms["openvino"] = ".onnx"
     candidates = [Candidate(float_file, method="FP32", model="digits")]
     candidates += [
         Candidate(
-            folder / "onnx" / f"{student.name}.ort.onnx",
+            folder / "onnx" / f"{student.name}{suffix}",
             method=student.method,
             model="digits",
             toolkit=student.toolkit,
             weight_bits=student.bits,
             activation_bits=student.bits,
+            runtime=runtime,
         )
         for student in students
+        for runtime, suffix in forms.items()
     ]
-    return benchmark(candidates, digits.loader("test"), calls=calls)
+    return benchmark(candidates, digits.loader("test"), tuple(forms), calls=calls, profile_layers=True)
 
 
 def _conclusions(rows: list[Row]) -> list[str]:
     """What the table shows, in sentences."""
     notes = []
-    integer = [row for row in rows if row.total_layers is not None and row.weight_bits < 32]
-    if all(row.integer_layers == row.total_layers for row in integer):
-        notes.append("Every convolution and linear layer of every quantized file runs on an integer kernel in ONNX Runtime.")
-    else:
-        names = [row.name for row in integer if row.integer_layers != row.total_layers]
-        notes.append(f"Some layers stay in floating point in: {', '.join(names)}.")
-    speedups = [row.speedup for row in integer if row.speedup is not None]
-    if speedups:
-        notes.append(f"Quantized files are {min(speedups):.2f} to {max(speedups):.2f} times as fast as FP32 in the same run.")
+    for runtime in dict.fromkeys(row.runtime for row in rows):
+        integer = [row for row in rows if row.runtime == runtime and not row.is_float]
+        if all(row.integer_layers == row.total_layers for row in integer):
+            notes.append(f"Every convolution and linear layer of every quantized file runs on an integer kernel in {runtime}.")
+        else:
+            names = [row.name for row in integer if row.integer_layers != row.total_layers]
+            notes.append(f"Some layers stay in floating point in {runtime}: {', '.join(names)}.")
+        speedups = [row.speedup for row in integer if row.speedup is not None]
+        if speedups:
+            notes.append(
+                f"In {runtime} quantized files are {min(speedups):.2f} to {max(speedups):.2f} times as fast as FP32 there."
+            )
     notes.append(
-        "Four-bit files compute exactly what was trained, in 8-bit kernels: ONNX Runtime and TensorRT compute convolutions in "
-        "8 bits at least, so they are as fast as 8-bit files, not faster."
+        "Four-bit files compute exactly what was trained, in 8-bit kernels: the runtimes here compute convolutions in 8 bits "
+        "at least, so they are as fast as 8-bit files, not faster."
     )
     notes.append("Intervals that overlap are no evidence of a difference: the test split has a few hundred images.")
     return notes

@@ -14,8 +14,9 @@ from typing import Any
 
 from .._files import atomic_path, write_atomic
 from ..errors import EngineError
-from .engine_file import FORMAT, load_engine, manifest_path, verify_engine
+from .engine_file import FORMAT, load_engine, manifest_path, sealed, verify_engine
 from .inspect_onnx import OnnxContents, WeightLayer, inspect_onnx
+from .inspector import inspect_plan
 from .plan import PlanContents, PlanLayer, count, read_plan
 from .trt import Runtime, choose_capabilities, collecting_logger, gpu_capability, last, load_runtime, progress_monitor
 
@@ -112,7 +113,7 @@ def build_engine(
     # The manifest takes its name first: should the engine fail to follow, the digest of an older engine does not match.
     with atomic_path(engine, EngineError) as new_engine, atomic_path(record, EngineError) as new_record:
         plan = _build(library, source, str(onnx_path), profile, targets, timing_cache, progress)
-        contents = read_plan(plan) if library.is_rtx else None
+        contents = read_plan(plan) if library.is_rtx else inspect_plan(library, plan, source.shapes(profile.opt))
         layers = None if contents is None else _with_missing(contents.layers, source.layers)
         _require_integers(layers, require_int8)
         manifest = {
@@ -124,11 +125,12 @@ def build_engine(
             "capabilities": targets,
             "gpu": gpu,
             "inputs": {name: list(shape) for name, shape in source.inputs.items()},
+            "float_type": "float16" if source.float16 else "float32",
             "profile": asdict(profile) if source.dynamic_batch else None,
             **_precisions(contents, layers),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        text = json.dumps(manifest, indent=2)
+        text = json.dumps(sealed(manifest), indent=2)
         new_engine.write_bytes(plan)
         new_record.write_text(text + "\n")
     return EngineInfo(engine, record, json.loads(text))
@@ -206,6 +208,8 @@ def _build(
         config.num_compute_capabilities = len(targets)
         for index, target in enumerate(targets):
             config.set_compute_capability(getattr(trt.ComputeCapability, target), index)
+    else:  # the GPU is at hand: the inspector will be asked
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if timing_cache is not None:
         attach_timing_cache(config, timing_cache)
     plan = builder.build_serialized_network(network, config)
@@ -228,9 +232,13 @@ def _parser_problem(parser: Any, messages: Sequence[str]) -> str:
 
 def _profile(builder: Any, source: OnnxContents, batches: _Profile) -> Any:
     profile = builder.create_optimization_profile()
+    sizes = [source.shapes(batch) for batch in (batches.min, batches.opt, batches.max)]
     for name, shape in source.inputs.items():
         if None in shape:
-            profile.set_shape(name, *[(batch, *shape[1:]) for batch in (batches.min, batches.opt, batches.max)])
+            try:
+                profile.set_shape(name, *[size[name] for size in sizes])
+            except RuntimeError as error:  # what the bindings raise
+                raise EngineError(f"input {name!r} of {list(shape)}: {error} Choose other batch sizes.") from error
     return profile
 
 
@@ -255,11 +263,12 @@ def _with_missing(layers: Sequence[PlanLayer], expected: Sequence[WeightLayer]) 
 
 def _precisions(contents: PlanContents | None, layers: Sequence[PlanLayer] | None) -> dict[str, Any]:
     if contents is None or layers is None:
-        return dict.fromkeys(("convolutions", "matmuls", "int4_weights", "layers"), "unknown")
+        return dict.fromkeys(("convolutions", "matmuls", "int4_weights", "int4_layers", "layers"), "unknown")
     return {
         "convolutions": count(layers, "convolution"),
         "matmuls": count(layers, "matmul"),
         "int4_weights": contents.int4_weights,
+        "int4_layers": sum(layer.stored == "int4" for layer in layers),
         "layers": [asdict(layer) for layer in layers],
     }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from typing import Any
 from ..errors import EngineError
 from .trt import Runtime, collecting_logger, gpu_capability, last, load_runtime
 
-FORMAT = 1
+FORMAT = 2
 """Version of the manifest's layout."""
 
-_REQUIRED: dict[str, type] = {"format": int, "sha256": str, "bytes": int, "runtime": dict, "capabilities": list}
+_REQUIRED: dict[str, type] = {
+    "format": int, "sha256": str, "bytes": int, "runtime": dict, "capabilities": list, "float_type": str, "seal": str,
+}  # fmt: skip
 _CHUNK = 1 << 22
 
 
@@ -31,11 +34,13 @@ class LoadedEngine:
         engine: TensorRT's ``ICudaEngine``.
         runtime: the library that loaded it.
         messages: what the library complains about, now and while the engine runs.
+        manifest: what is known about it.
     """
 
     engine: Any
     runtime: Runtime
     messages: list[str]
+    manifest: dict[str, Any]
 
 
 def manifest_path(engine_path: str | os.PathLike[str]) -> Path:
@@ -67,7 +72,19 @@ def read_manifest(engine_path: str | os.PathLike[str]) -> dict[str, Any]:
         wrong = ["runtime"]
     if wrong:
         raise EngineError(f"{path} is damaged: {', '.join(wrong)} missing or of the wrong type. Build the engine again.")
+    if manifest["seal"] != _seal(manifest):
+        raise EngineError(f"{path} is damaged: its entries are not those that were written. Build the engine again.")
     return manifest
+
+
+def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest with a digest of its own entries. It shows damage; it is no signature."""
+    return {**manifest, "seal": _seal(manifest)}
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    entries = {key: value for key, value in manifest.items() if key != "seal"}
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
 def verify_engine(engine_path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -119,7 +136,7 @@ def load_engine(engine_path: str | os.PathLike[str]) -> LoadedEngine:
         raise EngineError(f"{engine_path} cannot be loaded: {last([*messages, str(error)])} {_NEEDS}") from error
     if engine is None:
         raise EngineError(f"{engine_path} cannot be loaded: {last(messages)} {_NEEDS}")
-    return LoadedEngine(engine, library, messages)
+    return LoadedEngine(engine, library, messages, manifest)
 
 
 _NEEDS = "Running an engine needs an NVIDIA GPU of a generation it was built for, and its driver."
@@ -144,8 +161,10 @@ def _check_built_for(path: str | os.PathLike[str], manifest: dict[str, Any], ver
         raise EngineError(
             f"{path} was built by {built['name']} {built['version']}, installed is {version}. Build it again with this version."
         )
-    gpu, here = manifest.get("gpu"), gpu_capability()
-    if manifest["capabilities"] == ["CURRENT"] and gpu and here and gpu != here:
+    gpu, here, generations = manifest.get("gpu"), gpu_capability(), manifest["capabilities"]
+    built_for = [gpu] if generations == ["CURRENT"] else generations
+    if here and any(built_for) and here not in built_for:
         raise EngineError(
-            f"{path} was built for a GPU of generation {gpu}, this one is {here}. Build it again on this machine."
+            f"{path} was built for a GPU of generation {' or '.join(map(str, built_for))}, this one is {here}. Build it again "
+            "on this machine."
         )

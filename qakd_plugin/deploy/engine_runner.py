@@ -22,6 +22,8 @@ from .._files import write_atomic
 from ..errors import EngineError
 from .cuda import Buffer, CudaGraph, Device, open_device
 from .engine_file import LoadedEngine, load_engine
+from .inspector import ask, read_report
+from .plan import PlanLayer
 from .trt import cuda_driver, last
 
 Array = npt.NDArray[Any]
@@ -56,20 +58,19 @@ class EngineRunner:
         MissingPackageError: its runtime, or torch and pycuda, are not installed.
     """
 
-    precision = "float32"
-
     def __init__(
         self, path: str | os.PathLike[str], *, cuda_graph: bool = True, runtime_cache: str | os.PathLike[str] | None = None
     ) -> None:
         started = time.perf_counter()
         loaded = load_engine(path)
-        self.runtime = loaded.runtime.name
+        self.runtime, self.precision = loaded.runtime.name, str(loaded.manifest["float_type"])
         if runtime_cache is not None and not loaded.runtime.is_rtx:
             raise EngineError("runtime_cache: tensorrt compiles nothing at run time and has none. Leave it out.")
         self._device = open_device()
         self._cache_file = None if runtime_cache is None else Path(runtime_cache)
         context, self._cache = _make_context(loaded, cuda_graph, self._cache_file)
         driver = cuda_driver() if cuda_graph and not loaded.runtime.is_rtx else None  # RTX captures by itself
+        self._loaded, self._context = loaded, context
         self._session = EngineSession(loaded, context, self._device, driver)
         self.load_ms = (time.perf_counter() - started) * 1e3
 
@@ -90,6 +91,11 @@ class EngineRunner:
     def time(self, images: Array) -> StageTimes:
         """Compute one batch as :meth:`run` does, and return how long its parts took."""
         return self._session.time(images)
+
+    def layers(self) -> tuple[PlanLayer, ...] | None:
+        """Convolutions and matrix products as the engine inspector shows them for the last input; None where it shows none."""
+        contents = read_report(ask(self._loaded.runtime, self._loaded.engine, self._context))
+        return None if contents is None else contents.layers
 
     def close(self) -> None:
         """Write the runtime cache and let go of the GPU."""

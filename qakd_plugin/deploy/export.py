@@ -16,9 +16,13 @@ from .._files import write_atomic
 from ..backends import Adapter, adapter_for
 from ..description import target_problem
 from ..errors import ExportError, UnsupportedQuantizerError
-from .graph import WEIGHT_KEY, is_weight_only, weight_dequantizers
+from .float16 import Float16Parity, check_float16, to_float16
+from .graph import WEIGHT_KEY
+from .inspect_onnx import CONVOLUTIONS, PRODUCTS, stored_weight, weight_problem
 from .ort_form import to_onnxruntime_form
 from .parity import ParityReport, check_parity
+from .passes import to_tensorrt_form
+from .storage import WeightStorage, store_weights
 from .to_onnx import export_canonical, to_proto
 
 Target = Literal["tensorrt", "onnxruntime", "openvino"]
@@ -31,12 +35,14 @@ class ExportedModel:
     Attributes:
         path: the ONNX file.
         target: whose form it has.
-        parity: the three comparisons with the trained model.
+        parity: the three comparisons with the trained model; of an FP16 file, before its float part was converted.
+        float16: of an FP16 file, what the conversion changed; None otherwise.
     """
 
     path: Path
     target: Target
     parity: ParityReport
+    float16: Float16Parity | None = None
 
     def __fspath__(self) -> str:
         return str(self.path)
@@ -48,20 +54,32 @@ def export_onnx(
     example_input: Tensor,
     path: str | os.PathLike[str],
     target: Target = "tensorrt",
+    *,
+    weight_storage: WeightStorage = "int4",
+    float16: bool = False,
 ) -> ExportedModel:
     """Export a trained, prepared model to ONNX with Q/DQ, and prove that the file computes what was trained.
 
     The canonical form ("tensorrt") has int8 codes, zero point 0, float biases and BatchNorm folded exactly; "openvino" takes
     the same. "onnxruntime" is an exact rewrite of it that ONNX Runtime's integer kernels can take. The batch dimension is
-    dynamic. Weights of at most 4 bits of linear layers whose activations stay in floating point are stored in 4 bits, per
-    channel or in blocks, which makes it opset 21 instead of 20. OpenVINO by default quantizes such layers' activations on its
-    own: set DYNAMIC_QUANTIZATION_GROUP_SIZE to 0 for the numbers that were trained.
+    dynamic, the opset 20, or 21 where weights are stored in 4 bits.
+
+    Weights of at most 4 bits take 4 bits in the file. For ONNX Runtime and OpenVINO they stand behind a Cast that the runtime
+    folds: outputs and speed are those of int8 codes. TensorRT has no such form: there this holds for linear layers, with a
+    scale per channel or, where their activations stay in floating point, in blocks; all other weights take 8 bits. OpenVINO by
+    default quantizes the activations of layers that have none on its own: set DYNAMIC_QUANTIZATION_GROUP_SIZE to 0 for the
+    numbers that were trained.
 
     Args:
         prepared_model: prepared by a supported toolkit, trained or calibrated; it is not changed.
         example_input: float32 (N, C, H, W). Parity is checked on these samples: pass real ones, several.
         path: where the file goes; it appears whole or not at all.
         target: "tensorrt", "onnxruntime" or "openvino".
+        weight_storage: the narrowest type in the file. "int4" needs ONNX Runtime 1.23 or later, or OpenVINO; "int8" is for
+            older ones; "int2" (opset 25) makes files of 2-bit models smaller still, for ONNX Runtime alone.
+        float16: for TensorRT: write what is not quantized, and all scales, in FP16. Strongly typed engines compute it as the
+            file says, and INT8 layers beside FP32 ones lose to FP16 throughout. The gate then holds in two steps: exactly for
+            the float32 form, and within the tolerances of :mod:`qakd_plugin.deploy.float16` for its conversion.
 
     Returns:
         The path (usable wherever a path is) and the parity report.
@@ -74,6 +92,9 @@ def export_onnx(
     """
     if target not in get_args(Target):
         raise ExportError(f"target={target!r} is unknown: use one of {list(get_args(Target))}.")
+    if float16 and target != "tensorrt":
+        raise ExportError(f"float16=True is for target='tensorrt': {target} fuses integer layers beside float32 only.")
+    _check_storage(weight_storage, target)
     _check_example(example_input)
     adapter = adapter_for(prepared_model)
     _check_quantizers(adapter, prepared_model, target)
@@ -81,22 +102,26 @@ def export_onnx(
     samples = example_input.detach().cpu().float()
     model = export_canonical(form, samples)
     if target == "tensorrt":
-        _check_blocks(model)
-    if target == "onnxruntime":
-        model = to_onnxruntime_form(model)
+        model = to_tensorrt_form(model)
+        _check_weights(model)
+    elif target == "onnxruntime":
+        model = to_onnxruntime_form(model, weight_storage)
+    else:
+        store_weights(model, weight_storage)
     parity = _gate(adapter, model, form, prepared_model, samples, fused=target == "onnxruntime")
+    conversion = check_float16(to_float16(model), form, samples) if float16 else None
     write_atomic(path, to_proto(model).SerializeToString(), ExportError)
-    return ExportedModel(Path(path), target, parity)
+    return ExportedModel(Path(path), target, parity, conversion)
 
 
-def _check_blocks(model: ir.Model) -> None:
-    for dequantize in weight_dequantizers(model.graph):
-        if dequantize.attributes.get_int("block_size", 0) and not is_weight_only(dequantize):
-            raise UnsupportedQuantizerError(
-                f"{dequantize.metadata_props[WEIGHT_KEY]}: weights in blocks beside quantized activations: TensorRT fails, or "
-                "applies the first scale to all. Take one scale per output channel (axis=0), leave this layer's input in "
-                "floating point, or export for another target."
-            )
+def _check_weights(model: ir.Model) -> None:
+    """Refuse combinations of weight and activation that TensorRT does not compute; the toolkits can train all of them."""
+    for node in model.graph:
+        problem = weight_problem(node) if node.op_type in CONVOLUTIONS | PRODUCTS else None
+        if problem is not None:
+            weight = stored_weight(node.inputs[1])
+            assert weight is not None
+            raise UnsupportedQuantizerError(f"{weight.metadata_props[WEIGHT_KEY]}: {problem}")
 
 
 def _gate(
@@ -107,6 +132,20 @@ def _gate(
     adapter.set_mode(evaluated, False)
     adapter.freeze_ranges(evaluated, True)
     return check_parity(model, form, evaluated, samples, fused=fused)
+
+
+def _check_storage(storage: str, target: str) -> None:
+    if storage not in get_args(WeightStorage):
+        raise ExportError(f"weight_storage={storage!r} is unknown: use one of {list(get_args(WeightStorage))}.")
+    if storage == "int2" and target != "onnxruntime":
+        raise ExportError(
+            f"weight_storage='int2': {target} does not load 2-bit weights, ONNX Runtime alone does. Take 'int4', which "
+            "holds them in 4 bits."
+        )
+    if storage == "int8" and target == "tensorrt":
+        raise ExportError(
+            "weight_storage='int8': for TensorRT, weights take 8 bits wherever it needs them to. Leave weight_storage out."
+        )
 
 
 def _check_example(example: Tensor) -> None:

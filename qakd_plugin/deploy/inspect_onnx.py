@@ -21,8 +21,9 @@ from .graph import constant, is_quantized, is_weight_only, producer, weight_dequ
 from .plan import Kind
 
 _ADVICE = "Export with target='tensorrt' from a symmetric configuration (qakd_plugin.prepare makes one)."
-_CONVOLUTIONS = {"Conv", "ConvTranspose"}
-_PRODUCTS = {"Gemm", "MatMul"}
+CONVOLUTIONS = {"Conv", "ConvTranspose"}
+PRODUCTS = {"Gemm", "MatMul"}
+_LARGEST_SIZE = 2**31 - 1
 _CODES = {ir.DataType.INT8, ir.DataType.INT4, ir.DataType.FLOAT8E4M3FN}
 
 
@@ -42,6 +43,7 @@ class OnnxContents:
         data: the file.
         inputs: sizes of every input by name; None for a dynamic batch.
         layers: convolutions and matrix products with stored weights, in execution order.
+        float16: whether what is not quantized is stored in FP16.
         quantized: whether it holds any QuantizeLinear, or a linear layer whose weight alone is stored as integers.
         int4_weights: number of weights stored in 4 bits.
     """
@@ -49,12 +51,17 @@ class OnnxContents:
     data: bytes
     inputs: dict[str, tuple[int | None, ...]]
     layers: tuple[WeightLayer, ...]
+    float16: bool
     quantized: bool
     int4_weights: int
 
     @property
     def dynamic_batch(self) -> bool:
         return any(None in shape for shape in self.inputs.values())
+
+    def shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
+        """Sizes of every input by name, with ``batch`` in the place of a dynamic one."""
+        return {name: tuple(batch if size is None else size for size in shape) for name, shape in self.inputs.items()}
 
 
 def inspect_onnx(path: str | os.PathLike[str]) -> OnnxContents:
@@ -77,6 +84,7 @@ def inspect_onnx(path: str | os.PathLike[str]) -> OnnxContents:
         data,
         inputs,
         tuple(_weight_layers(nodes)),
+        any(value.dtype == ir.DataType.FLOAT16 for value in graph.initializers.values()),
         any(node.op_type == "QuantizeLinear" for node in nodes)
         or any(is_weight_only(node) for node in weight_dequantizers(graph)),
         sum(codes is not None and codes.dtype.name == "int4" for codes in weights),
@@ -94,8 +102,10 @@ def _read(path: str | os.PathLike[str]) -> tuple[bytes, ir.Model]:
         proto = onnx.ModelProto.FromString(data)
         external = [tensor.name for tensor in proto.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
         if not external:
-            onnx.checker.check_model(proto)
+            onnx.checker.check_model(data)  # the bytes: a model would be written once more
         model = ir.serde.deserialize_model(proto)
+        if not external:
+            _read_tensors(model)
     except Exception as error:  # protobuf, the checker and onnx-ir raise many kinds on foreign bytes; all mean the same here
         reason = " ".join(str(error).split())[:200]
         raise EngineError(f"{path} is not a valid ONNX file ({type(error).__name__}: {reason}). Export it again.") from error
@@ -109,6 +119,17 @@ def _read(path: str | os.PathLike[str]) -> tuple[bytes, ir.Model]:
     return data, model
 
 
+def _read_tensors(model: ir.Model) -> None:
+    """Every stored tensor has as much data as its shape says, or reading it raises; the checker does not look."""
+    for value in model.graph.initializers.values():
+        if value.const_value is not None:
+            value.const_value.numpy()
+    for node in model.graph.all_nodes():
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.TENSOR:
+                attribute.as_tensor().numpy()
+
+
 def _sizes(value: ir.Value) -> tuple[int | None, ...]:
     if value.shape is None:
         raise EngineError(f"input {value.name!r} has no shape: export with a fixed image size.")
@@ -116,6 +137,10 @@ def _sizes(value: ir.Value) -> tuple[int | None, ...]:
     if None in sizes[1:]:
         raise EngineError(
             f"input {value.name!r} has dynamic sizes beside the batch, {list(value.shape)}: export with a fixed image size."
+        )
+    if any(size is not None and not 0 < size <= _LARGEST_SIZE for size in sizes):
+        raise EngineError(
+            f"input {value.name!r} has the shape {list(value.shape)}: every size must lie between 1 and 2^31 - 1."
         )
     return sizes
 
@@ -133,8 +158,10 @@ def _check_node(node: ir.Node) -> None:
             _check_codes(node, node.inputs[0].dtype)
     elif node.op_type == "DynamicQuantizeLinear":
         raise EngineError(f"{node.name}: its range is measured at run time; TensorRT takes fixed scales. {_ADVICE}")
-    elif node.op_type in _CONVOLUTIONS | _PRODUCTS:
-        _check_weight(node)
+    elif node.op_type in CONVOLUTIONS | PRODUCTS:
+        problem = weight_problem(node)
+        if problem is not None:
+            raise EngineError(f"{node.name}: {problem}")
 
 
 def _check_numbers(node: ir.Node) -> None:
@@ -169,33 +196,36 @@ def _check_codes(node: ir.Node, kind: ir.DataType) -> None:
         raise EngineError(f"{node.name}: codes of type {kind.name}; TensorRT takes INT8, INT4 weights and FP8. {_ADVICE}")
 
 
-def _check_weight(node: ir.Node) -> None:
-    """Refuse the combinations of weight and activation that fail in TensorRT, or compute something else."""
-    stored = _stored_weight(node.inputs[1])
+def weight_problem(node: ir.Node) -> str | None:
+    """Why TensorRT cannot take the stored weight of a convolution or matrix product beside its activations, if it cannot.
+
+    These fail in TensorRT, or compute something else.
+    """
+    stored = stored_weight(node.inputs[1])
     if stored is None:
-        return
+        return None
     codes, scale = constant(stored.inputs[0]), constant(stored.inputs[1])
     assert codes is not None
     assert scale is not None
     blocks = _blocks(stored, codes.shape, scale.shape)
     both = is_quantized(node.inputs[0])
     int4 = codes.dtype.name == "int4"
-    if node.op_type in _CONVOLUTIONS and blocks > 1:
-        raise EngineError(f"{node.name}: a convolution's weights take one scale per channel, got blocks. {_ADVICE}")
-    if node.op_type in _CONVOLUTIONS and int4 and both:
-        raise EngineError(
-            f"{node.name}: 4-bit weights beside 8-bit activations: TensorRT has no such convolution. Store the codes as INT8."
-        )
+    if node.op_type in CONVOLUTIONS and blocks > 1:
+        return f"a convolution's weights take one scale per channel, got blocks. {_ADVICE}"
+    if node.op_type in CONVOLUTIONS and int4 and both:
+        return "4-bit weights beside 8-bit activations: TensorRT has no such convolution. Store the codes as INT8."
     if blocks > 1 and both:
-        raise EngineError(
-            f"{node.name}: weights with {blocks} scales along the summed dimension beside quantized activations: TensorRT "
-            "fails, or applies the first scale to all. Take one scale per output channel, or leave the activations in float."
+        return (
+            f"weights with {blocks} scales along the summed dimension beside quantized activations: TensorRT fails, or applies "
+            "the first scale to all. Take one scale per output channel (axis=0), leave this layer's input in floating point, "
+            "or export for another target."
         )
     if int4 and both and scale.size == 1:
-        raise EngineError(
-            f"{node.name}: one scale for all 4-bit weights beside 8-bit activations: TensorRT fails to build it. Take one "
-            "scale per output channel, or store the codes as INT8."
+        return (
+            "one scale for all 4-bit weights beside 8-bit activations: TensorRT fails to build it. Take one scale per output "
+            "channel, or store the codes as INT8."
         )
+    return None
 
 
 def _blocks(dequantize: ir.Node, codes: tuple[int, ...], scale: tuple[int, ...]) -> int:
@@ -205,7 +235,7 @@ def _blocks(dequantize: ir.Node, codes: tuple[int, ...], scale: tuple[int, ...])
     return scale[dequantize.attributes.get_int("axis", 1) or 0]
 
 
-def _stored_weight(value: ir.Value | None) -> ir.Node | None:
+def stored_weight(value: ir.Value | None) -> ir.Node | None:
     """The DequantizeLinear of stored codes behind a weight, if there is one."""
     transpose = producer(value, "Transpose", "Reshape")
     node = producer(value if transpose is None else transpose.inputs[0], "DequantizeLinear")
@@ -214,7 +244,7 @@ def _stored_weight(value: ir.Value | None) -> ir.Node | None:
 
 def _weight_layers(nodes: list[ir.Node]) -> Iterator[WeightLayer]:
     for node in nodes:
-        if node.op_type in _CONVOLUTIONS:
+        if node.op_type in CONVOLUTIONS:
             yield WeightLayer(node.name or "", "convolution")
-        elif node.op_type in _PRODUCTS and (_stored_weight(node.inputs[1]) or constant(node.inputs[1]) is not None):
+        elif node.op_type in PRODUCTS and (stored_weight(node.inputs[1]) or constant(node.inputs[1]) is not None):
             yield WeightLayer(node.name or "", "matmul")

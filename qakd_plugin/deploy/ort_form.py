@@ -27,24 +27,29 @@ from .graph import (
     activation_quantizers,
     constant,
     initializer,
+    is_quantized,
     is_weight_only,
     only_consumer,
     producer,
     scalar,
+    stored_codes,
     weight_dequantizers,
 )
+from .storage import WeightStorage, store_weights
 
 _NON_NEGATIVE_MAPS = {"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Identity", "GlobalAveragePool",
                       "AveragePool", "ReduceMean", "Concat", "Split", "Slice", "Gather", "DequantizeLinear", "QuantizeLinear",
                       "Add", "Mul"}  # fmt: skip
 """Operators whose output is not negative where none of their data inputs is."""
 
+_WEIGHTED = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
+
 _LARGEST_BIAS = 2.0**30
 """Half of what 32 bits hold: sums of products come on top of it."""
 
 
-def to_onnxruntime_form(model: ir.Model) -> ir.Model:
-    """A copy of a canonical model in ONNX Runtime's form."""
+def to_onnxruntime_form(model: ir.Model, storage: WeightStorage = "int4") -> ir.Model:
+    """A copy of a canonical model in ONNX Runtime's form, weights stored as :func:`.storage.store_weights` does."""
     model = ir.serde.deserialize_model(ir.serde.serialize_model(model))
     graph = model.graph
     positive = _non_negative_values(graph)
@@ -52,19 +57,33 @@ def to_onnxruntime_form(model: ir.Model) -> ir.Model:
         _to_unsigned(graph, quantize, positive)
     common.RemoveUnusedNodesPass()(model)  # the clamps that quantizers absorbed
     for dequantize in weight_dequantizers(graph):
-        if is_weight_only(dequantize):
-            if model.opset_imports[""] >= 21:
-                _shield_transpose(graph, dequantize)
-        elif not dequantize.attributes.get_int("block_size", 0):
+        if not is_weight_only(dequantize) and not dequantize.attributes.get_int("block_size", 0):
             _widen(graph, dequantize)
             _add_zero_point(graph, dequantize)
+    store_weights(model, storage)
+    if model.opset_imports[""] >= 21:
+        for dequantize in filter(is_weight_only, weight_dequantizers(graph)):
+            _shield_transpose(graph, dequantize)
     for node in list(graph):
-        weight = producer(node.inputs[1], "DequantizeLinear") if node.op_type == "Gemm" else None
-        if weight is not None and not is_weight_only(weight) and not weight.attributes.get_int("block_size", 0):
+        if _loses_bias(node):
             _split_bias(graph, node)
-        if node.op_type == "Conv" and _bias_error(node) > _BIAS_ERROR:
-            _split_bias(graph, node)
+        if node.op_type in _WEIGHTED and constant(node.inputs[1]) is not None and is_quantized(node.inputs[0]):
+            _shield_float_weight(graph, node)
+    common.RemoveUnusedNodesPass()(model)  # codes and scales that were replaced
     return model
+
+
+def _loses_bias(layer: ir.Node) -> bool:
+    """Whether a layer's bias must be added behind it: the runtime would change its codes, or run on a slower kernel for it."""
+    if layer.op_type == "Conv":
+        return _bias_error(layer) > _BIAS_ERROR
+    if layer.op_type not in {"Gemm", "ConvTranspose"}:
+        return False
+    weight = producer(layer.inputs[1], "DequantizeLinear")
+    if weight is None or weight.attributes.get_int("block_size", 0) != 0:
+        return False
+    # There is no integer kernel for transposed convolutions, yet the runtime rounds their biases as if there were.
+    return layer.op_type == "ConvTranspose" or not is_weight_only(weight)
 
 
 _BIAS_ERROR = 0.08
@@ -147,7 +166,7 @@ def _non_negative_values(graph: ir.Graph) -> set[ir.Value]:
 
 
 def _widen(graph: ir.Graph, dequantize: ir.Node) -> None:
-    """Store codes times the largest power of two that fits into int8; the scale is divided by it, so products are the same.
+    """Store codes times the largest power of two that fits into -127..127; the scale is divided by it: the same products.
 
     Per channel where the scale is. A power below one, where the bias needs room, costs the lowest bits.
     """
@@ -164,7 +183,7 @@ def _widen(graph: ir.Graph, dequantize: ir.Node) -> None:
     others = tuple(dim for dim in range(codes.ndim) if scale.ndim == 0 or dim != axis % codes.ndim)
     low, high = (bound(codes.astype(np.int32), axis=others, keepdims=True) for bound in (np.min, np.max))
     factor = np.ones_like(low)
-    while (fits := (2 * factor * low >= -128) & (2 * factor * high <= 127) & (factor < 64)).any():
+    while (fits := (2 * factor * low >= -127) & (2 * factor * high <= 127) & (factor < 64)).any():
         factor = np.where(fits, 2 * factor, factor)
     largest = np.exp2(room if scale.ndim else room.min()).reshape(-1, *[1] * (codes.ndim - 1))
     factor = np.minimum(factor, largest)
@@ -214,8 +233,7 @@ def _shield_transpose(graph: ir.Graph, dequantize: ir.Node) -> None:
     MatMulNBits, which rounds activations to 8 bits that the model never had. It does not look through blocks, and leaves 4-bit
     codes and Gemm alone.
     """
-    codes, scale = constant(dequantize.inputs[0]), constant(dequantize.inputs[1])
-    assert codes is not None
+    codes, scale = stored_codes(dequantize), constant(dequantize.inputs[1])
     assert scale is not None
     transposed = any(use.node.op_type == "Transpose" for use in dequantize.outputs[0].uses())
     if not transposed or codes.dtype != np.int8 or scale.ndim != 1 or dequantize.attributes.get_int("axis", 1) != 0:
@@ -225,6 +243,24 @@ def _shield_transpose(graph: ir.Graph, dequantize: ir.Node) -> None:
     dequantize.replace_input_with(1, column)
     dequantize.attributes["axis"] = ir.AttrInt64("axis", 1)
     dequantize.attributes["block_size"] = ir.AttrInt64("block_size", codes.shape[1])
+
+
+def _shield_float_weight(graph: ir.Graph, layer: ir.Node) -> None:
+    """Clip a layer's quantized input to the range of float32, which changes nothing.
+
+    The runtime would quantize a float weight that it finds between DequantizeLinear and QuantizeLinear on its own
+    (``WeightBiasQuantization``); it does not look through a Clip.
+    """
+    if all(output.is_graph_output() for output in layer.outputs):
+        return
+    limit = np.finfo(np.float32).max
+    bounds = [
+        initializer(graph, f"float32_{name}", np.asarray(sign * limit)) for name, sign in (("lowest", -1), ("highest", 1))
+    ]
+    clip = ir.node("Clip", [layer.inputs[0], *bounds], name=f"{layer.name}/Clip")
+    clip.outputs[0].name, clip.outputs[0].dtype = f"{clip.name}:out", ir.DataType.FLOAT
+    graph.insert_before(layer, clip)
+    layer.replace_input_with(0, clip.outputs[0])
 
 
 def _bias_error(conv: ir.Node) -> float:
@@ -247,14 +283,13 @@ def _bias_error(conv: ir.Node) -> float:
 def _split_bias(graph: ir.Graph, layer: ir.Node) -> None:
     """Add the float bias of a layer behind it, where it stays exact.
 
-    A Gemm with its bias inside computes in float; a convolution without gives its integer kernel up, so that is done only where
-    rounding the bias would change codes.
+    A Gemm with its bias inside computes in float; a convolution without gives its integer kernel up.
     """
     bias = layer.inputs[2] if len(layer.inputs) > 2 else None
     if bias is None:
         return
     values = constant(bias)
-    if layer.op_type == "Conv" and values is not None:
+    if layer.op_type != "Gemm" and values is not None:
         rank = 2 + len(layer.attributes.get_ints("kernel_shape", (1, 1)))
         bias = initializer(graph, f"{layer.name}.bias", values.reshape(-1, *[1] * (rank - 2)))
     layer.resize_inputs(2)

@@ -29,7 +29,16 @@ from torch import Tensor, nn
 
 from ..errors import ParityError
 from .export_form import ActivationQDQ, StoredWeight
-from .graph import COARSE_KEY, QUANTIZER_KEY, WEIGHT_KEY, activation_quantizers, constant, scalar, weight_dequantizers
+from .graph import (
+    COARSE_KEY,
+    QUANTIZER_KEY,
+    WEIGHT_KEY,
+    activation_quantizers,
+    constant,
+    scalar,
+    stored_codes,
+    weight_dequantizers,
+)
 
 Codes = dict[str, list[npt.NDArray[np.float32]]]
 """Integer codes, as floats, of every call of every activation quantizer, by name."""
@@ -167,8 +176,7 @@ def check_weight_codes(file: ir.Model, form: nn.Module) -> int:
         weight = stored.pop(name, None)
         if weight is None:
             continue  # a layer that is called twice appears twice
-        codes, scale = constant(node.inputs[0]), constant(node.inputs[1])
-        assert codes is not None
+        codes, scale = stored_codes(node), constant(node.inputs[1])
         assert scale is not None
         trained = weight.codes.numpy().astype(np.int32)
         for channel, bits in _coarse_channels(node):

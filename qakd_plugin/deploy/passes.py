@@ -19,6 +19,7 @@ from .graph import (
     activation_quantizers,
     constant,
     initializer,
+    is_linear_weight,
     is_weight_only,
     only_consumer,
     producer,
@@ -47,6 +48,14 @@ def canonicalize(model: ir.Model) -> ir.Model:
     pack_int4(graph)
     raise_opset(model)
     _clean(model)
+    return model
+
+
+def to_tensorrt_form(model: ir.Model) -> ir.Model:
+    """Canonical -> what TensorRT takes at its smallest: 4-bit weights of linear layers in 4 bits; in place."""
+    pack_int4(model.graph, beside_int8=True)
+    raise_opset(model)
+    common.RemoveUnusedNodesPass()(model)
     return model
 
 
@@ -250,18 +259,24 @@ def merge_equal_quantizers(graph: ir.Graph) -> None:
         replace(node, kept.outputs[0])
 
 
-def pack_int4(graph: ir.Graph) -> None:
-    """Store codes -8..7 of linear layers in 4 bits where activations are in floating point.
+def pack_int4(graph: ir.Graph, *, beside_int8: bool = False) -> None:
+    """Store codes -8..7 of linear layers in 4 bits, where every target can take them: where activations are in float.
 
-    All other weights of few bits stay in INT8: TensorRT has no 4-bit convolution beside 8-bit activations and fails to build
-    one scale for all 4-bit weights, and ONNX Runtime's integer kernels read INT8 only.
+    All other weights of few bits stay in INT8: ONNX Runtime's integer kernels read INT8 only, and TensorRT has no 4-bit
+    convolution beside 8-bit activations.
+
+    Args:
+        graph: changed in place.
+        beside_int8: pack linear layers with quantized activations as well, which TensorRT takes with one scale per output
+            channel; it fails to build one scale for all, and applies the first of several blocks to all.
     """
     for dequantize in weight_dequantizers(graph):
         codes, scale = constant(dequantize.inputs[0]), constant(dequantize.inputs[1])
         assert codes is not None
         assert scale is not None
         fits = codes.dtype == np.int8 and codes.min() >= -8 and codes.max() <= 7
-        if fits and scale.ndim > 0 and is_weight_only(dequantize):
+        taken = is_linear_weight(dequantize) if beside_int8 else is_weight_only(dequantize)
+        if fits and scale.ndim > 0 and taken:
             value = dequantize.inputs[0]
             assert value is not None
             packed = initializer(graph, f"{value.name}.int4", codes.astype(ml_dtypes.int4))
@@ -269,18 +284,21 @@ def pack_int4(graph: ir.Graph) -> None:
 
 
 def raise_opset(model: ir.Model) -> None:
-    """Declare opset 21 where blocks or 4-bit codes need it, in the form that ONNX Runtime loads.
+    """Declare opset 21 where blocks or 4-bit codes need it."""
+    nodes = [node for node in model.graph if node.op_type == "DequantizeLinear"]
+    if any(node.attributes.get_int("block_size", 0) or _is_int4(node.inputs[0]) for node in nodes):
+        declare_opset(model, 21)
+
+
+def declare_opset(model: ir.Model, version: int) -> None:
+    """Declare an opset from 21 to 25, in the form that ONNX Runtime loads.
 
     There an int8 QuantizeLinear with a zero point in front of MaxPool or Reshape fails to load (onnxruntime#25526); without one
-    and with ``output_dtype`` it does not. No other operator that the exporter writes changed between 20 and 21 but in the types
-    it takes.
+    and with ``output_dtype`` it does not. No other operator that the exporter writes changed from 20 on but in the types it
+    takes.
     """
-    graph = model.graph
-    nodes = [node for node in graph if node.op_type == "DequantizeLinear"]
-    if not any(node.attributes.get_int("block_size", 0) or _is_int4(node.inputs[0]) for node in nodes):
-        return
-    model.opset_imports[""] = 21
-    for quantize in activation_quantizers(graph):
+    model.opset_imports[""] = max(version, model.opset_imports[""])
+    for quantize in activation_quantizers(model.graph):
         zero_point = constant(quantize.inputs[2] if len(quantize.inputs) > 2 else None)
         if zero_point is None or zero_point.dtype != np.int8 or zero_point.any():
             continue

@@ -21,6 +21,7 @@ from .._files import write_atomic
 from ..errors import ExportError
 from ..modes import eval_mode
 from . import ops as ops  # registers qakd::qdq and qakd::dq
+from .float16 import to_float16
 from .passes import DOMAIN, canonicalize
 
 OPSET = 20
@@ -70,19 +71,22 @@ def export_canonical(form: nn.Module, example: Tensor) -> ir.Model:
     return canonicalize(_export(form, example))
 
 
-def export_float(model: nn.Module, example: Tensor, path: str | os.PathLike[str]) -> Path:
+def export_float(model: nn.Module, example: Tensor, path: str | os.PathLike[str], *, float16: bool = False) -> Path:
     """Write a float model to ONNX with a dynamic batch dimension: the row every quantized one is compared with.
 
     Args:
         model: any float network; exported in eval mode, its own mode is put back.
         example: float32 (N, ...), any batch size.
         path: of the file.
+        float16: compute in FP16; inputs and outputs stay float32.
 
     Raises:
-        ExportError: torch.export cannot trace the model, or the path cannot be written.
+        ExportError: torch.export cannot trace the model, a weight is beyond FP16, or the path cannot be written.
     """
     with eval_mode(model):
         exported = canonicalize(_export(model, example))
+    if float16:
+        to_float16(exported)
     return write_atomic(path, to_proto(exported).SerializeToString(), ExportError)
 
 

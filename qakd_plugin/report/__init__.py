@@ -1,5 +1,7 @@
 """Reports: one self-contained HTML file, Markdown and JSON beside it."""
 
-from .write import build_document, console_table, read_report, write_report
+from .document import build_document, merge_reports, read_report
+from .tables import console_table
+from .write import write_report
 
-__all__ = ["build_document", "console_table", "read_report", "write_report"]
+__all__ = ["build_document", "console_table", "merge_reports", "read_report", "write_report"]

@@ -1,0 +1,73 @@
+"""Peak resident memory of running a file: a process of its own loads it, runs ten calls, and says how large it became.
+
+    python -m qakd_plugin.bench.peak_memory model.onnx onnxruntime float32 1 1 3 224 224
+
+prints MiB for one thread and one image of 3x224x224. The process is fresh, because what another one allocated
+and gave back before would count as well.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import QakdError
+from .runners import make_runner
+
+CALLS = 10
+_STATUS = Path("/proc/self/status")
+
+
+def peak_rss_mib(
+    path: str | os.PathLike[str], runtime: str, precision: str, threads: int, shape: Sequence[int]
+) -> float | None:
+    """Measure in a process of its own.
+
+    Args:
+        path: ONNX file.
+        runtime: "onnxruntime" or "openvino".
+        precision: of what is not quantized.
+        threads: of the runtime.
+        shape: of one batch.
+
+    Returns:
+        MiB, Python and the runtime's library included; None where the system does not tell (it is read from Linux's /proc).
+
+    Raises:
+        QakdError: the process failed; carries the end of what it said.
+    """
+    if _high_water_mib() is None:
+        return None
+    command = [sys.executable, "-m", __name__, os.fspath(path), runtime, precision, str(threads), *map(str, shape)]
+    root = str(Path(__file__).resolve().parents[2])
+    known = os.environ.get("PYTHONPATH")
+    environment = {**os.environ, "PYTHONPATH": root if not known else f"{root}{os.pathsep}{known}"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        raise QakdError(f"{path}: running it in a process of its own failed in {runtime}: {done.stderr.strip()[-300:]}")
+    return float(done.stdout)
+
+
+def _main(arguments: Sequence[str]) -> None:
+    path, runtime, precision, threads, *shape = arguments
+    runner = make_runner(path, runtime, int(threads), precision)
+    images = np.zeros([int(size) for size in shape], dtype=np.float32)
+    for _ in range(CALLS):
+        runner.run(images)
+    print(_high_water_mib())
+
+
+def _high_water_mib() -> float | None:
+    """Of this process. Not from getrusage: Linux hands its maximum down from the process that started this one."""
+    found = re.search(r"^VmHWM:\s+(\d+) kB$", _STATUS.read_text(), re.MULTILINE) if _STATUS.is_file() else None
+    return None if found is None else int(found[1]) / 1024
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1:])

@@ -1,0 +1,216 @@
+"""Small drawings of a report beside its main plot: training, rankings of augmentations, time of layers, latencies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..bench.record import LayerTime, Row
+from .plot import Axis
+
+_POINTS = 200
+"""A curve of more epochs is thinned to about so many."""
+
+_LARGEST = 1e100
+"""Numbers beyond come from a training that diverged: arithmetic with them overflows."""
+
+_LAYERS = 40
+"""Of more layers the slowest are listed."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One series over epochs: polyline in its panel, ticks, and the last, smallest and largest value."""
+
+    name: str
+    points: str
+    y_ticks: tuple[tuple[float, str], ...]
+    last: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """What a run of ``distill`` did.
+
+    Attributes:
+        name: of the run.
+        phases: names in order, with the epochs of each.
+        epochs: in all.
+        curves: loss, and the metric on held-out data.
+        columns: of the table of epochs.
+        lines: its cells.
+        augmentations: (from which epoch on, what was chosen, all scores).
+        rankings: scatter plots of scores against their two parts.
+    """
+
+    name: str
+    phases: str
+    epochs: int
+    curves: tuple[Curve, ...]
+    columns: tuple[str, ...]
+    lines: tuple[tuple[str, ...], ...]
+    augmentations: tuple[tuple[str, str, str], ...]
+    rankings: tuple[Scatter, ...]
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """CMI against what is subtracted from it: equal scores lie on parallel lines.
+
+    Attributes:
+        caption: which ranking.
+        x_name: what is subtracted.
+        points: (x, y, name, whether it is the best, label's anchor).
+        x_ticks: (position, text).
+        y_ticks: likewise.
+        diagonals: (x1, y1, x2, y2) of lines of equal score.
+    """
+
+    caption: str
+    x_name: str
+    points: tuple[tuple[float, float, str, bool, str], ...]
+    x_ticks: tuple[tuple[float, str], ...]
+    y_ticks: tuple[tuple[float, str], ...]
+    diagonals: tuple[tuple[float, float, float, float], ...]
+
+
+@dataclass(frozen=True)
+class LayerTable:
+    """Layers of one row: the slowest ones, what is left, and the share of time per precision.
+
+    Attributes:
+        row: whose.
+        total_ms: of all layers.
+        shares: (precision, share of the time, milliseconds), largest first.
+        layers: (layer, its share of the time), slowest first.
+        left_out: number and milliseconds of those that are not listed.
+    """
+
+    row: Row
+    total_ms: float
+    shares: tuple[tuple[str, float, float], ...]
+    layers: tuple[tuple[LayerTime, float], ...]
+    left_out: tuple[int, float]
+
+
+def number(value: object) -> float | None:
+    """A finite number that can be drawn, or None."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _LARGEST:
+        return None
+    return float(value) if abs(value) > 1 / _LARGEST else 0.0
+
+
+def training_run(entry: Mapping[str, Any]) -> TrainingRun:
+    """Lay out one entry of a document's training."""
+    history: list[Mapping[str, Any]] = list(entry["history"])
+    metric = next((name for name in ("val_accuracy", "val_agreement") if any(name in row for row in history)), None)
+    names = [name for name in ("loss", metric) if name is not None]
+    curves = [curve for name in names if (curve := _curve(name, [number(row.get(name)) for row in history])) is not None]
+    thinned = history[:: max(1, len(history) // _POINTS)]
+    columns = tuple(dict.fromkeys(key for row in thinned for key, value in row.items() if _is_cell(value)))[:16]
+    return TrainingRun(
+        name=str(entry["name"]),
+        phases=_phases(history),
+        epochs=len(history),
+        curves=tuple(curves),
+        columns=columns,
+        lines=tuple(tuple(_cell(row.get(column)) for column in columns) for row in thinned),
+        augmentations=tuple(_choice(row) for row in history if isinstance(row.get("augmentation_scores"), dict)),
+        rankings=tuple(scatter for row in history if (scatter := _scatter(row)) is not None),
+    )
+
+
+def layer_table(row: Row) -> LayerTable:
+    """Lay out the layers of a row that was profiled."""
+    total = sum(layer.time_ms for layer in row.layers)
+    by_precision: dict[str, float] = {}
+    for layer in row.layers:
+        by_precision[layer.precision] = by_precision.get(layer.precision, 0.0) + layer.time_ms
+    slowest = sorted(row.layers, key=lambda layer: -layer.time_ms)
+    listed, rest = slowest[:_LAYERS], slowest[_LAYERS:]
+    return LayerTable(
+        row,
+        total,
+        tuple((name, _part(time, total), time) for name, time in sorted(by_precision.items(), key=lambda entry: -entry[1])),
+        tuple((layer, _part(layer.time_ms, total)) for layer in listed),
+        (len(rest), sum(layer.time_ms for layer in rest)),
+    )
+
+
+def latency_bars(rows: Sequence[Row], most: int = 60) -> list[tuple[Row, float]]:
+    """Rows, fastest first, with the length of their bars as a share of the longest."""
+    shown = sorted(rows, key=lambda row: row.p50_ms)[:most]
+    return [(row, row.p50_ms / shown[-1].p50_ms) for row in shown]
+
+
+def _part(time: float, total: float) -> float:
+    return time / total if total else 0.0
+
+
+def _curve(name: str, values: Sequence[float | None]) -> Curve | None:
+    known = [(index, value) for index, value in enumerate(values) if value is not None]
+    if not known:
+        return None
+    low, high = min(value for _, value in known), max(value for _, value in known)
+    margin = (high - low) * 0.08 or abs(high) * 0.05 or 1.0
+    x, y = Axis(0.0, max(len(values) - 1, 1), 46.0, 250.0), Axis(low - margin, high + margin, 84.0, 8.0)
+    thinned = known[:: max(1, len(known) // _POINTS)]
+    thinned += [] if thinned[-1] == known[-1] else [known[-1]]
+    points = " ".join(f"{x(index):.1f},{y(value):.1f}" for index, value in thinned)
+    return Curve(name, points, y.ticks(4), known[-1][1], low, high)
+
+
+def _phases(history: Sequence[Mapping[str, Any]]) -> str:
+    counted: dict[str, int] = {}
+    for row in history:
+        name = str(row.get("phase", "training"))
+        counted[name] = counted.get(name, 0) + 1
+    return ", ".join(f"{name} {count} epoch{'s' * (count > 1)}" for name, count in counted.items())
+
+
+def _is_cell(value: object) -> bool:
+    return isinstance(value, str) or number(value) is not None
+
+
+def _cell(value: object) -> str:
+    found = number(value)
+    if found is None:
+        return value if isinstance(value, str) else "-"
+    return str(value) if isinstance(value, int) else f"{found:.4g}"
+
+
+def _choice(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    scores = {str(name): value for name, found in row["augmentation_scores"].items() if (value := number(found)) is not None}
+    ordered = ", ".join(f"{name} {value:.3f}" for name, value in sorted(scores.items(), key=lambda entry: -entry[1]))
+    return _cell(row.get("epoch")), str(row.get("augmentation", "none")), ordered
+
+
+def _scatter(row: Mapping[str, Any]) -> Scatter | None:
+    records = [record for record in row.get("augmentation_ranking") or () if isinstance(record, dict)]
+    part, x_name = ("cross_entropy", "cross-entropy")
+    if any(record.get("form") == "centroid" for record in records):
+        part, x_name = ("centroid_divergence", "centroid divergence")
+    places = [(number(record.get(part)), number(record.get("cmi")), str(record.get("name"))) for record in records]
+    found = [(a, b, name) for a, b, name in places if a is not None and b is not None]
+    if not found:
+        return None
+    xs, ys = [a for a, _, _ in found], [b for _, b, _ in found]
+    x_low, x_high, y_low, y_high = min(xs), max(xs), min(ys), max(ys)
+    x_margin, y_margin = ((high - low) * 0.12 or abs(high) * 0.1 or 0.1 for low, high in ((x_low, x_high), (y_low, y_high)))
+    x = Axis(x_low - x_margin, x_high + x_margin, 52.0, 400.0)
+    y = Axis(y_low - y_margin, y_high + y_margin, 216.0, 10.0)
+    best = max(found, key=lambda point: point[1] - point[0])
+    points = tuple((x(a), y(b), name, (a, b, name) == best, "end" if x(a) > 260 else "start") for a, b, name in found)
+    scores = sorted(b - a for a, b, _ in found)
+    steps = sorted({scores[0], scores[len(scores) // 2], scores[-1]})
+    diagonals = tuple(line for score in steps if (line := _diagonal(x, y, score)) is not None)
+    return Scatter(f"Ranking at epoch {_cell(row.get('epoch'))}", x_name, points, x.ticks(4), y.ticks(4), diagonals)
+
+
+def _diagonal(x: Axis, y: Axis, score: float) -> tuple[float, float, float, float] | None:
+    """The line cmi - part = score within both axes."""
+    left, right = max(x.low, y.low - score), min(x.high, y.high - score)
+    return None if left >= right else (x(left), y(left + score), x(right), y(right + score))

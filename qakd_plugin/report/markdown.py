@@ -1,0 +1,86 @@
+"""A report as Markdown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..bench.record import Row
+from .document import rows_of
+from .plot import pareto
+from .tables import WHAT, SideBySide, common_setting, run_names, short, shown_columns, side_by_side
+from .words import verdicts
+
+
+def markdown(document: Mapping[str, Any]) -> str:
+    """All rows and what they mean; parts that need drawings are left to the page.
+
+    Args:
+        document: that fits the schema.
+    """
+    rows = rows_of(document)
+    names = run_names(document)
+    lines = [f"# {_md(document['title'])}", "", _md(common_setting(rows)), ""]
+    for index, (name, run) in enumerate(zip(names, document["runs"], strict=True)):
+        lines += [f"{_md(run['created'])} on {_md(name)}, Python {_md(run['environment'].get('python', 'unknown'))}", ""]
+        lines += [f"- **Warning**: {_md(text)}" for text in run.get("warnings", ())]
+        lines += [f"- {_md(text)}" for text in run.get("notes", ())]
+        lines += _diagnosis([row for row in rows if row.run == index])
+        lines += [""]
+    lines += _rows(rows, names)
+    beside = side_by_side(rows)
+    if beside is not None:
+        lines += ["## Side by side", "", *_side_by_side(beside, names), ""]
+    return "\n".join(lines) + "\n"
+
+
+def _rows(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
+    columns = shown_columns(rows)
+    several = len(names) > 1
+    header = ["", *(["machine"] if several else []), *(column.heading for column in columns)]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for row, best in zip(rows, pareto(rows), strict=True):
+        cells = ["*" if best else "", *([names[row.run]] if several else []), *(column.text(row) for column in columns)]
+        lines.append("| " + " | ".join(map(_md, cells)) + " |")
+    return [
+        *lines,
+        "",
+        "\\* on the left: no other row of its model, batch, threads and machine is more accurate and faster.",
+        "",
+    ]
+
+
+def _side_by_side(beside: SideBySide, names: Sequence[str]) -> list[str]:
+    header = ["", "FP32", "best float", *beside.methods]
+    lines = ["| " + " | ".join(map(_md, header)) + " |", "|" + "---|" * len(header)]
+    for run, what, cells in beside.lines:
+        first = ", ".join(what[index] if index < 4 else f"{WHAT[index]} {what[index]}" for index in beside.telling)
+        first += f", {names[run]}" if len(names) > 1 else ""
+        lines.append("| " + " | ".join(map(_md, [first, *map(_cell, cells)])) + " |")
+    return lines
+
+
+def _cell(row: Row | None) -> str:
+    if row is None:
+        return "-"
+    accuracy = "" if row.accuracy is None else f"{100 * row.accuracy:.2f} %, "
+    return f"{accuracy}{row.p50_ms:.3f} ms"
+
+
+def _diagnosis(rows: Sequence[Row]) -> list[str]:
+    lines = []
+    for verdict in verdicts(rows):
+        lines.append(f"- {_md(verdict.text)}")
+        for finding in verdict.findings:
+            where = f" ({', '.join(finding.layers)})" if finding.layers else ""
+            lines.append(f"  - {_md(finding.kind)}{_md(where)}: {_md(finding.advice)}")
+    return lines
+
+
+def _md(text: object) -> str:
+    """Text from outside stays text: it cannot end a table cell, become markup or HTML, or be made a link."""
+    line = re.sub(r"([\\`*\[\]|~#!])", r"\\\1", short(text, 400))
+    line = re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", line)
+    line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"(?i)\b(www)\.", r"\1&#46;", line).replace("://", ":&#47;&#47;").replace("@", "&#64;")

@@ -1,0 +1,247 @@
+"""The columns of a report, what stands in them, and rows side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from ..bench.record import Row
+from .plot import pareto
+
+Value = str | int | float | None
+_LONGEST = 120
+FAMILIES = {"FP32": "float", "PTQ": "ptq", "QAT": "qat"}
+"""Kind of row by method; every other method is distilled."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One figure of a row.
+
+    Attributes:
+        heading: short.
+        meaning: for who does not know it.
+        value: to sort by.
+        text: to read.
+    """
+
+    heading: str
+    meaning: str
+    value: Callable[[Row], Value]
+    text: Callable[[Row], str]
+
+    def is_numeric(self, rows: Sequence[Row]) -> bool:
+        """Whether its values are numbers."""
+        return not any(isinstance(self.value(row), str) for row in rows)
+
+
+def _number(heading: str, meaning: str, value: Callable[[Row], float | None], form: str, factor: float = 1.0) -> Column:
+    def text(row: Row) -> str:
+        found = value(row)
+        return "-" if found is None else format(int(found) if form == "d" else found * factor, form)
+
+    return Column(heading, meaning, value, text)
+
+
+def _text(heading: str, meaning: str, value: Callable[[Row], str]) -> Column:
+    return Column(heading, meaning, value, value)
+
+
+def _interval(row: Row) -> str:
+    if row.accuracy_low is None or row.accuracy_high is None:
+        return "-"
+    return f"{100 * row.accuracy_low:.1f} to {100 * row.accuracy_high:.1f}"
+
+
+def _share(row: Row) -> float | None:
+    return None if not row.total_layers or row.integer_layers is None else row.integer_layers / row.total_layers
+
+
+ROW = _text("row", "method, bits of weights and activations, and the toolkit that prepared it", lambda row: row.name)
+MODEL = _text("model", "name of the network", lambda row: row.model)
+RUNTIME = _text("runtime", "runtime, and what it computes in", lambda row: f"{row.runtime} {row.precision}")
+BATCH = _number("batch", "images per call", lambda row: row.batch, "d", 1)
+THREADS = _number("threads", "threads of the runtime", lambda row: row.threads, "d", 1)
+ACCURACY = _number("accuracy %", "top-1 of the deployed file, through the runtime", lambda row: row.accuracy, ".2f", 100)
+INTERVAL = Column("95 % interval", "of the accuracy (Wilson)", lambda row: row.accuracy_low, _interval)
+P50 = _number("p50 ms", "median latency of a call", lambda row: row.p50_ms, ".3f")
+P90 = _number("p90 ms", "90th percentile; needs 64 calls", lambda row: row.p90_ms, ".3f")
+THROUGHPUT = _number("images/s", "at the median latency", lambda row: row.throughput, ",.0f")
+SPEEDUP = _number(
+    "x FP32", "median latency of the same runtime's FP32 row over this one, same run", lambda row: row.speedup, ".2f"
+)
+INTEGER = Column(
+    "int layers",
+    "convolutions and matrix products that the runtime computes in integers, of all",
+    _share,
+    lambda row: "-" if row.total_layers is None else f"{row.integer_layers}/{row.total_layers}",
+)
+FILE = _number("MiB", "size of the file", lambda row: row.file_mib, ".2f")
+COLUMNS = (
+    ROW,
+    MODEL,
+    RUNTIME,
+    BATCH,
+    THREADS,
+    ACCURACY,
+    INTERVAL,
+    _number("agree %", "share of images with the label that the trained model gives", lambda row: row.agreement, ".2f", 100),
+    _number("SQNR dB", "logits against the trained model's", lambda row: row.sqnr_db, ".1f"),
+    P50,
+    P90,
+    _number("p99 ms", "99th percentile; needs 662 calls", lambda row: row.p99_ms, ".3f"),
+    _number("CPU ms", "median processor time of a call, all threads", lambda row: row.cpu_ms, ".3f"),
+    THROUGHPUT,
+    SPEEDUP,
+    _number(
+        "x best float", "likewise over the fastest float row of any runtime", lambda row: row.speedup_over_best_float, ".2f"
+    ),
+    INTEGER,
+    FILE,
+    _number("load ms", "time to load the file", lambda row: row.load_ms, ",.0f"),
+    _number(
+        "peak MiB",
+        "largest resident memory of a process that only loads and runs the file",
+        lambda row: row.peak_rss_mib,
+        ",.0f",
+    ),
+    _number("upload ms", "copy to the GPU", lambda row: row.upload_ms, ".3f"),
+    _number("compute ms", "on the GPU", lambda row: row.compute_ms, ".3f"),
+    _number("download ms", "copy back", lambda row: row.download_ms, ".3f"),
+    _number("calls", "timed calls", lambda row: row.calls, "d", 1),
+)
+_CONSTANTS = (MODEL, BATCH, THREADS)
+
+
+def shown_columns(rows: Sequence[Row]) -> list[Column]:
+    """Columns in which something stands, without those that say the same of all rows and are told in one line above."""
+    shown = []
+    for column in COLUMNS:
+        values = {column.value(row) for row in rows}
+        constant = column in _CONSTANTS or column.heading == "calls"
+        if values - {None} and not (constant and len(values) == 1):
+            shown.append(column)
+    return shown
+
+
+def common_setting(rows: Sequence[Row]) -> str:
+    """What all rows share, in one line: "digits, batch 1, 1 thread, 300 calls each"."""
+    parts = []
+    for name, single, several in (("model", "{}", ""), ("batch", "batch {}", ""), ("threads", "{} thread", "{} threads")):
+        values = {getattr(row, name) for row in rows}
+        if len(values) == 1 and (value := values.pop()) != "":
+            parts.append((several if several and value != 1 else single).format(value))
+    calls = {row.calls for row in rows}
+    return ", ".join([*parts, f"{calls.pop()} calls each"] if len(calls) == 1 else parts)
+
+
+def family(row: Row) -> str:
+    """ "float", "ptq", "qat" or "distilled"."""
+    return "float" if row.is_float else FAMILIES.get(row.method, "distilled")
+
+
+def short(text: object, longest: int = _LONGEST) -> str:
+    """Text from outside on one line, cut where it is too long to be read."""
+    line = " ".join("".join(c if c.isprintable() or c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in str(text)).split())
+    return line if len(line) <= longest else line[: longest - 1] + "\N{HORIZONTAL ELLIPSIS}"
+
+
+def run_names(document: Mapping[str, Any]) -> list[str]:
+    """A name for each run: its processor, numbered where there are several runs."""
+    names = [short(run["environment"].get("cpu", "unknown processor"), 60) for run in document["runs"]]
+    return names if len(names) == 1 else [f"{index}: {name}" for index, name in enumerate(names, 1)]
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """One line per configuration, one column per way it came about: FP32, best float, PTQ, QAT, and distilled ones.
+
+    Attributes:
+        methods: names of the columns behind the two of floating point.
+        lines: (run, what it is as in ``WHAT``, a row or None per column).
+    """
+
+    methods: tuple[str, ...]
+    lines: tuple[tuple[int, tuple[str, ...], tuple[Row | None, ...]], ...]
+
+    @property
+    def telling(self) -> tuple[int, ...]:
+        """Places of ``WHAT`` that tell the lines apart; the bits always do."""
+        varied = [index for index in range(len(WHAT)) if len({what[index] for _, what, _ in self.lines}) > 1]
+        return tuple(sorted({WHAT.index("bits"), *varied}))
+
+
+WHAT = ("model", "bits", "toolkit", "runtime", "batch", "threads")
+
+
+def side_by_side(rows: Sequence[Row]) -> SideBySide | None:
+    """FP32, the best float row, PTQ, QAT and QAT with distillation beside each other; None without quantized rows.
+
+    FP32 is that of the same runtime, the best float row the fastest one of any runtime; where several rows belong in one place,
+    the most accurate one (the fastest one, without accuracies) stands there.
+    """
+    quantized = [row for row in rows if not row.is_float]
+    if not quantized:
+        return None
+    rank = {"PTQ": 0, "QAT": 1}
+    methods = tuple(sorted(dict.fromkeys(row.method for row in quantized), key=lambda name: rank.get(name, 2)))
+    floats: dict[tuple[int, str, int, int], list[Row]] = {}
+    for row in rows:
+        if row.is_float:
+            floats.setdefault(row.setting, []).append(row)
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in quantized:
+        groups.setdefault((*row.setting, row.runtime, row.toolkit or "", -row.weight_bits, -row.activation_bits), []).append(
+            row
+        )
+    lines = []
+    for group in groups.values():
+        first = group[0]
+        beside = floats.get(first.setting, [])
+        same = [row for row in beside if row.runtime == first.runtime and row.precision == "float32"]
+        baseline = same[0] if same else None
+        fastest = min(beside, key=lambda row: row.p50_ms, default=None)
+        cells = [max((row for row in group if row.method == name), key=_merit, default=None) for name in methods]
+        lines.append((first.run, _what(first), (baseline, fastest, *cells)))
+    return SideBySide(methods, tuple(lines))
+
+
+def _merit(row: Row) -> tuple[float, float]:
+    return row.accuracy or 0.0, -row.p50_ms
+
+
+def _what(row: Row) -> tuple[str, ...]:
+    return (
+        row.model,
+        f"W{row.weight_bits}A{row.activation_bits}",
+        row.toolkit or "",
+        row.runtime,
+        str(row.batch),
+        str(row.threads),
+    )
+
+
+def console_table(rows: Sequence[Row], title: str | None = None) -> Table:
+    """The report's table for a terminal of 80 columns: what tells the rows apart, and the figures that matter most."""
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    several = {column: len({column.value(row) for row in rows}) > 1 for column in (MODEL, RUNTIME, BATCH, THREADS)}
+    wanted = [ROW, *(column for column, varies in several.items() if varies), ACCURACY, P50, SPEEDUP, INTEGER]
+    table.add_column("", no_wrap=True, min_width=1)
+    cells = [[short(column.text(row), 60) for column in wanted] for row in rows]
+    for index, column in enumerate(wanted):
+        numeric, longest = column.is_numeric(rows), max((len(line[index]) for line in cells), default=1)
+        word = max(map(len, column.heading.split()))
+        # Where the terminal is narrow, headings take two lines, then long names do; figures are never cut.
+        table.add_column(
+            column.heading,
+            justify="right" if numeric else "left",
+            no_wrap=not numeric and longest <= 24,
+            min_width=max(longest, word) if numeric else None,
+        )
+    for line, best in zip(cells, pareto(rows), strict=True):
+        table.add_row("*" if best else "", *line)
+    return table

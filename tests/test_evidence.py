@@ -1,0 +1,62 @@
+"""The study of accuracy: its cells repeat, its statistics are scipy's, a run that was stopped leaves no half seed."""
+
+import json
+
+import evidence
+import glyphs
+import pytest
+import torch
+from scipy import stats
+from torch import nn
+
+from qakd_plugin.demo.net import DigitNet
+
+TINY = evidence.Size(images=256, epochs=1, seeds=2)
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """With few images, and a teacher that is not trained."""
+    pools = glyphs.render(1300, seed=0), glyphs.render(100, seed=1)
+    splits = tuple((torch.from_numpy(images)[:, None] / 255, torch.from_numpy(labels)) for images, labels in pools)
+    monkeypatch.setattr(evidence, "data", lambda name: splits)
+    torch.manual_seed(0)
+    network = DigitNet(width=8)
+    network.head = nn.Linear(32, len(glyphs.CLASSES))
+    torch.save(network.state_dict(), tmp_path / "teacher-glyphs.pt")
+    return evidence.Study(TINY, tmp_path)
+
+
+@pytest.mark.parametrize("method", ["SQAKD", "QAT"])
+def test_a_cell_gives_the_same_numbers_again(method, study):
+    cell = evidence.Cell("LSQ", 4, method, 0.1, seed=3)
+    assert study.run(cell) == study.run(cell)
+
+
+def test_only_whole_seeds_count(tmp_path):
+    for cell in evidence.cells(TINY):
+        (tmp_path / f"{cell.slug}.json").write_text(json.dumps({"before": 0.1, "accuracy": 0.5, "deployed": 0.5}))
+    assert {len(runs) for runs in evidence.read(TINY, tmp_path).values()} == {2}
+    (tmp_path / f"{evidence.cells(TINY)[-1].slug}.json").unlink()
+    assert {len(runs) for runs in evidence.read(TINY, tmp_path).values()} == {1}
+
+
+def test_intervals_and_p_values_are_scipys():
+    runs = {"QAT": [0.80, 0.82, 0.81, 0.79], "SQAKD": [0.83, 0.84, 0.82, 0.83]}
+    found = {
+        ("LSQ", 2, method, 1.0): [{"before": 0.1, "accuracy": value, "deployed": value} for value in values]
+        for method, values in runs.items()
+    }
+    qat, sqakd = evidence.summary(found)
+    low, high = stats.t.interval(0.95, 3, loc=0.805, scale=stats.sem(runs["QAT"]))
+    assert qat["interval"] == pytest.approx((high - low) / 2)
+    assert sqakd["over_qat"] == pytest.approx(0.025)
+    assert sqakd["p"] == pytest.approx(stats.ttest_rel(runs["SQAKD"], runs["QAT"]).pvalue)
+    document = {"teacher": 0.85, "rows": [qat, sqakd]}
+    assert [line.rpartition(": ")[2] for line in evidence.verdicts(document)] == ["met"]
+    assert "MISSED" in evidence.verdicts({"teacher": 0.85, "rows": [sqakd | {"p": 0.2}]})[0]
+
+
+def test_cells_have_names_of_their_own():
+    slugs = [cell.slug for cell in evidence.cells(evidence.FULL)]
+    assert len(slugs) == len(set(slugs))
