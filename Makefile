@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test matrix resume fuzz lint clean
+.PHONY: demo test matrix resume fuzz docs lint clean
 
 demo: $(STAMP)
 	$(BIN)/qakd demo
@@ -24,6 +24,9 @@ resume: $(STAMP)
 fuzz: $(STAMP)
 	$(BIN)/python -m pytest -m fuzz tests/test_fuzz.py
 
+docs: $(STAMP)
+	$(BIN)/python -m mkdocs build --strict
+
 lint: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -40,4 +43,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache

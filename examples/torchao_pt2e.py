@@ -7,6 +7,7 @@ XNNPACK's; the one here has what TensorRT takes: symmetric, per-channel weights,
 """
 
 import argparse
+import copy
 from pathlib import Path
 
 import torch
@@ -25,9 +26,12 @@ def main(epochs: int = 5, teacher_epochs: int = 10, width: int = 8, folder: Path
     loader = digits.loader("train", shuffle=True)
     float_model = train_float(DigitNet(width), loader, teacher_epochs)
 
-    # As torchao documents it. Step 1: program capture, here with a batch of any size.
+    # As torchao documents it. Step 1: program capture, here with a batch of any size, and of a copy: a captured program shares
+    # its tensors with the network that it was made of, and would take the teacher along as it trains.
     example_inputs = (digits.train[0][:64],)
-    exported_model = torch.export.export(float_model, example_inputs, dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
+    exported_model = torch.export.export(
+        copy.deepcopy(float_model), example_inputs, dynamic_shapes=({0: torch.export.Dim("batch")},)
+    ).module()
     # Step 2: quantization-aware training.
     quantizer = qakd.configuration(float_model, "pt2e")  # in place of XNNPACKQuantizer()
     prepared_model = prepare_qat_pt2e(exported_model, quantizer)

@@ -88,6 +88,22 @@ def check_first_batch(student: nn.Module, student_logits: Tensor, teacher_logits
 
 
 @torch.no_grad()
+def check_separate(student: nn.Module, teacher: nn.Module) -> None:
+    """Student and teacher must not hold the same tensors, or training one trains the other.
+
+    Raises:
+        QakdError: they do; names a parameter.
+    """
+    trained = {p.data_ptr(): name for name, p in student.named_parameters() if p.requires_grad and p.numel()}
+    for name, parameter in teacher.named_parameters():
+        if parameter.numel() and parameter.data_ptr() in trained:
+            raise QakdError(
+                f"teacher: its {name!r} is the same tensor as {trained[parameter.data_ptr()]!r} of prepared_model, so that "
+                "training would change the teacher. Prepare a copy: copy.deepcopy(model) goes into torch.export.export, "
+                "mtq.quantize, quantize_ or prepare_qat_fx, which work in place or share tensors."
+            )
+
+
 def check_against_teacher(adapter: Adapter, student: nn.Module, teacher: nn.Module, teacher_logits: Tensor, x: Tensor) -> None:
     """Warn where the student without fake quantization is not the teacher although it has all its weights.
 

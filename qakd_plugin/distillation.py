@@ -19,7 +19,7 @@ from .augment.select import Augmentation, CMISelector, FixedAugmentation, Select
 from .backends import Adapter, Quantizer, adapter_for
 from .batches import BatchFn, default_batch
 from .checkpoint import CheckpointStore
-from .checks import check_quantizers, check_trainable
+from .checks import check_quantizers, check_separate, check_trainable
 from .description import describe
 from .errors import QakdError, UnsupportedQuantizerError
 from .hooks import require_teacher
@@ -167,6 +167,8 @@ def distill(
     teacher = one_teacher(teacher)
     require_whole("teacher", teacher)
     require_teacher(method, phases, teacher)
+    if teacher is not None:
+        check_separate(prepared_model, teacher)
     _require_length(loader)
     check_quantizers(adapter, prepared_model)
     check_trainable(adapter, prepared_model)

@@ -11,6 +11,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
 from .backends import adapter_for
+from .checks import check_separate
 from .errors import QakdError
 from .features import FeatureTaps
 from .methods import SQAKD, Method, Phase, require_labels, total_loss
@@ -180,13 +181,15 @@ def attach(
 
     Raises:
         NotPreparedError: no toolkit prepared the model.
-        QakdError: the method needs a teacher and there is none.
+        QakdError: the method needs a teacher and there is none, or the teacher shares tensors with the model.
     """
     method = SQAKD() if method is None else method
     phases = method.phases(100)  # how many epochs each has is up to the caller's loop
     adapter_for(unwrapped(prepared_model))
     teacher = one_teacher(teacher)
     require_teacher(method, phases, teacher)
+    if teacher is not None:
+        check_separate(prepared_model, teacher)
     return Attached(prepared_model, teacher, method, phases)
 
 

@@ -1,6 +1,9 @@
 """Every Python block of the pages in docs/ runs, in order, page by page."""
 
+import pydoc
 import re
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
@@ -68,6 +71,31 @@ def test_a_block_that_cannot_run_says_why():
     for page in DOCS.glob("*.md"):
         for line, mark, _ in blocks(page.read_text()):
             assert re.fullmatch(r"|no-run: \S.*", mark), f"{page.name}:{line}: write ```python no-run: the reason"
+
+
+def test_the_reference_holds_every_public_name_where_it_lives():
+    listed = re.findall(r"^::: (\S+)$", (DOCS / "reference.md").read_text(), re.MULTILINE)
+    documented = [pydoc.locate(path) for path in listed]
+    assert None not in documented, listed[documented.index(None)]
+    for name in qakd.__all__:
+        if name != "__version__":
+            assert any(getattr(qakd, name) is found for found in documented), name
+
+
+def test_the_site_is_built_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocstrings", reason="pip install 'qakd-plugin[docs]'")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path / "site"]
+    done = subprocess.run(command, cwd=DOCS.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    reference = (tmp_path / "site" / "reference.html").read_text()
+    assert "Train a model that a quantization toolkit has prepared" in reference
+    assert ":func:" not in reference
+
+
+def test_the_pages_mention_files_that_exist_only():
+    for page in DOCS.glob("*.md"):
+        for path in re.findall(r"(?:examples|benchmarks|tests)/[\w/]+\.(?:py|yaml)", page.read_text()):
+            assert (DOCS.parent / path).is_file(), f"{page.name}: {path}"
 
 
 def test_blocks_are_found_with_their_lines():

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
 
 from qakd_plugin import (
     KD,
@@ -19,6 +20,7 @@ from qakd_plugin import (
     QakdError,
     TrainingError,
     attach,
+    configuration,
     distill,
     use_quantizers,
 )
@@ -183,6 +185,17 @@ def test_a_checkpoint_of_another_optimizer_is_refused(make_student, teacher, bat
 
 
 # -- teachers
+
+
+def test_a_teacher_that_shares_tensors_with_its_student_is_refused(teacher, batches):
+    graph = torch.export.export(teacher, (batches[0][0],)).module()
+    student = prepare_qat_pt2e(graph, configuration(teacher, "pt2e"))
+    student(batches[0][0])
+    before = _weights(teacher)
+    for call in (lambda: distill(student, teacher, batches, epochs=1), lambda: attach(student, [teacher, teacher])):
+        with pytest.raises(QakdError, match=r"teacher: its '.*' is the same tensor as .* of prepared_model"):
+            call()
+    assert _same(_weights(teacher), before)
 
 
 def test_several_teachers_teach_their_mean(make_student, teacher, batches):

@@ -10,6 +10,7 @@ Each process prepares the same student and passes the whole loader; ``distill`` 
 import argparse
 import hashlib
 import os
+import sys
 
 import torch
 
@@ -35,7 +36,8 @@ def main(epochs: int = 3, teacher_epochs: int = 10, width: int = 8) -> tuple[flo
     digest = hashlib.sha256()
     for tensor in result.model.state_dict().values():
         digest.update(tensor.cpu().numpy().tobytes())
-    print(f"process {os.environ.get('RANK', '0')}: accuracy {accuracy:.4f}, weights {digest.hexdigest()[:16]}", flush=True)
+    line = f"process {os.environ.get('RANK', '0')}: accuracy {accuracy:.4f}, weights {digest.hexdigest()[:16]}\n"
+    sys.stdout.write(line)  # at once, so that lines of processes do not mix
     return accuracy, digest.hexdigest()
 
 
