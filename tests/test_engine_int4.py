@@ -84,20 +84,14 @@ def test_w4a8_computes_in_int8_from_weights_stored_in_int4(learned, perceptron, 
 
 def test_int4_and_int8_files_of_one_model_compute_the_same(perceptron, x, tmp_path):
     student = prepare(perceptron, [x], weight_bits=4, activation_bits=8)
-    packed = export_onnx(student, x, tmp_path / "packed.onnx").path
-    model = onnx.load(packed)
-    for tensor in model.graph.initializer:
-        if tensor.data_type == onnx.TensorProto.INT4:
-            codes = onnx.numpy_helper.to_array(tensor).astype(np.int8)
-            assert codes.size // 2 == len(tensor.raw_data)
-            tensor.CopyFrom(onnx.numpy_helper.from_array(codes, tensor.name))
-    onnx.save(model, tmp_path / "whole.onnx")
+    packed, whole = (
+        export_onnx(student, x, tmp_path / f"{storage}.onnx", weight_storage=storage).path for storage in ("int4", "int8")
+    )
+    stored = [{tensor.data_type for tensor in onnx.load(path).graph.initializer} for path in (packed, whole)]
+    assert [onnx.TensorProto.INT4 in types for types in stored] == [True, False]
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    first, second = (
-        onnxruntime.InferenceSession(path, options).run(None, {"input": x.numpy()})[0]
-        for path in (packed, tmp_path / "whole.onnx")
-    )
+    first, second = (onnxruntime.InferenceSession(path, options).run(None, {"input": x.numpy()})[0] for path in (packed, whole))
     np.testing.assert_array_equal(first, second)
 
 

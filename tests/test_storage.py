@@ -153,7 +153,6 @@ def test_weights_on_a_grid_without_zero_are_packed_too(tmp_path, wide):
     [
         ("openvino", "int2", "openvino does not load 2-bit weights"),
         ("tensorrt", "int2", "tensorrt does not load 2-bit weights"),
-        ("tensorrt", "int8", "Leave weight_storage out"),
         ("onnxruntime", "int1", "weight_storage='int1' is unknown"),
     ],
 )

@@ -76,8 +76,9 @@ def export_onnx(
         example_input: float32 (N, C, H, W). Parity is checked on these samples: pass real ones, several.
         path: where the file goes; it appears whole or not at all.
         target: "tensorrt", "onnxruntime" or "openvino".
-        weight_storage: the narrowest type in the file. "int4" needs ONNX Runtime 1.23 or later, or OpenVINO; "int8" is for
-            older ones; "int2" (opset 25) makes files of 2-bit models smaller still, for ONNX Runtime alone.
+        weight_storage: the narrowest type in the file. "int4" needs ONNX Runtime 1.23 or later, OpenVINO, or TensorRT-RTX;
+            "int8" is for older ones, and for a classic TensorRT that takes no 4 bits beside quantized activations; "int2"
+            (opset 25) makes files of 2-bit models smaller still, for ONNX Runtime alone.
         float16: for TensorRT: write what is not quantized, and all scales, in FP16. Strongly typed engines compute it as the
             file says, and INT8 layers beside FP32 ones lose to FP16 throughout. The gate then holds in two steps: exactly for
             the float32 form, and within the tolerances of :mod:`qakd_plugin.deploy.float16` for its conversion.
@@ -103,7 +104,8 @@ def export_onnx(
     samples = example_input.detach().cpu().float()
     model = export_canonical(form, samples)
     if target == "tensorrt":
-        model = to_tensorrt_form(model)
+        if weight_storage == "int4":
+            model = to_tensorrt_form(model)
         _check_weights(model)
     elif target == "onnxruntime":
         model = to_onnxruntime_form(model, weight_storage)
@@ -147,10 +149,6 @@ def _check_storage(storage: str, target: str) -> None:
         raise ExportError(
             f"weight_storage='int2': {target} does not load 2-bit weights, ONNX Runtime alone does. Take 'int4', which "
             "holds them in 4 bits."
-        )
-    if storage == "int8" and target == "tensorrt":
-        raise ExportError(
-            "weight_storage='int8': for TensorRT, weights take 8 bits wherever it needs them to. Leave weight_storage out."
         )
 
 
