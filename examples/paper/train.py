@@ -80,9 +80,10 @@ def run(config: Config, out: Path) -> dict[str, float]:
         **numbers,
     )
 
+    # In every process: metrics are summed over all of them.
+    found = evaluate(result.model, teacher, splits.test, lambda batch: (batch[0], batch[1]), accelerator.device)
     if not accelerator.is_main_process:
         return {}
-    found = evaluate(result.model, teacher, splits.test, lambda batch: (batch[0], batch[1]), accelerator.device)
     example = next(iter(splits.held_out))[0][:16].to(accelerator.device)
     qakd.export_onnx(result.model, example, out / "student.onnx")
     accuracies = {"FP": 100 * found["val_teacher_accuracy"], label(config): 100 * found["val_accuracy"]}
