@@ -1,8 +1,7 @@
 """Where quantizers belong in a float model so that every target runs it in integers.
 
 ONNX Runtime turns a convolution into an integer kernel only if its own output is quantized, which a toolkit that puts
-quantizers
-on layer inputs does not see to where a convolution feeds a residual add, a concatenation or a pooling. TensorRT takes signed
+quantizers on layer inputs does not see to where a convolution feeds a residual add, a concatenation or a pooling. TensorRT takes signed
 codes only, so below 8 bits a tensor that a ReLU made non-negative should have an unsigned grid, or half of its levels are lost.
 Both are questions about the graph; this module answers them once, for every toolkit.
 """
@@ -121,8 +120,7 @@ def place_quantizers(model: nn.Module, keep: Sequence[str] = ()) -> Placement:
     except Exception as error:  # user code runs under the tracer: whatever it raises means "cannot be traced"
         _log.warning(
             "%s cannot be traced by torch.fx (%s): quantizers go in front of each layer only. Convolutions that feed an add "
-            "or a "
-            "concatenation will stay in floating point in ONNX Runtime.",
+            "or a concatenation will stay in floating point in ONNX Runtime.",
             type(model).__name__,
             str(error).splitlines()[0] if str(error) else type(error).__name__,
         )
