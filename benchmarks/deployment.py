@@ -6,8 +6,8 @@ Networks are calibrated, not trained: latency does not depend on the weights. Ro
 pinned to f32); ours at W8A8 and W4A4, prepared by ModelOpt, and at W8A8 by torch.ao FX (convolutional networks); ours tuned for
 this machine (AMX hosts only); ``quantize_static`` at several settings (the fastest counts); NNCF's post-training quantization
 (where ``nncf`` is installed). Bars are ratios of median processor times over FP32 in ONNX Runtime. Files are made once per
-folder ``--cells``, each network in a process of its own, whose time and peak memory are noted; networks that --out holds already
-are not measured again unless --fresh.
+folder ``--cells``, each network in a process of its own, whose time and peak memory are noted; networks that --out holds
+already are not measured again unless --fresh.
 """
 
 from __future__ import annotations

@@ -26,8 +26,7 @@ def check_quantizers(adapter: Adapter, model: nn.Module) -> None:
     if "weight" not in roles:
         raise NotPreparedError(
             f"prepared_model ({type(model).__name__}, {adapter.name}) has no enabled weight quantizer: there is nothing to "
-            "train for. "
-            "Enable weight quantization in the toolkit's configuration, or use qakd_plugin.prepare."
+            "train for. Enable weight quantization in the toolkit's configuration, or use qakd_plugin.prepare."
         )
     if "activation" not in roles:
         _log.warning(
@@ -62,8 +61,7 @@ def check_trainable(adapter: Adapter, model: nn.Module) -> None:
     if not any(p.requires_grad for p in model.parameters() if id(p) not in of_quantizers):
         raise TrainingError(
             f"none of prepared_model's weights requires a gradient ({type(model).__name__}): it looks like a copy of a frozen "
-            "teacher. "
-            "Call prepared_model.requires_grad_(True) before distill."
+            "teacher. Call prepared_model.requires_grad_(True) before distill."
         )
 
 
@@ -82,8 +80,7 @@ def check_first_batch(student: nn.Module, student_logits: Tensor, teacher_logits
     if teacher_logits is not None and teacher_logits.shape != student_logits.shape:
         raise QakdError(
             f"teacher and prepared_model must know the same classes: the teacher puts out {tuple(teacher_logits.shape)}, the "
-            "student "
-            f"{tuple(student_logits.shape)} for the same batch."
+            f"student {tuple(student_logits.shape)} for the same batch."
         )
 
 

@@ -287,8 +287,7 @@ def _require_length(loader: Iterable[Any]) -> None:
     if not isinstance(loader, Sized):
         raise QakdError(
             f"loader ({type(loader).__name__}) has no length, which the schedule needs. Pass a DataLoader over a map-style "
-            "data set, "
-            "or a list of batches."
+            "data set, or a list of batches."
         )
     if len(loader) == 0:
         raise QakdError("loader is empty: it holds no batch. Check the data set, the batch size and drop_last.")

@@ -238,8 +238,7 @@ def require_labels(method: Method, labels: object) -> Tensor:
         kind = "none" if labels is None else f"{type(labels).__name__}"
         raise LabelsRequiredError(
             f"{type(method).__name__} learns from labels, but the batch holds {kind}. Yield (x, y) with y an int64 tensor "
-            "(N,), "
-            "pass a batch_fn that finds the labels, or use SQAKD, which needs none."
+            "(N,), pass a batch_fn that finds the labels, or use SQAKD, which needs none."
         )
     return labels
 

@@ -1,9 +1,9 @@
 """Where quantizers belong in a float model so that every target runs it in integers.
 
 ONNX Runtime turns a convolution into an integer kernel only if its own output is quantized, which a toolkit that puts
-quantizers on layer inputs does not see to where a convolution feeds a residual add, a concatenation or a pooling. TensorRT takes signed
-codes only, so below 8 bits a tensor that a ReLU made non-negative should have an unsigned grid, or half of its levels are lost.
-Both are questions about the graph; this module answers them once, for every toolkit.
+quantizers on layer inputs does not see to where a convolution feeds a residual add, a concatenation or a pooling. TensorRT
+takes signed codes only, so below 8 bits a tensor that a ReLU made non-negative should have an unsigned grid, or half of its
+levels are lost. Both are questions about the graph; this module answers them once, for every toolkit.
 """
 
 from __future__ import annotations

@@ -34,6 +34,5 @@ def adapter_for(model: nn.Module) -> Adapter:
             return adapter
     raise NotPreparedError(
         f"prepared_model ({type(model).__name__}) holds no quantizer of {' or '.join(a.name for a in ADAPTERS)}: it looks "
-        "like a "
-        "float model. Prepare it with its toolkit first, or with qakd_plugin.prepare(model, calibration_batches)."
+        "like a float model. Prepare it with its toolkit first, or with qakd_plugin.prepare(model, calibration_batches)."
     )

@@ -76,8 +76,7 @@ class ModelOptAdapter:
         if amax is None:
             raise NotPreparedError(
                 f"{quantizer.fqn} has no calibrated range (amax). Pass a forward_loop to mtq.quantize that runs several "
-                "batches, "
-                "or prepare the model with qakd_plugin.prepare(model, calibration_batches)."
+                "batches, or prepare the model with qakd_plugin.prepare(model, calibration_batches)."
             )
         amax = amax.detach().float()
         dead = amax <= _SMALLEST_AMAX

@@ -172,8 +172,7 @@ def _export_all(console: Console, folder: Path, students: list[Student], example
         proof = exported.parity
         console.print(
             f"     {student.name}: {proof.weight_codes:,} weight codes equal, {proof.activation_codes:,} activation codes "
-            "compared, "
-            f"{proof.ties_runtime} rounding ties, deviation {proof.runtime_deviation:.0e} with ties settled"
+            f"compared, {proof.ties_runtime} rounding ties, deviation {proof.runtime_deviation:.0e} with ties settled"
         )
         parity.append({"name": student.name, **proof.as_dict()})
     return parity

@@ -167,6 +167,5 @@ def _check_quantizers(adapter: Adapter, model: nn.Module, target: str) -> None:
         if problem:
             raise UnsupportedQuantizerError(
                 f"{quantizer.fqn}: {problem}. Prepare the model with a symmetric configuration (qakd_plugin.prepare makes "
-                "one), or "
-                "export for another target."
+                "one), or export for another target."
             )

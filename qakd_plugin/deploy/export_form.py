@@ -185,8 +185,7 @@ def _functional(layer: nn.Module) -> _Functional:
     if not isinstance(layer, nn.Linear | _ConvNd):
         raise UnsupportedQuantizerError(
             f"a quantized {type(layer).__name__} has no export form: weights of convolutions and linear layers can be "
-            "exported. "
-            "Exclude this layer from quantization (keep=...)."
+            "exported. Exclude this layer from quantization (keep=...)."
         )
     return _Functional(layer)
 

@@ -4,8 +4,9 @@ ONNX Runtime fuses ``DQ -> Conv -> Q`` into an integer kernel, but it cannot abs
 Clip there stops the fusion. With unsigned codes the ReLU is the lower end of the range, and the upper end can be clipped on the
 integers instead:
 
-    Conv -> [Relu | Clip(0, c)]* -> [Clip] -> Q(s8, s) -> DQ   becomes   Conv -> Q(u8, zero point 0, s) -> Clip_u8(0, q_max) ->
-    DQ
+    Conv -> [Relu | Clip(0, c)]* -> [Clip] -> Q(s8, s) -> DQ
+becomes
+    Conv -> Q(u8, zero point 0, s) -> Clip_u8(0, q_max) -> DQ
 
 and every other tensor is shifted by 128. The runtime also rounds float biases to multiples of s_x * s_w; weights of few bits
 are therefore stored times a power of two, with a scale divided by it, so that this rounding stays far below one output step.
