@@ -1,4 +1,4 @@
-"""bfloat16 for convolutions, float32 for quantizers, losses and weights; channels_last images.
+"""bfloat16 for convolutions, float32 for quantizers, losses and weights.
 
     python examples/by_feature/bf16.py [--epochs 4]
 
@@ -19,9 +19,8 @@ def main(epochs: int = 4, teacher_epochs: int = 10, width: int = 8) -> tuple[flo
     torch.manual_seed(0)
     digits = load()
     teacher = train_float(DigitNet(width), digits.loader("train", shuffle=True), teacher_epochs)
-    teacher.to(memory_format=torch.channels_last)
     student = qakd.prepare(teacher, [digits.train[0][:256]], weight_bits=4, activation_bits=4)
-    qakd.use_quantizers(student, qakd.LSQ())  # they keep channels_last; ModelOpt's own copy every input
+    qakd.use_quantizers(student, qakd.LSQ())
 
     result = qakd.distill(
         student,
