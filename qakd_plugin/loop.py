@@ -389,14 +389,13 @@ class Trainer:
         if self.cache is None:
             return
         phase = self.phases[0]
-        inputs = (self._on_device(batch, phase)[0] for batch in self.loader)
 
         def logits(x: Tensor) -> Tensor:
             with self._autocast():
                 return teacher_logits(self.teacher, phase, (x,), {}).float()
 
-        with undisturbed(self.generators):
-            self.cache.fill(inputs, logits, self.processes)
+        with undisturbed(self.generators):  # beginning to iterate draws already
+            self.cache.fill((self._on_device(batch, phase)[0] for batch in self.loader), logits, self.processes)
 
     def _prepared_teacher(self, teacher: nn.Module) -> nn.Module:
         """Only a teacher that learns is wrapped for data parallel training."""

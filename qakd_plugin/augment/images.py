@@ -42,7 +42,7 @@ class UnitRange:
         if self._stats is not None:
             x = x * self._stats[1].to(x) + self._stats[0].to(x)
         low, high = (float(value) for value in x.aminmax())
-        if not (low >= -1e-2 and high <= 1 + 1e-2):
+        if low < -1e-2 or high > 1 + 1e-2:  # what is no number is reported where it would do harm
             given = "after input_stats they lie" if self._stats is not None else "they lie"
             raise QakdError(
                 f"images must be in [0, 1] for an augmentation, but {given} in {low:.3g}..{high:.3g}. "

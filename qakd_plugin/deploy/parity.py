@@ -224,7 +224,7 @@ def check_weight_codes(file: ir.Model, form: nn.Module) -> int:
         trained = weight.codes.numpy().astype(np.int32)
         for channel, bits in _coarse_channels(node):
             trained[channel] = np.rint(trained[channel] / 2.0**bits)
-        problem = _codes_differ(codes.astype(np.int32), trained)
+        problem = _codes_differ(codes.astype(np.int32), trained, 0 if weight.block else weight.axis)
         if problem:
             raise ParityError(f"{layer}: {problem} between the file and the trained model.", layer)
         if weight.block and not np.array_equal(scale, weight.scale.numpy()):
@@ -244,10 +244,11 @@ def _coarse_channels(node: ir.Node) -> list[tuple[int, int]]:
     return [(int(channel), int(bits)) for channel, bits in pairs]
 
 
-def _codes_differ(codes: npt.NDArray[np.int32], trained: npt.NDArray[np.int32]) -> str | None:
-    """Codes of a channel may differ by a power of two and by a sign, or be all zero."""
+def _codes_differ(codes: npt.NDArray[np.int32], trained: npt.NDArray[np.int32], axis: int) -> str | None:
+    """Codes of a channel, along ``axis``, may differ by a power of two and by a sign, or be all zero."""
     if codes.shape != trained.shape:
         return f"weight shapes differ ({codes.shape} and {trained.shape})"
+    codes, trained = np.moveaxis(codes, axis, 0), np.moveaxis(trained, axis, 0)
     rows, reference = codes.reshape(len(codes), -1), trained.reshape(len(trained), -1)
     largest, wanted = (np.abs(part).max(axis=1, initial=0, keepdims=True) for part in (rows, reference))
     factor = np.where(wanted > 0, largest // np.maximum(wanted, 1), 1)
