@@ -29,20 +29,24 @@ def data(name: str) -> tuple[Split, Split]:
     return digits.train, digits.test
 
 
-def teacher(name: str, path: Path, augment: Augment | None = None) -> nn.Module:
+def teacher(
+    name: str, path: Path, augment: Augment | None = None, *, train: Split | None = None, epochs: int | None = None
+) -> nn.Module:
     """The full-precision network of a data set, trained once and kept at ``path``.
 
     Args:
         name: of the data set.
         path: of its weights.
         augment: a batch of images -> (images, anything), in its training.
+        train: what it learns from; the data set's whole training split by default.
+        epochs: of its training; 6 on glyphs and 15 on digits by default.
     """
     torch.manual_seed(0)
     network = DigitNet(width=8)
     network.head = nn.Linear(32, len(glyphs.CLASSES) if name == "glyphs" else 10)
     if not path.is_file():
-        (images, labels), _ = data(name)
-        _train_teacher(network.to(DEVICE), images, labels, augment, epochs=6 if name == "glyphs" else 15)
+        images, labels = data(name)[0] if train is None else train
+        _train_teacher(network.to(DEVICE), images, labels, augment, epochs or (6 if name == "glyphs" else 15))
         with atomic_path(path) as temporary:
             torch.save(network.state_dict(), temporary)
     network.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))

@@ -11,15 +11,18 @@ from torch import nn
 
 from qakd_plugin.demo.net import DigitNet
 
-TINY = evidence.Size(images=256, epochs=1, seeds=2)
+TINY = evidence.Size(images=256, epochs=1, seeds=2, teacher_images=512, teacher_epochs=1, test_images=100)
 
 
 @pytest.fixture
 def study(tmp_path, monkeypatch):
     """With few images, and a teacher that is not trained."""
-    pools = glyphs.render(1300, seed=0), glyphs.render(100, seed=1)
-    splits = tuple((torch.from_numpy(images)[:, None] / 255, torch.from_numpy(labels)) for images, labels in pools)
-    monkeypatch.setattr(evidence, "data", lambda name: splits)
+    splits = {seed: glyphs.render(count, seed) for seed, count in ((0, 1512), (2, 100))}
+    splits = {
+        seed: (torch.from_numpy(images)[:, None] / 255, torch.from_numpy(labels)) for seed, (images, labels) in splits.items()
+    }
+    monkeypatch.setattr(evidence, "data", lambda name: (splits[0], splits[2]))
+    monkeypatch.setattr(glyphs, "load", lambda count, seed: splits[seed])
     torch.manual_seed(0)
     network = DigitNet(width=8)
     network.head = nn.Linear(32, len(glyphs.CLASSES))
@@ -27,9 +30,9 @@ def study(tmp_path, monkeypatch):
     return evidence.Study(TINY, tmp_path)
 
 
-@pytest.mark.parametrize("method", ["SQAKD", "QAT"])
-def test_a_cell_gives_the_same_numbers_again(method, study):
-    cell = evidence.Cell("LSQ", 4, method, 0.1, seed=3)
+@pytest.mark.parametrize(("method", "share"), [("SQAKD", 2.0), ("QAT", 0.1)])
+def test_a_cell_gives_the_same_numbers_again(method, share, study):
+    cell = evidence.Cell("LSQ", 4, method, share, seed=3)
     assert study.run(cell) == study.run(cell)
 
 
@@ -55,6 +58,12 @@ def test_intervals_and_p_values_are_scipys():
     document = {"teacher": 0.85, "rows": [qat, sqakd]}
     assert [line.rpartition(": ")[2] for line in evidence.verdicts(document)] == ["met"]
     assert "MISSED" in evidence.verdicts({"teacher": 0.85, "rows": [sqakd | {"p": 0.2}]})[0]
+
+
+def test_what_picks_the_best_epoch_was_learned_from_by_nobody(study):
+    learned = {image.numpy().tobytes() for image in study.pool[0]}
+    assert not learned & {image.numpy().tobytes() for image in (*study.validation[0], *study.test[0])}
+    assert {image.numpy().tobytes() for image in study.train[0]} <= learned
 
 
 def test_cells_have_names_of_their_own():
