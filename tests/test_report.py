@@ -308,12 +308,15 @@ def test_the_plot_keeps_points_inside_labels_apart_and_needs_an_accuracy():
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "logarithmic"), [(0, 1e-6, False), (99.9, 100, False), (0.01, 3000, True), (1e-6, 1e9, True)]
+    ("low", "high", "logarithmic"),
+    [(0, 1e-6, False), (99.9, 100, False), (-2, 3, False), (0.01, 3000, True), (1e-6, 1e9, True)],
 )
 def test_ticks_are_few_round_and_within_the_axis(low, high, logarithmic):
     axis = Axis(low, high, 0.0, 100.0, logarithmic)
     ticks = axis.ticks(5)
     assert 2 <= len(ticks) <= 20
+    if low < 0:
+        assert float(ticks[0][1]) == low  # a round end has its tick, whatever its sign
     assert [position for position, _ in ticks] == sorted(position for position, _ in ticks)
     for position, text in ticks:
         assert position == pytest.approx(axis(float(text)), abs=0.2)

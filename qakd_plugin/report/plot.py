@@ -52,12 +52,13 @@ class Axis:
             powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             room = abs(self.end - self.start) / _TICK_WIDTH
             factors = (1, 2, 5) if 3 * math.log10(self.high / self.low) < room else (1,)
-            values = [factor * 10.0**power for power in powers for factor in factors]
+            every = [factor * 10.0**power for power in powers for factor in factors]
+            values = [value for value in every if self.low * 0.999 <= value <= self.high * 1.001]
         else:
             step = nice_step((self.high - self.low) / number)
             first = math.ceil(self.low / step - 1e-9)
             values = [k * step for k in range(first, math.floor(self.high / step + 1e-9) + 1)]
-        return tuple((self(value), f"{value:.4g}") for value in values if self.low * 0.999 <= value <= self.high * 1.001)
+        return tuple((self(value), f"{value:.4g}") for value in values)
 
 
 @dataclass(frozen=True)
