@@ -3,6 +3,9 @@
 import json
 from importlib import import_module
 
+import evidence
+import evidence_figure
+import evidence_page
 import pytest
 import readme_tables
 
@@ -14,13 +17,29 @@ TABLES = [
     "augmentation_cost",
     "augmentation_racing",
     "augmentation_study",
+    "evidence",
 ]
+
+
+def committed(name):
+    return json.loads((readme_tables.RESULTS / f"{name}.json").read_text())
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_a_table_of_the_readme_is_made_from_the_committed_figures(name):
-    document = json.loads((readme_tables.RESULTS / f"{name}.json").read_text())
-    assert readme_tables.read_table(name) == import_module(name).make_table(document)
+    assert readme_tables.read_table(name) == import_module(name).make_table(committed(name))
+
+
+def test_the_controls_in_the_readme_are_made_from_the_committed_figures():
+    assert readme_tables.read_table("evidence_controls") == evidence.make_controls_table(committed("evidence"))
+
+
+def test_the_page_of_the_evidence_and_its_figure_are_made_from_the_committed_figures():
+    document, study = committed("evidence"), committed("augmentation_study")
+    page = evidence_page.DOCS / evidence_page.PAGE
+    for name, table in evidence_page.page_tables_of(document, study).items():
+        assert readme_tables.read_table(name, page) == table, name
+    assert page.with_name(evidence_page.FIGURE).read_text() == evidence_figure.draw(document)
 
 
 def test_the_zoo_in_the_readme_is_made_from_the_committed_cells():

@@ -1,0 +1,360 @@
+"""The figure and the page of the evidence, and the README's tables, made from the committed figures.
+
+    python benchmarks/evidence_page.py                                        # docs/evidence.svg, docs/evidence.md, README
+    python benchmarks/evidence_page.py --in runs/full.json --out runs/full    # a study of your own: nothing else is touched
+
+Nothing is trained here. What a paper claims is put as comparisons of students, and the word beside it follows from them: from
+their mean, tested over seeds, and corrected by Holm for the number of claims.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import augmentation_study
+import evidence
+import evidence_figure
+import numpy as np
+import readme_tables
+from numpy.typing import NDArray
+from scipy import stats
+
+from qakd_plugin._files import write_atomic
+
+DOCS = readme_tables.ROOT / "docs"
+PAGE, FIGURE = "evidence.md", "evidence.svg"
+SIGNIFICANT = 0.05
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One test.
+
+    Attributes:
+        estimate: a difference of accuracies, or a correlation; positive speaks for the claim.
+        p: two-sided; 1 where nothing can be tested.
+        half_width: of the 95 % interval, where it is known.
+    """
+
+    estimate: float
+    p: float
+    half_width: float | None = None
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a paper says, and the comparisons made of it here.
+
+    Attributes:
+        text: the claim.
+        source: who makes it, and the published size where one is known.
+        mean: of all comparisons.
+        single: each of them; each should come out positive.
+        correlation: whether estimates are Spearman correlations; differences of accuracies otherwise.
+    """
+
+    text: str
+    source: str
+    mean: Comparison
+    single: tuple[Comparison, ...]
+    correlation: bool = False
+
+
+def compare(differences: Sequence[float] | NDArray[np.float64]) -> Comparison:
+    """Whether the mean of paired differences is zero: Student's t over seeds, or over whatever was repeated."""
+    values = np.asarray(differences, dtype=float)
+    if len(values) < 2 or not values.any():
+        return Comparison(float(values.mean()), 1.0)
+    found = stats.ttest_1samp(values, 0.0)
+    low, high = found.confidence_interval(0.95)
+    return Comparison(float(values.mean()), float(found.pvalue), float(high - low) / 2)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusted p-values: the chance of even one false one among all is bounded by each (Holm, 1979)."""
+    order = np.argsort(p_values)
+    adjusted = np.empty(len(p_values))
+    factors = np.arange(len(p_values), 0, -1)
+    adjusted[order] = np.minimum(np.maximum.accumulate(np.asarray(p_values)[order] * factors), 1.0)
+    return [float(p) for p in adjusted]
+
+
+def claims(document: dict[str, Any]) -> list[Claim]:
+    """Of the papers, on the students of evidence.py."""
+    runs = {
+        (row["quantizer"], row["bits"], row["method"], row["labels"]): np.asarray(row["accuracies"]) for row in document["rows"]
+    }
+    quantizers = list(dict.fromkeys(row["quantizer"] for row in document["rows"]))
+    shares = sorted({row["labels"] for row in document["rows"]})
+
+    def over(control: str, method: str, bits: int = 2, quantizer: str = "LSQ") -> NDArray[np.float64]:
+        return runs[quantizer, bits, method, 1.0] - runs[quantizer, bits, control, 1.0]
+
+    def claim(text: str, source: str, *differences: NDArray[np.float64]) -> Claim:
+        return Claim(text, source, compare(np.mean(differences, axis=0)), tuple(compare(found) for found in differences))
+
+    found = [
+        claim(
+            "SQAKD without labels beats QAT with them",
+            "SQAKD; published +0.4 to +3.3 (W8 to W3)",
+            *(over("QAT", "SQAKD", bits, name) for name in quantizers for bits in (2, 3, 4, 8)),
+        ),
+        claim(
+            "its gain over QAT grows as bits get fewer: 3 against 8",
+            "SQAKD's table; published +0.5 to +2.4",
+            *(over("QAT", "SQAKD", 3, name) - over("QAT", "SQAKD", 8, name) for name in quantizers),
+        ),
+        claim(
+            "SQAKD beats distillation that reads labels, from the same fixed teacher",
+            "SQAKD",
+            *(over(control, "SQAKD", b) for b in (2, 3, 4) for control in ("KD, T=4, labels", "KD, T=1, labels")),
+        ),
+        claim(
+            "temperature 4 beats temperature 1, without labels",
+            "SQAKD's setting",
+            *(over("KD, T=1, no labels", "SQAKD", bits) for bits in (2, 3, 4)),
+        ),
+        claim(
+            "labels and a teacher at temperature 1 beat labels alone",
+            "LSQ; published +0.3 to +1.1 (W2 to W4)",
+            *(over("QAT", "KD, T=1, labels", bits) for bits in (2, 3, 4)),
+        ),
+        claim("QKD beats QAT", "QKD", over("QAT", "QKD")),
+        claim(
+            "QKD's teacher, which learns, beats a fixed one",
+            "QKD; others saw no gain",
+            *(over(control, "QKD") for control in ("SQAKD", "KD, T=4, labels", "KD, T=1, labels")),
+        ),
+        claim(
+            "each of QKD's phases adds: all three against two",
+            "QKD",
+            *(over(name, "QKD") for name in evidence.METHODS if name.startswith("QKD without")),
+        ),
+        claim(
+            "a teacher and no labels beat few labels and no teacher",
+            "asked here",
+            *(runs["LSQ", 2, "SQAKD", 1.0] - runs["LSQ", 2, "QAT", share] for share in shares if share < 1),
+        ),
+    ]
+    for share in (share for share in shares if share > 1):
+        pairs = [(runs["LSQ", bits, "SQAKD", share], runs["LSQ", bits, "QAT", share]) for bits in (2, 3, 4)]
+        text = "SQAKD beats QAT also where both see all images that the teacher learned from"
+        found.append(claim(text, "asked here", *(sqakd - qat for sqakd, qat in pairs)))
+    return found
+
+
+def augmentation_claims(study: dict[str, Any]) -> list[Claim]:
+    """Of Kur and Zhao, on the students of augmentation_study.py; means are over its regimes."""
+    rows = [row["metrics"] for row in study["rows"]]
+
+    def foretells(text: str, source: str, metric: str) -> Claim:
+        single = tuple(Comparison(row[metric]["spearman"], row[metric]["spearman_p"]) for row in rows)
+        return Claim(text, source, compare([found.estimate for found in single]), single, correlation=True)
+
+    gains = [[row[metric]["over_none"] for row in rows] for metric in ("CMI - CE", "CMI - centroid")]
+    return [
+        foretells("CMI minus cross-entropy foretells which augmentation makes the better student", "Kur and Zhao", "CMI - CE"),
+        foretells("CMI minus centroid divergence foretells it", "Kur and Zhao, the other form in their code", "CMI - centroid"),
+        Claim(
+            "the augmentation so chosen beats none, by either form",
+            "Kur and Zhao; published +1.0 to +5.9 over SQAKD",
+            compare(np.mean(gains, axis=0)),
+            tuple(compare(found) for found in gains),
+        ),
+    ]
+
+
+def verdict(claim: Claim, adjusted: float) -> str:
+    """In words: what the mean says after correction, and which of the single comparisons go against it.
+
+    Args:
+        claim: with its comparisons.
+        adjusted: p of the mean, corrected for all claims.
+    """
+    ahead, behind = _significant(claim.single)
+    if adjusted >= SIGNIFICANT:
+        return "not shown"
+    if claim.mean.estimate < 0:
+        return "does not hold: the reverse does"
+    if behind:
+        return f"holds on average, the reverse in {behind} of {len(claim.single)}"
+    return "holds" if ahead == len(claim.single) else "holds on average"
+
+
+def make_claims_table(document: dict[str, Any], study: dict[str, Any]) -> str:
+    """Markdown: each claim, what was found, and the word that follows from it."""
+    every = claims(document) + augmentation_claims(study)
+    rows = []
+    for claim, adjusted in zip(every, holm([claim.mean.p for claim in every]), strict=True):
+        scale, unit = (1, "Spearman ") if claim.correlation else (100, "")
+        mean, spread = scale * claim.mean.estimate, claim.mean.half_width
+        ends = dict.fromkeys(f"{scale * at(found.estimate for found in claim.single):+.2f}" for at in (min, max))
+        ahead, behind = _significant(claim.single)
+        rows.append(
+            [
+                claim.text,
+                f"**{verdict(claim, adjusted)}**",
+                f"{unit}{mean:+.2f}" + ("" if spread is None else f" ± {scale * spread:.2f}"),
+                "< 0.001" if adjusted < 0.001 else f"{adjusted:.3f}",
+                " to ".join(ends),
+                f"{ahead} / {behind} of {len(claim.single)}",
+                claim.source,
+            ]
+        )
+    header = ["claim", "verdict", "mean, points", "p, after Holm", "single comparisons", "for / against, each alone", "source"]
+    return readme_tables.markdown(header, rows)
+
+
+def make_tests_table(document: dict[str, Any], study: dict[str, Any]) -> str:
+    """Markdown: how many tests were made, and what is left of those that look significant."""
+    every = claims(document) + augmentation_claims(study)
+    families = {
+        "claims": [claim.mean.p for claim in every],
+        "their single comparisons": [found.p for claim in every for found in claim.single],
+        "students against QAT, in the tables": [row["p"] for row in document["rows"] if row.get("p") is not None],
+    }
+    rows = [
+        [
+            name,
+            str(len(p_values)),
+            str(sum(p < SIGNIFICANT for p in p_values)),
+            f"{SIGNIFICANT * len(p_values):.1f}",
+            str(sum(p < SIGNIFICANT for p in holm(p_values))),
+        ]
+        for name, p_values in families.items()
+    ]
+    header = ["tests", "number", f"p < {SIGNIFICANT}, each alone", "as many by chance, without any effect", "after Holm"]
+    return readme_tables.markdown(header, rows)
+
+
+def make_setup_table(document: dict[str, Any]) -> str:
+    """Markdown: size, teacher, machine and versions."""
+    facts = {name.replace("_", " "): value for name, value in document["size"].items()}
+    facts |= {"seeds that are whole": document["rows"][0]["seeds"], "teacher, %": f"{100 * document['teacher']:.2f}"}
+    found = dict(document["environment"])
+    versions = found.pop("versions")
+    facts |= {name.replace("_", " "): value for name, value in found.items()} | versions
+    rows = [[name, ", ".join(value) if isinstance(value, list) else str(value)] for name, value in facts.items()]
+    return readme_tables.markdown(["what", "value"], rows)
+
+
+def make_steps_table(document: dict[str, Any]) -> str:
+    """Markdown: from calibration over QAT and SQAKD to the files that are deployed."""
+    by_method = {
+        (row["quantizer"], row["bits"], row["method"]): row
+        for row in document["rows"]
+        if row["labels"] == 1 and row["method"] in ("QAT", "SQAKD")
+    }
+    rows = []
+    for (quantizer, bits, method), sqakd in by_method.items():
+        if method != "SQAKD":
+            continue
+        qat = by_method[quantizer, bits, "QAT"]
+        shares = [sqakd["before"], qat["accuracy"], qat["deployed"], sqakd["accuracy"], sqakd["deployed"]]
+        below = f"{100 * (sqakd['deployed'] - document['teacher']):+.2f}"
+        rows.append([f"{quantizer} W{bits}A{bits}", *(f"{100 * share:.2f}" for share in shares), below])
+    rows.sort(key=lambda row: list(evidence.QUANTIZERS).index(row[0].split()[0]))
+    header = ["student", "calibrated only", "QAT", "its file", "SQAKD", "its file", "file over full precision, points"]
+    return readme_tables.markdown(header, rows)
+
+
+def make_aims_table(document: dict[str, Any]) -> str:
+    """Markdown: the project's aims, met or missed."""
+    rows = [row for row in document["rows"] if row["labels"] == 1]
+    lines = [line.split(": ") for line in evidence.verdicts(document | {"rows": rows})]
+    return readme_tables.markdown(["student", "found", "aim"], lines)
+
+
+def make_rows_table(document: dict[str, Any]) -> str:
+    """Markdown: every combination."""
+    rows = []
+    for row in sorted(document["rows"], key=lambda row: (list(evidence.QUANTIZERS).index(row["quantizer"]), row["bits"])):
+        student = f"{row['quantizer']} W{row['bits']}A{row['bits']}"
+        against = ["", ""]
+        if "over_qat" in row:
+            against = [_points(row["over_qat"], row["over_qat_interval"]), "-" if row["p"] is None else f"{row['p']:.4f}"]
+        shares = [f"{100 * row['before']:.2f}", _points(row["accuracy"], row["interval"], ""), f"{100 * row['deployed']:.2f}"]
+        rows.append([student, row["method"], f"{100 * row['labels']:g} %", *shares, *against])
+    header = ["student", "method", "images", "calibrated only", "trained", "its file", "over QAT, points", "p"]
+    return readme_tables.markdown(header, rows)
+
+
+def readme_tables_of(document: dict[str, Any]) -> dict[str, str]:
+    """The README's tables, by the names of their markers."""
+    return {"evidence": evidence.make_table(document), "evidence_controls": evidence.make_controls_table(document)}
+
+
+def page_tables_of(document: dict[str, Any], study: dict[str, Any]) -> dict[str, str]:
+    """The page's tables, by the names of their markers."""
+    plain, fixed = ("QAT", "SQAKD"), [method for method in evidence.METHODS if method.startswith("KD")]
+
+    def controls(chosen: Callable[[dict[str, Any]], bool]) -> str:
+        return evidence.make_controls_table(document | {"rows": [row for row in document["rows"] if chosen(row)]})
+
+    return {
+        "evidence_claims": make_claims_table(document, study),
+        "evidence_tests": make_tests_table(document, study),
+        "evidence": evidence.make_table(document),
+        "evidence_kd": controls(lambda row: row["labels"] == 1 and row["method"] in (*plain, *fixed)),
+        "evidence_qkd": controls(lambda row: row["labels"] == 1 and row["bits"] == 2),
+        "evidence_labels": controls(lambda row: row["labels"] <= 1 and row["bits"] == 2 and row["method"] in plain),
+        "evidence_images": controls(lambda row: row["labels"] >= 1 and row["method"] in plain),
+        "augmentation_study": augmentation_study.make_table(study),
+        "evidence_steps": make_steps_table(document),
+        "evidence_aims": make_aims_table(document),
+        "evidence_rows": make_rows_table(document),
+        "evidence_setup": make_setup_table(document),
+    }
+
+
+def write(document: dict[str, Any], study: dict[str, Any], page: Path) -> None:
+    """Draw the figure beside the page, and put every table of the page in its place.
+
+    Args:
+        document: of evidence.py.
+        study: of augmentation_study.py.
+        page: with its markers.
+    """
+    write_atomic(page.with_name(FIGURE), evidence_figure.draw(document))
+    for name, table in page_tables_of(document, study).items():
+        readme_tables.write_table(name, table, page)
+
+
+def _significant(comparisons: Sequence[Comparison]) -> tuple[int, int]:
+    signs = [found.estimate > 0 for found in comparisons if found.p < SIGNIFICANT]
+    return sum(signs), len(signs) - sum(signs)
+
+
+def _points(share: float, half_width: float | None, sign: str = "+") -> str:
+    return f"{100 * share:{sign}.2f}" + ("" if half_width is None else f" ± {100 * half_width:.2f}")
+
+
+def main() -> None:
+    """Read the figures, write figure, page and README."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--in", dest="source", type=Path, default=evidence.RESULTS, help="JSON file of evidence.py")
+    parser.add_argument("--out", type=Path, default=DOCS, help="folder of page and figure (docs); elsewhere a copy is made")
+    options = parser.parse_args()
+    in_docs = options.out.resolve() == DOCS
+    if in_docs and options.source.resolve() != evidence.RESULTS:
+        parser.error("docs/ shows the committed figures only: pass --out FOLDER.")
+    document, study = (json.loads(path.read_text()) for path in (options.source, augmentation_study.RESULTS))
+    page = options.out / PAGE
+    if in_docs:
+        for name, table in readme_tables_of(document).items():
+            readme_tables.write_table(name, table)
+    else:
+        options.out.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(DOCS / PAGE, page)
+    write(document, study, page)
+    print(page, page.with_name(FIGURE), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

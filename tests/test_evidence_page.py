@@ -1,0 +1,158 @@
+"""The page of the evidence: words follow from the figures, the drawing shows them all, and nothing else is written."""
+
+import json
+import re
+import sys
+from xml.etree import ElementTree
+
+import evidence
+import evidence_figure
+import evidence_page
+import numpy as np
+import pytest
+import readme_tables
+from scipy import stats
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.fixture(scope="module")
+def document():
+    """Of five made-up seeds: SQAKD is ahead by two points at 2 bits, and by nothing at 8."""
+    draw = np.random.default_rng(0)
+    found = {}
+    for cell in evidence.cells(evidence.SMALL):
+        accuracy = 0.8 + 0.01 * cell.bits + 0.02 * (cell.method != "QAT") * (cell.bits == 2) + draw.normal(0, 0.002)
+        run = {"before": 0.3, "accuracy": accuracy, "deployed": accuracy}
+        found.setdefault((cell.quantizer, cell.bits, cell.method, cell.labels), []).append(run)
+    environment = {"cpu": "a processor", "cpu_flags": ["one", "two"], "versions": {"torch": "2"}}
+    rows = evidence.summary(found)
+    return {"environment": environment, "size": vars(evidence.SMALL), "teacher": 0.9, "rows": rows}
+
+
+@pytest.fixture(scope="module")
+def study():
+    return json.loads(evidence_page.augmentation_study.RESULTS.read_text())
+
+
+def row_of(document, quantizer, bits, method):
+    key = quantizer, bits, method, 1.0
+    return next(row for row in document["rows"] if (row["quantizer"], row["bits"], row["method"], row["labels"]) == key)
+
+
+def test_a_comparison_is_scipys_paired_test(document):
+    first = evidence_page.claims(document)[0].single[0]
+    sqakd, qat = (row_of(document, "LSQ", 2, method) for method in ("SQAKD", "QAT"))
+    assert first.estimate == pytest.approx(sqakd["over_qat"])
+    assert first.p == pytest.approx(stats.ttest_rel(sqakd["accuracies"], qat["accuracies"]).pvalue)
+
+
+@pytest.mark.parametrize("differences", [[0.1], [0.0, 0.0, 0.0]])
+def test_one_seed_or_no_difference_shows_nothing(differences):
+    assert evidence_page.compare(differences).p == 1.0
+
+
+def test_holm_rejects_what_the_step_down_procedure_rejects():
+    draw = np.random.default_rng(0)
+    for _ in range(200):
+        p_values = draw.beta(0.2, 2.0, size=12)
+        rejected = set()
+        for rank, index in enumerate(np.argsort(p_values)):
+            if p_values[index] * (len(p_values) - rank) >= 0.05:
+                break
+            rejected.add(index)
+        assert {index for index, p in enumerate(evidence_page.holm(p_values)) if p < 0.05} == rejected
+
+
+@pytest.mark.parametrize(
+    ("mean", "single", "words"),
+    [
+        ((0.1, 0.01), [(0.1, 0.01), (0.1, 0.01)], "holds"),
+        ((0.1, 0.01), [(0.2, 0.01), (0.0, 0.30)], "holds on average"),
+        ((0.1, 0.01), [(0.3, 0.01), (-0.1, 0.01)], "holds on average, the reverse in 1 of 2"),
+        ((-0.1, 0.01), [(-0.1, 0.01), (-0.1, 0.30)], "does not hold: the reverse does"),
+        ((0.1, 0.06), [(0.1, 0.01), (0.1, 0.30)], "not shown"),
+    ],
+)
+def test_the_verdict_follows_from_what_is_significant(mean, single, words):
+    comparisons = [evidence_page.Comparison(*found) for found in (mean, *single)]
+    claim = evidence_page.Claim("", "", comparisons[0], tuple(comparisons[1:]))
+    assert evidence_page.verdict(claim, comparisons[0].p) == words
+
+
+def test_a_claim_that_the_students_contradict_is_said_not_to_hold(document, study):
+    assert "| **holds on average** |" in evidence_page.make_claims_table(document, study).splitlines()[2]
+    rows = [row | {"accuracies": [1 - accuracy for accuracy in row["accuracies"]]} for row in document["rows"]]
+    line = evidence_page.make_claims_table(document | {"rows": rows}, study).splitlines()[2]
+    assert "| **does not hold: the reverse does** |" in line
+
+
+def test_every_comparison_is_counted(document, study):
+    claims = [*evidence_page.claims(document), *evidence_page.augmentation_claims(study)]
+    table = evidence_page.make_tests_table(document, study)
+    counted = [int(line.split("|")[2]) for line in table.splitlines()[2:]]
+    single = sum(len(claim.single) for claim in claims)
+    assert counted == [len(claims), single, sum("over_qat" in row for row in document["rows"])]
+
+
+def test_the_mean_of_a_claim_is_tested_over_seeds(document):
+    claim = evidence_page.claims(document)[0]
+    by_seed = np.mean([np.subtract(*pair) for pair in _pairs(document)], axis=0)
+    assert claim.mean.p == pytest.approx(stats.ttest_1samp(by_seed, 0).pvalue)
+    low, high = stats.t.interval(0.95, len(by_seed) - 1, loc=by_seed.mean(), scale=stats.sem(by_seed))
+    assert claim.mean.half_width == pytest.approx((high - low) / 2)
+
+
+def _pairs(document):
+    for quantizer in evidence.QUANTIZERS:
+        for bits in (2, 3, 4, 8):
+            yield [row_of(document, quantizer, bits, method)["accuracies"] for method in ("SQAKD", "QAT")]
+
+
+def test_the_drawing_has_a_mark_with_its_figures_for_every_student_shown(document):
+    root = ElementTree.fromstring(evidence_figure.draw(document))
+    assert root.get("role") == "img"
+    assert {root.find(f"{SVG}{name}").get("id") for name in ("title", "desc")} == set(root.get("aria-labelledby").split())
+    titles = [title.text for title in root.iter(f"{SVG}title")]
+    for quantizer in evidence.QUANTIZERS:
+        for bits in (2, 3, 4, 8):
+            for method in ("QAT", "SQAKD"):
+                row = row_of(document, quantizer, bits, method)
+                expected = f"{100 * row['accuracy']:.2f} ± {100 * row['interval']:.2f}"
+                assert f"{quantizer} W{bits}A{bits}, {method}: {expected}" in titles
+            assert f"{quantizer} W{bits}A{bits}: SQAKD" in root.find(f"{SVG}desc").text
+    assert len(titles) == 1 + 4 * 4 * 3
+
+
+def test_the_drawing_is_the_same_again_and_stays_within_its_frame(document):
+    drawing = evidence_figure.draw(document)
+    assert drawing == evidence_figure.draw(json.loads(json.dumps(document)))
+    for x, y in re.findall(r"translate\(([\d.-]+) ([\d.-]+)\)", drawing):
+        assert 0 < float(x) < evidence_figure.WIDTH
+        assert 0 < float(y) < evidence_figure.HEIGHT
+
+
+def test_one_seed_is_drawn_without_intervals(document, study):
+    rows = [row | {"interval": None, "over_qat_interval": None, "p": None} for row in document["rows"]]
+    single = document | {"rows": [row | {"accuracies": row["accuracies"][:1], "seeds": 1} for row in rows]}
+    assert "±" not in evidence_figure.draw(single)
+    assert "not shown" in evidence_page.page_tables_of(single, study)["evidence_claims"]
+
+
+def test_a_study_of_ones_own_gets_a_page_and_leaves_docs_and_readme_alone(document, study, tmp_path, monkeypatch):
+    committed = (evidence_page.DOCS / evidence_page.PAGE).read_text(), readme_tables.README.read_text()
+    (tmp_path / "own.json").write_text(json.dumps(document))
+    monkeypatch.setattr(sys, "argv", ["evidence_page.py", "--in", str(tmp_path / "own.json"), "--out", str(tmp_path / "page")])
+    evidence_page.main()
+    for name, table in evidence_page.page_tables_of(document, study).items():
+        assert readme_tables.read_table(name, tmp_path / "page" / evidence_page.PAGE) == table
+    assert (tmp_path / "page" / evidence_page.FIGURE).read_text() == evidence_figure.draw(document)
+    assert committed == ((evidence_page.DOCS / evidence_page.PAGE).read_text(), readme_tables.README.read_text())
+
+
+def test_docs_show_committed_figures_only(document, tmp_path, monkeypatch, capsys):
+    (tmp_path / "own.json").write_text(json.dumps(document))
+    monkeypatch.setattr(sys, "argv", ["evidence_page.py", "--in", str(tmp_path / "own.json")])
+    with pytest.raises(SystemExit):
+        evidence_page.main()
+    assert "pass --out" in capsys.readouterr().err
