@@ -276,6 +276,25 @@ def test_a_recipe_trains_exports_and_prints_published_figures_beside_its_own(cif
     assert (out / "student.onnx").is_file()
 
 
+@pytest.mark.matrix
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_recipe_trains_and_exports(path, cifar, folders, tmp_path):
+    root = {**cifar, **folders}[read_config(path).data.name]()
+    flags = ["--data.root", str(root), "--data.batch_size", "4", "--data.held_out", "4", "--data.workers", "0"]
+    flags += ["--schedule.epochs", "3", "--student.calibration_batches", "1"]
+    if isinstance(read_config(path).method, QKD):
+        flags += ["--method", "{QKD: {self_studying: 1, co_studying: 1, tutoring: 1}}"]
+    if read_config(path).teacher.weights is None:
+        flags += ["--teacher.epochs", "1"]
+    else:
+        torch.save(make_network(read_config(path).network, 2).state_dict(), tmp_path / "teacher.pt")
+        flags += ["--teacher.weights", str(tmp_path / "teacher.pt")]
+    found = recipe.main([str(path), "--out", str(tmp_path / "out"), *flags])
+    assert len(found) == 2
+    assert (tmp_path / "out" / "student.onnx").is_file()
+
+
 def test_teachers_weights_of_another_network_are_refused(tmp_path):
     torch.save(resnet18(num_classes=3).state_dict(), tmp_path / "w.pt")
     with pytest.raises(QakdError, match=r"w.pt does not fit the network"):

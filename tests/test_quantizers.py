@@ -200,6 +200,24 @@ def test_ewgs_pulls_a_value_towards_the_next_level_in_the_direction_of_its_gradi
     assert torch.allclose(v.grad, torch.tensor([0.8, 1.2]))
 
 
+@pytest.mark.parametrize("delta", [None, 0.3], ids=["STE", "EWGS"])
+def test_what_follows_may_write_over_the_output(delta):
+    generator = torch.Generator().manual_seed(0)
+    values, upstream = torch.randn(2, 500, generator=generator)
+    found = []
+    for follow in (lambda out: (out + 0.25).relu(), lambda out: out.add_(0.25).relu_()):
+        x, scale = values.clone().requires_grad_(), torch.tensor(0.2, requires_grad=True)
+        out = follow(fake_quantize(x, scale, -8, 7, delta=None if delta is None else torch.tensor(delta)))
+        out.backward(upstream, retain_graph=True)
+        out.backward(upstream)  # the second pass has nothing left of the first one's
+        found.append((x.grad, scale.grad))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    with torch.inference_mode():
+        quantized = fake_quantize(values, scale.detach(), -8, 7)
+    assert torch.equal(quantized, fake_quantize(values, scale.detach(), -8, 7))
+
+
 @pytest.mark.parametrize("config", [LSQ(), PACT(), DoReFa(), EWGS()], ids=lambda c: type(c).__name__)
 def test_a_single_element_and_a_zero_are_quantized(config):
     for shape in ((1,), (1, 1), (2, 0)):

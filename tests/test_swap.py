@@ -6,7 +6,9 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from nets import Structures, trained
+from torch import nn
 
 from qakd_plugin import (
     EWGS,
@@ -370,3 +372,42 @@ def test_modelopts_own_class_returns_with_its_own_quantizers(student_of):
     assert all(isinstance(module, TensorQuantizer) and type(module) is not TensorQuantizer for module in quantizers)
     restore_quantizers(student)
     assert all(type(module) is TensorQuantizer for module in quantizers)
+
+
+class _InPlace(nn.Module):
+    """Adds and ReLUs after quantizers, as torchvision's residual networks have them: in place, or not."""
+
+    def __init__(self, inplace):
+        super().__init__()
+        self.inplace = inplace
+        self.conv1 = nn.Conv2d(1, 8, 3, 2, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 8, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(8)
+        self.conv3 = nn.Conv2d(8, 8, 1)
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x)), inplace=self.inplace), 2)
+        out = self.bn2(self.conv2(x))
+        if self.inplace:
+            out += x
+        else:
+            out = out + x
+        out = F.relu(out, inplace=self.inplace)
+        out = torch.cat([out, F.relu(self.conv3(out), inplace=self.inplace)], 1)[:, ::2]
+        return self.head(out.mean([2, 3]))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("toolkit", ["modelopt", "pt2e", "torch_ao"])
+def test_networks_that_work_in_place_learn_alike(toolkit, digits):
+    images, labels = digits.train[0][:32], digits.train[1][:32]
+    gradients = []
+    for inplace in (True, False):
+        torch.manual_seed(0)
+        student = use_quantizers(prepare(_InPlace(inplace).eval(), [images], toolkit, weight_bits=4), LSQ())
+        adapter_for(student).set_mode(student, True)
+        F.cross_entropy(student(images), labels).backward()
+        gradients.append([parameter.grad for parameter in student.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

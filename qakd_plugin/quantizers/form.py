@@ -35,7 +35,7 @@ def fake_quantize(
 ) -> Tensor:
     """``scale * (round(clamp(x / scale, low, high) + shift) - shift)``, and its gradients.
 
-    One function for all quantizers, written so that training keeps no tensor but input and output.
+    One function for all quantizers, written so that training keeps no tensor but input and output (see :class:`_Unchanged`).
 
     Args:
         x: float32, any shape.
@@ -69,14 +69,18 @@ class _FakeQuantize(torch.autograd.Function):
         decay: float,
     ) -> Tensor:
         out = _quantized(x, scale, low, high, shift)
-        ctx.save_for_backward(x, scale, out, delta)
-        ctx.numbers = (low, high, gradient_scale, through_rounding, decay)
+        ctx.save_for_backward(x, scale, delta)
+        ctx.numbers = (low, high, shift, gradient_scale, through_rounding, decay)
+        ctx.out = _Unchanged(out)
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, scale, out, delta = ctx.saved_tensors
-        low, high, gradient_scale, through_rounding, decay = ctx.numbers
+        x, scale, delta = ctx.saved_tensors
+        low, high, shift, gradient_scale, through_rounding, decay = ctx.numbers
+        out = ctx.out.take()
+        if out is None:
+            out = _quantized(x, scale, low, high, shift)
         g = gradient
         if delta is not None:
             # g (1 + delta sign(g) (x_c - x_q)): where x is clipped the result is not used, so x stands for x_c.
@@ -95,6 +99,25 @@ class _FakeQuantize(torch.autograd.Function):
             if decay:
                 grad_scale = grad_scale + decay * high**2 * scale
         return g, grad_scale, None, None, None, None, None, None, None
+
+
+class _Unchanged:
+    """A tensor, as long as nobody has written to it.
+
+    What reads a quantizer's output may do so in place, as ``nn.ReLU(inplace=True)`` and ``out += identity`` do in torchvision's
+    networks. Autograd would refuse a backward pass that needs what was there before; computing it again costs little, and
+    keeping a copy in case would cost each layer a tensor.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor: Tensor | None = None
+        if not tensor.is_inference():  # those count no versions, and have no backward pass
+            self.tensor, self.version = tensor.detach(), tensor._version
+
+    def take(self) -> Tensor | None:
+        """The tensor, once: it is let go with the other tensors of the backward pass."""
+        tensor, self.tensor = self.tensor, None
+        return tensor if tensor is not None and tensor._version == self.version else None
 
 
 def _quantized(x: Tensor, scale: Tensor, low: float, high: float, shift: float) -> Tensor:
