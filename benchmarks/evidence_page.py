@@ -266,8 +266,7 @@ def make_steps_table(document: dict[str, Any]) -> str:
 
 def make_aims_table(document: dict[str, Any]) -> str:
     """Markdown: the project's aims, met or missed."""
-    rows = [row for row in document["rows"] if row["labels"] == 1]
-    lines = [line.split(": ") for line in evidence.verdicts(document | {"rows": rows})]
+    lines = [line.split(": ") for line in evidence.verdicts(document)]
     return readme_tables.markdown(["student", "found", "aim"], lines)
 
 
@@ -304,7 +303,7 @@ def page_tables_of(document: dict[str, Any], study: dict[str, Any]) -> dict[str,
         "evidence_kd": controls(lambda row: row["labels"] == 1 and row["method"] in (*plain, *fixed)),
         "evidence_qkd": controls(lambda row: row["labels"] == 1 and row["bits"] == 2),
         "evidence_labels": controls(lambda row: row["labels"] <= 1 and row["bits"] == 2 and row["method"] in plain),
-        "evidence_images": controls(lambda row: row["labels"] >= 1 and row["method"] in plain),
+        "evidence_images": controls(lambda row: row["labels"] >= 1 and row["method"] in (*plain, evidence.EVERYTHING)),
         "augmentation_study": augmentation_study.make_table(study),
         "evidence_steps": make_steps_table(document),
         "evidence_aims": make_aims_table(document),
