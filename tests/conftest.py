@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import os
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # a core each, also for the processes that tests start
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from nets import Structures, trained
