@@ -11,6 +11,7 @@ TABLES = [
     "distill_step",
     "deployment",
     "engines",
+    "peers",
     "augmentation_cost",
     "augmentation_racing",
     "augmentation_study",
