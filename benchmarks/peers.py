@@ -8,9 +8,10 @@ images in the same order, for as many epochs, with AdamW, the same learning rate
 labels), and keep the epoch that is best on held-out images. Lines of user code are those of its file without blank lines,
 comments, docstrings and imports; all files are formatted alike.
 
-Reported on test images: accuracy of the trained network in PyTorch, and of the deployed file through its runtime; seconds of
-training (one thread, calibration and selection included, after a warm-up) and latency at batch 1 on one thread, all files of
-the first seed interleaved in one run. Where a tool cannot do a step, its error stands below the table.
+Reported on test images: accuracy of the trained network in PyTorch, and of the deployed file through its runtime; processor
+time of training (one thread, calibration and selection included, after a warm-up), and that of a call at batch 1 on one thread,
+all files of the first seed interleaved in one run. Times by the clock are among the figures, too. Where a tool cannot do a
+step, its error stands below the table.
 
 Intel Neural Compressor is not among them: quantization-aware training in its version 3.10 takes linear layers only, in MX
 formats, and this network is convolutional.
@@ -134,7 +135,7 @@ def run(peer: Peer, bits: int, study: Study, seed: int, folder: Path) -> dict[st
         folder: of the exported files.
 
     Returns:
-        Accuracy, seconds, and for each runtime the file and its accuracy, or an error.
+        Accuracy, seconds by the clock and of the processor, and for each runtime the file and its accuracy, or an error.
     """
     folder.mkdir(parents=True, exist_ok=True)
     images = study.train[0]
@@ -148,12 +149,12 @@ def run(peer: Peer, bits: int, study: Study, seed: int, folder: Path) -> dict[st
     try:
         code = importlib.import_module(f"peer_code.{peer.name}")
         train(code, (images[: 2 * BATCH], study.train[1][: 2 * BATCH]), 1)  # lazy imports and compilations do not count
-        started = time.perf_counter()
+        started, started_cpu = time.perf_counter(), time.process_time()
         student = train(code, study.train, study.size.epochs)
-        seconds = time.perf_counter() - started
+        seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - started_cpu
     except Exception as error:  # another tool's failure is a result
         return {"error": _message(error, folder)}
-    found = {"accuracy": _accuracy(student, study.test), "seconds": round(seconds, 2)}
+    found = {"accuracy": _accuracy(student, study.test), "seconds": round(seconds, 2), "cpu_seconds": round(cpu_seconds, 2)}
     try:
         files = code.export(student, images[:32], folder)
     except Exception as error:
@@ -247,7 +248,9 @@ def make_table(document: dict[str, Any]) -> str:
     """Markdown: a row per peer and number of bits, means over seeds; errors as notes below it."""
     rows = {(row["method"], row["weight_bits"], row["runtime"]): row for row in document["rows"]}
     trained = [student for student in document["students"] if _error(student["cells"]) is None]
-    reference = {student["bits"]: _mean("seconds", student["cells"]) for student in trained if student["peer"] == PEERS[0].name}
+    reference = {
+        student["bits"]: _mean("cpu_seconds", student["cells"]) for student in trained if student["peer"] == PEERS[0].name
+    }
     table = [["FP32 teacher", "", "", f"{100 * document['teacher']:.2f}"]]
     table[0] += [_shown(rows.get(("FP32", 32, runtime)), document["teacher"]) for runtime in RUNTIMES]
     notes: list[str] = []
@@ -255,7 +258,7 @@ def make_table(document: dict[str, Any]) -> str:
         cells, bits = student["cells"], student["bits"]
         line = [f"{student['label']}, W{bits}A{bits}", str(student["lines"])]
         if student in trained:
-            seconds = _mean("seconds", cells)
+            seconds = _mean("cpu_seconds", cells)
             line.append(f"{seconds:.1f}" + (f" ({seconds / reference[bits]:.2f}x)" if bits in reference else ""))
             line.append(f"{100 * _mean('accuracy', cells):.2f}")
             for runtime in RUNTIMES:
@@ -264,8 +267,8 @@ def make_table(document: dict[str, Any]) -> str:
         else:
             line += [_noted(str(_error(cells)), notes), "", *("" for _ in RUNTIMES)]
         table.append(line)
-    header = ["student", "lines of user code", "training, s (over ours)", "accuracy in PyTorch, %"]
-    header += [f"{name}: accuracy, %; ms; integer layers" for name in RUNTIMES.values()]
+    header = ["student", "lines of user code", "training, processor s (over ours)", "accuracy in PyTorch, %"]
+    header += [f"{name}: accuracy, %; processor ms; integer layers" for name in RUNTIMES.values()]
     return "\n".join([readme_tables.markdown(header, table), *(f"\n{note}" for note in notes)])
 
 
@@ -287,7 +290,7 @@ def _deployed_shown(deployed: list[dict[str, Any]], row: dict[str, Any] | None, 
 
 
 def _shown(row: dict[str, Any] | None, accuracy: float) -> str:
-    measured = "" if row is None else f"; {row['p50_ms']:.2f}; {row['integer_layers']} of {row['total_layers']}"
+    measured = "" if row is None else f"; {row['cpu_ms']:.2f}; {row['integer_layers']} of {row['total_layers']}"
     return f"{100 * accuracy:.2f}{measured}"
 
 

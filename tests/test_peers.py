@@ -92,11 +92,11 @@ lines"""
 def test_the_table_tells_figures_and_failures():
     deployed = {"onnxruntime": {"file": "a.onnx", "accuracy": 0.9}, "openvino": {"error": "QakdError: no `such` op"}}
     students = [
-        _student("ours_modelopt", [{"accuracy": 0.92, "seconds": 4.0, "deployed": deployed}]),
-        _student("nncf_qat", [{"accuracy": a, "seconds": 6.0, "deployed": {}} for a in (0.90, 0.91)]),
+        _student("ours_modelopt", [{"accuracy": 0.92, "cpu_seconds": 4.0, "deployed": deployed}]),
+        _student("nncf_qat", [{"accuracy": a, "cpu_seconds": 6.0, "deployed": {}} for a in (0.90, 0.91)]),
         _student("torch_ao_kd_loop", [{"error": "AttributeError: gone"}]),
     ]
-    row = {"method": "ours_modelopt", "weight_bits": 8, "runtime": "onnxruntime", "p50_ms": 0.123}
+    row = {"method": "ours_modelopt", "weight_bits": 8, "runtime": "onnxruntime", "cpu_ms": 0.123}
     rows = [{**row, "integer_layers": 3, "total_layers": 4}]
     table = peers.make_table({"teacher": 0.95, "students": students, "rows": rows}).splitlines()
     assert table[2] == "| FP32 teacher |  |  | 95.00 | 95.00 | 95.00 |"
