@@ -267,7 +267,9 @@ def make_table(document: dict[str, Any]) -> str:
         else:
             line += [_noted(str(_error(cells)), notes), "", *("" for _ in RUNTIMES)]
         table.append(line)
-    header = ["student", "lines of user code", "training, processor s (over ours)", "accuracy in PyTorch, %"]
+    size = document["size"]
+    told = f"student ({size['images']} images, {size['epochs']} epochs; seeds: {size['seeds']})"
+    header = [told, "lines of user code", "training, processor s (over ours)", "accuracy in PyTorch, %"]
     header += [f"{name}: accuracy, %; processor ms; integer layers" for name in RUNTIMES.values()]
     return "\n".join([readme_tables.markdown(header, table), *(f"\n{note}" for note in notes)])
 

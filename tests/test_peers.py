@@ -98,7 +98,9 @@ def test_the_table_tells_figures_and_failures():
     ]
     row = {"method": "ours_modelopt", "weight_bits": 8, "runtime": "onnxruntime", "cpu_ms": 0.123}
     rows = [{**row, "integer_layers": 3, "total_layers": 4}]
-    table = peers.make_table({"teacher": 0.95, "students": students, "rows": rows}).splitlines()
+    document = {"teacher": 0.95, "students": students, "rows": rows, "size": {"images": 64, "epochs": 3, "seeds": 2}}
+    table = peers.make_table(document).splitlines()
+    assert table[0].startswith("| student (64 images, 3 epochs; seeds: 2) | lines of user code |")
     assert table[2] == "| FP32 teacher |  |  | 95.00 | 95.00 | 95.00 |"
     assert table[3] == "| ours_modelopt, W8A8 | 12 | 4.0 (1.00x) | 92.00 | 90.00; 0.12; 3 of 4 | fails (1) |"
     assert table[4] == "| nncf_qat, W8A8 | 12 | 6.0 (1.50x) | 90.50 | no export for it | no export for it |"
