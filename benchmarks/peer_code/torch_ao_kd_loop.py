@@ -63,10 +63,7 @@ def train(
 def export(student: nn.Module, images: Tensor, folder: Path) -> dict[str, Path]:
     """One file for both runtimes."""
     path = folder / "student.onnx"
-    names = {
-        "input_names": ["input"],
-        "output_names": ["logits"],
-        "dynamic_axes": {"input": {0: "batch"}, "logits": {0: "batch"}},
-    }
+    axes = {"input": {0: "batch"}, "logits": {0: "batch"}}
+    names = {"input_names": ["input"], "output_names": ["logits"], "dynamic_axes": axes}
     torch.onnx.export(torch.jit.trace(student, images), (images,), path, dynamo=False, **names)
     return {"onnxruntime": path, "openvino": path}
