@@ -14,6 +14,7 @@ TABLES = [
     "distill_step",
     "deployment",
     "engines",
+    "peers",
     "augmentation_cost",
     "augmentation_racing",
     "augmentation_study",
