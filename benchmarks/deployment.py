@@ -3,17 +3,18 @@
     python benchmarks/deployment.py --cells runs/deployment --out benchmarks/results/deployment.json
 
 Networks are calibrated, not trained: latency does not depend on the weights. Rows of a network: FP32 in both runtimes (OpenVINO
-pinned to f32); ours at W8A8 and W4A4, prepared by ModelOpt, and at W8A8 by torch.ao FX (convolutional networks); ours tuned for
-this machine (AMX hosts only); ``quantize_static`` at several settings (the fastest counts); NNCF's post-training quantization
-(where ``nncf`` is installed). Bars are ratios of median processor times over FP32 in ONNX Runtime. Files are made once per
-folder ``--cells``, each network in a process of its own, whose time and peak memory are noted; networks that --out holds
-already are not measured again unless --fresh.
+pinned to f32); ours at W8A8 and W4A4, prepared by ModelOpt, and at W8A8 by torch.ao FX and torchao PT2E (convolutional
+networks); ours tuned for this machine (AMX hosts only); ``quantize_static`` at several settings (the fastest counts); NNCF's
+post-training quantization (where ``nncf`` is installed). Bars are ratios of median processor times over FP32 in ONNX Runtime.
+Files are made once per folder ``--cells``, each network in a process of its own, whose time and peak memory are noted; networks
+that --out holds already are not measured again unless --fresh.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import logging
 import resource
@@ -41,6 +42,12 @@ from qakd_plugin.report import console_table
 
 RESULTS = readme_tables.RESULTS / "deployment.json"
 NETWORKS = ("resnet18", "resnet50", "mobilenet_v2", "vit_b_16", "resnet20", "shufflenet_v2_x1_0")
+RUNTIMES = {"ORT INT8": "onnxruntime", "OpenVINO INT8": "openvino"}
+"""By the rows of our files."""
+
+PREPARED_BY = {"FX": "torch_ao", "PT2E": "pt2e"}
+"""Toolkits beside ModelOpt, as rows name them."""
+
 STATIC = ("QDQ", "QDQ, per channel", "QOperator, per channel")
 BARS = {
     "resnet18": {"ORT INT8": 2.6, "ORT INT8, tuned": 3.7, "OpenVINO INT8": 9.0},
@@ -101,9 +108,9 @@ def measure(name: str, cells: Path, calls: int) -> dict[str, Any]:
         Candidate(folder / "w4.ort.onnx", "PTQ", name, "modelopt", 4, 4, runtime="onnxruntime"),
         Candidate(folder / "w8.onnx", "PTQ", name, "modelopt", 8, 8, runtime="openvino"),
     ]
-    for target in ("onnxruntime", "openvino"):
-        if (path := folder / f"w8.fx.{target}.onnx").is_file():
-            candidates.append(Candidate(path, "PTQ FX", name, "torch_ao", 8, 8, runtime=target))
+    for (label, toolkit), target in itertools.product(PREPARED_BY.items(), RUNTIMES.values()):
+        if (path := folder / f"w8.{toolkit}.{target}.onnx").is_file():
+            candidates.append(Candidate(path, f"PTQ {label}", name, toolkit, 8, 8, runtime=target))
     for setting in STATIC:
         if (path := _static_path(folder, setting)).is_file():
             candidates.append(Candidate(path, f"quantize_static {setting}", name, None, 8, 8, runtime="onnxruntime"))
@@ -114,7 +121,7 @@ def measure(name: str, cells: Path, calls: int) -> dict[str, Any]:
         tuned = tune_for_host(folder / "w8.ort.onnx", folder / "w8.tuned.onnx")
         tuning = tuned.as_dict()
         candidates.append(Candidate(tuned.path, "PTQ tuned", name, "modelopt", 8, 8, runtime="onnxruntime"))
-    rows = benchmark(candidates, runtimes=("onnxruntime", "openvino"), calls=calls)
+    rows = benchmark(candidates, runtimes=tuple(RUNTIMES.values()), calls=calls)
     from rich.console import Console
 
     Console(width=150).print(console_table(rows, title=f"{name}, batch 1, one thread"))
@@ -139,7 +146,8 @@ def _ratios(rows: list[Row]) -> dict[str, float]:
         "ORT INT8": "PTQ onnxruntime 8",
         "ORT W4A4": "PTQ onnxruntime 4",
     }
-    times |= {"ORT INT8, FX": "PTQ FX onnxruntime 8", "OpenVINO INT8, FX": "PTQ FX openvino 8"}
+    for (row, runtime), label in itertools.product(RUNTIMES.items(), PREPARED_BY):
+        times[f"{row}, {label}"] = f"PTQ {label} {runtime} 8"
     times |= {"ORT INT8, tuned": "PTQ tuned onnxruntime 8", "OpenVINO INT8": "PTQ openvino 8", "NNCF": "NNCF PTQ openvino 8"}
     found = {
         f"{row.method} {row.runtime} {'bfloat16' if row.precision == 'bfloat16' else row.weight_bits}": row.cpu_ms
@@ -156,14 +164,14 @@ def verdicts(name: str, cell: dict[str, Any]) -> list[str]:
     ratios, made = cell["ratios"], cell["made"]
     lines = []
     for label, bar in BARS.get(name, {}).items():
-        measured = [shown for shown in (label, f"{label}, FX") if shown in ratios]
+        measured = [shown for shown in _with_toolkits(label) if shown in ratios]
         for shown in measured:
             lines.append(f"{shown} {ratios[shown]:.2f}x FP32 in ONNX Runtime, bar {bar}x: {_met(ratios[shown] >= bar)}")
         if not measured:
             lines.append(f"{label}: this processor has no AMX, not measured")
     for ours, theirs in (("ORT INT8", "quantize_static"), ("OpenVINO INT8", "NNCF")):
         if theirs in ratios:
-            for shown in (ours, f"{ours}, FX"):
+            for shown in _with_toolkits(ours):
                 if shown in ratios:
                     lead = ratios[shown] / ratios[theirs]  # repeats within 3 %
                     lines.append(f"{shown} {lead:.2f}x {theirs}'s fastest, bar 1x: {_met(lead >= 0.97)}")
@@ -183,6 +191,11 @@ def verdicts(name: str, cell: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _with_toolkits(row: str) -> tuple[str, ...]:
+    """A row's label for ModelOpt, and for the other toolkits."""
+    return (row, *(f"{row}, {label}" for label in PREPARED_BY))
+
+
 def _met(holds: bool) -> str:
     return "met" if holds else "MISSED"
 
@@ -191,15 +204,13 @@ def make_table(document: dict[str, Any]) -> str:
     """Markdown: speed over FP32 in ONNX Runtime, and file sizes."""
     networks = document["networks"]
     columns = (
-        "ORT INT8",
-        "ORT INT8, FX",
+        *_with_toolkits("ORT INT8"),
         "ORT W4A4",
         "quantize_static",
         "ORT INT8, tuned",
         "OpenVINO FP32",
         "OpenVINO BF16",
-        "OpenVINO INT8",
-        "OpenVINO INT8, FX",
+        *_with_toolkits("OpenVINO INT8"),
         "NNCF",
     )
     present = [label for label in columns if any(label in cell["ratios"] for cell in networks.values())]
@@ -232,10 +243,10 @@ def make_files(name: str, cells: Path) -> None:
     for bits, storage in ((4, "int4"), (2, "int2")):
         student = prepare(model, [images], "modelopt", weight_bits=bits, activation_bits=max(bits, 4))
         export_onnx(student, images, folder / f"w{bits}.ort.onnx", target="onnxruntime", weight_storage=storage)
-    if not name.startswith("vit"):  # FX has no quantizers for its attention
-        student = prepare(model, [images], "torch_ao", weight_bits=8, activation_bits=8)
+    for toolkit in () if name.startswith("vit") else PREPARED_BY.values():  # FX has no quantizers for its attention
+        student = prepare(model, [images], toolkit, weight_bits=8, activation_bits=8)
         for target in ("onnxruntime", "openvino"):
-            export_onnx(student, images, folder / f"w8.fx.{target}.onnx", target=target)
+            export_onnx(student, images, folder / f"w8.{toolkit}.{target}.onnx", target=target)
     missing: dict[str, str] = {}
     for setting in STATIC:
         try:

@@ -24,8 +24,10 @@ from qakd_plugin import (
 from qakd_plugin.backends import adapter_for
 from qakd_plugin.bench.census import census
 from qakd_plugin.bench.runners import OpenVINORunner
+from qakd_plugin.deploy.graph import QUANTIZER_KEY, activation_quantizers
+from qakd_plugin.deploy.openvino_form import to_openvino_form
 from qakd_plugin.deploy.openvino_parity import check_openvino
-from qakd_plugin.deploy.parity import check_parity
+from qakd_plugin.deploy.parity import check_parity, run_recorded
 from qakd_plugin.deploy.to_onnx import export_canonical
 
 TOOLKITS = ["modelopt", "torch_ao"]
@@ -272,6 +274,22 @@ def test_agreement_in_openvino_is_recorded(bits, tmp_path, make_student, digits)
     assert found.samples == 128
     assert exported.parity.fused is None
     assert export_onnx(student, images[:8], tmp_path / "t.onnx").parity.openvino is None
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_openvino_gets_unsigned_codes_behind_every_relu_and_the_same_numbers(bits, make_student, digits):
+    images = digits.test[0][:64]
+    canonical, _ = _exported(make_student("pt2e", bits), images)
+    form = to_openvino_form(canonical)
+    expected, codes = run_recorded(canonical, images, optimize=False)
+    got, same = run_recorded(form, images, optimize=False)
+    np.testing.assert_array_equal(got, expected)
+    assert all(np.array_equal(*calls) for name in codes for calls in zip(codes[name], same[name], strict=True))
+    non_negative = {name for name, calls in codes.items() if min(call.min() for call in calls) >= 0}
+    unsigned = {node for node in activation_quantizers(form.graph) if node.outputs[0].dtype == ir.DataType.UINT8}
+    assert 0 < len(unsigned) < len(list(activation_quantizers(form.graph)))
+    assert {node.metadata_props[QUANTIZER_KEY].partition("#")[0] for node in unsigned} <= non_negative
+    assert not any(node.op_type == "Relu" for node in form.graph)  # one clamp is left, which ends where the codes did
 
 
 def test_a_file_that_openvino_computes_differently_is_refused_and_its_layer_named(make_student, digits):

@@ -1,6 +1,7 @@
 """torchao PT2E: a flat graph whose train() raises and whose BatchNorms lose their eps, trained and exported exactly."""
 
 import copy
+import importlib.util
 import subprocess
 import sys
 
@@ -13,18 +14,21 @@ from interruption import Stop, StopAt
 from torch import nn
 
 from qakd_plugin import (
+    LSQ,
     SQAKD,
     NotPreparedError,
     QakdError,
     UnsupportedQuantizerError,
+    build_engine,
     describe,
     distill,
     export_onnx,
     prepare,
+    use_quantizers,
 )
 from qakd_plugin.backends import adapter_for
-from qakd_plugin.backends.pt2e import PT2EAdapter
-from qakd_plugin.bench.census import census
+from qakd_plugin.backends.pt2e import PT2EAdapter, is_quantizer
+from qakd_plugin.bench.census import census, optimized_nodes
 from qakd_plugin.deploy.export_form import ActivationQDQ, StoredWeight
 from qakd_plugin.placement import place_quantizers
 
@@ -97,6 +101,29 @@ class _Attention(nn.Module):
         x = x + self.proj((weights @ v).transpose(1, 2).flatten(2))
         x = x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
         return self.head(self.norm(x)[:, 0])
+
+
+class _Residual(nn.Module):
+    """Identity shortcuts, one behind another, and one that is a convolution; sums with and without a ReLU."""
+
+    def __init__(self, width=8):
+        super().__init__()
+
+        def conv(inputs, size):
+            return nn.Sequential(nn.Conv2d(inputs, width, size, padding=size // 2, bias=False), nn.BatchNorm2d(width))
+
+        self.stem, self.relu = conv(3, 3), nn.ReLU(inplace=True)
+        self.first, self.second, self.third, self.shortcut = conv(width, 3), conv(width, 3), conv(width, 3), conv(width, 1)
+        self.head = nn.Linear(width, 5)
+
+    def features(self, x):
+        x = self.relu(self.stem(x))
+        x = self.relu(self.first(x) + x)
+        x = self.second(x) + x
+        return F.relu(self.third(x) + self.shortcut(x))
+
+    def forward(self, x):
+        return self.head(self.features(x).mean([2, 3]))
 
 
 @pytest.fixture(scope="module")
@@ -364,6 +391,95 @@ def test_an_attention_block_is_exported_exactly(bits, tmp_path):
     assert _is_close_proof(exported.parity)
     batch = onnx.load(exported.path).graph.input[0].type.tensor_type.shape.dim[0]
     assert batch.dim_param
+
+
+# -- residual sums
+
+
+def _prepared(model, images, bits, alone):
+    """By ``prepare``, or with the quantizer alone."""
+    if not alone:
+        return prepare(model, [images], "pt2e", weight_bits=bits, activation_bits=bits)
+    from qakd_plugin.backends.pt2e_quantizer import TensorRTQuantizer
+
+    student = _prepare_alone(model, images, TensorRTQuantizer(weight_bits=bits, activation_bits=bits))
+    ADAPTER.set_mode(student, False)
+    for _ in range(20):
+        student(images)
+    return student
+
+
+@pytest.fixture(scope="module")
+def residual():
+    torch.manual_seed(0)
+    images = torch.rand(16, 3, 16, 16)
+    return _seen(_Residual(), images), images
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_sums_of_a_residual_network_run_as_integer_adds(bits, alone, tmp_path, residual):
+    student = _prepared(*residual, bits, alone)
+    exported = export_onnx(student, residual[1], tmp_path / "s.onnx", target="onnxruntime")
+    assert _is_close_proof(exported.parity)
+    kinds = [node.op_type for node in optimized_nodes(exported)]
+    assert kinds.count("QLinearAdd") == 3
+    canonical = export_onnx(student, residual[1], tmp_path / "c.onnx")
+    assert _is_close_proof(canonical.parity)
+    if importlib.util.find_spec("tensorrt_rtx_bindings"):
+        layers = build_engine(canonical, tmp_path / "s.engine", "tensorrt_rtx", capabilities=["SM86"]).manifest["convolutions"]
+        assert layers["int8"] == layers["total"] == 5
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_layers_behind_a_sum_share_its_quantizer_at_eight_bits_and_keep_their_own_below(alone, residual):
+    for bits in (8, 4):
+        student = _prepared(*residual, bits, alone)
+        codes = {q.module: ADAPTER.qparams(q).quant_max for q in ADAPTER.quantizers(student)}
+        (conv,) = (node for node in student.graph.nodes if node.target is torch.ops.aten.conv2d.default and _in(node, "second"))
+        chain, source = [], conv.args[0]
+        while is_quantizer(student, source):
+            chain.append(codes[student.get_submodule(source.target)])
+            source = source.args[0]
+        assert chain == ([127] if bits == 8 else [15, 127])
+        assert source.target is torch.ops.aten.relu_.default
+
+
+def _in(node, name):
+    return any(path.endswith(f"{name}.0") for path, _ in node.meta["nn_module_stack"].values())
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_sums_of_a_transformer_stay_in_floating_point(bits, alone):
+    torch.manual_seed(0)
+    student = _prepared(_Attention().eval(), torch.randn(8, 3, 16, 16), bits, alone)
+    norms = [node for node in student.graph.nodes if node.target is torch.ops.aten.layer_norm.default]
+    read = [node.all_input_nodes[0] for node in norms]
+    assert [node.target for node in read[1:]] == [torch.ops.aten.add.Tensor] * 2
+    assert not is_quantizer(student, read[0])
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_sum_that_the_model_returns_stays_in_floating_point(alone, residual):
+    class Features(_Residual):
+        def forward(self, x):
+            return self.features(x)
+
+    model = Features()
+    model.load_state_dict(residual[0].state_dict())
+    student = _prepared(model.eval(), residual[1], 8, alone)
+    (output,) = (node for node in student.graph.nodes if node.op == "output")
+    assert [node.target for node in output.all_input_nodes] == [torch.ops.aten.relu.default]
+
+
+def test_learned_quantizers_leave_sums_on_their_grid(tmp_path, residual):
+    model, images = residual
+    student = use_quantizers(_prepared(model, images, 4, False), LSQ())
+    distill(student, model, [images], epochs=2, seed=0)
+    exported = export_onnx(student, images, tmp_path / "s.onnx", target="onnxruntime")
+    assert _is_close_proof(exported.parity)
+    assert [node.op_type for node in optimized_nodes(exported)].count("QLinearAdd") == 3
 
 
 # -- models that somebody else prepared

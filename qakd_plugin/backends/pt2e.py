@@ -217,10 +217,11 @@ class _ExportForm:
         for node in self._pending():
             if node.target in WEIGHTED and node in self.dynamic and node.args[1] not in self.dynamic:
                 self._layer(node)
+        quantizers = [node for node in self._pending() if node in self.dynamic and is_quantizer(self.model, node)]
+        names = [_activation_name(self.model, node, "qdq") for node in quantizers]  # which look at the quantizer in front, too
         activations: dict[nn.Module, str] = {}
-        for node in self._pending():
-            if node in self.dynamic and is_quantizer(self.model, node):
-                self._activation(node, activations)
+        for node, name in zip(quantizers, names, strict=True):
+            self._activation(node, name, activations)
         for node in self._pending():
             if node not in self.dynamic and node.op not in {"get_attr", "output"}:
                 self._constant(node)
@@ -296,11 +297,10 @@ class _ExportForm:
             return None
         return norm, (bias - mean) * scale + beta
 
-    def _activation(self, node: fx.Node, made: dict[nn.Module, str]) -> None:
+    def _activation(self, node: fx.Node, name: str, made: dict[nn.Module, str]) -> None:
         module = self.model.get_submodule(str(node.target))
         if module not in made:
             quantizer = self.quantizers[module]
-            name = _activation_name(self.model, node, "qdq")
             made[module] = self._add(name, ActivationQDQ(self.qparams(quantizer), quantizer.fqn))
         self._retarget(node, made[module])
 

@@ -49,16 +49,30 @@ _SIGN_KEEPING = {
     _aten.add.Tensor,
     _aten.add_.Tensor,
 }
+_GRID_KEEPING = {
+    _aten.max_pool1d.default,
+    _aten.max_pool2d.default,
+    _aten.max_pool3d.default,
+    _aten.flatten.using_ints,
+    _aten.view.default,
+    _aten.reshape.default,
+    _aten.permute.default,
+    _aten.transpose.int,
+    _aten.dropout.default,
+    _aten.dropout_.default,
+    _aten.relu.default,
+    _aten.relu_.default,
+}
 _ADDS = {_aten.add.Tensor, _aten.add_.Tensor}
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """What one convolution or linear layer takes; ``signed`` is None where its input has a quantizer already."""
+    """What one convolution or linear layer takes."""
 
     weight_bits: int
     activation_bits: int
-    signed: bool | None
+    signed: bool
 
 
 class TensorRTQuantizer(Quantizer):  # type: ignore[misc]
@@ -67,6 +81,9 @@ class TensorRTQuantizer(Quantizer):  # type: ignore[misc]
     The first and the last layer take 8 bits. Without a placement every convolution and linear layer has its input and weight
     quantized, and both inputs of every residual add are, so that the convolutions before it run in integers; below 8 bits, what
     a ReLU made non-negative gets an unsigned grid.
+
+    Integers in, integers out: an add whose operands are quantized to 8 bits wherever they are read is quantized as well, behind
+    its ReLU. So are all sums of a residual network, and none of a transformer, whose norms read them in floating point.
 
     Example::
 
@@ -106,20 +123,24 @@ class TensorRTQuantizer(Quantizer):  # type: ignore[misc]
         layers = self._placed(calls) if self.placement is not None else self._all(calls, model.graph)
         if not layers:
             raise QakdError("the exported graph holds no convolution or linear layer to quantize.")
+        adds = {node for node in model.graph.nodes if node.target in _ADDS and _adds_activations(node, dynamic)}
+        if self.placement is not None:
+            outputs = self._ends(model.graph, self.placement)
+        else:
+            outputs = _operands(adds, set(layers))
+        outputs, on_grid = _with_sums(model.graph, adds, set(layers), outputs)
         for node, layer in layers.items():
-            source = None if layer.signed is None else activation_spec(layer.activation_bits, signed=layer.signed)
+            has_one = layer.activation_bits == 8 and node.args[0] in on_grid
+            source = None if has_one else activation_spec(layer.activation_bits, signed=layer.signed)
             # The order matters: torchao takes the first entry for the input and the second for the weight.
             inputs = {node.args[0]: source, node.args[1]: weight_spec(layer.weight_bits, 1 if node.target in TRANSPOSED else 0)}
             node.meta["quantization_annotation"] = QuantizationAnnotation(input_qspec_map=inputs, _annotated=True)
-        if self.placement is None:
-            for node in model.graph.nodes:
-                if node.target in _ADDS and _adds_activations(node, dynamic):
-                    inputs = {source: activation_spec(8) for source in node.args[:2]}
-                    node.meta["quantization_annotation"] = QuantizationAnnotation(input_qspec_map=inputs, _annotated=True)
-        else:
-            for node in self._ends(model.graph, self.placement):
-                annotation = node.meta.setdefault("quantization_annotation", QuantizationAnnotation(_annotated=True))
-                annotation.output_qspec = activation_spec(8)
+        for node in adds if self.placement is None else ():
+            inputs = {source: activation_spec(8) for source in node.args[:2] if source not in on_grid}
+            node.meta["quantization_annotation"] = QuantizationAnnotation(input_qspec_map=inputs, _annotated=True)
+        for node in outputs:
+            annotation = node.meta.setdefault("quantization_annotation", QuantizationAnnotation(_annotated=True))
+            annotation.output_qspec = activation_spec(8)
         return model
 
     def validate(self, model: fx.GraphModule) -> None:
@@ -136,8 +157,7 @@ class TensorRTQuantizer(Quantizer):  # type: ignore[misc]
             edge = name in placement.edges
             bits = 8 if edge else self.activation_bits
             signed = bits == 8 or name not in placement.unsigned
-            has_one = bits == 8 and name in placement.covered
-            layers[node] = _Layer(8 if edge else self.weight_bits, bits, None if has_one else signed)
+            layers[node] = _Layer(8 if edge else self.weight_bits, bits, signed)
         return layers
 
     def _all(self, calls: Sequence[fx.Node], graph: fx.Graph) -> dict[fx.Node, _Layer]:
@@ -153,10 +173,10 @@ class TensorRTQuantizer(Quantizer):  # type: ignore[misc]
         return layers
 
     @staticmethod
-    def _ends(graph: fx.Graph, placement: Placement) -> list[fx.Node]:
+    def _ends(graph: fx.Graph, placement: Placement) -> set[fx.Node]:
         """The nodes whose outputs the placement wants quantized: behind the ReLU, where one follows."""
         wanted = {output.name: output.clamp for output in placement.outputs}
-        ends = []
+        ends = set()
         for node in graph.nodes:
             if node.target not in {*CONVOLUTIONS, *TRANSPOSED, _aten.batch_norm.default} or layer_name(node) not in wanted:
                 continue
@@ -164,7 +184,7 @@ class TensorRTQuantizer(Quantizer):  # type: ignore[misc]
             if wanted[layer_name(node)] is not None:
                 (user,) = node.users
                 end = user if user.target in _RELUS else node
-            ends.append(end)
+            ends.add(end)
         return ends
 
 
@@ -203,6 +223,48 @@ def activation_spec(bits: int, *, signed: bool = True) -> QuantizationSpec:
         quant_max=limit - 1 if signed else 2 * limit - 1,
         qscheme=torch.per_tensor_symmetric if signed else torch.per_tensor_affine,
     )
+
+
+def _operands(adds: set[fx.Node], layers: set[fx.Node]) -> set[fx.Node]:
+    """Operands of residual adds that are read by residual adds and quantized layers alone: one quantizer serves all of them."""
+    operands = {operand for add in adds for operand in add.args[:2] if isinstance(operand, fx.Node)}
+    return {node for node in operands if node.op == "call_function" and set(_readers(node)) <= adds | layers}
+
+
+def _with_sums(
+    graph: fx.Graph, adds: set[fx.Node], layers: set[fx.Node], outputs: set[fx.Node]
+) -> tuple[set[fx.Node], set[fx.Node]]:
+    """Quantize the sums of quantized tensors, too, but not what quantized layers alone read, nor what the model returns.
+
+    Args:
+        graph: of the float model.
+        adds: its residual adds.
+        layers: convolutions and linear layers that quantize their input, if it is not.
+        outputs: nodes whose output is to be quantized to 8 bits.
+
+    Returns:
+        ``outputs`` with those sums (behind the ReLU, where one follows), and all nodes that lie on the grid of one of them.
+    """
+    outputs = set(outputs)
+    on_grid: set[fx.Node] = set()
+    for node in graph.nodes:
+        operands = node.all_input_nodes
+        if node in outputs or (node.target in _GRID_KEEPING and operands[0] in on_grid):
+            on_grid.add(node)
+        elif node in adds and on_grid.issuperset(operands):
+            readers = _readers(node)
+            end = readers[0] if len(readers) == 1 and readers[0].target in _RELUS else node
+            readers = _readers(end)
+            if not layers.issuperset(readers) and all(reader.op != "output" for reader in readers):
+                outputs.add(end)
+                if end is node:
+                    on_grid.add(node)
+    return outputs, on_grid
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """Who reads the numbers of a tensor: asking for its shape is not reading."""
+    return [user for user in node.users if user.target is not _aten.sym_size.int]
 
 
 def _positive(graph: fx.Graph) -> set[fx.Node]:

@@ -38,18 +38,27 @@ def census(path: str | os.PathLike[str]) -> Census:
     Args:
         path: an ONNX file.
     """
+    nodes = optimized_nodes(path)
+    integer = [node for node in nodes if node.op_type in _INTEGER]
+    floating = [
+        node for node in nodes if node.op_type in _FLOAT or (node.domain == "com.microsoft.nchwc" and node.op_type == "Conv")
+    ]
+    return Census(len(integer), len(integer) + len(floating), tuple(node.name or node.op_type for node in floating))
+
+
+def optimized_nodes(path: str | os.PathLike[str]) -> list[onnx.NodeProto]:
+    """What ONNX Runtime really runs on this processor.
+
+    Args:
+        path: an ONNX file.
+    """
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.optimized_model_filepath = str(optimized)
         onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
-        nodes = list(onnx.load(optimized, load_external_data=False).graph.node)
-    integer = [node for node in nodes if node.op_type in _INTEGER]
-    floating = [
-        node for node in nodes if node.op_type in _FLOAT or (node.domain == "com.microsoft.nchwc" and node.op_type == "Conv")
-    ]
-    return Census(len(integer), len(integer) + len(floating), tuple(node.name or node.op_type for node in floating))
+        return list(onnx.load(optimized, load_external_data=False).graph.node)
 
 
 def engine_layers(path: str | os.PathLike[str]) -> tuple[int, int] | None:

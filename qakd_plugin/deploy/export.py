@@ -19,11 +19,12 @@ from ..errors import ExportError, UnsupportedQuantizerError
 from .float16 import Float16Parity, check_float16, to_float16
 from .graph import WEIGHT_KEY
 from .inspect_onnx import CONVOLUTIONS, PRODUCTS, stored_weight, weight_problem
+from .openvino_form import to_openvino_form
 from .openvino_parity import check_openvino
 from .ort_form import to_onnxruntime_form
 from .parity import ParityReport, check_parity
 from .passes import to_tensorrt_form
-from .storage import WeightStorage, store_weights
+from .storage import WeightStorage
 from .to_onnx import export_canonical, to_proto
 
 Target = Literal["tensorrt", "onnxruntime", "openvino"]
@@ -61,9 +62,10 @@ def export_onnx(
 ) -> ExportedModel:
     """Export a trained, prepared model to ONNX with Q/DQ, and prove that the file computes what was trained.
 
-    The canonical form ("tensorrt") has int8 codes, zero point 0, float biases and BatchNorm folded exactly; "openvino" takes
-    the same. "onnxruntime" is an exact rewrite of it that ONNX Runtime's integer kernels can take. The batch dimension is
-    dynamic, the opset 20, or 21 where weights are stored in 4 bits.
+    The canonical form ("tensorrt") has int8 codes, zero point 0, float biases and BatchNorm folded exactly. "onnxruntime" is an
+    exact rewrite of it that ONNX Runtime's integer kernels can take, "openvino" one with unsigned codes for what cannot be
+    negative, which OpenVINO is faster with. The batch dimension is dynamic, the opset 20, or 21 where weights are stored in 4
+    bits.
 
     Weights of at most 4 bits take 4 bits in the file. For ONNX Runtime and OpenVINO they stand behind a Cast that the runtime
     folds: outputs and speed are those of int8 codes. TensorRT has no such form: there this holds for linear layers, with a
@@ -110,7 +112,7 @@ def export_onnx(
     elif target == "onnxruntime":
         model = to_onnxruntime_form(model, weight_storage)
     else:
-        store_weights(model, weight_storage)
+        model = to_openvino_form(model, weight_storage)
     parity = _gate(adapter, model, form, prepared_model, samples, target)
     conversion = check_float16(to_float16(model), form, samples) if float16 else None
     write_atomic(path, to_proto(model).SerializeToString(), ExportError)

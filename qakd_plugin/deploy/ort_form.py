@@ -53,7 +53,7 @@ def to_onnxruntime_form(model: ir.Model, storage: WeightStorage = "int4") -> ir.
     """A copy of a canonical model in ONNX Runtime's form, weights stored as :func:`.storage.store_weights` does."""
     model = ir.serde.deserialize_model(ir.serde.serialize_model(model))
     graph = model.graph
-    positive = _non_negative_values(graph)
+    positive = non_negative_values(graph)
     for quantize in list(activation_quantizers(graph)):
         _to_unsigned(graph, quantize, positive)
     common.RemoveUnusedNodesPass()(model)  # the clamps that quantizers absorbed
@@ -93,24 +93,17 @@ _BIAS_ERROR = 0.08
 
 def _to_unsigned(graph: ir.Graph, quantize: ir.Node, positive: set[ir.Value]) -> None:
     """Give one int8 quantizer uint8 codes; narrower ranges and ReLUs move onto the integers."""
-    kind = constant(quantize.inputs[2] if len(quantize.inputs) > 2 else None)
-    signed = quantize.attributes.get_int("output_dtype", 0) == ir.DataType.INT8
-    if not signed and (kind is None or kind.dtype != np.int8 or kind.size != 1 or int(kind.reshape(())) != 0):
+    if not has_signed_codes(quantize):
         return
-    quantize.attributes.pop("output_dtype", None)
-    quantize.resize_inputs(3)
     scale = np.float32(scalar(quantize.inputs[1], 0.0))
-    source, low, high = _absorbed(quantize, scale)
+    source, low, high = absorbed_clamps(quantize, scale)
     if low == 0 or quantize.inputs[0] in positive:
         zero_point, low = 0, max(low, 0)
     else:
         zero_point = 128
     quantize.replace_input_with(0, source)
-    zero = initializer(graph, f"zero_point_u8_{zero_point}", np.asarray(zero_point, dtype=np.uint8))
-    quantize.replace_input_with(2, zero)
-    readers = [use.node for use in quantize.outputs[0].uses()]
+    make_unsigned(graph, quantize, zero_point)
     codes = quantize.outputs[0]
-    codes.dtype = ir.DataType.UINT8
     if (low + zero_point, high + zero_point) != (0, 255):
         bounds = [
             initializer(graph, f"code_u8_{bound + zero_point}", np.asarray(bound + zero_point, dtype=np.uint8))
@@ -118,15 +111,30 @@ def _to_unsigned(graph: ir.Graph, quantize: ir.Node, positive: set[ir.Value]) ->
         ]
         clip = ir.node("Clip", [codes, *bounds], name=f"{quantize.name}/Clip")
         clip.outputs[0].name, clip.outputs[0].dtype = f"{clip.name}:out", ir.DataType.UINT8
+        ir.convenience.replace_all_uses_with(codes, clip.outputs[0])
+        clip.replace_input_with(0, codes)
         graph.insert_after(quantize, clip)
-        codes = clip.outputs[0]
-    for reader in readers:
-        reader.resize_inputs(3)
-        reader.replace_input_with(0, codes)
-        reader.replace_input_with(2, zero)
 
 
-def _absorbed(quantize: ir.Node, scale: np.float32) -> tuple[ir.Value, int, int]:
+def has_signed_codes(quantize: ir.Node) -> bool:
+    """Whether a quantizer puts out int8 codes with zero point 0."""
+    kind = constant(quantize.inputs[2] if len(quantize.inputs) > 2 else None)
+    if quantize.attributes.get_int("output_dtype", 0) == ir.DataType.INT8:
+        return True
+    return kind is not None and kind.dtype == np.int8 and kind.size == 1 and int(kind.reshape(())) == 0
+
+
+def make_unsigned(graph: ir.Graph, quantize: ir.Node, zero_point: int) -> None:
+    """Give a quantizer with int8 codes uint8 ones and another zero point, and tell those that read them."""
+    zero = initializer(graph, f"zero_point_u8_{zero_point}", np.asarray(zero_point, dtype=np.uint8))
+    quantize.attributes.pop("output_dtype", None)
+    quantize.outputs[0].dtype = ir.DataType.UINT8
+    for node in (quantize, *(use.node for use in quantize.outputs[0].uses())):
+        node.resize_inputs(3)
+        node.replace_input_with(2, zero)
+
+
+def absorbed_clamps(quantize: ir.Node, scale: np.float32) -> tuple[ir.Value, int, int]:
     """The value in front of the clamps before a quantizer, and the code range that stands for those clamps.
 
     Rounding is monotonic, so quantizing a clamped value is clamping the quantized one.
@@ -149,7 +157,7 @@ def _absorbed(quantize: ir.Node, scale: np.float32) -> tuple[ir.Value, int, int]
     return source, low, high
 
 
-def _non_negative_values(graph: ir.Graph) -> set[ir.Value]:
+def non_negative_values(graph: ir.Graph) -> set[ir.Value]:
     """Values that cannot be negative, whatever the input."""
     positive: set[ir.Value] = set()
     for node in graph:
