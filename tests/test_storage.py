@@ -14,7 +14,7 @@ from qakd_plugin.bench.runners import OpenVINORunner
 from qakd_plugin.deploy.diagnosis import diagnose
 from qakd_plugin.deploy.graph import stored_codes, weight_dequantizers
 from qakd_plugin.deploy.inspect_onnx import inspect_onnx
-from qakd_plugin.deploy.storage import _grid
+from qakd_plugin.deploy.storage import _grid, store_weights
 
 
 def _run(path, images, *, optimize):
@@ -94,7 +94,10 @@ def test_openvino_gets_the_same_numbers_from_packed_weights(bits, tmp_path, wide
 def test_tensorrt_refuses_packed_weights_by_name(tmp_path, wide):
     model, images = wide
     student = prepare(model, [images], "modelopt", weight_bits=4, activation_bits=8)
-    path = export_onnx(student, images, tmp_path / "s.onnx", target="openvino").path
+    path = export_onnx(student, images, tmp_path / "s.onnx", target="tensorrt").path
+    model = ir.load(path)
+    store_weights(model, "int4")
+    ir.save(model, path)
     with pytest.raises(EngineError, match=r"^3\.weight/DequantizeLinear: weights stored behind a Cast"):
         inspect_onnx(path)
 
