@@ -17,7 +17,6 @@ import importlib.util
 import itertools
 import json
 import logging
-import resource
 import subprocess
 import sys
 import time
@@ -27,7 +26,7 @@ from typing import Any
 import readme_tables
 import torch
 import torchvision
-from step_time import ResNet20
+from step_time import ResNet20, memory_mib
 from torch import Tensor, nn
 
 from qakd_plugin import export_onnx, prepare
@@ -238,7 +237,7 @@ def make_files(name: str, cells: Path) -> None:
     start = time.perf_counter()
     export_onnx(student, images, folder / "w8.ort.onnx", target="onnxruntime")
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak = memory_mib("VmHWM") / 1024  # not getrusage's: that of a new process begins at its parent's
     export_onnx(student, images, folder / "w8.onnx", target="openvino")
     for bits, storage in ((4, "int4"), (2, "int2")):
         student = prepare(model, [images], "modelopt", weight_bits=bits, activation_bits=max(bits, 4))

@@ -34,7 +34,7 @@ import numpy as np
 import onnxruntime
 import readme_tables
 import torch
-from step_time import ResNet20
+from step_time import ResNet20, memory_mib
 from torch import Tensor, nn
 from zoo import Net, random_weights
 
@@ -237,17 +237,12 @@ def start_peak() -> float:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return 0.0
-    return _status_gib("VmRSS")
+    return memory_mib("VmRSS") / 1024
 
 
 def peak_gib() -> float | None:
     """Largest resident memory since :func:`start_peak`; None where the system cannot tell."""
-    return _status_gib("VmHWM") if Path("/proc/self/status").is_file() else None
-
-
-def _status_gib(key: str) -> float:
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key + ":"))
-    return int(line.split()[1]) / 2**20
+    return memory_mib("VmHWM") / 1024 if Path("/proc/self/status").is_file() else None
 
 
 def run_engines(folders: dict[str, Path], cells: dict[str, Any]) -> dict[str, dict[str, Any]]:

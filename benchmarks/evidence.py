@@ -15,8 +15,8 @@ that has seen 15,000. How much of the gain is owed to that, the students show th
 
 Questions: (1) SQAKD against QAT and against a fixed teacher with and without labels, for four quantizers; (2) QKD and its
 phases; (3) QAT with 1, 10 and 100 % of the labels against SQAKD without any; (4) with all images of the teacher, and with
-everything on; (5) what is gained from calibration only to the deployed file. What augmentation adds is asked in
-augmentation_study.py.
+everything on; (5) what is gained from calibration only to the deployed file; (6) at 2 bits, what refreshing BatchNorm's
+statistics changes. What augmentation adds is asked in augmentation_study.py.
 
 Every student is a file in --cells: a run that was stopped goes on, and several processes (--part 0/2, --part 1/2) share the
 work.
@@ -54,6 +54,9 @@ QUANTIZERS: dict[str, Any] = {"LSQ": LSQ(), "PACT": PACT(), "DoReFa": DoReFa(), 
 EVERYTHING = "SQAKD, everything on"
 """No label needed, so all images of the teacher; the augmentation that CMI chooses; BatchNorm's statistics refreshed."""
 
+REFRESHED = ", BatchNorm refreshed"
+"""Behind the name of a method: with ``recalibrate_batches=32``, which is meant for few bits."""
+
 METHODS: dict[str, Callable[[], Any]] = {
     "QAT": QAT,
     "SQAKD": SQAKD,
@@ -65,7 +68,16 @@ METHODS: dict[str, Callable[[], Any]] = {
     "QKD without co-studying": lambda: QKD(0.3, 0, 0.7),
     "QKD without tutoring": lambda: QKD(0.25, 0.75, 0),
     EVERYTHING: SQAKD,
+    f"QAT{REFRESHED}": QAT,
+    f"SQAKD{REFRESHED}": SQAKD,
 }
+OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
+    EVERYTHING: lambda: {"augment": CMISelector(), "recalibrate_batches": 32},
+    f"QAT{REFRESHED}": lambda: {"recalibrate_batches": 32},
+    f"SQAKD{REFRESHED}": lambda: {"recalibrate_batches": 32},
+}
+"""Of ``distill``, where a method comes with some."""
+
 HELD_OUT = 1000
 """Images that pick the best epoch; neither the teacher nor a student learns from them."""
 
@@ -138,6 +150,7 @@ def cells(size: Size) -> list[Cell]:
         whole = max(1.0, size.teacher_images / size.images)
         methods = (EVERYTHING,) if whole == 1 else ("QAT", "SQAKD", EVERYTHING)
         found += [Cell("LSQ", bits, method, whole, seed) for bits in (2, 3, 4) for method in methods]
+        found += [Cell(name, 2, f"{method}{REFRESHED}", 1.0, seed) for name in QUANTIZERS for method in ("QAT", "SQAKD")]
     return found
 
 
@@ -177,17 +190,17 @@ class Study:
         draw = torch.Generator().manual_seed(cell.seed)
         # As many images per epoch whatever the share; without replacement as far as they go.
         sampler = RandomSampler(pool, num_samples=len(self.train[0]), generator=draw)
-        everything = {"augment": CMISelector(), "recalibrate_batches": 32} if cell.method == EVERYTHING else {}
+        options = OPTIONS.get(cell.method, dict)()
         result = distill(
             student.to(DEVICE),
-            None if cell.method == "QAT" else self.teacher.to(DEVICE),
+            None if METHODS[cell.method] is QAT else self.teacher.to(DEVICE),
             DataLoader(pool, BATCH, sampler=sampler),
             method=METHODS[cell.method](),
             epochs=self.size.epochs,
             val_loader=DataLoader(TensorDataset(*self.validation), 500),
             seed=cell.seed,
             lr=LR,
-            **everything,
+            **options,
         )
         trained = result.model.cpu()
         return {"before": before, "accuracy": accuracy(trained, *self.test), "deployed": self._deployed(trained)}
@@ -233,11 +246,15 @@ def read(size: Size, folder: Path) -> Results:
 
 
 def summary(found: Results) -> list[dict[str, Any]]:
-    """A row per combination: mean and interval, and the difference to QAT with all labels, tested in pairs."""
+    """A row per combination: mean and interval, and the difference to QAT with all labels, tested in pairs.
+
+    SQAKD with BatchNorm refreshed is compared with QAT that has the same.
+    """
     rows = []
     for (quantizer, bits, method, labels), runs in found.items():
         accuracies = [run["accuracy"] for run in runs]
-        control = [run["accuracy"] for run in found[quantizer, bits, "QAT", 1.0]]
+        plain = f"QAT{REFRESHED}" if method == f"SQAKD{REFRESHED}" else "QAT"
+        control = [run["accuracy"] for run in found[quantizer, bits, plain, 1.0]]
         row = {
             "quantizer": quantizer,
             "bits": bits,
@@ -290,7 +307,7 @@ def make_controls_table(document: dict[str, Any]) -> str:
     """Markdown: LSQ under every method, against QAT with all labels."""
     rows = []
     for row in document["rows"]:
-        if row["quantizer"] != "LSQ" or row["bits"] == 8:
+        if row["quantizer"] != "LSQ" or row["bits"] == 8 or row["method"].endswith(REFRESHED):
             continue
         labels = "" if row["labels"] == 1 else f", {_share(row['labels'])}"
         against = f"{100 * row['over_qat']:+.2f} (p {_p(row['p'])})" if "over_qat" in row else ""
@@ -299,6 +316,21 @@ def make_controls_table(document: dict[str, Any]) -> str:
         )
     rows.sort(key=lambda row: row[0])
     return readme_tables.markdown(["student", "method", "accuracy", "over QAT, points"], rows)
+
+
+def make_refreshed_table(document: dict[str, Any]) -> str:
+    """Markdown: W2A2 with the statistics of BatchNorm as they run along, and refreshed."""
+    by_key = {(row["quantizer"], row["method"]): row for row in document["rows"] if row["bits"] == 2 and row["labels"] == 1}
+    rows = []
+    for quantizer in QUANTIZERS:
+        line = [f"{quantizer} W2A2"]
+        for ending in ("", REFRESHED):
+            qat, sqakd = by_key[quantizer, f"QAT{ending}"], by_key[quantizer, f"SQAKD{ending}"]
+            line += [_percent(row["accuracy"], row["interval"]) for row in (qat, sqakd)]
+            line.append(f"{100 * sqakd['over_qat']:+.2f} (p {_p(sqakd['p'])})")
+        rows.append(line)
+    columns = ["QAT", "SQAKD", "SQAKD over QAT, points"]
+    return readme_tables.markdown(["student", *columns, *(f"{column}; refreshed" for column in columns)], rows)
 
 
 def _share(labels: float) -> str:
@@ -317,9 +349,9 @@ def verdicts(document: dict[str, Any]) -> list[str]:
     """The project's aims, and whether they are met."""
     lines = []
     for row in document["rows"]:
-        if row["method"] == "SQAKD" and row["bits"] < 8 and row["labels"] == 1:
+        if row["method"] in ("SQAKD", f"SQAKD{REFRESHED}") and row["bits"] < 8 and row["labels"] == 1:
             ahead = row["over_qat"] > 0 and row["p"] is not None and row["p"] < 0.05
-            name = f"{row['quantizer']} W{row['bits']}A{row['bits']}"
+            name = f"{row['quantizer']} W{row['bits']}A{row['bits']}{row['method'].removeprefix('SQAKD')}"
             lines.append(
                 f"{name}: SQAKD over QAT {100 * row['over_qat']:+.2f} (p {_p(row['p'])}): {'met' if ahead else 'MISSED'}"
             )

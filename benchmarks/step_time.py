@@ -121,13 +121,14 @@ def _peak_growth(make: Callable[..., Callable[[], None]], arguments: tuple[Any, 
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)  # what preparing freed must not hide what a step takes
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = _status_mib("VmRSS")
+    before = memory_mib("VmRSS")
     for _ in range(4):
         step()
-    queue.put(_status_mib("VmHWM") - before)
+    queue.put(memory_mib("VmHWM") - before)
 
 
-def _status_mib(key: str) -> float:
+def memory_mib(key: str) -> float:
+    """Of this process, from Linux's /proc: "VmRSS" now, "VmHWM" at its largest."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key + ":"))
     return int(line.split()[1]) / 1024
 
