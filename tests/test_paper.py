@@ -282,7 +282,9 @@ def test_a_recipe_trains_exports_and_prints_published_figures_beside_its_own(cif
 def test_every_recipe_trains_and_exports(path, cifar, folders, tmp_path):
     root = {**cifar, **folders}[read_config(path).data.name]()
     flags = ["--data.root", str(root), "--data.batch_size", "4", "--data.held_out", "4", "--data.workers", "0"]
-    flags += ["--schedule.epochs", "3", "--student.calibration_batches", "1"]
+    # Rates that a handful of images in one colour bear.
+    flags += ["--schedule.epochs", "3", "--student.calibration_batches", "1", "--settings.lr", "1.0e-6"]
+    flags += ["--settings.grad_clip", "0.1", "--teacher.lr", "1.0e-5"]
     if isinstance(read_config(path).method, QKD):
         flags += ["--method", "{QKD: {self_studying: 1, co_studying: 1, tutoring: 1}}"]
     if read_config(path).teacher.weights is None:
