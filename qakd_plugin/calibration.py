@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 _BINS = 2048
 _CANDIDATES = 200
+_PIECE = 1 << 17
+"""Numbers that are quantized at a time: they fit a processor's second cache, which is several times faster."""
 
 
 class RangeObserver:
@@ -111,12 +113,17 @@ def best_weight_clip(weight: Tensor, quant_min: float, quant_max: float, axis: i
     """
     rows = weight.detach().float().movedim(axis, 0).flatten(1) if axis is not None else weight.detach().float().reshape(1, -1)
     largest = rows.abs().amax(1)
-    best, best_error = largest.clone(), torch.full_like(largest, float("inf"))
-    for fraction in torch.linspace(0.2, 1.0, 81).tolist():
-        step = (largest * fraction / quant_max).clamp(min=torch.finfo(torch.float32).tiny)[:, None]
-        codes = torch.round(torch.clamp(rows / step, quant_min, quant_max) + shift) - shift
-        error = ((codes * step - rows) ** 2).sum(1)
-        better = error <= best_error
-        best = torch.where(better, largest * fraction, best)
-        best_error = torch.where(better, error, best_error)
-    return best if axis is not None else best.reshape(())
+    fractions = torch.linspace(0.2, 1.0, 81, device=rows.device)
+    clips = fractions[:, None] * largest
+    steps = (clips / quant_max).clamp(min=torch.finfo(torch.float32).tiny)
+    errors = torch.zeros_like(clips)
+    height = max(1, _PIECE // rows.shape[1])
+    for band in (slice(start, start + height) for start in range(0, len(rows), height)):
+        for piece in rows[band].split(_PIECE, dim=1):
+            found = torch.empty_like(piece)
+            for step, error in zip(steps[:, band, None], errors[:, band], strict=True):
+                torch.div(piece, step, out=found).clamp_(quant_min, quant_max)
+                error += found.add_(shift).round_().sub_(shift).mul_(step).sub_(piece).square_().sum(1)
+    best = len(fractions) - 1 - errors.flip(0).argmin(0)  # of equals the largest
+    best_clips = clips.gather(0, best[None])[0]
+    return best_clips if axis is not None else best_clips.reshape(())

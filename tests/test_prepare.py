@@ -2,11 +2,20 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from qakd_plugin import MissingPackageError, NotPreparedError, QakdError, configuration, describe, export_onnx, prepare
+from qakd_plugin import (
+    MissingPackageError,
+    NotPreparedError,
+    QakdError,
+    configuration,
+    describe,
+    export_onnx,
+    prepare,
+)
 from qakd_plugin.backends import adapter_for
 from qakd_plugin.calibration import RangeObserver, best_weight_clip
 from qakd_plugin.placement import OutputQuantizer, place_quantizers
@@ -137,6 +146,21 @@ def test_weight_clips_beat_the_maximum_and_survive_zero_channels():
 
     assert clips[2] == 0
     assert bool((error(clips) <= error(weight.abs().amax(1)) + 1e-9).all())
+
+
+@pytest.mark.parametrize("axis", [None, 0, 1])
+@pytest.mark.parametrize(("low", "high", "shift"), [(-8, 7, 0.0), (-1.5, 1.5, 0.5)])
+def test_weight_clips_are_those_of_the_least_squared_error_however_weights_are_cut(axis, low, high, shift, monkeypatch):
+    monkeypatch.setattr("qakd_plugin.calibration._PIECE", 37)
+    weight = torch.randn(6, 40, 3, generator=torch.Generator().manual_seed(0))
+    rows = weight.double().numpy().reshape(1, -1) if axis is None else np.moveaxis(weight.double().numpy(), axis, 0)
+    expected = []
+    for row in rows.reshape(len(rows), -1):
+        clips = np.linspace(0.2, 1.0, 81) * abs(row).max()
+        codes = [np.rint(np.clip(row / (clip / high), low, high) + shift) - shift for clip in clips]
+        errors = [((found * clip / high - row) ** 2).sum() for found, clip in zip(codes, clips, strict=True)]
+        expected.append(clips[int(np.argmin(errors))])
+    np.testing.assert_allclose(best_weight_clip(weight, low, high, axis, shift).reshape(-1), expected, rtol=1e-6)
 
 
 def _fx(model, configuration, images):
