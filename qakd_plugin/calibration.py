@@ -119,7 +119,7 @@ def best_weight_clip(weight: Tensor, quant_min: float, quant_max: float, axis: i
     errors = torch.zeros_like(clips)
     height = max(1, _PIECE // rows.shape[1])
     for band in (slice(start, start + height) for start in range(0, len(rows), height)):
-        for piece in rows[band].split(_PIECE, dim=1):
+        for piece in torch.split(rows[band], _PIECE, dim=1):
             found = torch.empty_like(piece)
             for step, error in zip(steps[:, band, None], errors[:, band], strict=True):
                 torch.div(piece, step, out=found).clamp_(quant_min, quant_max)

@@ -12,6 +12,7 @@ import torchvision
 from torch import nn
 
 from qakd_plugin import (
+    LSQ,
     SQAKD,
     ExportError,
     NotPreparedError,
@@ -20,11 +21,12 @@ from qakd_plugin import (
     distill,
     export_onnx,
     prepare,
+    use_quantizers,
 )
 from qakd_plugin.backends import adapter_for
 from qakd_plugin.bench.census import census
 from qakd_plugin.bench.runners import OpenVINORunner
-from qakd_plugin.deploy.graph import QUANTIZER_KEY, activation_quantizers
+from qakd_plugin.deploy.graph import QUANTIZER_KEY, activation_quantizers, read_onnx
 from qakd_plugin.deploy.openvino_form import to_openvino_form
 from qakd_plugin.deploy.openvino_parity import check_openvino
 from qakd_plugin.deploy.parity import check_parity, run_recorded
@@ -290,6 +292,24 @@ def test_openvino_gets_unsigned_codes_behind_every_relu_and_the_same_numbers(bit
     assert 0 < len(unsigned) < len(list(activation_quantizers(form.graph)))
     assert {node.metadata_props[QUANTIZER_KEY].partition("#")[0] for node in unsigned} <= non_negative
     assert not any(node.op_type == "Relu" for node in form.graph)  # one clamp is left, which ends where the codes did
+
+
+def test_openvino_computes_strided_shortcuts_in_integers_and_the_same_numbers(make_student, digits, tmp_path):
+    student, images = use_quantizers(make_student("modelopt", 8), LSQ()), digits.test[0][:64]
+    with torch.no_grad():
+        for number, (name, parameter) in enumerate(student.named_parameters()):
+            if "input_quantizer" in name:  # as training does: a shortcut and its block read a tensor by quantizers of their own
+                parameter.add_(0.01 * number)
+    exported = export_onnx(student, images, tmp_path / "s.onnx", target="openvino")
+    picking = [node for node in read_onnx(exported.path).graph if node.op_type == "MaxPool"]
+    assert len(picking) == 2
+    integer, layers = OpenVINORunner(exported.path, 1).count_layers()
+    assert integer == layers == 10
+    canonical, _ = _exported(student, images)
+    expected, codes = run_recorded(canonical, images, optimize=False)
+    got, same = run_recorded(to_openvino_form(canonical), images, optimize=False)
+    np.testing.assert_array_equal(got, expected)
+    assert all(np.array_equal(*calls) for name in codes for calls in zip(codes[name], same[name], strict=True))
 
 
 def test_a_file_that_openvino_computes_differently_is_refused_and_its_layer_named(make_student, digits):

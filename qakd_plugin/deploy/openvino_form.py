@@ -8,6 +8,14 @@ becomes
     Conv -> Clip(0, q_max * s) -> Q(u8, zero point 0, s) -> DQ
 
 The runtime fuses that clamp into the convolution. Tensors of both signs stay as they are.
+
+A 1x1 convolution with a stride, as in the shortcut of a residual block, reads only every so manyth position. The runtime picks
+those positions further up, and where no other layer reads the codes it does so between quantizing and dequantizing, after which
+it no longer sees an integer convolution. Picking them behind the dequantizer is the same, and it does:
+
+    Q -> DQ -> Conv(1x1, stride n)
+becomes
+    Q -> DQ -> MaxPool(1x1, stride n) -> Conv(1x1)
 """
 
 from __future__ import annotations
@@ -16,7 +24,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from .graph import activation_quantizers, initializer, scalar
+from .graph import activation_quantizers, initializer, only_consumer, producer, scalar
 from .ort_form import absorbed_clamps, has_signed_codes, make_unsigned, non_negative_values
 from .storage import WeightStorage, store_weights
 
@@ -30,6 +38,9 @@ def to_openvino_form(model: ir.Model, storage: WeightStorage = "int4") -> ir.Mod
         if quantize.inputs[0] in positive and has_signed_codes(quantize):
             _clamp_once(graph, quantize)
             make_unsigned(graph, quantize, 0)
+    for node in list(graph):
+        if _picks_positions(node):
+            _pick_before(graph, node)
     common.RemoveUnusedNodesPass()(model)  # the clamps that were merged
     store_weights(model, storage)
     return model
@@ -47,3 +58,32 @@ def _clamp_once(graph: ir.Graph, quantize: ir.Node) -> None:
     clip.outputs[0].name, clip.outputs[0].dtype = f"{clip.name}:out", ir.DataType.FLOAT
     graph.insert_before(quantize, clip)
     quantize.replace_input_with(0, clip.outputs[0])
+
+
+def _picks_positions(conv: ir.Node) -> bool:
+    """Whether a node is a convolution of single positions, not of all, of codes that nobody else reads."""
+    if conv.op_type != "Conv":
+        return False
+    kernel = conv.attributes.get_ints("kernel_shape", [])
+    pads = conv.attributes.get_ints("pads", [])
+    strides = conv.attributes.get_ints("strides", [])
+    dequantize = producer(conv.inputs[0], "DequantizeLinear")
+    return (
+        set(kernel) == {1}
+        and max(strides, default=1) > 1
+        and not any(pads)
+        and dequantize is not None
+        and only_consumer(dequantize.outputs[0]) is conv
+        and dequantize.inputs[0] is not None
+        and only_consumer(dequantize.inputs[0]) is dequantize
+    )
+
+
+def _pick_before(graph: ir.Graph, conv: ir.Node) -> None:
+    strides = conv.attributes.get_ints("strides")
+    ones = [1] * len(strides)
+    pool = ir.node("MaxPool", [conv.inputs[0]], {"kernel_shape": ones, "strides": strides}, name=f"{conv.name}/pick")
+    pool.outputs[0].name, pool.outputs[0].dtype = f"{pool.name}:out", ir.DataType.FLOAT
+    graph.insert_before(conv, pool)
+    conv.replace_input_with(0, pool.outputs[0])
+    conv.attributes.add(ir.AttrInt64s("strides", ones))
