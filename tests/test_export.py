@@ -27,9 +27,9 @@ from qakd_plugin.backends import adapter_for
 from qakd_plugin.bench.census import census
 from qakd_plugin.bench.runners import OpenVINORunner
 from qakd_plugin.deploy.graph import QUANTIZER_KEY, activation_quantizers, read_onnx
-from qakd_plugin.deploy.openvino_form import to_openvino_form
+from qakd_plugin.deploy.openvino_form import drop_repeated_quantizers, to_openvino_form
 from qakd_plugin.deploy.openvino_parity import check_openvino
-from qakd_plugin.deploy.parity import check_parity, run_recorded
+from qakd_plugin.deploy.parity import check_parity, run_labelled, run_recorded
 from qakd_plugin.deploy.to_onnx import export_canonical
 
 TOOLKITS = ["modelopt", "torch_ao"]
@@ -310,6 +310,72 @@ def test_openvino_computes_strided_shortcuts_in_integers_and_the_same_numbers(ma
     got, same = run_recorded(to_openvino_form(canonical), images, optimize=False)
     np.testing.assert_array_equal(got, expected)
     assert all(np.array_equal(*calls) for name in codes for calls in zip(codes[name], same[name], strict=True))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_openvino_gets_no_quantizer_that_repeats_another_and_the_same_numbers():
+    torch.manual_seed(0)
+    network, images = torchvision.models.shufflenet_v2_x0_5(num_classes=10).train(), torch.rand(8, 3, 64, 64)
+    for _ in range(10):
+        network(images)
+    student = prepare(network.eval(), [images], "torch_ao")
+    form = to_openvino_form(_exported(student, images)[0])
+    dropped = drop_repeated_quantizers(form)
+    before, after = (list(activation_quantizers(model.graph)) for model in (form, dropped))
+    assert len(after) < 0.8 * len(before)  # torch.ao FX puts five behind each shuffle of channels
+    expected, codes = run_labelled(form, images, optimize=False)
+    got, kept = run_labelled(dropped, images, optimize=False)
+    np.testing.assert_array_equal(got, expected)
+    assert all(np.array_equal(dict(codes)[label], array) for label, array in kept)
+
+
+@pytest.mark.parametrize(
+    ("moves", "high", "scale", "left"),
+    [
+        ("m = Reshape(x0, shape)", 1.27, 0.01, 2),
+        ("m = Concat<axis=0>(x0, x1)", 1.27, 0.01, 2),
+        ("m = Reshape(x0, shape)", 1.0, 0.01, 3),  # a clamp below the range of what it reads
+        ("m = Reshape(x0, shape)", 1.27, 0.02, 3),  # another grid
+        ("m = Concat<axis=0>(x0, a)", 1.27, 0.01, 3),  # partly not quantized
+        ("m = Add(x0, x1)", 1.27, 0.01, 3),  # sums lie on the grid but may leave the range
+        ("m = Identity(x0) l = MatMul(d, w)", 1.27, 0.01, 3),  # a layer reads it
+    ],
+)
+def test_only_quantizers_of_what_lies_on_their_grid_and_in_their_range_are_dropped(moves, high, scale, left):
+    text = f"""
+        <ir_version: 10, opset_import: ["" : 21]>
+        graph (float[2, 3] a) => (float[N, M] y)
+        <float s = {{0.01}}, float t = {{{scale}}}, uint8 zero = {{0}}, float low = {{0.0}}, float top = {{1.27}},
+         float high = {{{high}}}, int64[2] shape = {{3, 2}}, float[3, 1] w = {{1.0, 1.0, 1.0}}> {{
+            a0 = Clip(a, low, top)
+            q0 = QuantizeLinear(a0, s, zero)
+            x0 = DequantizeLinear(q0, s, zero)
+            b = Neg(a)
+            b0 = Clip(b, low, top)
+            q1 = QuantizeLinear(b0, s, zero)
+            x1 = DequantizeLinear(q1, s, zero)
+            {moves}
+            c = Clip(m, low, high)
+            q = QuantizeLinear(c, t, zero)
+            d = DequantizeLinear(q, t, zero)
+            e = Concat<axis=0>(x1, x1)
+            n = ReduceSum(e)
+            f = Flatten<axis=0>(d)
+            y = Add(f, n)
+        }}"""
+    model = ir.serde.deserialize_model(onnx.parser.parse_model(text))
+    dropped = drop_repeated_quantizers(model)
+    assert len(list(activation_quantizers(dropped.graph))) == left
+    values = np.random.default_rng(0).uniform(-2, 2, (2, 3)).astype(np.float32)
+    expected, got = (_run_model(one, values) for one in (model, dropped))
+    np.testing.assert_array_equal(got, expected)
+
+
+def _run_model(model, values):
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(ir.serde.serialize_model(model).SerializeToString(), options)
+    return session.run(None, {"a": values})[0]
 
 
 def test_a_file_that_openvino_computes_differently_is_refused_and_its_layer_named(make_student, digits):

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
@@ -19,7 +21,7 @@ from ..errors import ExportError, UnsupportedQuantizerError
 from .float16 import Float16Parity, check_float16, to_float16
 from .graph import WEIGHT_KEY
 from .inspect_onnx import CONVOLUTIONS, PRODUCTS, stored_weight, weight_problem
-from .openvino_form import to_openvino_form
+from .openvino_form import drop_repeated_quantizers, to_openvino_form
 from .openvino_parity import check_openvino
 from .ort_form import to_onnxruntime_form
 from .parity import ParityReport, check_parity
@@ -113,7 +115,11 @@ def export_onnx(
         model = to_onnxruntime_form(model, weight_storage)
     else:
         model = to_openvino_form(model, weight_storage)
-    parity = _gate(adapter, model, form, prepared_model, samples, target)
+    evaluated = _evaluated(adapter, prepared_model)
+    parity = check_parity(model, form, evaluated, samples, fused=target == "onnxruntime")
+    if target == "openvino":
+        model = drop_repeated_quantizers(model)
+        parity = replace(parity, openvino=check_openvino(model, samples, _logits(evaluated, samples)))
     conversion = check_float16(to_float16(model), form, samples) if float16 else None
     write_atomic(path, to_proto(model).SerializeToString(), ExportError)
     return ExportedModel(Path(path), target, parity, conversion)
@@ -129,19 +135,17 @@ def _check_weights(model: ir.Model) -> None:
             raise UnsupportedQuantizerError(f"{weight.metadata_props[WEIGHT_KEY]}: {problem}")
 
 
-def _gate(
-    adapter: Adapter, model: ir.Model, form: nn.Module, prepared: nn.Module, samples: Tensor, target: Target
-) -> ParityReport:
-    """Compare with a copy of the prepared model as it is evaluated: in eval mode, ranges frozen."""
+def _evaluated(adapter: Adapter, prepared: nn.Module) -> nn.Module:
+    """A copy of the prepared model as it is evaluated: in eval mode, ranges frozen."""
     evaluated = copy.deepcopy(prepared).cpu()
     adapter.set_mode(evaluated, False)
     adapter.freeze_ranges(evaluated, True)
-    report = check_parity(model, form, evaluated, samples, fused=target == "onnxruntime")
-    if target != "openvino":
-        return report
-    logits = evaluated(samples)
-    reference = (logits if isinstance(logits, Tensor) else logits[0]).numpy()
-    return replace(report, openvino=check_openvino(model, samples, reference))
+    return evaluated
+
+
+def _logits(evaluated: nn.Module, samples: Tensor) -> npt.NDArray[np.float32]:
+    found = evaluated(samples)
+    return (found if isinstance(found, Tensor) else found[0]).numpy()
 
 
 def _check_storage(storage: str, target: str) -> None:

@@ -56,6 +56,12 @@ def scalar(value: ir.Value | None, default: float) -> float:
     return default if array is None else float(array.reshape(()))
 
 
+def identity(value: ir.Value | None) -> object:
+    """Constants are the same when their numbers are, other values when they are one."""
+    array = constant(value)
+    return value if array is None else (array.dtype.str, array.shape, array.tobytes())
+
+
 def initializer(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
     """The initializer ``name``, registered on first use."""
     if name in graph.initializers:

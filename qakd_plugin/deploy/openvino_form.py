@@ -16,6 +16,9 @@ it no longer sees an integer convolution. Picking them behind the dequantizer is
     Q -> DQ -> Conv(1x1, stride n)
 becomes
     Q -> DQ -> MaxPool(1x1, stride n) -> Conv(1x1)
+
+torch.ao FX repeats a quantizer behind every operator that only moves numbers. Quantizing what lies on the grid already changes
+nothing, but the runtime would do it each time; see :func:`drop_repeated_quantizers`.
 """
 
 from __future__ import annotations
@@ -24,9 +27,11 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from .graph import activation_quantizers, initializer, only_consumer, producer, scalar
+from .graph import activation_quantizers, identity, initializer, only_consumer, producer, replace, scalar
 from .ort_form import absorbed_clamps, has_signed_codes, make_unsigned, non_negative_values
 from .storage import WeightStorage, store_weights
+
+_MOVES = ("Concat", "Flatten", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
 
 
 def to_openvino_form(model: ir.Model, storage: WeightStorage = "int4") -> ir.Model:
@@ -44,6 +49,51 @@ def to_openvino_form(model: ir.Model, storage: WeightStorage = "int4") -> ir.Mod
     common.RemoveUnusedNodesPass()(model)  # the clamps that were merged
     store_weights(model, storage)
     return model
+
+
+def drop_repeated_quantizers(model: ir.Model) -> ir.Model:
+    """A copy without quantizers whose input lies on their own grid and within their range. Exact.
+
+    Quantizers that layers read stay: by them everybody sees that a layer's input is quantized. To be called on what
+    :func:`to_openvino_form` returns, after parity has been checked, which asks for the codes of every quantizer.
+    """
+    model = ir.serde.deserialize_model(ir.serde.serialize_model(model))
+    for quantize in list(activation_quantizers(model.graph)):
+        source, grid, low, high = _range(quantize)
+        found = _moved_range(source)
+        repeats = found is not None and found[0] == grid and low <= found[1] and found[2] <= high
+        for dequantize in [use.node for use in quantize.outputs[0].uses()] if repeats else ():
+            if _leads_on(dequantize.outputs[0]):
+                replace(dequantize, source)
+    common.RemoveUnusedNodesPass()(model)
+    return model
+
+
+def _leads_on(value: ir.Value) -> bool:
+    """Whether only operators that move numbers, and quantizers, read a value."""
+    readers = {use.node.op_type for use in value.uses()}
+    return not value.is_graph_output() and readers <= {*_MOVES, "Clip", "QuantizeLinear"}
+
+
+def _range(quantize: ir.Node) -> tuple[ir.Value, object, int, int]:
+    """What a quantizer reads in front of its clamps, its grid, and its lowest and highest code."""
+    source, low, high = absorbed_clamps(quantize, np.float32(scalar(quantize.inputs[1], 0.0)))
+    return source, tuple(identity(value) for value in quantize.inputs[1:]), low, high
+
+
+def _moved_range(value: ir.Value | None) -> tuple[object, int, int] | None:
+    """Grid, lowest and highest code of a value that comes from quantizers with one grid by operators that only move numbers."""
+    node = producer(value, "DequantizeLinear", *_MOVES)
+    if node is None:
+        return None
+    if node.op_type == "DequantizeLinear":
+        quantize = producer(node.inputs[0], "QuantizeLinear")
+        return None if quantize is None else _range(quantize)[1:]
+    found = [_moved_range(source) for source in (node.inputs if node.op_type == "Concat" else node.inputs[:1])]
+    ranges = [one for one in found if one is not None]
+    if len(ranges) < len(found) or any(grid != ranges[0][0] for grid, _, _ in ranges):
+        return None
+    return ranges[0][0], min(low for _, low, _ in ranges), max(high for _, _, high in ranges)
 
 
 def _clamp_once(graph: ir.Graph, quantize: ir.Node) -> None:

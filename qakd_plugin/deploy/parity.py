@@ -261,21 +261,30 @@ def _codes_differ(codes: npt.NDArray[np.int32], trained: npt.NDArray[np.int32], 
 
 
 def run_recorded(file: ir.Model, samples: Tensor, *, optimize: bool) -> tuple[npt.NDArray[np.float32], Codes]:
-    """Run with or without the runtime's fusions and record the integer codes of every activation quantizer.
+    """Run with or without the runtime's fusions and record the integer codes of every activation quantizer, by its calls.
 
     Fused kernels put out the codes that their quantizer would have, so reading them does not undo a fusion.
     """
-    tapped, taps = with_codes(file)
-    session = _session(tapped, optimize=optimize)
-    outputs = session.run(None, {session.get_inputs()[0].name: samples.numpy()})
+    logits, recorded = run_labelled(file, samples, optimize=optimize)
     codes: Codes = {}
-    for (labels, zero_point), array in zip(taps, outputs[len(outputs) - len(taps) :], strict=True):
+    for labels, array in recorded:
         for label in labels.split(","):
             name, _, call = label.partition("#")
             calls = codes.setdefault(name, [])
             assert len(calls) == int(call or 0), f"calls of {name} are out of order"
-            calls.append(array.astype(np.float32) - np.float32(zero_point))
-    return np.asarray(outputs[0]), codes
+            calls.append(array)
+    return logits, codes
+
+
+def run_labelled(
+    file: ir.Model, samples: Tensor, *, optimize: bool
+) -> tuple[npt.NDArray[np.float32], list[tuple[str, npt.NDArray[np.float32]]]]:
+    """As :func:`run_recorded`, for files from which quantizers were dropped too: codes with their labels, in order."""
+    tapped, taps = with_codes(file)
+    session = _session(tapped, optimize=optimize)
+    outputs = session.run(None, {session.get_inputs()[0].name: samples.numpy()})
+    arrays = zip(taps, outputs[len(outputs) - len(taps) :], strict=True)
+    return np.asarray(outputs[0]), [(labels, codes.astype(np.float32) - np.float32(zero)) for (labels, zero), codes in arrays]
 
 
 def with_codes(file: ir.Model) -> tuple[ir.Model, list[tuple[str, float]]]:

@@ -18,6 +18,7 @@ from .graph import (
     WEIGHT_KEY,
     activation_quantizers,
     constant,
+    identity,
     initializer,
     is_linear_weight,
     is_weight_only,
@@ -249,7 +250,7 @@ def merge_equal_quantizers(graph: ir.Graph) -> None:
         if node.op_type not in {"Clip", "QuantizeLinear", "DequantizeLinear"}:
             continue
         axis = node.attributes.get_int("axis", 1)
-        key = (node.op_type, node.inputs[0], axis, *(_identity(value) for value in node.inputs[1:]))
+        key = (node.op_type, node.inputs[0], axis, *(identity(value) for value in node.inputs[1:]))
         kept = seen.setdefault(key, node)
         if kept is node or node.outputs[0].is_graph_output():
             continue
@@ -362,9 +363,3 @@ def _leads_to_quantize(node: ir.Node) -> bool:
     if node.op_type == "Clip":
         return all(use.node.op_type == "QuantizeLinear" for use in node.outputs[0].uses())
     return node.op_type == "QuantizeLinear"
-
-
-def _identity(value: ir.Value | None) -> object:
-    """Constants are the same when their numbers are, other values when they are one."""
-    array = constant(value)
-    return value if array is None else (array.dtype.str, array.shape, array.tobytes())
