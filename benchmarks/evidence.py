@@ -6,17 +6,18 @@
 The 62-class glyph set of glyphs.py, and a small residual network in full precision that was trained until it stopped to gain.
 Every student starts from it, prepared by ModelOpt with a learned quantizer in its place, and is trained by
 ``qakd_plugin.distill`` at its defaults but for one learning rate: same images, same order, same number of steps, best epoch by
-held-out images, accuracy on other images, which take part in nothing else. No number is tuned per cell. Students of a seed
-share everything but what is compared, so differences are tested in pairs over seeds (t-test), and intervals are those of the
-mean over seeds (Student's t, 95 %).
+held-out images, accuracy on other images, which take part in nothing else. No number is tuned per cell: the rate is chosen
+before, for all, on held-out images and a seed that is not among the study's. Students of a seed share everything but what is
+compared, so differences are tested in pairs over seeds (t-test), and intervals are those of the mean over seeds (Student's t,
+95 %).
 
 The small study is of a case in which distillation has most to give: quantization-aware training on 4,000 images, for a network
 that has seen 15,000. How much of the gain is owed to that, the students show that see all 15,000, in as many steps.
 
 Questions: (1) SQAKD against QAT and against a fixed teacher with and without labels, for four quantizers; (2) QKD and its
 phases; (3) QAT with 1, 10 and 100 % of the labels against SQAKD without any; (4) with all images of the teacher, and with
-everything on; (5) what is gained from calibration only to the deployed file; (6) at 2 bits, what refreshing BatchNorm's
-statistics changes. What augmentation adds is asked in augmentation_study.py.
+everything on; (5) what is gained from calibration only to the deployed file. What augmentation adds is asked in
+augmentation_study.py.
 
 Every student is a file in --cells: a run that was stopped goes on, and several processes (--part 0/2, --part 1/2) share the
 work.
@@ -54,9 +55,6 @@ QUANTIZERS: dict[str, Any] = {"LSQ": LSQ(), "PACT": PACT(), "DoReFa": DoReFa(), 
 EVERYTHING = "SQAKD, everything on"
 """No label needed, so all images of the teacher; the augmentation that CMI chooses; BatchNorm's statistics refreshed."""
 
-REFRESHED = ", BatchNorm refreshed"
-"""Behind the name of a method: with ``recalibrate_batches=32``, which is meant for few bits."""
-
 METHODS: dict[str, Callable[[], Any]] = {
     "QAT": QAT,
     "SQAKD": SQAKD,
@@ -68,21 +66,19 @@ METHODS: dict[str, Callable[[], Any]] = {
     "QKD without co-studying": lambda: QKD(0.3, 0, 0.7),
     "QKD without tutoring": lambda: QKD(0.25, 0.75, 0),
     EVERYTHING: SQAKD,
-    f"QAT{REFRESHED}": QAT,
-    f"SQAKD{REFRESHED}": SQAKD,
 }
-OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
-    EVERYTHING: lambda: {"augment": CMISelector(), "recalibrate_batches": 32},
-    f"QAT{REFRESHED}": lambda: {"recalibrate_batches": 32},
-    f"SQAKD{REFRESHED}": lambda: {"recalibrate_batches": 32},
-}
-"""Of ``distill``, where a method comes with some."""
 
 HELD_OUT = 1000
 """Images that pick the best epoch; neither the teacher nor a student learns from them."""
 
-BATCH, LR = 64, 3e-3
+BATCH, LR = 64, 2e-2
 """Of every student."""
+
+RATES = (3e-3, 1e-2, LR)
+"""Of which the study's has the best mean of the students in rate_cells()."""
+
+RATES_SEED, FIRST_SEED = 0, 5
+"""Of the students that choose the rate, and the first of the study's."""
 
 BARS = {4: 0.005, 3: 0.015}
 """Bits: largest loss of accuracy against full precision that the project aims at."""
@@ -99,6 +95,7 @@ class Cell:
         labels: how many images the method sees, with their labels, as a share of the study's; more than 1 reaches into the
             rest of the teacher's. The number of steps is the same.
         seed: of order and training.
+        lr: peak learning rate.
     """
 
     quantizer: str
@@ -106,11 +103,12 @@ class Cell:
     method: str
     labels: float
     seed: int
+    lr: float = LR
 
     @property
     def slug(self) -> str:
         method = self.method.replace(" ", "-").replace(",", "").replace("=", "")
-        return f"{self.quantizer}-w{self.bits}-{method}-{100 * self.labels:g}-{self.seed}"
+        return f"{self.quantizer}-w{self.bits}-{method}-{100 * self.labels:g}-{self.lr:g}-{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -140,7 +138,7 @@ SMALL, FULL = Size(4000, 10, 5), Size(15_000, 40, 10)
 def cells(size: Size) -> list[Cell]:
     """All students of a study, seed by seed, so that a run that was stopped has whole seeds."""
     found = []
-    for seed in range(size.seeds):
+    for seed in range(FIRST_SEED, FIRST_SEED + size.seeds):
         for bits in (2, 3, 4, 8):
             found += [Cell(name, bits, method, 1.0, seed) for name in QUANTIZERS for method in ("QAT", "SQAKD")]
         controls = [method for method in METHODS if method.startswith("KD")]
@@ -150,8 +148,18 @@ def cells(size: Size) -> list[Cell]:
         whole = max(1.0, size.teacher_images / size.images)
         methods = (EVERYTHING,) if whole == 1 else ("QAT", "SQAKD", EVERYTHING)
         found += [Cell("LSQ", bits, method, whole, seed) for bits in (2, 3, 4) for method in methods]
-        found += [Cell(name, 2, f"{method}{REFRESHED}", 1.0, seed) for name in QUANTIZERS for method in ("QAT", "SQAKD")]
     return found
+
+
+def rate_cells() -> list[Cell]:
+    """The students that choose the rate."""
+    return [
+        Cell(name, bits, method, 1.0, RATES_SEED, lr)
+        for bits in (2, 4)
+        for lr in RATES
+        for method in ("QAT", "SQAKD")
+        for name in QUANTIZERS
+    ]
 
 
 @dataclass
@@ -181,7 +189,7 @@ class Study:
         return use_quantizers(student, QUANTIZERS[quantizer])
 
     def run(self, cell: Cell) -> dict[str, Any]:
-        """Train a cell's student. Accuracies before and after, and of the deployed file."""
+        """Train a cell's student. Accuracies before and after, on held-out images, and of the deployed file."""
         torch.manual_seed(cell.seed)
         student = self.student(cell.quantizer, cell.bits)
         before = accuracy(student, *self.test)
@@ -190,7 +198,7 @@ class Study:
         draw = torch.Generator().manual_seed(cell.seed)
         # As many images per epoch whatever the share; without replacement as far as they go.
         sampler = RandomSampler(pool, num_samples=len(self.train[0]), generator=draw)
-        options = OPTIONS.get(cell.method, dict)()
+        options: dict[str, Any] = {"augment": CMISelector(), "recalibrate_batches": 32} if cell.method == EVERYTHING else {}
         result = distill(
             student.to(DEVICE),
             None if METHODS[cell.method] is QAT else self.teacher.to(DEVICE),
@@ -199,11 +207,16 @@ class Study:
             epochs=self.size.epochs,
             val_loader=DataLoader(TensorDataset(*self.validation), 500),
             seed=cell.seed,
-            lr=LR,
+            lr=cell.lr,
             **options,
         )
         trained = result.model.cpu()
-        return {"before": before, "accuracy": accuracy(trained, *self.test), "deployed": self._deployed(trained)}
+        return {
+            "before": before,
+            "held_out": accuracy(trained, *self.validation),
+            "accuracy": accuracy(trained, *self.test),
+            "deployed": self._deployed(trained),
+        }
 
     def _deployed(self, student: nn.Module) -> float:
         """Accuracy of the exported file in ONNX Runtime."""
@@ -219,7 +232,7 @@ def train_all(study: Study, options: argparse.Namespace) -> None:
     """Train the students that are missing, as far as the time goes."""
     index, count = (int(number) for number in options.part.split("/"))
     begun = time.perf_counter()
-    for number, cell in enumerate(track(cells(study.size), "students")):
+    for number, cell in enumerate(track(rate_cells() + cells(study.size), "students")):
         path = options.cells / f"{cell.slug}.json"
         late = options.minutes is not None and time.perf_counter() - begun > 60 * options.minutes
         if number % count != index or late or path.is_file():
@@ -245,16 +258,25 @@ def read(size: Size, folder: Path) -> Results:
     return found
 
 
-def summary(found: Results) -> list[dict[str, Any]]:
-    """A row per combination: mean and interval, and the difference to QAT with all labels, tested in pairs.
+def read_rates(folder: Path) -> list[dict[str, Any]]:
+    """Per rate, bits and method: mean accuracy over quantizers, on held-out images. Empty while a student is missing."""
+    if not all((folder / f"{cell.slug}.json").is_file() for cell in rate_cells()):
+        return []
+    found: dict[tuple[float, int, str], list[float]] = {}
+    for cell in rate_cells():
+        run = json.loads((folder / f"{cell.slug}.json").read_text())
+        found.setdefault((cell.lr, cell.bits, cell.method), []).append(run["held_out"])
+    return [
+        {"lr": lr, "bits": bits, "method": method, "held_out": fmean(shares)} for (lr, bits, method), shares in found.items()
+    ]
 
-    SQAKD with BatchNorm refreshed is compared with QAT that has the same.
-    """
+
+def summary(found: Results) -> list[dict[str, Any]]:
+    """A row per combination: mean and interval, and the difference to QAT with all labels, tested in pairs."""
     rows = []
     for (quantizer, bits, method, labels), runs in found.items():
         accuracies = [run["accuracy"] for run in runs]
-        plain = f"QAT{REFRESHED}" if method == f"SQAKD{REFRESHED}" else "QAT"
-        control = [run["accuracy"] for run in found[quantizer, bits, plain, 1.0]]
+        control = [run["accuracy"] for run in found[quantizer, bits, "QAT", 1.0]]
         row = {
             "quantizer": quantizer,
             "bits": bits,
@@ -307,7 +329,7 @@ def make_controls_table(document: dict[str, Any]) -> str:
     """Markdown: LSQ under every method, against QAT with all labels."""
     rows = []
     for row in document["rows"]:
-        if row["quantizer"] != "LSQ" or row["bits"] == 8 or row["method"].endswith(REFRESHED):
+        if row["quantizer"] != "LSQ" or row["bits"] == 8:
             continue
         labels = "" if row["labels"] == 1 else f", {_share(row['labels'])}"
         against = f"{100 * row['over_qat']:+.2f} (p {_p(row['p'])})" if "over_qat" in row else ""
@@ -318,19 +340,15 @@ def make_controls_table(document: dict[str, Any]) -> str:
     return readme_tables.markdown(["student", "method", "accuracy", "over QAT, points"], rows)
 
 
-def make_refreshed_table(document: dict[str, Any]) -> str:
-    """Markdown: W2A2 with the statistics of BatchNorm as they run along, and refreshed."""
-    by_key = {(row["quantizer"], row["method"]): row for row in document["rows"] if row["bits"] == 2 and row["labels"] == 1}
+def make_rates_table(document: dict[str, Any]) -> str:
+    """Markdown: accuracy on held-out images by rate, mean over quantizers."""
+    columns = list(dict.fromkeys((row["bits"], row["method"]) for row in document["rates"]))
+    shares = {(row["lr"], row["bits"], row["method"]): row["held_out"] for row in document["rates"]}
     rows = []
-    for quantizer in QUANTIZERS:
-        line = [f"{quantizer} W2A2"]
-        for ending in ("", REFRESHED):
-            qat, sqakd = by_key[quantizer, f"QAT{ending}"], by_key[quantizer, f"SQAKD{ending}"]
-            line += [_percent(row["accuracy"], row["interval"]) for row in (qat, sqakd)]
-            line.append(f"{100 * sqakd['over_qat']:+.2f} (p {_p(sqakd['p'])})")
-        rows.append(line)
-    columns = ["QAT", "SQAKD", "SQAKD over QAT, points"]
-    return readme_tables.markdown(["student", *columns, *(f"{column}; refreshed" for column in columns)], rows)
+    for lr in dict.fromkeys(row["lr"] for row in document["rates"]):
+        found = [shares[lr, *column] for column in columns]
+        rows.append([f"{lr:g}", *map(_percent, found), _percent(fmean(found))])
+    return readme_tables.markdown(["rate", *(f"W{bits}A{bits}, {method}" for bits, method in columns), "mean"], rows)
 
 
 def _share(labels: float) -> str:
@@ -349,9 +367,9 @@ def verdicts(document: dict[str, Any]) -> list[str]:
     """The project's aims, and whether they are met."""
     lines = []
     for row in document["rows"]:
-        if row["method"] in ("SQAKD", f"SQAKD{REFRESHED}") and row["bits"] < 8 and row["labels"] == 1:
+        if row["method"] == "SQAKD" and row["bits"] < 8 and row["labels"] == 1:
             ahead = row["over_qat"] > 0 and row["p"] is not None and row["p"] < 0.05
-            name = f"{row['quantizer']} W{row['bits']}A{row['bits']}{row['method'].removeprefix('SQAKD')}"
+            name = f"{row['quantizer']} W{row['bits']}A{row['bits']}"
             lines.append(
                 f"{name}: SQAKD over QAT {100 * row['over_qat']:+.2f} (p {_p(row['p'])}): {'met' if ahead else 'MISSED'}"
             )
@@ -384,6 +402,7 @@ def main() -> None:
         "environment": environment(),
         "size": vars(study.size),
         "teacher": accuracy(study.teacher.cpu(), *study.test),
+        "rates": read_rates(options.cells),
         "rows": summary(found),
     }
     print(make_table(document), make_controls_table(document), *verdicts(document), sep="\n")

@@ -114,7 +114,7 @@ def distill(
         mixed_precision: "no" or "bf16"; quantizers compute in float32 either way.
         callbacks: objects; ``on_step_end(step, losses)`` and ``on_epoch_end(row)`` are called where they exist.
         batch_fn: splits a batch into (images, labels or None).
-        lr: peak learning rate of the weights.
+        lr: peak learning rate of the weights. 2 and 3 bits bear far more than 8 and need it: see docs/choosing.md, "Quantizer".
         quantizer_lr: of parameters that belong to quantizers, as a relative change per step; they get no weight decay.
         activation_quantizer_lr: of those of activations, where it differs.
         teacher_lr: of a teacher that learns too.

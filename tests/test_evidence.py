@@ -44,6 +44,23 @@ def test_only_whole_seeds_count(tmp_path):
     assert {len(runs) for runs in evidence.read(TINY, tmp_path).values()} == {1}
 
 
+def test_the_rate_is_chosen_by_held_out_images_of_students_that_are_not_in_the_study(tmp_path):
+    studied = {cell.slug for cell in evidence.cells(evidence.FULL)}
+    for cell in evidence.rate_cells():
+        assert cell.seed not in {other.seed for other in evidence.cells(evidence.FULL)}
+        assert cell.slug not in studied
+        share = 0.5 + 0.01 * list(evidence.QUANTIZERS).index(cell.quantizer) + cell.lr
+        (tmp_path / f"{cell.slug}.json").write_text(json.dumps({"held_out": share, "accuracy": 0.0}))
+    rows = evidence.read_rates(tmp_path)
+    assert len(rows) == 2 * len(evidence.RATES) * 2
+    assert all(row["held_out"] == pytest.approx(0.515 + row["lr"]) for row in rows)
+    table = evidence.make_rates_table({"rates": rows}).splitlines()
+    assert [line.split("|")[1].strip() for line in table[2:]] == [f"{lr:g}" for lr in evidence.RATES]
+    assert table[-1].split("|")[-2].strip() == f"{51.5 + 100 * evidence.LR:.2f}"
+    (tmp_path / f"{evidence.rate_cells()[0].slug}.json").unlink()
+    assert evidence.read_rates(tmp_path) == []
+
+
 def test_intervals_and_p_values_are_scipys():
     runs = {"QAT": [0.80, 0.82, 0.81, 0.79], "SQAKD": [0.83, 0.84, 0.82, 0.83]}
     found = {

@@ -27,7 +27,13 @@ def document():
         found.setdefault((cell.quantizer, cell.bits, cell.method, cell.labels), []).append(run)
     environment = {"cpu": "a processor", "cpu_flags": ["one", "two"], "versions": {"torch": "2"}}
     rows = evidence.summary(found)
-    return {"environment": environment, "size": vars(evidence.SMALL), "teacher": 0.9, "rows": rows}
+    rates = [
+        {"lr": lr, "bits": bits, "method": method, "held_out": 0.8 + lr}
+        for lr in evidence.RATES
+        for bits in (2, 4)
+        for method in ("QAT", "SQAKD")
+    ]
+    return {"environment": environment, "size": vars(evidence.SMALL), "teacher": 0.9, "rates": rates, "rows": rows}
 
 
 @pytest.fixture(scope="module")
