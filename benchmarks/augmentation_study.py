@@ -208,15 +208,33 @@ def make_table(document: dict[str, Any]) -> str:
                 f"{found['regime']}, {found['seeds']} seed{'s' if found['seeds'] > 1 else ''}",
                 *(_rho(metrics[name]["spearman"], metrics[name]["spearman_p"]) for name in shown),
                 _points(found["best_over_none"]),
+                _points(fmean(_over_none(found).values())),
                 *(_points(metrics[name]["over_none"]) for name in shown[:2]),
             ]
         )
     means = {name: document["mean_spearman"][name] for name in shown}
     gains = [fmean(found["metrics"][name]["over_none"] for found in document["rows"]) for name in shown[:2]]
     best = fmean(found["best_over_none"] for found in document["rows"])
-    rows.append(["mean", *(f"{means[name]:.2f}" for name in shown), _points(best), *(map(_points, gains))])
-    header = ["students", *shown, "best over none", "CMI - CE over none", "CMI - centroid over none"]
+    random = fmean(fmean(_over_none(found).values()) for found in document["rows"])
+    rows.append(["mean", *(f"{means[name]:.2f}" for name in shown), *map(_points, (best, random, *gains))])
+    header = ["students", *shown, "best over none", "one at random over none", "CMI - CE over none", "CMI - centroid over none"]
     return readme_tables.markdown(header, rows)
+
+
+def make_candidates_table(document: dict[str, Any]) -> str:
+    """Markdown: what each candidate gains over no augmentation, a row per regime."""
+    names = list(dict.fromkeys(name for found in document["rows"] for name in found["accuracies"]))
+    rows = []
+    for found in document["rows"]:
+        gains = _over_none(found)
+        rows.append([found["regime"], *(_points(gains[name]) if name in gains else "" for name in names)])
+    return readme_tables.markdown(["students", *names], rows)
+
+
+def _over_none(found: dict[str, Any]) -> dict[str, float]:
+    """Of each candidate, "none" among them, the mean accuracy over that of "none"."""
+    means = {name: fmean(accuracies) for name, accuracies in found["accuracies"].items()}
+    return {name: mean - means["none"] for name, mean in means.items()}
 
 
 def _rho(value: float, p: float) -> str:

@@ -93,6 +93,18 @@ def test_a_claim_that_the_students_contradict_is_said_not_to_hold(document, stud
     assert "| **does not hold: the reverse does** |" in line
 
 
+def test_candidates_are_compared_with_no_augmentation_and_with_one_at_random(study):
+    table = evidence_page.augmentation_study.make_candidates_table(study).splitlines()
+    names = [name.strip() for name in table[0].split("|")[2:-1]]
+    at_random = [line.split("|")[7].strip() for line in evidence_page.augmentation_study.make_table(study).splitlines()[2:]]
+    for found, line, drawn in zip(study["rows"], table[2:], at_random[:-1], strict=True):
+        means = {name: np.mean(accuracies) for name, accuracies in found["accuracies"].items()}
+        cells = dict(zip(names, line.split("|")[2:-1], strict=True))
+        for name, mean in means.items():
+            assert float(cells[name]) == pytest.approx(100 * (mean - means["none"]), abs=0.0051)
+        assert float(drawn) == pytest.approx(100 * (np.mean(list(means.values())) - means["none"]), abs=0.0051)
+
+
 def test_every_comparison_is_counted(document, study):
     claims = [*evidence_page.claims(document), *evidence_page.augmentation_claims(study)]
     table = evidence_page.make_tests_table(document, study)
