@@ -198,17 +198,17 @@ class Study:
         draw = torch.Generator().manual_seed(cell.seed)
         # As many images per epoch whatever the share; without replacement as far as they go.
         sampler = RandomSampler(pool, num_samples=len(self.train[0]), generator=draw)
-        options: dict[str, Any] = {"augment": CMISelector(), "recalibrate_batches": 32} if cell.method == EVERYTHING else {}
+        everything = {"augment": CMISelector(), "recalibrate_batches": 32} if cell.method == EVERYTHING else {}
         result = distill(
             student.to(DEVICE),
-            None if METHODS[cell.method] is QAT else self.teacher.to(DEVICE),
+            None if cell.method == "QAT" else self.teacher.to(DEVICE),
             DataLoader(pool, BATCH, sampler=sampler),
             method=METHODS[cell.method](),
             epochs=self.size.epochs,
             val_loader=DataLoader(TensorDataset(*self.validation), 500),
             seed=cell.seed,
             lr=cell.lr,
-            **options,
+            **everything,
         )
         trained = result.model.cpu()
         return {

@@ -7,15 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from qakd_plugin import (
-    MissingPackageError,
-    NotPreparedError,
-    QakdError,
-    configuration,
-    describe,
-    export_onnx,
-    prepare,
-)
+from qakd_plugin import MissingPackageError, NotPreparedError, QakdError, configuration, describe, export_onnx, prepare
 from qakd_plugin.backends import adapter_for
 from qakd_plugin.calibration import RangeObserver, best_weight_clip
 from qakd_plugin.placement import OutputQuantizer, place_quantizers
