@@ -26,11 +26,12 @@ from qakd_plugin import (
 from qakd_plugin.backends import adapter_for
 from qakd_plugin.bench.census import census
 from qakd_plugin.bench.runners import OpenVINORunner
+from qakd_plugin.deploy.diagnosis import diagnose
 from qakd_plugin.deploy.graph import QUANTIZER_KEY, activation_quantizers, read_onnx
 from qakd_plugin.deploy.openvino_form import drop_repeated_quantizers, to_openvino_form
 from qakd_plugin.deploy.openvino_parity import check_openvino
 from qakd_plugin.deploy.parity import check_parity, run_labelled, run_recorded
-from qakd_plugin.deploy.to_onnx import export_canonical
+from qakd_plugin.deploy.to_onnx import export_canonical, to_proto
 
 TOOLKITS = ["modelopt", "torch_ao"]
 
@@ -314,7 +315,7 @@ def test_openvino_computes_strided_shortcuts_in_integers_and_the_same_numbers(ma
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_openvino_gets_no_quantizer_that_repeats_another_and_the_same_numbers():
+def test_openvino_gets_no_quantizer_that_repeats_another_and_the_same_numbers(tmp_path):
     torch.manual_seed(0)
     network, images = torchvision.models.shufflenet_v2_x0_5(num_classes=10).train(), torch.rand(8, 3, 64, 64)
     for _ in range(10):
@@ -328,6 +329,9 @@ def test_openvino_gets_no_quantizer_that_repeats_another_and_the_same_numbers():
     got, kept = run_labelled(dropped, images, optimize=False)
     np.testing.assert_array_equal(got, expected)
     assert all(np.array_equal(dict(codes)[label], array) for label, array in kept)
+    for name, model in (("form", form), ("dropped", dropped)):
+        (tmp_path / name).write_bytes(to_proto(model).SerializeToString())
+    assert diagnose(tmp_path / "form") == diagnose(tmp_path / "dropped")
 
 
 @pytest.mark.parametrize(
@@ -340,6 +344,7 @@ def test_openvino_gets_no_quantizer_that_repeats_another_and_the_same_numbers():
         ("m = Concat<axis=0>(x0, input)", 1.27, 0.01, 3),  # partly not quantized
         ("m = Add(x0, x1)", 1.27, 0.01, 3),  # sums lie on the grid but may leave the range
         ("m = Identity(x0) l = MatMul(d, w)", 1.27, 0.01, 3),  # a layer reads it
+        ("m = Identity(x0) l = Concat<axis=0>(d, x1)", 1.27, 0.01, 3),  # a concatenation reads it
     ],
 )
 def test_only_quantizers_of_what_lies_on_their_grid_and_in_their_range_are_dropped(moves, high, scale, left):

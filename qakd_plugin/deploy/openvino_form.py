@@ -54,8 +54,9 @@ def to_openvino_form(model: ir.Model, storage: WeightStorage = "int4") -> ir.Mod
 def drop_repeated_quantizers(model: ir.Model) -> ir.Model:
     """A copy without quantizers whose input lies on their own grid and within their range. Exact.
 
-    Quantizers that layers read stay: by them everybody sees that a layer's input is quantized. To be called on what
-    :func:`to_openvino_form` returns, after parity has been checked, which asks for the codes of every quantizer.
+    Quantizers that layers, sums and concatenations read stay: by them everybody sees, :mod:`.diagnosis` among them, that their
+    inputs are quantized. To be called on what :func:`to_openvino_form` returns, after parity has been checked, which asks for
+    the codes of every quantizer.
     """
     model = ir.serde.deserialize_model(ir.serde.serialize_model(model))
     for quantize in list(activation_quantizers(model.graph)):
@@ -70,9 +71,9 @@ def drop_repeated_quantizers(model: ir.Model) -> ir.Model:
 
 
 def _leads_on(value: ir.Value) -> bool:
-    """Whether only operators that move numbers, and quantizers, read a value."""
+    """Whether only operators that move numbers of a single tensor, and quantizers, read a value."""
     readers = {use.node.op_type for use in value.uses()}
-    return not value.is_graph_output() and readers <= {*_MOVES, "Clip", "QuantizeLinear"}
+    return not value.is_graph_output() and readers <= {*_MOVES, "Clip", "QuantizeLinear"} - {"Concat"}
 
 
 def _range(quantize: ir.Node) -> tuple[ir.Value, object, int, int]:
