@@ -29,7 +29,7 @@ from .optim import Settings, clip_gradients, cosine_schedule, quantizer_paramete
 from .processes import Processes
 from .progress import Progress
 from .quantizers import refresh_delta
-from .randomness import generators_of, random_state, restore_random_state, undisturbed
+from .randomness import generators_of, random_state, restore_random_state, samplers_of, undisturbed
 from .sharding import shared
 from .teacher_cache import TeacherCache
 
@@ -111,7 +111,7 @@ class Trainer:
         self.epochs = [phase for phase in self.phases for _ in range(phase.epochs)]
         self.position, self.best, self.history = Position(), Best(), list[dict[str, Any]]()
         self.last_grad_norm = math.nan
-        self.generators = generators_of(loader)
+        self.samplers, self.generators = samplers_of(loader), generators_of(loader)
         self._require_agreement(loader)
         self._epoch_start: dict[str, Any] = {}
         self._resumed_state: dict[str, Any] | None = None
@@ -308,8 +308,9 @@ class Trainer:
         if resumed is not None:
             restore_random_state(resumed["epoch_start"], self.generators)
         self._epoch_start = random_state(self.generators)
-        if hasattr(sampler := getattr(self.loader, "sampler", None), "set_epoch"):
-            sampler.set_epoch(self.position.epoch)  # type: ignore[union-attr]
+        for sampler in self.samplers:
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(self.position.epoch)
         batches = iter(self.loader)
         for _ in range(self.position.step_in_epoch):
             next(batches)

@@ -11,16 +11,21 @@ import numpy as np
 import torch
 
 
+def samplers_of(loader: Iterable[Any]) -> list[Any]:
+    """A loader's samplers and batch samplers, and those that they draw from in turn."""
+    found: dict[int, Any] = {}
+    owners: list[Any] = [loader]
+    for owner in owners:
+        for inner in (getattr(owner, "sampler", None), getattr(owner, "batch_sampler", None)):
+            if inner is not None and id(inner) not in found:
+                found[id(inner)] = inner
+                owners.append(inner)
+    return list(found.values())
+
+
 def generators_of(loader: Iterable[Any]) -> list[torch.Generator]:
     """Generators of a loader's own, which its shuffling draws from."""
-    batches = getattr(loader, "batch_sampler", None)
-    owners = (
-        loader,
-        getattr(loader, "sampler", None),
-        batches,
-        getattr(batches, "sampler", None),
-        getattr(loader, "dataset", None),
-    )
+    owners = (loader, *samplers_of(loader), getattr(loader, "dataset", None))
     found = [generator for owner in owners if isinstance(generator := getattr(owner, "generator", None), torch.Generator)]
     return list({id(generator): generator for generator in found}.values())
 

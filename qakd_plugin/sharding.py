@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from .errors import QakdError
 from .processes import Processes
+from .randomness import samplers_of
 
 
 class Shards:
@@ -80,7 +81,7 @@ def shared(loader: Iterable[Any], processes: Processes) -> Iterable[Any]:
         loader: as the user passed it. One with a DistributedSampler is shared out already and taken as it is.
         processes: of this run.
     """
-    if processes.count == 1 or isinstance(getattr(loader, "sampler", None), DistributedSampler):
+    if processes.count == 1 or any(isinstance(sampler, DistributedSampler) for sampler in samplers_of(loader)):
         return loader
     return Shards(loader, processes)
 

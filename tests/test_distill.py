@@ -1,15 +1,18 @@
 """distill(): what it must leave alone, what it must refuse, and that it goes on where it stopped."""
 
 import copy
+from typing import ClassVar
 
 import pytest
 import torch
 from interruption import Stop, StopAt
 from torch import nn
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, TensorDataset
 
 from qakd_plugin import KD, QAT, QKD, SQAKD, LabelsRequiredError, NotPreparedError, QakdError, TrainingError, distill
 from qakd_plugin.backends import adapter_for
 from qakd_plugin.demo.net import DigitNet
+from qakd_plugin.randomness import generators_of, undisturbed
 
 TOOLKITS = ["modelopt", "torch_ao"]
 
@@ -178,6 +181,43 @@ def test_resume_is_bit_identical(toolkit, method, stop, tmp_path, make_student, 
     resumed = run(tmp_path / "stopped", resume=True)
     assert _same(expected[0], resumed[0])
     assert expected[1] == resumed[1]
+
+
+@pytest.mark.parametrize("nesting", ["sampler", "batch sampler", "sampler of batches"])
+def test_a_pass_that_leaves_no_trace_puts_the_order_back_however_samplers_are_nested(nesting):
+    data = TensorDataset(torch.arange(20))
+    order = RandomSampler(data, generator=torch.Generator().manual_seed(1))
+    batches = BatchSampler(order, 4, drop_last=False)
+    loader = {
+        "sampler": DataLoader(data, 4, sampler=order),
+        "batch sampler": DataLoader(data, batch_sampler=batches),
+        "sampler of batches": DataLoader(data, batch_size=None, sampler=batches),
+    }[nesting]
+    with undisturbed(generators_of(loader)):
+        before = torch.cat([x for (x,) in loader])
+    after = torch.cat([x for (x,) in loader])
+    assert torch.equal(before, after)
+    assert not torch.equal(after, torch.cat([x for (x,) in loader]))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_sampler_is_told_of_each_epoch_once(nested, make_student, teacher, digits):
+    class Told(SequentialSampler):
+        epochs: ClassVar[list[int]] = []
+
+        def set_epoch(self, epoch):
+            self.epochs.append(epoch)
+
+    Told.epochs.clear()
+    data = TensorDataset(*(part[:32] for part in digits.train))
+    told = Told(data)
+    loader = (
+        DataLoader(data, batch_size=None, sampler=BatchSampler(told, 16, drop_last=False))
+        if nested
+        else DataLoader(data, 16, sampler=told)
+    )
+    distill(make_student("modelopt"), teacher, loader, epochs=3)
+    assert Told.epochs == [0, 1, 2]
 
 
 # -- bad input

@@ -14,7 +14,7 @@ from test_resume import _log, _results
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 from training_server import BATCHES, Server
 
 from qakd_plugin import QakdError, distill
@@ -140,8 +140,14 @@ def test_batches_that_cannot_be_divided_are_named(processes):
 
 def test_a_loader_that_is_shared_out_already_is_taken_as_it_is():
     dataset = TensorDataset(torch.arange(8))
-    loader = DataLoader(dataset, 2, sampler=DistributedSampler(dataset, num_replicas=2, rank=1))
-    assert shared(loader, _Processes(1)) is loader
+    mine = DistributedSampler(dataset, num_replicas=2, rank=1)
+    batches = BatchSampler(mine, 2, drop_last=False)
+    for loader in (
+        DataLoader(dataset, 2, sampler=mine),
+        DataLoader(dataset, batch_sampler=batches),
+        DataLoader(dataset, batch_size=None, sampler=batches),
+    ):
+        assert shared(loader, _Processes(1)) is loader
 
 
 # -- refused
