@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import distill_step
-import readme_tables
+import page_tables
 import torch
 
 from qakd_plugin._files import write_atomic
@@ -26,7 +26,7 @@ from qakd_plugin.augment.candidates import Candidate, default_candidates
 from qakd_plugin.bench.environment import environment, is_busy
 from qakd_plugin.progress import track
 
-RESULTS = readme_tables.RESULTS / "augmentation_cost.json"
+RESULTS = page_tables.RESULTS / "augmentation_cost.json"
 BARS = {"cpu": 0.25, "cuda": 0.10}
 
 
@@ -67,7 +67,7 @@ def make_table(document: dict[str, Any]) -> str:
     share = {row["candidate"]: f"{100 * row['share']:.0f} %" for row in document["rows"]}
     plain = [name for name in share if name != "cutmix" and not name.endswith("+cutmix")]
     rows = [["none", "0", share["cutmix"]], *([name, share[name], share[f"{name}+cutmix"]] for name in plain)]
-    return readme_tables.markdown(["augmentation", "share of a step", "with CutMix"], rows)
+    return page_tables.markdown(["augmentation", "share of a step", "with CutMix"], rows)
 
 
 def main() -> None:
@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=BARS)
-    parser.add_argument("--out", type=Path, help="JSON file; the README's table is written with the committed one")
+    parser.add_argument("--out", type=Path, help="JSON file; the table in docs/measured.md is written with the committed one")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     busy, bar = is_busy(), BARS[options.device]
@@ -94,7 +94,7 @@ def main() -> None:
         write_atomic(options.out, json.dumps(document, indent=1) + "\n")
         print(options.out)
         if options.out.resolve() == RESULTS:
-            readme_tables.write_table("augmentation_cost", make_table(document))
+            page_tables.write_table("augmentation_cost", make_table(document))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import readme_tables
+import page_tables
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -30,7 +30,7 @@ from qakd_plugin.demo.data import load
 from qakd_plugin.demo.net import DigitNet, train_float
 from qakd_plugin.progress import track
 
-RESULTS = readme_tables.RESULTS / "augmentation_racing.json"
+RESULTS = page_tables.RESULTS / "augmentation_racing.json"
 BAR, AGREEMENT = 10.0, 0.95
 
 
@@ -90,7 +90,7 @@ def make_table(document: dict[str, Any]) -> str:
         for row in document["rows"]
     ]
     header = ["score", "race and exhaustive ranking agree", "fewer teacher forwards", "winner said to be tied"]
-    return readme_tables.markdown(header, rows)
+    return page_tables.markdown(header, rows)
 
 
 def main() -> None:
@@ -98,7 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--cells", type=Path, default=Path("runs/augmentation_racing"), help="one file per trial (%(default)s)")
-    parser.add_argument("--out", type=Path, help="JSON file; the README's table is written with the committed one")
+    parser.add_argument("--out", type=Path, help="JSON file; the table in docs/measured.md is written with the committed one")
     options = parser.parse_args()
     options.cells.mkdir(parents=True, exist_ok=True)
     teacher, trials = digits_teacher(options.cells / "teacher.pt"), []
@@ -119,7 +119,7 @@ def main() -> None:
         write_atomic(options.out, json.dumps(document, indent=1) + "\n")
         print(options.out)
         if options.out.resolve() == RESULTS:
-            readme_tables.write_table("augmentation_racing", make_table(document))
+            page_tables.write_table("augmentation_racing", make_table(document))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Does a metric of the teacher foretell which augmentation makes the best student?
 
-    python benchmarks/augmentation_study.py --out benchmarks/results/augmentation_study.json
-    python benchmarks/augmentation_study.py --full      # sixteen candidates, five seeds, larger sets: for a GPU
+    python benchmarks/augmentation_study.py --processes 2 --out benchmarks/results/augmentation_study.json
+    python benchmarks/augmentation_study.py --processes 16 --full       # sixteen candidates, five seeds, larger sets: for a GPU
 
 SQAKD students (ModelOpt, W2A2 and W4A4) are trained under each candidate in several regimes: data sets (handwritten digits, and
 glyphs rendered from fonts), numbers of images and epochs, a teacher trained with and without a strong augmentation. Each metric
@@ -9,9 +9,9 @@ is computed once per regime on the student's training images, with the teacher o
 on test images over the candidates (mean over seeds): Spearman and Kendall, with p-values. Signs are such that a metric that
 works is positive.
 
-Every trained student is a file in --cells: a run that was stopped goes on, and several processes (--part 0/2, --part 1/2) share
-the work. Students of a seed share initial weights, order of batches and number of steps. The networks are residual with 8
-channels in the first stage, images 24x24 (glyphs) and 32x32 (digits); the teacher saw more glyphs than the students do.
+Every trained student is a file in --cells: a run that was stopped goes on. Students of a seed share initial weights, order of
+batches and number of steps. The networks are residual with 8 channels in the first stage, images 24x24 (glyphs) and 32x32
+(digits); the teacher saw more glyphs than the students do.
 """
 
 from __future__ import annotations
@@ -19,27 +19,26 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import readme_tables
+import page_tables
 import torch
 from scipy.stats import kendalltau, spearmanr
 from small_nets import BATCH, DEVICE, accuracy, data, teacher
+from students import add_arguments, train_missing
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from qakd_plugin import SQAKD, distill, prepare, rank_augmentations
 from qakd_plugin._files import write_atomic
-from qakd_plugin.augment.candidates import Candidate, default_candidates
+from qakd_plugin.augment.candidates import default_candidates
 from qakd_plugin.bench.environment import environment
-from qakd_plugin.progress import track
 
-RESULTS = readme_tables.RESULTS / "augmentation_study.json"
+RESULTS = page_tables.RESULTS / "augmentation_study.json"
 SMALL = (
     "none", "cutmix", "augmix", "autoaugment-cifar10", "randaugment", "trivialaugment", "randomerasing",
     "trivialaugment+cutmix", "randomerasing+cutmix",
@@ -105,8 +104,9 @@ def regime_teacher(regime: Regime, folder: Path) -> nn.Module:
     return teacher(regime.data, path, strengthen)
 
 
-def student_accuracy(regime: Regime, candidate: Candidate, seed: int, folder: Path) -> float:
-    """Train one student under a candidate; its accuracy on test images."""
+def train(regime: Regime, name: str, seed: int, folder: Path) -> dict[str, float]:
+    """Train one student under the candidate of that name; its accuracy on test images."""
+    candidate = next(c for c in default_candidates() if c.name == name)
     (images, _), test = data(regime.data)
     images = images[: regime.images]
     network = regime_teacher(regime, folder)
@@ -116,24 +116,20 @@ def student_accuracy(regime: Regime, candidate: Candidate, seed: int, folder: Pa
     result = distill(
         student, network, loader, method=SQAKD(), epochs=regime.epochs, lr=3e-3, seed=seed, augment=lambda x: candidate(x)[0]
     )
-    return accuracy(result.model, *test)
+    return {"accuracy": accuracy(result.model, *test)}
 
 
 def train_all(regimes: Sequence[Regime], names: Sequence[str], seeds: int, options: argparse.Namespace) -> None:
     """Train the students that are missing, as far as the time goes."""
-    index, count = (int(number) for number in options.part.split("/"))
-    candidates = [candidate for candidate in default_candidates() if candidate.name in names]
-    cells = [(seed, regime, candidate) for seed in range(seeds) for regime in regimes for candidate in candidates]
-    begun = time.perf_counter()
-    for number, (seed, regime, candidate) in enumerate(track(cells, "students")):
-        path = options.cells / f"{regime.slug}-{candidate.name}-{seed}.json"
-        late = options.minutes is not None and time.perf_counter() - begun > 60 * options.minutes
-        if number % count != index or late or path.is_file():
-            continue
-        started = time.perf_counter()
-        found = student_accuracy(regime, candidate, seed, options.cells)
-        write_atomic(path, json.dumps({"accuracy": found, "seconds": round(time.perf_counter() - started, 1)}) + "\n")
-        print(f"{regime.name}  {candidate.name:24s} seed {seed}  {100 * found:.2f} %", flush=True)
+    for regime in regimes:
+        regime_teacher(regime, options.cells)
+    students = {
+        options.cells / f"{regime.slug}-{name}-{seed}.json": (regime, name, seed, options.cells)
+        for seed in range(seeds)
+        for regime in regimes
+        for name in names
+    }
+    train_missing(train, students, processes=options.processes, minutes=options.minutes)
 
 
 def records(regime: Regime, names: Sequence[str], folder: Path) -> dict[str, dict[str, float]]:
@@ -218,7 +214,7 @@ def make_table(document: dict[str, Any]) -> str:
     random = fmean(fmean(_over_none(found).values()) for found in document["rows"])
     rows.append(["mean", *(f"{means[name]:.2f}" for name in shown), *map(_points, (best, random, *gains))])
     header = ["students", *shown, "best over none", "one at random over none", "CMI - CE over none", "CMI - centroid over none"]
-    return readme_tables.markdown(header, rows)
+    return page_tables.markdown(header, rows)
 
 
 def make_candidates_table(document: dict[str, Any]) -> str:
@@ -228,7 +224,7 @@ def make_candidates_table(document: dict[str, Any]) -> str:
     for found in document["rows"]:
         gains = _over_none(found)
         rows.append([found["regime"], *(_points(gains[name]) if name in gains else "" for name in names)])
-    return readme_tables.markdown(["students", *names], rows)
+    return page_tables.markdown(["students", *names], rows)
 
 
 def _over_none(found: dict[str, Any]) -> dict[str, float]:
@@ -263,12 +259,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, help="students per candidate and regime (2; 5 with --full)")
     parser.add_argument("--full", action="store_true", help="the large study")
-    parser.add_argument(
-        "--cells", type=Path, default=Path("runs/augmentation_study"), help="one file per student (%(default)s)"
-    )
-    parser.add_argument("--part", default="0/1", help="which share of the students to train, e.g. 0/2")
-    parser.add_argument("--minutes", type=float, help="begin no student after so long; what is complete is evaluated")
-    parser.add_argument("--out", type=Path, help="JSON file; the README's table is written with the committed one")
+    add_arguments(parser, "runs/augmentation_study")
+    parser.add_argument("--out", type=Path, help="JSON file; evidence_page.py makes tables and claims of it")
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.cells.mkdir(parents=True, exist_ok=True)
@@ -287,8 +279,6 @@ def main() -> None:
         document = {"environment": environment(), "full": options.full, "mean_spearman": mean, "rows": rows}
         write_atomic(options.out, json.dumps(document, indent=1) + "\n")
         print(options.out)
-        if options.out.resolve() == RESULTS:
-            readme_tables.write_table("augmentation_study", make_table(document))
 
 
 if __name__ == "__main__":

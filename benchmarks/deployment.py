@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import readme_tables
+import page_tables
 import torch
 import torchvision
 from step_time import ResNet20, memory_mib
@@ -39,7 +39,7 @@ from qakd_plugin.deploy.to_onnx import export_float
 from qakd_plugin.deploy.tune import has_amx, tune_for_host
 from qakd_plugin.report import console_table
 
-RESULTS = readme_tables.RESULTS / "deployment.json"
+RESULTS = page_tables.RESULTS / "deployment.json"
 NETWORKS = ("resnet18", "resnet50", "mobilenet_v2", "vit_b_16", "resnet20", "shufflenet_v2_x1_0")
 RUNTIMES = {"ORT INT8": "onnxruntime", "OpenVINO INT8": "openvino"}
 """By the rows of our files."""
@@ -90,7 +90,7 @@ def main() -> None:
     table = make_table({"networks": {key: done[key] for key in NETWORKS if key in done}})
     print(table)
     if options.out and options.out.resolve() == RESULTS:
-        readme_tables.write_table("deployment", table)
+        page_tables.write_table("deployment", table, page_tables.README)
 
 
 def measure(name: str, cells: Path, calls: int) -> dict[str, Any]:
@@ -224,7 +224,7 @@ def make_table(document: dict[str, Any]) -> str:
         rows.append(
             [name, f"{reference['cpu_ms']:.2f}", *ratios, f"{ours['integer_layers']} of {ours['total_layers']}", smaller]
         )
-    return readme_tables.markdown(header, rows)
+    return page_tables.markdown(header, rows)
 
 
 def make_files(name: str, cells: Path) -> None:

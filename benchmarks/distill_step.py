@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import readme_tables
+import page_tables
 import torch
 import torch.nn.functional as F
 from step_time import ResNet20, keep_memory, peak_growth_mib
@@ -40,7 +40,7 @@ from qakd_plugin.demo.net import DigitNet, train_float
 from qakd_plugin.evaluation import evaluate
 from qakd_plugin.progress import track
 
-RESULTS = readme_tables.RESULTS / "distill_step.json"
+RESULTS = page_tables.RESULTS / "distill_step.json"
 BARS = {
     "SQAKD, LSQ": 1.50,
     "SQAKD, LSQ, channels_last": 1.50,
@@ -255,7 +255,7 @@ def make_table(document: dict[str, Any]) -> str:
         [row["variant"], f"{row['ratio']:.2f}", f"{row['images_per_second']:.0f}", f"{row['peak_growth_mib'] / base:.2f}"]
         for row in document["rows"]
     ]
-    return readme_tables.markdown(["step", "time", "images/s", "peak memory"], rows)
+    return page_tables.markdown(["step", "time", "images/s", "peak memory"], rows)
 
 
 def main() -> None:
@@ -267,7 +267,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="of the second part; 0 leaves it out")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--variant", action="append", choices=list(VARIANTS)[1:], help="may be repeated; all by default")
-    parser.add_argument("--out", type=Path, help="JSON file; the README's table is written with the committed one")
+    parser.add_argument("--out", type=Path, help="JSON file; the table in docs/measured.md is written with the committed one")
     options = parser.parse_args()
     keep_memory()
     torch.set_num_threads(options.threads)
@@ -299,7 +299,7 @@ def main() -> None:
         options.out.write_text(json.dumps(document, indent=1) + "\n")
         print(options.out)
         if options.out.resolve() == RESULTS:
-            readme_tables.write_table("distill_step", make_table(document))
+            page_tables.write_table("distill_step", make_table(document))
 
 
 def _verdict(row: dict[str, Any]) -> str:

@@ -6,8 +6,8 @@
 Weights are random: none of the figures depends on them. Each export and each build is a process of its own, whose peak memory
 is its own; seconds are wall-clock time without imports and preparation. "FP16" in a form's name means that what is not
 quantized is in FP16. A step that fails leaves its reason, in the library's own words: whether a GPU is taken is a result, too.
-Every finished cell is written to benchmarks/results/engines.json at once and not run again unless --fresh; the table in the
-README is written from that file.
+Every finished cell is written to benchmarks/results/engines.json at once and not run again unless --fresh; the table in
+docs/measured.md is written from that file.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-import readme_tables
+import page_tables
 import torch
 from step_time import ResNet20, memory_mib
 from torch import Tensor, nn
@@ -50,7 +50,7 @@ from qakd_plugin.deploy.to_onnx import export_float
 from qakd_plugin.deploy.trt import gpu_capability
 from qakd_plugin.errors import QakdError
 
-RESULTS = readme_tables.RESULTS / "engines.json"
+RESULTS = page_tables.RESULTS / "engines.json"
 EXPORT_SECONDS, EXPORT_GIB, BUILD_SECONDS = 30.0, 3.0, 10.0
 """Bars: the first two are for the export of resnet50, the last for every build."""
 WARM_UP, CALLS = 50, 300
@@ -95,7 +95,7 @@ def forms_of(net: Net) -> tuple[Form, ...]:
 
 
 def main() -> None:
-    """Run what is not done yet, write the results and the README's table."""
+    """Run what is not done yet, write the results and the table in docs/measured.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--network", action="append", choices=[net.name for net in NETS], help="may be repeated; all by default"
@@ -105,7 +105,9 @@ def main() -> None:
     parser.add_argument("--toolkit", choices=("modelopt", "torch_ao"), help="modelopt where it is installed, else torch_ao")
     parser.add_argument("--fresh", action="store_true", help="run cells again that are done")
     parser.add_argument("--out", type=Path, default=RESULTS, help="JSON file for the cells")
-    parser.add_argument("--table-only", action="store_true", help="only rewrite the README's table from the JSON file")
+    parser.add_argument(
+        "--table-only", action="store_true", help="only rewrite the table in the docs"
+    )
     options = parser.parse_args()
     toolkit = options.toolkit or ("modelopt" if find_spec("modelopt") else "torch_ao")
     document: dict[str, Any] = json.loads(options.out.read_text()) if options.out.is_file() else {}
@@ -137,7 +139,7 @@ def main() -> None:
         print(line)
     print(make_table(document))
     if options.out == RESULTS:
-        readme_tables.write_table("engines", make_table(document))
+        page_tables.write_table("engines", make_table(document))
 
 
 def _save(document: dict[str, Any], part: dict[str, Any], toolkit: str, path: Path) -> None:
@@ -341,7 +343,7 @@ def make_table(document: dict[str, Any]) -> str:
                 + [f"{build['seconds']:.1f}", f"{integer} of {build['with_weights']}", str(build["int4_layers"]), *sizes]
                 + ["-" if form == "INT8" else _megabytes(cells.get(f"{net.name} W4A8, FP16"))]
             )
-    table = readme_tables.markdown(header, rows)
+    table = page_tables.markdown(header, rows)
     return table + ("\n\n" + _gpu_table(document["gpu"]) if document.get("gpu", {}).get("cells") else "")
 
 
@@ -358,7 +360,7 @@ def _gpu_table(part: dict[str, Any]) -> str:
             rows.append([key, f"{run['compute_ms']:.3f}", f"{run['call_ms']:.3f}", same, ""])
         else:
             rows.append([key, "-", "-", "-", (problem or "not run").replace("|", "/")])
-    return readme_tables.markdown(header, rows)
+    return page_tables.markdown(header, rows)
 
 
 def _megabytes(cell: dict[str, Any] | None) -> str:

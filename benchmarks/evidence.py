@@ -1,7 +1,7 @@
 """Do the papers' claims hold here? Students of 2 to 8 bits, each method against its controls, several seeds.
 
-    python benchmarks/evidence.py --out benchmarks/results/evidence.json
-    python benchmarks/evidence.py --full        # more images, epochs and seeds: for a GPU
+    python benchmarks/evidence.py --processes 2 --rates --out benchmarks/results/evidence.json
+    python benchmarks/evidence.py --processes 16 --full     # more images and seeds: for a GPU
 
 The 62-class glyph set of glyphs.py, and a small residual network in full precision that was trained until it stopped to gain.
 Every student starts from it, prepared by ModelOpt with a learned quantizer in its place, and is trained by
@@ -19,8 +19,8 @@ phases; (3) QAT with 1, 10 and 100 % of the labels against SQAKD without any; (4
 everything on; (5) what is gained from calibration only to the deployed file. What augmentation adds is asked in
 augmentation_study.py.
 
-Every student is a file in --cells: a run that was stopped goes on, and several processes (--part 0/2, --part 1/2) share the
-work.
+Every student is a file in --cells: a run that was stopped goes on. --rates trains also the students by which the rate was
+chosen; the study itself does not need them.
 """
 
 from __future__ import annotations
@@ -29,28 +29,29 @@ import argparse
 import json
 import math
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import evidence_tables as tables
 import glyphs
-import readme_tables
+import page_tables
 import torch
 from scipy import stats
 from small_nets import DEVICE, Split, accuracy, data, teacher
+from students import add_arguments, train_missing
 from torch import nn
-from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from qakd_plugin import EWGS, KD, LSQ, PACT, QAT, QKD, SQAKD, CMISelector, DoReFa, distill, export_onnx, prepare, use_quantizers
 from qakd_plugin._files import write_atomic
 from qakd_plugin.bench.environment import environment
 from qakd_plugin.bench.runners import make_runner
-from qakd_plugin.progress import track
 
-RESULTS = readme_tables.RESULTS / "evidence.json"
+RESULTS = page_tables.RESULTS / "evidence.json"
 QUANTIZERS: dict[str, Any] = {"LSQ": LSQ(), "PACT": PACT(), "DoReFa": DoReFa(), "EWGS": EWGS()}
 EVERYTHING = "SQAKD, everything on"
 """No label needed, so all images of the teacher; the augmentation that CMI chooses; BatchNorm's statistics refreshed."""
@@ -74,14 +75,11 @@ HELD_OUT = 1000
 BATCH, LR = 64, 2e-2
 """Of every student."""
 
-RATES = (3e-3, 1e-2, LR)
+RATES = (5e-3, LR, 8e-2)
 """Of which the study's has the best mean of the students in rate_cells()."""
 
 RATES_SEED, FIRST_SEED = 0, 5
 """Of the students that choose the rate, and the first of the study's."""
-
-BARS = {4: 0.005, 3: 0.015}
-"""Bits: largest loss of accuracy against full precision that the project aims at."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +130,8 @@ class Size:
     test_images: int = 8000
 
 
-SMALL, FULL = Size(4000, 10, 5), Size(15_000, 40, 10)
+SMALL, FULL = Size(4000, 10, 5), Size(15_000, 4, 10)
+"""For two cores and an hour; and for a GPU, on which a student's steps cost what their kernels' launches cost."""
 
 
 def cells(size: Size) -> list[Cell]:
@@ -182,41 +181,59 @@ class Study:
         self.train: Split = (images[: self.size.images], labels[: self.size.images])
         path = self.folder / "teacher-glyphs.pt"
         self.teacher = teacher("glyphs", path, train=self.pool, epochs=self.size.teacher_epochs)
+        self._calibrated: dict[tuple[str, int], float] = {}
 
     def student(self, quantizer: str, bits: int) -> nn.Module:
         """Prepared and calibrated, not trained: what post-training quantization gives."""
         student = prepare(self.teacher, [self.train[0][:256]], "modelopt", weight_bits=bits, activation_bits=bits)
         return use_quantizers(student, QUANTIZERS[quantizer])
 
-    def run(self, cell: Cell) -> dict[str, Any]:
+    def calibrated(self, quantizer: str, bits: int) -> float:
+        """Accuracy of what post-training quantization gives."""
+        if (quantizer, bits) not in self._calibrated:
+            self._calibrated[quantizer, bits] = accuracy(self.student(quantizer, bits), *self.test)
+        return self._calibrated[quantizer, bits]
+
+    def held_out(self, cell: Cell) -> dict[str, float]:
+        """Train a cell's student. Accuracy on held-out images only: what the rate is chosen by."""
+        return {"held_out": accuracy(self.trained(cell), *self.validation)}
+
+    def run(self, cell: Cell) -> dict[str, float]:
         """Train a cell's student. Accuracies before and after, on held-out images, and of the deployed file."""
+        trained = self.trained(cell)
+        return {
+            "before": self.calibrated(cell.quantizer, cell.bits),
+            "held_out": accuracy(trained, *self.validation),
+            "accuracy": accuracy(trained, *self.test),
+            "deployed": self._deployed(trained),
+        }
+
+    def trained(self, cell: Cell) -> nn.Module:
+        """A cell's student, with the weights of its best epoch."""
         torch.manual_seed(cell.seed)
         student = self.student(cell.quantizer, cell.bits)
-        before = accuracy(student, *self.test)
         count = round(cell.labels * len(self.train[0]))
         pool = TensorDataset(self.pool[0][:count], self.pool[1][:count])
         draw = torch.Generator().manual_seed(cell.seed)
         # As many images per epoch whatever the share; without replacement as far as they go.
         sampler = RandomSampler(pool, num_samples=len(self.train[0]), generator=draw)
-        everything = {"augment": CMISelector(), "recalibrate_batches": 32} if cell.method == EVERYTHING else {}
+        method, options = METHODS[cell.method](), {}
+        if cell.method == EVERYTHING:
+            options = {"augment": CMISelector(), "recalibrate_batches": 32}
+        elif cell.method != "QAT" and not isinstance(method, QKD) and cell.labels == 1:
+            options = {"cache_teacher": self.folder / "teacher-logits.pt"}
         result = distill(
             student.to(DEVICE),
             None if cell.method == "QAT" else self.teacher.to(DEVICE),
-            DataLoader(pool, BATCH, sampler=sampler),
-            method=METHODS[cell.method](),
+            DataLoader(pool, batch_size=None, sampler=BatchSampler(sampler, BATCH, drop_last=False)),
+            method=method,
             epochs=self.size.epochs,
             val_loader=DataLoader(TensorDataset(*self.validation), 500),
             seed=cell.seed,
             lr=cell.lr,
-            **everything,
+            **options,
         )
-        trained = result.model.cpu()
-        return {
-            "before": before,
-            "held_out": accuracy(trained, *self.validation),
-            "accuracy": accuracy(trained, *self.test),
-            "deployed": self._deployed(trained),
-        }
+        return result.model.cpu()
 
     def _deployed(self, student: nn.Module) -> float:
         """Accuracy of the exported file in ONNX Runtime."""
@@ -228,19 +245,16 @@ class Study:
         return int((answers == labels).sum()) / len(labels)
 
 
-def train_all(study: Study, options: argparse.Namespace) -> None:
-    """Train the students that are missing, as far as the time goes."""
-    index, count = (int(number) for number in options.part.split("/"))
-    begun = time.perf_counter()
-    for number, cell in enumerate(track(rate_cells() + cells(study.size), "students")):
-        path = options.cells / f"{cell.slug}.json"
-        late = options.minutes is not None and time.perf_counter() - begun > 60 * options.minutes
-        if number % count != index or late or path.is_file():
-            continue
-        started = time.perf_counter()
-        found = study.run(cell)
-        write_atomic(path, json.dumps(found | {"seconds": round(time.perf_counter() - started, 1)}) + "\n")
-        print(f"{cell.slug:40s} {100 * found['before']:6.2f} -> {100 * found['accuracy']:6.2f} %", flush=True)
+@cache
+def open_study(size: Size, folder: Path) -> Study:
+    """Of this process."""
+    return Study(size, folder)
+
+
+def train(size: Size, folder: Path, cell: Cell) -> dict[str, float]:
+    """Train a cell's student and find what is asked of it."""
+    study = open_study(size, folder)
+    return study.held_out(cell) if cell.seed == RATES_SEED else study.run(cell)
 
 
 Results = dict[tuple[str, int, str, float], list[dict[str, float]]]
@@ -256,6 +270,12 @@ def read(size: Size, folder: Path) -> Results:
             key = (cell.quantizer, cell.bits, cell.method, cell.labels)
             found.setdefault(key, []).append(json.loads((folder / f"{cell.slug}.json").read_text()))
     return found
+
+
+def hours(size: Size, folder: Path) -> float:
+    """Of one core, that the study's students took; those that choose the rate not counted."""
+    files = [folder / f"{cell.slug}.json" for cell in cells(size)]
+    return sum(json.loads(file.read_text())["seconds"] for file in files if file.is_file()) / 3600
 
 
 def read_rates(folder: Path) -> list[dict[str, Any]]:
@@ -304,114 +324,37 @@ def _half_width(values: Sequence[float]) -> float | None:
     return float(stats.t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
 
 
-def make_table(document: dict[str, Any]) -> str:
-    """Markdown: SQAKD against QAT for every quantizer and width."""
-    by_key = {(row["quantizer"], row["bits"], row["method"], row["labels"]): row for row in document["rows"]}
-    rows = []
-    for quantizer in QUANTIZERS:
-        for bits in (2, 3, 4, 8):
-            qat, sqakd = by_key[quantizer, bits, "QAT", 1.0], by_key[quantizer, bits, "SQAKD", 1.0]
-            rows.append(
-                [
-                    f"{quantizer} W{bits}A{bits}",
-                    _percent(qat["before"]),
-                    _percent(qat["accuracy"], qat["interval"]),
-                    _percent(sqakd["accuracy"], sqakd["interval"]),
-                    f"{100 * sqakd['over_qat']:+.2f} (p {_p(sqakd['p'])})",
-                    _percent(sqakd["deployed"]),
-                ]
-            )
-    header = ["student", "calibrated only", "QAT", "SQAKD, no labels", "SQAKD over QAT, points", "SQAKD, deployed file"]
-    return readme_tables.markdown(header, rows)
-
-
-def make_controls_table(document: dict[str, Any]) -> str:
-    """Markdown: LSQ under every method, against QAT with all labels."""
-    rows = []
-    for row in document["rows"]:
-        if row["quantizer"] != "LSQ" or row["bits"] == 8:
-            continue
-        labels = "" if row["labels"] == 1 else f", {_share(row['labels'])}"
-        against = f"{100 * row['over_qat']:+.2f} (p {_p(row['p'])})" if "over_qat" in row else ""
-        rows.append(
-            [f"W{row['bits']}A{row['bits']}", row["method"] + labels, _percent(row["accuracy"], row["interval"]), against]
-        )
-    rows.sort(key=lambda row: row[0])
-    return readme_tables.markdown(["student", "method", "accuracy", "over QAT, points"], rows)
-
-
-def make_rates_table(document: dict[str, Any]) -> str:
-    """Markdown: accuracy on held-out images by rate, mean over quantizers."""
-    columns = list(dict.fromkeys((row["bits"], row["method"]) for row in document["rates"]))
-    shares = {(row["lr"], row["bits"], row["method"]): row["held_out"] for row in document["rates"]}
-    rows = []
-    for lr in dict.fromkeys(row["lr"] for row in document["rates"]):
-        found = [shares[lr, *column] for column in columns]
-        rows.append([f"{lr:g}", *map(_percent, found), _percent(fmean(found))])
-    return readme_tables.markdown(["rate", *(f"W{bits}A{bits}, {method}" for bits, method in columns), "mean"], rows)
-
-
-def _share(labels: float) -> str:
-    return f"{100 * labels:g} % of the labels" if labels < 1 else f"{labels:g} times the images, all that the teacher saw"
-
-
-def _percent(share: float, half_width: float | None = None) -> str:
-    return f"{100 * share:.2f}" + ("" if half_width is None else f" ± {100 * half_width:.2f}")
-
-
-def _p(value: float | None) -> str:
-    return "-" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def verdicts(document: dict[str, Any]) -> list[str]:
-    """The project's aims, and whether they are met."""
-    lines = []
-    for row in document["rows"]:
-        if row["method"] == "SQAKD" and row["bits"] < 8 and row["labels"] == 1:
-            ahead = row["over_qat"] > 0 and row["p"] is not None and row["p"] < 0.05
-            name = f"{row['quantizer']} W{row['bits']}A{row['bits']}"
-            lines.append(
-                f"{name}: SQAKD over QAT {100 * row['over_qat']:+.2f} (p {_p(row['p'])}): {'met' if ahead else 'MISSED'}"
-            )
-            if row["bits"] in BARS:
-                loss = document["teacher"] - row["accuracy"]
-                met = loss <= BARS[row["bits"]]
-                lines.append(f"{name}: {100 * loss:.2f} points below full precision: {'met' if met else 'MISSED'}")
-    return lines
-
-
 def main() -> None:
     """Train what is missing, test, print, and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="the large study")
-    parser.add_argument("--cells", type=Path, help="one file per student (runs/evidence, or runs/evidence-full)")
-    parser.add_argument("--part", default="0/1", help="which share of the students to train, e.g. 0/2")
-    parser.add_argument("--minutes", type=float, help="begin no student after so long; seeds that are whole are evaluated")
-    parser.add_argument("--out", type=Path, help="JSON file; the README's tables are written with the committed one")
+    parser.add_argument("--rates", action="store_true", help="train also the students that the rate was chosen by")
+    add_arguments(parser, "runs/evidence")
+    parser.add_argument("--out", type=Path, help="JSON file; evidence_page.py makes tables, figure and page of it")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    options.cells = options.cells or Path("runs/evidence-full" if options.full else "runs/evidence")
-    options.cells.mkdir(parents=True, exist_ok=True)
-    study = Study(FULL if options.full else SMALL, options.cells)
-    train_all(study, options)
-    found = read(study.size, options.cells)
+    size, folder = (FULL, options.cells / "full") if options.full else (SMALL, options.cells)
+    folder.mkdir(parents=True, exist_ok=True)
+    study = open_study(size, folder)  # trains the teacher, if that is missing
+    wanted = cells(size) + (rate_cells() if options.rates else [])
+    students = {folder / f"{cell.slug}.json": (size, folder, cell) for cell in wanted}
+    train_missing(train, students, processes=options.processes, minutes=options.minutes)
+    found = read(size, folder)
     if not found:
         print("No seed is whole yet: run the same command again.")
         return
     document = {
         "environment": environment(),
-        "size": vars(study.size),
+        "size": vars(size),
         "teacher": accuracy(study.teacher.cpu(), *study.test),
-        "rates": read_rates(options.cells),
+        "hours": hours(size, folder),
+        "rates": read_rates(folder),
         "rows": summary(found),
     }
-    print(make_table(document), make_controls_table(document), *verdicts(document), sep="\n")
+    print(tables.make_table(document), tables.make_controls_table(document), *tables.verdicts(document), sep="\n")
     if options.out:
         write_atomic(options.out, json.dumps(document, indent=1) + "\n")
         print(options.out)
-        if options.out.resolve() == RESULTS:
-            readme_tables.write_table("evidence", make_table(document))
-            readme_tables.write_table("evidence_controls", make_controls_table(document))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The figure and the page of the evidence, and the README's tables, made from the committed figures.
+"""The figure and the page of the evidence, and the README's table, made from the committed figures.
 
     python benchmarks/evidence_page.py                                        # docs/evidence.svg, docs/evidence.md, README
     python benchmarks/evidence_page.py --in runs/full.json --out runs/full    # a study of your own: nothing else is touched
@@ -20,14 +20,15 @@ from typing import Any
 import augmentation_study
 import evidence
 import evidence_figure
+import evidence_tables as tables
 import numpy as np
-import readme_tables
+import page_tables
 from numpy.typing import NDArray
 from scipy import stats
 
 from qakd_plugin._files import write_atomic
 
-DOCS = readme_tables.ROOT / "docs"
+DOCS = page_tables.ROOT / "docs"
 PAGE, FIGURE = "evidence.md", "evidence.svg"
 SIGNIFICANT = 0.05
 
@@ -208,7 +209,7 @@ def make_claims_table(document: dict[str, Any], study: dict[str, Any]) -> str:
             ]
         )
     header = ["claim", "verdict", "mean, points", "p, after Holm", "single comparisons", "for / against, each alone", "source"]
-    return readme_tables.markdown(header, rows)
+    return page_tables.markdown(header, rows)
 
 
 def make_tests_table(document: dict[str, Any], study: dict[str, Any]) -> str:
@@ -230,63 +231,12 @@ def make_tests_table(document: dict[str, Any], study: dict[str, Any]) -> str:
         for name, p_values in families.items()
     ]
     header = ["tests", "number", f"p < {SIGNIFICANT}, each alone", "as many by chance, without any effect", "after Holm"]
-    return readme_tables.markdown(header, rows)
-
-
-def make_setup_table(document: dict[str, Any]) -> str:
-    """Markdown: size, teacher, machine and versions."""
-    facts = {name.replace("_", " "): value for name, value in document["size"].items()}
-    facts |= {"seeds that are whole": document["rows"][0]["seeds"], "teacher, %": f"{100 * document['teacher']:.2f}"}
-    found = dict(document["environment"])
-    versions = found.pop("versions")
-    facts |= {name.replace("_", " "): value for name, value in found.items()} | versions
-    rows = [[name, ", ".join(value) if isinstance(value, list) else str(value)] for name, value in facts.items()]
-    return readme_tables.markdown(["what", "value"], rows)
-
-
-def make_steps_table(document: dict[str, Any]) -> str:
-    """Markdown: from calibration over QAT and SQAKD to the files that are deployed."""
-    by_method = {
-        (row["quantizer"], row["bits"], row["method"]): row
-        for row in document["rows"]
-        if row["labels"] == 1 and row["method"] in ("QAT", "SQAKD")
-    }
-    rows = []
-    for (quantizer, bits, method), sqakd in by_method.items():
-        if method != "SQAKD":
-            continue
-        qat = by_method[quantizer, bits, "QAT"]
-        shares = [sqakd["before"], qat["accuracy"], qat["deployed"], sqakd["accuracy"], sqakd["deployed"]]
-        below = f"{100 * (sqakd['deployed'] - document['teacher']):+.2f}"
-        rows.append([f"{quantizer} W{bits}A{bits}", *(f"{100 * share:.2f}" for share in shares), below])
-    rows.sort(key=lambda row: list(evidence.QUANTIZERS).index(row[0].split()[0]))
-    header = ["student", "calibrated only", "QAT", "its file", "SQAKD", "its file", "file over full precision, points"]
-    return readme_tables.markdown(header, rows)
-
-
-def make_aims_table(document: dict[str, Any]) -> str:
-    """Markdown: the project's aims, met or missed."""
-    lines = [line.split(": ") for line in evidence.verdicts(document)]
-    return readme_tables.markdown(["student", "found", "aim"], lines)
-
-
-def make_rows_table(document: dict[str, Any]) -> str:
-    """Markdown: every combination."""
-    rows = []
-    for row in sorted(document["rows"], key=lambda row: (list(evidence.QUANTIZERS).index(row["quantizer"]), row["bits"])):
-        student = f"{row['quantizer']} W{row['bits']}A{row['bits']}"
-        against = ["", ""]
-        if "over_qat" in row:
-            against = [_points(row["over_qat"], row["over_qat_interval"]), "-" if row["p"] is None else f"{row['p']:.4f}"]
-        shares = [f"{100 * row['before']:.2f}", _points(row["accuracy"], row["interval"], ""), f"{100 * row['deployed']:.2f}"]
-        rows.append([student, row["method"], f"{100 * row['labels']:g} %", *shares, *against])
-    header = ["student", "method", "images", "calibrated only", "trained", "its file", "over QAT, points", "p"]
-    return readme_tables.markdown(header, rows)
+    return page_tables.markdown(header, rows)
 
 
 def readme_tables_of(document: dict[str, Any]) -> dict[str, str]:
-    """The README's tables, by the names of their markers."""
-    return {"evidence": evidence.make_table(document), "evidence_controls": evidence.make_controls_table(document)}
+    """The README's table, by the name of its marker."""
+    return {"evidence": tables.make_table(document)}
 
 
 def page_tables_of(document: dict[str, Any], study: dict[str, Any]) -> dict[str, str]:
@@ -294,23 +244,23 @@ def page_tables_of(document: dict[str, Any], study: dict[str, Any]) -> dict[str,
     plain, fixed = ("QAT", "SQAKD"), [method for method in evidence.METHODS if method.startswith("KD")]
 
     def controls(chosen: Callable[[dict[str, Any]], bool]) -> str:
-        return evidence.make_controls_table(document | {"rows": [row for row in document["rows"] if chosen(row)]})
+        return tables.make_controls_table(document | {"rows": [row for row in document["rows"] if chosen(row)]})
 
     return {
         "evidence_claims": make_claims_table(document, study),
         "evidence_tests": make_tests_table(document, study),
-        "evidence": evidence.make_table(document),
+        "evidence": tables.make_table(document),
         "evidence_kd": controls(lambda row: row["labels"] == 1 and row["method"] in (*plain, *fixed)),
         "evidence_qkd": controls(lambda row: row["labels"] == 1 and row["bits"] == 2),
         "evidence_labels": controls(lambda row: row["labels"] <= 1 and row["bits"] == 2 and row["method"] in plain),
         "evidence_images": controls(lambda row: row["labels"] >= 1 and row["method"] in (*plain, evidence.EVERYTHING)),
         "augmentation_study": augmentation_study.make_table(study),
         "augmentation_candidates": augmentation_study.make_candidates_table(study),
-        "evidence_rates": evidence.make_rates_table(document),
-        "evidence_steps": make_steps_table(document),
-        "evidence_aims": make_aims_table(document),
-        "evidence_rows": make_rows_table(document),
-        "evidence_setup": make_setup_table(document),
+        "evidence_rates": tables.make_rates_table(document),
+        "evidence_steps": tables.make_steps_table(document),
+        "evidence_aims": tables.make_aims_table(document),
+        "evidence_rows": tables.make_rows_table(document),
+        "evidence_setup": tables.make_setup_table(document),
     }
 
 
@@ -324,16 +274,12 @@ def write(document: dict[str, Any], study: dict[str, Any], page: Path) -> None:
     """
     write_atomic(page.with_name(FIGURE), evidence_figure.draw(document))
     for name, table in page_tables_of(document, study).items():
-        readme_tables.write_table(name, table, page)
+        page_tables.write_table(name, table, page)
 
 
 def _significant(comparisons: Sequence[Comparison]) -> tuple[int, int]:
     signs = [found.estimate > 0 for found in comparisons if found.p < SIGNIFICANT]
     return sum(signs), len(signs) - sum(signs)
-
-
-def _points(share: float, half_width: float | None, sign: str = "+") -> str:
-    return f"{100 * share:{sign}.2f}" + ("" if half_width is None else f" ± {100 * half_width:.2f}")
 
 
 def main() -> None:
@@ -349,7 +295,7 @@ def main() -> None:
     page = options.out / PAGE
     if in_docs:
         for name, table in readme_tables_of(document).items():
-            readme_tables.write_table(name, table)
+            page_tables.write_table(name, table, page_tables.README)
     else:
         options.out.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(DOCS / PAGE, page)

@@ -42,7 +42,7 @@ from statistics import fmean
 from types import ModuleType
 from typing import Any
 
-import readme_tables
+import page_tables
 import torch
 from evidence import SMALL, Size, Study
 from small_nets import BATCH, Split
@@ -56,7 +56,7 @@ from qakd_plugin.bench.runners import FILE_RUNTIMES, make_runner
 from qakd_plugin.deploy.to_onnx import export_float
 from qakd_plugin.progress import track
 
-RESULTS = readme_tables.RESULTS / "peers.json"
+RESULTS = page_tables.RESULTS / "peers.json"
 CODE = Path(__file__).resolve().parent / "peer_code"
 RUNTIMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 
@@ -271,7 +271,7 @@ def make_table(document: dict[str, Any]) -> str:
     told = f"student ({size['images']} images, {size['epochs']} epochs; seeds: {size['seeds']})"
     header = [told, "lines of user code", "training, processor s (over ours)", "accuracy in PyTorch, %"]
     header += [f"{name}: accuracy, %; processor ms; integer layers" for name in RUNTIMES.values()]
-    return "\n".join([readme_tables.markdown(header, table), *(f"\n{note}" for note in notes)])
+    return "\n".join([page_tables.markdown(header, table), *(f"\n{note}" for note in notes)])
 
 
 def _error(found: list[dict[str, Any]]) -> str | None:
@@ -312,7 +312,7 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=300, help="timed calls of each file (%(default)s)")
     parser.add_argument("--cells", type=Path, default=Path("runs/peers"), help="a file per student (%(default)s)")
     parser.add_argument("--fresh", action="store_true", help="train students again that --cells holds")
-    parser.add_argument("--out", type=Path, help="JSON file; the README's table is written with the committed one")
+    parser.add_argument("--out", type=Path, help="JSON file; the table in docs/measured.md is written with the committed one")
     parser.add_argument("--peer", choices=[peer.name for peer in PEERS], help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -345,7 +345,7 @@ def main() -> None:
         write_atomic(options.out, json.dumps(document, indent=1) + "\n")
         print(options.out)
         if options.out.resolve() == RESULTS:
-            readme_tables.write_table("peers", table)
+            page_tables.write_table("peers", table)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import readme_tables
+import page_tables
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -45,7 +45,7 @@ BARS = {
     "ModelOpt EWGS, channels_last": 1.40,
 }
 MEMORY_BAR = 1.25
-RESULTS = readme_tables.RESULTS / "step_time.json"
+RESULTS = page_tables.RESULTS / "step_time.json"
 KEEP_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),  # the largest that glibc takes
     "MALLOC_TRIM_THRESHOLD_": str(4 * 2**30),
@@ -156,7 +156,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--variant", action="append", choices=list(VARIANTS)[1:], help="may be repeated; all by default")
-    parser.add_argument("--out", type=Path, help="JSON file for the rows; the README's table is written with the committed one")
+    parser.add_argument(
+        "--out", type=Path, help="JSON file; docs/measured.md is written with the committed one"
+    )
     parser.add_argument("--allocator", choices=("keep", "default"), default="keep", help="what glibc does with freed memory")
     options = parser.parse_args()
     if options.allocator == "keep":
@@ -208,7 +210,7 @@ def main() -> None:
         options.out.write_text(json.dumps(document, indent=1) + "\n")
         print(options.out)
         if options.out.resolve() == RESULTS:
-            readme_tables.write_table("step_time", make_table(document))
+            page_tables.write_table("step_time", make_table(document))
 
 
 def make_table(document: dict[str, Any]) -> str:
@@ -218,7 +220,7 @@ def make_table(document: dict[str, Any]) -> str:
         for row in document["rows"]
         if row["variant"] != "FP32"
     ]
-    return readme_tables.markdown(["quantizers", "time", "peak memory"], rows)
+    return page_tables.markdown(["quantizers", "time", "peak memory"], rows)
 
 
 def _verdict(met: bool) -> str:

@@ -5,7 +5,7 @@
 For every network and bit width: prepare with ModelOpt, export for TensorRT and for ONNX Runtime (both pass the parity gate, or
 say why not), count the layers that ONNX Runtime computes in integers, and build a TensorRT-RTX engine, which needs no GPU.
 Weights are random: exactness does not depend on training. Every finished cell is written to benchmarks/results/zoo.json at once
-and not run again unless --fresh; the table in the README is written from that file.
+and not run again unless --fresh; the table in docs/measured.md is written from that file.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import readme_tables
+import page_tables
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ from qakd_plugin.bench.environment import environment
 from qakd_plugin.deploy.inspect_onnx import inspect_onnx
 from qakd_plugin.errors import QakdError
 
-RESULTS = readme_tables.RESULTS / "zoo.json"
+RESULTS = page_tables.RESULTS / "zoo.json"
 BITS = (8, 4)
 
 
@@ -69,7 +69,7 @@ NETS = (
 
 
 def main() -> None:
-    """Run what is not done yet, write the results and the README's table."""
+    """Run what is not done yet, write the results and the table in docs/measured.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--network", action="append", choices=[net.name for net in NETS], help="may be repeated; all by default"
@@ -77,7 +77,9 @@ def main() -> None:
     parser.add_argument("--bits", action="append", type=int, choices=BITS, help="may be repeated; both by default")
     parser.add_argument("--fresh", action="store_true", help="run cells again that are done")
     parser.add_argument("--out", type=Path, default=RESULTS, help="JSON file for the cells")
-    parser.add_argument("--table-only", action="store_true", help="only rewrite the README's table from the JSON file")
+    parser.add_argument(
+        "--table-only", action="store_true", help="only rewrite the table in the docs"
+    )
     options = parser.parse_args()
     logging.basicConfig(level=logging.ERROR)
     cells: dict[str, dict[str, Any]] = json.loads(options.out.read_text())["cells"] if options.out.is_file() else {}
@@ -96,7 +98,7 @@ def main() -> None:
     table = make_table(cells)
     print(table)
     if options.out == RESULTS:
-        readme_tables.write_table("zoo", table)
+        page_tables.write_table("zoo", table)
 
 
 def random_weights(net: Net) -> tuple[nn.Module, Tensor]:
@@ -220,7 +222,7 @@ def make_table(cells: dict[str, dict[str, Any]]) -> str:
             _joined(map(_floating, found)),
         ]
         rows.append(columns)
-    return readme_tables.markdown([*header, "integer layers, TensorRT-RTX", "in float"], rows)
+    return page_tables.markdown([*header, "integer layers, TensorRT-RTX", "in float"], rows)
 
 
 def _exact(cell: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Every Python block of the pages in docs/ runs, in order, page by page."""
+"""Every Python block of the README and of the pages in docs/ runs, in order, page by page."""
 
 import pydoc
 import re
@@ -28,7 +28,7 @@ def runnable(text):
     return [(line, code) for line, mark, code in blocks(text) if not mark.startswith("no-run")]
 
 
-PAGES = [path for path in sorted(DOCS.glob("*.md")) if runnable(path.read_text())]
+PAGES = [path for path in (DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))) if runnable(path.read_text())]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,9 @@ def prelude(digits):
             "calibration_batches": [images[:64]],
             "images": images[:8],
             "loader": loader,
+            "dataset": loader.dataset,
             "held_out": DataLoader(TensorDataset(*(part[:64] for part in digits.validation)), batch_size=64),
+            "test_loader": DataLoader(TensorDataset(*(part[:64] for part in digits.test)), batch_size=64),
         }
 
     return make

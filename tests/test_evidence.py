@@ -3,8 +3,10 @@
 import json
 
 import evidence
+import evidence_tables
 import glyphs
 import pytest
+import students
 import torch
 from scipy import stats
 from torch import nn
@@ -36,6 +38,41 @@ def test_a_cell_gives_the_same_numbers_again(method, share, study):
     assert study.run(cell) == study.run(cell)
 
 
+def test_a_student_that_chooses_the_rate_sees_no_test_image(study, monkeypatch):
+    monkeypatch.setattr(evidence, "open_study", lambda size, folder: study)
+    found = evidence.train(TINY, study.folder, evidence.Cell("LSQ", 4, "SQAKD", 1.0, evidence.FIRST_SEED))
+    assert found.keys() == {"before", "held_out", "accuracy", "deployed"}
+    assert abs(found["deployed"] - found["accuracy"]) <= 0.01
+    monkeypatch.setattr(study, "test", None)
+    assert evidence.train(TINY, study.folder, evidence.rate_cells()[0]).keys() == {"held_out"}
+
+
+def test_the_teachers_cached_answers_change_no_number(study, monkeypatch):
+    cell = evidence.Cell("LSQ", 4, "SQAKD", 1.0, seed=3)
+    cached = study.run(cell)
+    without = evidence.distill
+    monkeypatch.setattr(evidence, "distill", lambda *args, cache_teacher, **options: without(*args, **options))
+    assert study.run(cell) == cached
+
+
+def test_students_that_are_there_are_kept_and_the_others_are_trained_by_several_processes(tmp_path, capsys):
+    (tmp_path / "a.json").write_text("kept")
+    wanted = {tmp_path / f"{name}.json": ({"accuracy": share},) for name, share in (("a", 0.1), ("b", 0.2), ("c", 0.3))}
+    students.train_missing(dict, wanted, processes=2, minutes=0)
+    assert "b: left for later" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    students.train_missing(dict, wanted, processes=2, minutes=1)
+    assert (tmp_path / "a.json").read_text() == "kept"
+    assert json.loads((tmp_path / "c.json").read_text()).keys() == {"accuracy", "seconds"}
+    assert "b: accuracy 20.00 %" in capsys.readouterr().out
+
+
+def test_a_student_that_fails_ends_the_run_and_leaves_no_file(tmp_path):
+    with pytest.raises(ValueError, match="dictionary update"):
+        students.train_missing(dict, {tmp_path / "a.json": ("not pairs",)}, processes=1, minutes=1)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_only_whole_seeds_count(tmp_path):
     for cell in evidence.cells(TINY):
         (tmp_path / f"{cell.slug}.json").write_text(json.dumps({"before": 0.1, "accuracy": 0.5, "deployed": 0.5}))
@@ -54,9 +91,10 @@ def test_the_rate_is_chosen_by_held_out_images_of_students_that_are_not_in_the_s
     rows = evidence.read_rates(tmp_path)
     assert len(rows) == 2 * len(evidence.RATES) * 2
     assert all(row["held_out"] == pytest.approx(0.515 + row["lr"]) for row in rows)
-    table = evidence.make_rates_table({"rates": rows}).splitlines()
+    table = evidence_tables.make_rates_table({"rates": rows}).splitlines()
     assert [line.split("|")[1].strip() for line in table[2:]] == [f"{lr:g}" for lr in evidence.RATES]
-    assert table[-1].split("|")[-2].strip() == f"{51.5 + 100 * evidence.LR:.2f}"
+    means = [line.split("|")[-2].strip() for line in table[2:]]
+    assert means == [f"{51.5 + 100 * lr:.2f}" for lr in evidence.RATES]
     (tmp_path / f"{evidence.rate_cells()[0].slug}.json").unlink()
     assert evidence.read_rates(tmp_path) == []
 
@@ -73,8 +111,8 @@ def test_intervals_and_p_values_are_scipys():
     assert sqakd["over_qat"] == pytest.approx(0.025)
     assert sqakd["p"] == pytest.approx(stats.ttest_rel(runs["SQAKD"], runs["QAT"]).pvalue)
     document = {"teacher": 0.85, "rows": [qat, sqakd]}
-    assert [line.rpartition(": ")[2] for line in evidence.verdicts(document)] == ["met"]
-    assert "MISSED" in evidence.verdicts({"teacher": 0.85, "rows": [sqakd | {"p": 0.2}]})[0]
+    assert [line.rpartition(": ")[2] for line in evidence_tables.verdicts(document)] == ["met"]
+    assert "MISSED" in evidence_tables.verdicts({"teacher": 0.85, "rows": [sqakd | {"p": 0.2}]})[0]
 
 
 def test_what_picks_the_best_epoch_was_learned_from_by_nobody(study):

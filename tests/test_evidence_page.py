@@ -9,8 +9,8 @@ import evidence
 import evidence_figure
 import evidence_page
 import numpy as np
+import page_tables
 import pytest
-import readme_tables
 from scipy import stats
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -33,7 +33,8 @@ def document():
         for bits in (2, 4)
         for method in ("QAT", "SQAKD")
     ]
-    return {"environment": environment, "size": vars(evidence.SMALL), "teacher": 0.9, "rates": rates, "rows": rows}
+    found = {"environment": environment, "size": vars(evidence.SMALL), "teacher": 0.9, "hours": 2.0}
+    return found | {"rates": rates, "rows": rows}
 
 
 @pytest.fixture(scope="module")
@@ -158,14 +159,14 @@ def test_one_seed_is_drawn_without_intervals(document, study):
 
 
 def test_a_study_of_ones_own_gets_a_page_and_leaves_docs_and_readme_alone(document, study, tmp_path, monkeypatch):
-    committed = (evidence_page.DOCS / evidence_page.PAGE).read_text(), readme_tables.README.read_text()
+    committed = (evidence_page.DOCS / evidence_page.PAGE).read_text(), page_tables.README.read_text()
     (tmp_path / "own.json").write_text(json.dumps(document))
     monkeypatch.setattr(sys, "argv", ["evidence_page.py", "--in", str(tmp_path / "own.json"), "--out", str(tmp_path / "page")])
     evidence_page.main()
     for name, table in evidence_page.page_tables_of(document, study).items():
-        assert readme_tables.read_table(name, tmp_path / "page" / evidence_page.PAGE) == table
+        assert page_tables.read_table(name, tmp_path / "page" / evidence_page.PAGE) == table
     assert (tmp_path / "page" / evidence_page.FIGURE).read_text() == evidence_figure.draw(document)
-    assert committed == ((evidence_page.DOCS / evidence_page.PAGE).read_text(), readme_tables.README.read_text())
+    assert committed == ((evidence_page.DOCS / evidence_page.PAGE).read_text(), page_tables.README.read_text())
 
 
 def test_docs_show_committed_figures_only(document, tmp_path, monkeypatch, capsys):

@@ -1,63 +1,63 @@
-"""Every table of figures in the README is what its script makes of the committed JSON."""
+"""Every table of figures in the README and in docs/ is what its script makes of the committed JSON."""
 
 import json
 from importlib import import_module
 
-import evidence
 import evidence_figure
 import evidence_page
+import page_tables
 import pytest
-import readme_tables
 
 TABLES = [
     "step_time",
     "distill_step",
-    "deployment",
     "engines",
     "peers",
     "augmentation_cost",
     "augmentation_racing",
-    "augmentation_study",
-    "evidence",
 ]
 
 
 def committed(name):
-    return json.loads((readme_tables.RESULTS / f"{name}.json").read_text())
+    return json.loads((page_tables.RESULTS / f"{name}.json").read_text())
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_a_table_of_the_readme_is_made_from_the_committed_figures(name):
-    assert readme_tables.read_table(name) == import_module(name).make_table(committed(name))
+def test_a_table_of_what_was_measured_is_made_from_the_committed_figures(name):
+    assert page_tables.read_table(name) == import_module(name).make_table(committed(name))
 
 
-def test_the_controls_in_the_readme_are_made_from_the_committed_figures():
-    assert readme_tables.read_table("evidence_controls") == evidence.make_controls_table(committed("evidence"))
+def test_the_tables_in_the_readme_are_made_from_the_committed_figures():
+    expected = evidence_page.readme_tables_of(committed("evidence"))
+    expected["deployment"] = import_module("deployment").make_table(committed("deployment"))
+    for name, table in expected.items():
+        assert page_tables.read_table(name, page_tables.README) == table, name
+    assert page_tables.README.read_text().count(":begin -->") == len(expected)
 
 
 def test_the_page_of_the_evidence_and_its_figure_are_made_from_the_committed_figures():
     document, study = committed("evidence"), committed("augmentation_study")
     page = evidence_page.DOCS / evidence_page.PAGE
     for name, table in evidence_page.page_tables_of(document, study).items():
-        assert readme_tables.read_table(name, page) == table, name
+        assert page_tables.read_table(name, page) == table, name
     assert page.with_name(evidence_page.FIGURE).read_text() == evidence_figure.draw(document)
 
 
-def test_the_zoo_in_the_readme_is_made_from_the_committed_cells():
+def test_the_zoo_is_made_from_the_committed_cells():
     zoo = import_module("zoo")
-    assert readme_tables.read_table("zoo") == zoo.make_table(json.loads(zoo.RESULTS.read_text())["cells"])
+    assert page_tables.read_table("zoo") == zoo.make_table(json.loads(zoo.RESULTS.read_text())["cells"])
 
 
 def test_a_table_without_markers_is_refused_and_the_file_is_left_alone(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("no markers")
     with pytest.raises(ValueError, match="has no table 'step'"):
-        readme_tables.write_table("step", "| a |", page)
+        page_tables.write_table("step", "| a |", page)
     assert page.read_text() == "no markers"
 
 
 def test_a_table_is_replaced_and_nothing_else(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("above\n<!-- a:begin -->\nold\n<!-- a:end -->\nbelow\n")
-    readme_tables.write_table("a", readme_tables.markdown(["x"], [["1"]]), page)
+    page_tables.write_table("a", page_tables.markdown(["x"], [["1"]]), page)
     assert page.read_text() == "above\n<!-- a:begin -->\n| x |\n| --- |\n| 1 |\n<!-- a:end -->\nbelow\n"

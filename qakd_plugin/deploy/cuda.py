@@ -73,7 +73,7 @@ def open_device() -> Device:
             return TorchDevice(torch)
     if cuda_driver() is None:
         raise EngineError("Running an engine needs an NVIDIA GPU and its driver; none was found.")
-    return PycudaDevice(require("pycuda.driver", extra="tensorrt", purpose="run engines without torch"))
+    return PycudaDevice(require("pycuda.driver", extra="pycuda", purpose="run engines without torch"))
 
 
 class TorchDevice:
