@@ -11,7 +11,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from .batches import BatchFn
 from .errors import TrainingError
-from .modes import eval_mode
+from .outputs import frozen_logits, logits_of
 
 
 @torch.no_grad()
@@ -40,13 +40,12 @@ def evaluate(
     for batch in loader:
         x, labels = batch_fn(batch)
         x = x.to(device)
-        logits = student(x)
+        logits = logits_of(student(x), "student")
         labelled = isinstance(labels, Tensor) and labels.ndim == 1
         if labelled:
             update("val_accuracy", logits, labels.to(device))
         if teacher is not None:
-            with eval_mode(teacher):
-                expected = teacher(x)
+            expected = frozen_logits(teacher, x)
             update("val_agreement", logits, expected.argmax(1))
             if labelled:
                 update("val_teacher_accuracy", expected, labels.to(device))

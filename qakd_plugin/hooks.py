@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from .checks import check_separate
 from .errors import QakdError
 from .features import FeatureTaps
 from .methods import SQAKD, Method, Phase, require_labels, total_loss
-from .modes import eval_mode
+from .outputs import frozen_logits, logits_of
 from .precision import float32_hooks
 from .teachers import one_teacher
 
@@ -41,16 +41,16 @@ class Attached:
         self._batch: tuple[Tensor, Tensor | None] | None = None
         self._model = unwrapped(prepared_model)
         self._adapter = adapter_for(self._model)
+        wanted = next((phase.features for phase in phases if phase.features is not None), None)
+        self._taps = None
+        if wanted is not None:  # first: it refuses unknown layers, and no hook must stay behind
+            assert teacher is not None
+            self._taps = FeatureTaps(self._adapter, self._model, unwrapped(teacher), wanted)
         # On the wrapper where there is one: DistributedDataParallel hands on its own output, with its own backward pass.
         self._handles = [
             prepared_model.register_forward_hook(self._collect, with_kwargs=True),
             *float32_hooks(self._adapter, self._model),
         ]
-        wanted = next((phase.features for phase in phases if phase.features is not None), None)
-        self._taps = None
-        if wanted is not None:
-            assert teacher is not None
-            self._taps = FeatureTaps(self._adapter, self._model, unwrapped(teacher), wanted)
 
     @property
     def phase(self) -> Phase:
@@ -226,20 +226,4 @@ def teacher_logits(teacher: nn.Module | None, phase: Phase, args: tuple[Any, ...
     assert teacher is not None
     if phase.teacher:
         return logits_of(teacher(*args, **kwargs), "teacher")
-    with eval_mode(teacher), torch.no_grad():
-        return logits_of(teacher(*args, **kwargs), "teacher")
-
-
-def logits_of(output: Any, name: str) -> Tensor:
-    """The logits in what a network puts out: a tensor, or an object or mapping that holds them under ``logits``.
-
-    Raises:
-        QakdError: there are none; ``name`` says whose output it was.
-    """
-    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
-    if not isinstance(logits, Tensor):
-        raise QakdError(
-            f"{name} puts out {type(output).__name__} without logits. Wrap it in a module whose forward returns the tensor of "
-            "logits (N, C), or an output with a field of that name."
-        )
-    return logits
+    return frozen_logits(teacher, *args, **kwargs)

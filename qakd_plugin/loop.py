@@ -24,8 +24,8 @@ from .evaluation import evaluate
 from .features import FeatureTaps
 from .hooks import teacher_logits
 from .methods import Method, Phase, require_labels, total_loss
-from .modes import eval_mode
 from .optim import Settings, clip_gradients, cosine_schedule, quantizer_parameters, student_optimizer, teacher_optimizer
+from .outputs import frozen_logits, logits_of
 from .processes import Processes
 from .progress import Progress
 from .quantizers import refresh_delta
@@ -138,9 +138,10 @@ class Trainer:
         if self.best.state is None:
             with self._as_deployed():
                 self.best.state = self._state()
-        self.model.load_state_dict(self.best.state)
-        # Last, because the state of some toolkits' quantizers says whether their ranges are frozen.
+        # First, because the state of some toolkits' quantizers says whether their ranges are frozen: freezing remembers which
+        # were free, for whoever goes on training.
         self.adapter.freeze_ranges(self.model, True)
+        self.model.load_state_dict(self.best.state)
         self.adapter.set_mode(self.model, False)
         if self.teacher is not None and any(phase.teacher for phase in self.phases):
             self.teacher.eval()  # whether or not this process is the one that trained it
@@ -206,7 +207,7 @@ class Trainer:
     ) -> tuple[dict[str, float], int]:
         """Losses of one batch in all processes, of how many samples; gradients in proportion to the step's ``samples``."""
         with self._autocast():
-            student = self.student(x)
+            student = logits_of(self.student(x), "prepared_model")
             other = self._teach(phase, x) if phase.needs_teacher else None
         loss, parts = total_loss(phase.student, student, other, labels)
         if phase.features is not None:
@@ -292,11 +293,11 @@ class Trainer:
         """EWGS's delta from the curvature of this phase's loss on one batch, in eval mode. Draws nothing from training."""
 
         def loss() -> Tensor:
-            other = teacher_logits(self.teacher, phase, (x,), {}) if phase.needs_teacher else None
-            return total_loss(phase.student, self.model(x), other, labels)[0]
+            return total_loss(phase.student, logits_of(self.model(x), "prepared_model"), other, labels)[0]
 
         with undisturbed(self.generators), self._evaluated():
             x, labels = self._on_device(next(iter(self.loader)), phase)
+            other = None if self.teacher is None or not phase.needs_teacher else frozen_logits(self.teacher, x)
             refresh_delta(loss)
         self.processes.share_buffers(self.model)
 
@@ -355,11 +356,8 @@ class Trainer:
         x = x.to(self.device)
         require_finite_input(x, 0)
         with self._evaluated(), torch.no_grad(), self._autocast():
-            student = self.model(x)
-            teacher = None
-            if self.teacher is not None:
-                with eval_mode(self.teacher):
-                    teacher = self.teacher(x)
+            student = logits_of(self.model(x), "prepared_model")
+            teacher = None if self.teacher is None else frozen_logits(self.teacher, x)
             check_first_batch(self.model, student, teacher, x)
         with self._evaluated(), torch.no_grad():
             if teacher is not None and self.teacher is not None and self.settings.mixed_precision == "no":

@@ -39,6 +39,10 @@ class Settings:
     optimizer: MakeOptimizer = field(default=torch.optim.AdamW, repr=False)  # its repr may hold an address
 
     def __post_init__(self) -> None:
+        if not 0 <= self.warmup < 1:
+            raise QakdError(f"warmup={self.warmup} must be a share of all steps, not a number of them: 0.05, or 0 for none.")
+        if self.grad_clip is not None and not self.grad_clip > 0:
+            raise QakdError(f"grad_clip={self.grad_clip} must be positive, or None for no clipping.")
         if self.ema is not None and not 0 < self.ema < 1:
             raise QakdError(f"ema={self.ema} must lie between 0 and 1, e.g. 0.999, or be None.")
         if self.recalibrate_batches < 0:

@@ -14,6 +14,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -37,7 +38,9 @@ class Processes:
                 _refuse(kind)
         # Not every phase trains every parameter, and quantizers may leave some unused; buffers are shared below.
         handler = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
-        self.accelerator = Accelerator(cpu=_on_cpu(), kwargs_handlers=[handler])
+        _require_plain()
+        # What accelerate's own configuration says would change the model's forward pass, and outlast the training.
+        self.accelerator = Accelerator(mixed_precision="no", dynamo_backend="no", cpu=_on_cpu(), kwargs_handlers=[handler])
         if (kind := self.accelerator.distributed_type) not in _DATA_PARALLEL:
             _refuse(kind.value)
         self.count: int = self.accelerator.num_processes
@@ -142,6 +145,20 @@ def _refuse(kind: str) -> NoReturn:
         f"distill was launched for {kind}, which divides the model itself among processes; quantizers need whole weights. "
         "Launch with torchrun, or with accelerate launch --multi_gpu (data parallel)."
     )
+
+
+def _require_plain() -> None:
+    """Raise QakdError where an Accelerator of this process, made before, computes otherwise than in plain float32."""
+    if not is_initialized():
+        return
+    state = AcceleratorState()
+    found = {"mixed_precision": state.mixed_precision, "dynamo_backend": state.dynamo_plugin.backend.value.lower()}
+    for name, value in found.items():
+        if value != "no":
+            raise QakdError(
+                f"an Accelerator that was made before in this process has {name}={value!r}, which all later ones share. Make "
+                "it with 'no': distill(mixed_precision='bf16') is the switch here, torch.compile(teacher) compiles a teacher."
+            )
 
 
 def process_index() -> int:

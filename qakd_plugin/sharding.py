@@ -7,6 +7,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+from accelerate.data_loader import DataLoaderStateMixin
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
@@ -80,7 +81,15 @@ def shared(loader: Iterable[Any], processes: Processes) -> Iterable[Any]:
     Args:
         loader: as the user passed it. One with a DistributedSampler is shared out already and taken as it is.
         processes: of this run.
+
+    Raises:
+        QakdError: accelerate has shared it out: a share of a share would leave most samples out.
     """
+    if processes.count > 1 and isinstance(loader, DataLoaderStateMixin):
+        raise QakdError(
+            "loader (or val_loader) came from accelerator.prepare and is shared out already. Pass the DataLoader that it was "
+            "made of: distill shares it out itself, so that no sample is lost and none counts twice."
+        )
     if processes.count == 1 or any(isinstance(sampler, DistributedSampler) for sampler in samplers_of(loader)):
         return loader
     return Shards(loader, processes)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import QakdError
+from .outputs import logits_of
 
 
 class MeanOfTeachers(nn.Module):
@@ -23,7 +24,7 @@ class MeanOfTeachers(nn.Module):
 
     def forward(self, *args: object, **kwargs: object) -> Tensor:
         """Logits (N, C)."""
-        logits = [network(*args, **kwargs) for network in self.networks]
+        logits = [logits_of(network(*args, **kwargs), "teacher") for network in self.networks]
         shapes = sorted({tuple(found.shape) for found in logits})
         if len(shapes) > 1:
             raise QakdError(f"teacher: several teachers must know the same classes; their logits have shapes {shapes}.")

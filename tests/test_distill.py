@@ -183,6 +183,42 @@ def test_resume_is_bit_identical(toolkit, method, stop, tmp_path, make_student, 
     assert expected[1] == resumed[1]
 
 
+@pytest.mark.parametrize("toolkit", ["torch_ao", "pt2e"])
+def test_ranges_follow_again_when_a_trained_student_is_trained_once_more(toolkit, make_student, teacher, batches):
+    def scales(student):
+        adapter = adapter_for(student)
+        return [adapter.qparams(q).scale.clone() for q in adapter.quantizers(student) if q.role == "weight"]
+
+    student = make_student(toolkit)
+    distill(student, teacher, batches, epochs=1, lr=1e-2)
+    first = scales(student)
+    distill(student, teacher, batches, epochs=1, lr=1e-2)
+    assert not any(torch.equal(a, b) for a, b in zip(first, scales(student), strict=True))
+    second = scales(student)
+    student(10 * batches[0][0])
+    assert all(torch.equal(a, b) for a, b in zip(second, scales(student), strict=True))
+
+
+class _WithLogits(nn.Module):
+    """As the classifiers of some libraries: an object that holds the logits."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        return {"logits": self.network(x)}
+
+
+def test_teachers_whose_output_holds_logits_teach_like_those_that_put_out_logits(make_student, teacher, batches):
+    found = []
+    for mentor in (teacher, _WithLogits(teacher), [teacher, _WithLogits(teacher)]):
+        result = distill(make_student("modelopt"), mentor, batches, epochs=1, val_loader=batches[:2])
+        found.append(_weights(result.model))
+    assert _same(found[0], found[1])
+    assert _same(found[0], found[2])
+
+
 @pytest.mark.parametrize("nesting", ["sampler", "batch sampler", "sampler of batches"])
 def test_a_pass_that_leaves_no_trace_puts_the_order_back_however_samplers_are_nested(nesting):
     data = TensorDataset(torch.arange(20))

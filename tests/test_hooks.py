@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qakd_plugin import QAT, QKD, SQAKD, LabelsRequiredError, NotPreparedError, QakdError, attach
+from qakd_plugin import QAT, QKD, SQAKD, Features, LabelsRequiredError, NotPreparedError, QakdError, attach
 from qakd_plugin.backends import adapter_for
 from qakd_plugin.losses import cross_entropy, kl_divergence
 
@@ -37,6 +37,14 @@ def test_nothing_is_left_after_the_block(make_student, teacher, batches):
         pass
     assert not student._forward_hooks
     student(batches[0][0])
+
+
+def test_nothing_is_left_where_attaching_is_refused(make_student, teacher):
+    student = make_student()
+    with pytest.raises(QakdError, match="typo"):
+        attach(student, teacher, method=SQAKD(features=Features(["typo"])))
+    for network in (student, teacher):
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
 
 
 def test_evaluation_under_no_grad_runs_no_teacher(make_student, teacher, batches):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.data_loader import prepare_data_loader
 from test_resume import _log, _results
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -136,6 +137,19 @@ def test_batches_that_cannot_be_divided_are_named(processes):
     shards = Shards(batches, _Processes(0, processes))
     with pytest.raises(QakdError, match=r"loader: its last \d batches cannot be divided among"):
         list(shards)
+
+
+def test_a_loader_that_accelerate_shared_out_is_refused():
+    loader = prepare_data_loader(DataLoader(TensorDataset(torch.arange(8)), 2), num_processes=2, process_index=1)
+    with pytest.raises(QakdError, match=r"accelerator\.prepare"):
+        shared(loader, _Processes(1))
+
+
+def test_accelerates_own_precision_does_not_replace_ours(server, tmp_path):
+    order = {"method": "SQAKD", "toolkit": "modelopt", "quantizers": "LSQ", **ALIKE}
+    plain = _run(server, tmp_path / "plain", 1, **order)[0]
+    under = _run(server, tmp_path / "bf16", 1, environment={"ACCELERATE_MIXED_PRECISION": "bf16"}, **order)[0]
+    assert plain["history"] == under["history"]
 
 
 def test_a_loader_that_is_shared_out_already_is_taken_as_it_is():

@@ -10,9 +10,10 @@ from torch import nn
 from .._optional import require
 from ..backends import adapter_for
 from ..errors import QakdError
-from ..hooks import logits_of, refuse_features, require_teacher, teacher_logits, unwrapped
+from ..hooks import refuse_features, require_teacher, teacher_logits, unwrapped
 from ..methods import SQAKD, Method, require_labels, total_loss
 from ..optim import Settings, student_optimizer
+from ..outputs import logits_of
 from ..precision import float32_quantizers
 
 _library = require("transformers", extra="transformers", purpose="train a prepared model with a Hugging Face Trainer")

@@ -14,9 +14,10 @@ from torch.nn.modules.loss import _Loss
 from .._optional import require
 from ..backends import adapter_for
 from ..errors import QakdError
-from ..hooks import logits_of, refuse_features
+from ..hooks import refuse_features
 from ..losses import kl_divergence
 from ..methods import KD, SQAKD, Method
+from ..outputs import logits_of
 
 
 class KLCriterion(_Loss):

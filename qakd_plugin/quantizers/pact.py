@@ -17,7 +17,8 @@ class PACT:
         weight_bits: 1 to 8, on DoReFa's weights; None keeps the bits each weight has.
         activation_bits: 1 (after a ReLU) or 2 to 8; None keeps the bits each activation has.
         per_channel: one scale per output channel of a weight.
-        alpha_decay: coefficient of ``alpha^2 / 2`` in the loss: alpha's own decay.
+        alpha_decay: coefficient of ``alpha^2 / 2`` in the loss: alpha's own decay. Every backward pass adds it: where a step
+            sums the gradients of several (``accumulate``), divide it by their number.
 
     Source: Choi et al., 2018, arXiv 1805.06085. Activations that may be negative are clipped to [-alpha, alpha].
     """
