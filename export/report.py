@@ -1,4 +1,4 @@
-"""`qakd report` for who has only a checkout: see `python export/report.py --help`."""
+"""`qakd report` for those who have only a checkout: see `python export/report.py --help`."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`qakd export` for who has only a checkout: see `python export/to_onnx.py --help`."""
+"""`qakd export` for those who have only a checkout: see `python export/to_onnx.py --help`."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`qakd engine` for who has only a checkout: see `python export/to_tensorrt.py --help`."""
+"""`qakd engine` for those who have only a checkout: see `python export/to_tensorrt.py --help`."""
 
 import sys
 from pathlib import Path

@@ -10,12 +10,11 @@ import hashlib
 import io
 import json
 import logging
-import pickle
 import re
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -145,14 +144,28 @@ class CheckpointStore:
                 )
 
 
+def load_plain(file: Path | IO[bytes], **options: Any) -> Any:
+    """What ``torch.save`` wrote, if it is tensors and plain data; code is refused.
+
+    Args:
+        file: to read.
+        **options: of ``torch.load``.
+
+    Raises:
+        CheckpointError: it holds more, or is damaged. The message is the reason alone, for the caller to say which file it is.
+    """
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, **options)
+    except Exception as error:  # the unpickler raises many kinds on foreign bytes; all mean the same here
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"it cannot be read as tensors and plain data ({reason})") from error
+
+
 def _read(path: Path, data: bytes) -> dict[str, Any]:
     try:
-        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise CheckpointError(
-            f"{path}: refused: it cannot be read as tensors and plain data ({str(error).splitlines()[0]}). "
-            "Only checkpoints that this package wrote are loaded."
-        ) from error
+        content = load_plain(io.BytesIO(data))
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: refused: {error}. Only checkpoints that this package wrote are loaded.") from error
     if not isinstance(content, dict) or not {"fingerprint", "state"} <= content.keys():
         raise CheckpointError(f"{path}: not a checkpoint of this package.")
     return content

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .errors import QakdError
+from .errors import CheckpointError, QakdError
 
 _RECIPE = "MODULE:FUNCTION; called without arguments, it returns the keyword arguments as a dict"
 
@@ -50,7 +50,7 @@ def _command(commands: Any, name: str, text: str, run: Callable[[argparse.Namesp
 
 
 def _add_demo(commands: Any) -> None:
-    text = "the whole line on handwritten digits: train, distill, export, measure, report"
+    text = "the whole pipeline on handwritten digits: train, distill, export, measure, report"
     parser = _command(commands, "demo", text, _demo, "What was finished is kept: run the same command to go on.")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of everything it writes (%(default)s)")
     parser.add_argument("--epochs", type=_positive, default=12, help="of each student (%(default)s)")
@@ -161,8 +161,6 @@ def _add_export(commands: Any) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    import torch
-
     from .batches import default_batch
     from .deploy.export import export_onnx
 
@@ -171,17 +169,13 @@ def _export(options: argparse.Namespace) -> None:
         raise QakdError(f"{options.recipe} returned no prepared_model.")
     model = recipe["prepared_model"]
     if options.weights is not None:
-        if not options.weights.is_file():
-            raise QakdError(f"--weights: {options.weights} does not exist.")
-        try:
-            model.load_state_dict(torch.load(options.weights, map_location="cpu", weights_only=True))
-        except RuntimeError as error:
-            raise QakdError(
-                f"--weights: {options.weights} does not fit the prepared model: {str(error).splitlines()[0]}"
-            ) from error
+        _load_weights(model, options.weights)
     example = recipe.get("example_input")
     if example is None and "loader" in recipe:
-        example = default_batch(next(iter(recipe["loader"])))[0]
+        batch = next(iter(recipe["loader"]), None)
+        if batch is None:
+            raise QakdError(f"{options.recipe} returned a loader that is empty: parity is checked on real samples.")
+        example = default_batch(batch)[0]
     if example is None:
         raise QakdError(f"{options.recipe} returned neither example_input nor loader: parity is checked on real samples.")
     exported = export_onnx(
@@ -199,6 +193,26 @@ def _export(options: argparse.Namespace) -> None:
         f"rounding ties, deviation {proof.runtime_deviation:.1e} with ties settled, agreement {proof.unfused.top1:.2%}"
     )
     print(exported.path)
+
+
+def _load_weights(model: Any, path: Path) -> None:
+    from .checkpoint import load_plain
+
+    if not path.is_file():
+        raise QakdError(f"--weights: {path} does not exist.")
+    try:
+        weights = load_plain(path)
+    except CheckpointError as error:
+        raise QakdError(f"--weights: {path}: {error}. Name the student.pt of qakd distill.") from error
+    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
+        raise QakdError(
+            f"--weights: {path} holds no state_dict ({type(weights).__name__}). Name the student.pt of qakd distill."
+        )
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise QakdError(f"--weights: {path} does not fit the prepared model: {reason}") from error
 
 
 def _add_tune(commands: Any) -> None:
@@ -265,7 +279,7 @@ def _engine(options: argparse.Namespace) -> None:
             min_batch=options.min_batch,
             opt_batch=options.opt_batch,
             max_batch=options.max_batch,
-            capabilities=options.capability or (),
+            capabilities=info.manifest["capabilities"],
         )
         print(f"with NVIDIA's tool for {runtime}: {line}")
     print(info.path)
@@ -332,12 +346,21 @@ def _add_report(commands: Any) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from .report import merge_reports, read_report, write_report
+    from .report import merge_reports, read_report, write_page, write_report
 
-    if options.out is None and len(options.json) > 1:
+    several = len(options.json) > 1
+    if options.out is None and several:
         raise QakdError("--out is missing: name the HTML file of the merged report.")
     document = merge_reports([read_report(path) for path in options.json], options.title)
-    print(write_report(document, options.out or options.json[0].with_suffix(".html")))
+    page = (options.out or options.json[0]).with_suffix(".html")
+    written = [page.with_suffix(suffix) for suffix in (".html", ".md", *[".json"] * several)]
+    lost = next((given for given in options.json for path in written if path.exists() and path.samefile(given)), None)
+    if lost is not None:
+        raise QakdError(
+            f"--out: {page} and the {' and '.join(path.suffix for path in written[1:])} beside it would replace {lost}, which "
+            "is one of the reports given. Name another file."
+        )
+    print(write_report(document, page) if several else write_page(document, page))
 
 
 def _positive(text: str) -> int:
@@ -352,13 +375,11 @@ def _resolve(name: str) -> Callable[[], Any]:
     module, _, function = name.partition(":")
     if not function:
         raise QakdError(f"{name!r} must be MODULE:FUNCTION, for example my_recipe:build.")
-    sys.path.insert(0, str(Path.cwd()))
+    sys.path.insert(0, str(Path.cwd()))  # to stay: the function may import from there as well
     try:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise QakdError(f"{name!r} cannot be imported: {error}") from error
-    finally:
-        sys.path.pop(0)
     if not callable(found):
         raise QakdError(f"{name!r} is not a function.")
     return found  # type: ignore[no-any-return]

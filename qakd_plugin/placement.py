@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from .errors import QakdError
+from .modes import eval_mode
 
 _log = logging.getLogger(__name__)
 
@@ -116,7 +117,8 @@ def place_quantizers(model: nn.Module, keep: Sequence[str] = ()) -> Placement:
     """
     layers = quantizable_layers(model, keep)
     try:
-        graph = _Tracer().trace(model)
+        with eval_mode(model):  # what a network does in training only is not deployed
+            graph = _Tracer().trace(model)
     except Exception as error:  # user code runs under the tracer: whatever it raises means "cannot be traced"
         _log.warning(
             "%s cannot be traced by torch.fx (%s): quantizers go in front of each layer only. Convolutions that feed an add "
@@ -186,8 +188,8 @@ class _Analysis:
             makes = isinstance(module, _NON_NEGATIVE) or (module is None and node.target in _NON_NEGATIVE_FUNCTIONS)
             clamps = isinstance(module, nn.Hardtanh) and module.min_val >= 0
             keeps = isinstance(module, _SIGN_KEEPING) or (module is None and node.target in _SIGN_KEEPING_FUNCTIONS)
-            sources = _tensor_sources(node)
-            if makes or clamps or (keeps and sources and all(source in positive for source in sources)):
+            overshoots = "bicubic" in {getattr(module, "mode", None), node.kwargs.get("mode")}
+            if makes or clamps or (keeps and not overshoots and all(_at_least_zero(x, positive) for x in _operands(node))):
                 positive.add(node)
         return positive
 
@@ -261,15 +263,18 @@ def outermost(nodes: Sequence[fx.Node], layers: set[fx.Node]) -> set[fx.Node]:
     return {node for node in layers if node not in behind or node not in ahead}
 
 
-def _tensor_sources(node: fx.Node) -> list[fx.Node]:
-    """The tensors an operator works on: all operands of an add, a product or a concatenation, the first of anything else."""
+def _operands(node: fx.Node) -> list[object]:
+    """What an operator works on: all arguments of an add or a product, all of a concatenation, the first of anything else."""
     merging = {torch.add, torch.mul, operator.add, operator.iadd, operator.mul, "add", "add_", "mul"}
     if node.target in merging:
-        return node.all_input_nodes
+        return [*node.args, *node.kwargs.values()]
     first = node.args[0] if node.args else None
-    if isinstance(first, fx.Node):
-        return [first]
-    return [item for item in first if isinstance(item, fx.Node)] if isinstance(first, list | tuple) else []
+    return list(first) if isinstance(first, list | tuple) else [first]
+
+
+def _at_least_zero(operand: object, positive: set[fx.Node]) -> bool:
+    """Whether an operand cannot be negative. A parameter can be: training may change its sign."""
+    return operand in positive if isinstance(operand, fx.Node) else isinstance(operand, int | float) and operand >= 0
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterable, Sequence
 
@@ -39,8 +40,8 @@ def use_quantizers(
         config: LSQ(...), PACT(...), DoReFa(...) or EWGS(...).
         keep: names or patterns ("conv1", "layer4.*") of layers or quantizers that stay as they are.
         calibration_batches: several batches as the loader yields them. Ranges of activations whose number of bits changes
-            come from all of them, and so does whether an activation can be negative. Without them, ranges and signs are the
-            toolkit's.
+            come from all of them, and so does whether an activation can be negative. They pass through a copy in eval mode.
+            Without them, ranges and signs are the toolkit's.
 
     Returns:
         ``prepared_model``.
@@ -170,13 +171,12 @@ def _observe(
     images = [default_batch(batch)[0].to(device) for batch in batches]
     if not images:
         raise QakdError("calibration_batches is empty: ranges need at least one batch, and are better with several.")
-    adapter.freeze_ranges(model, True)
-    adapter.set_fake_quant(model, False)
-    try:
-        return observe_inputs(model, {q.fqn: q.module for q in changed}, images, {})
-    finally:
-        adapter.set_fake_quant(model, True)
-        adapter.freeze_ranges(model, False)
+    # A copy: what observing asks for, and what passes through the model leave behind, is no business of the model's.
+    observed = copy.deepcopy(model)
+    adapter.set_mode(observed, False)
+    adapter.freeze_ranges(observed, True)
+    adapter.set_fake_quant(observed, False)
+    return observe_inputs(observed, {q.fqn: observed.get_submodule(q.fqn) for q in changed}, images, {})
 
 
 def _announce(

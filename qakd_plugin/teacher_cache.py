@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import pickle
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ._files import atomic_path
+from .checkpoint import load_plain
 from .errors import CheckpointError, QakdError
 from .processes import Processes
 
@@ -103,11 +103,9 @@ class TeacherCache:
 
     def _read(self) -> None:
         try:
-            content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-            raise CheckpointError(
-                f"cache_teacher: {self.path} cannot be read as a file of logits ({str(error).splitlines()[0]}). Remove it."
-            ) from error
+            content = load_plain(self.path, mmap=True)
+        except CheckpointError as error:
+            raise CheckpointError(f"cache_teacher: {self.path} is no file of logits: {error}. Remove it.") from error
         if not isinstance(content, dict) or content.keys() != {"teacher", "samples", "logits"}:
             raise CheckpointError(f"cache_teacher: {self.path} is not a file of logits that this package wrote.")
         if content["teacher"] != self._checksum:

@@ -1,29 +1,39 @@
 """Measurement."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import replace
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import psutil
 import pytest
 import torch
+from qdq_graphs import INT4, QdqGraph, residual_net
 from report_rows import ROW
 from scipy.stats import binomtest
 from torch import nn
 
 from qakd_plugin import EngineError, MissingPackageError, QakdError, benchmark, build_engine, export_onnx
 from qakd_plugin.bench import Candidate, measure
+from qakd_plugin.bench.candidates import named_by_its_path
 from qakd_plugin.bench.census import census
 from qakd_plugin.bench.comparison import with_findings, with_speedups
 from qakd_plugin.bench.environment import BUSY_SHARE, Watch, environment, has_bfloat16
-from qakd_plugin.bench.measure import percentiles, wilson_interval
+from qakd_plugin.bench.measure import percentiles
 from qakd_plugin.bench.peak_memory import peak_rss_mib
+from qakd_plugin.bench.scoring import wilson_interval
+from qakd_plugin.deploy.engine_file import sealed
 from qakd_plugin.deploy.engine_runner import EngineRunner, StageTimes
+from qakd_plugin.deploy.float16 import to_float16
+from qakd_plugin.deploy.graph import read_onnx
 from qakd_plugin.deploy.to_onnx import export_float
 from qakd_plugin.deploy.trt import gpu_capability
 
@@ -126,7 +136,7 @@ def test_a_sweep_scores_once_interleaves_every_round_and_closes_what_it_loaded(f
     ]
     scored = [call for call in recorded if call[1] == 64]
     chunks = -(-len(digits.test[1]) // 64)
-    assert scored == [("fp32.onnx", 64)] * chunks + [("int8.onnx", 64)] * chunks, "once, for all batches and threads"
+    assert scored == [(name, 64) for name in names] * chunks, "once, for all batches and threads, the same images to both"
     assert len({row.accuracy for row in rows}) == 1
     timed = [call for call in recorded if call[1] in (1, 4)]
     rounds = [timed[index : index + 2] for index in range(0, len(timed), 2)]
@@ -134,6 +144,63 @@ def test_a_sweep_scores_once_interleaves_every_round_and_closes_what_it_loaded(f
     assert all({name for name, _ in one} == set(names) for one in rounds)
     assert len({tuple(name for name, _ in one) for one in rounds}) == 2, "in both orders"
     assert [call for call in recorded if call[1] == "closed"] == [(name, "closed") for name in reversed(names)] * 2
+
+
+def test_a_loader_is_read_once_and_never_held(files, digits, recorded):
+    """Whoever asks for the next batch holds no more than the last two."""
+    images, labels = (part.numpy() for part in digits.test)
+    yielded, held = [], []
+
+    def batches():
+        for start in range(0, 5 * len(labels), 50):
+            part = images[start % len(labels) :][:50].copy()
+            yielded.append(weakref.ref(part))
+            yield part, labels[start % len(labels) :][:50]
+            del part
+            held.append(sum(batch() is not None for batch in yielded))
+
+    names = ["fp32.onnx", "int8.onnx"]
+    rows = benchmark([files / name for name in names], batches(), batch_sizes=(1, 80), threads=(1, 2), calls=2)
+    assert [row.samples for row in rows] == [5 * len(labels)] * 8
+    assert len(yielded) == 45
+    assert max(held) <= 2
+    assert {size for _, size in recorded} == {1, 64, 80, "closed"}
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda labels: labels[:, None], r"int64 of shape \[450, 1\]"),  # as MedMNIST has them: compared to N x N
+        (lambda labels: torch.nn.functional.one_hot(labels, 10), r"int64 of shape \[450, 10\]"),
+        (lambda labels: labels.float(), r"float32 of shape \[450\]"),
+        (lambda labels: labels[:-1], r"int64 of shape \[449\]"),
+        (lambda labels: labels[0], r"int64 of shape \[\]"),
+    ],
+)
+def test_labels_that_are_not_one_class_for_each_image_are_refused(change, found, files, digits, recorded):
+    with pytest.raises(QakdError, match=rf"loader: labels must be one integer for each image, shape \[450\]; got {found}"):
+        benchmark([files / "fp32.onnx"], [(digits.test[0], change(digits.test[1]))])
+
+
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [
+        ([], "loader is empty"),
+        ([(np.ones((40, 1, 32, 32)), np.zeros(40, int)), (np.ones((40, 1, 16, 16)), np.zeros(40, int))], "must have one shape"),
+        ([([[1.0], [1.0, 2.0]], [0, 1])], "cannot be read as arrays"),
+        ([(torch.ones(4, 1, 32, 32, requires_grad=True), torch.zeros(4, dtype=int))], "cannot be read as arrays"),
+    ],
+)
+def test_a_loader_that_cannot_be_scored_says_why(loader, message, files, recorded):
+    with pytest.raises(QakdError, match=f"loader.*{message}" if loader else message):
+        benchmark([files / "fp32.onnx"], loader)
+
+
+@pytest.mark.parametrize("shape", [(10, 1, 1), (1,), (10, 4)])
+def test_an_output_that_is_no_list_of_logits_has_no_accuracy(shape, files, digits, recorded, monkeypatch):
+    monkeypatch.setattr(Recorder, "run", lambda self, images: np.zeros((len(images), *shape), np.float32))
+    with pytest.raises(QakdError, match=r"fp32\.onnx: accuracy needs logits of shape \[64, classes\]"):
+        benchmark([files / "fp32.onnx"], digits.loader("test"))
 
 
 def test_accuracy_of_a_file_with_a_fixed_batch_counts_every_image_once(files, digits, tmp_path):
@@ -160,6 +227,53 @@ def test_ratios_hold_within_one_model_batch_and_number_of_threads():
     assert [row.speedup_over_best_float for row in rows] == [0.5, 1.0, 1.0, 2.0, None]
 
 
+def test_the_baseline_is_the_fastest_fp32_row_whatever_the_order():
+    slow = replace(ROW, method="FP32", weight_bits=32, precision="float32", p50_ms=4.0)
+    fast, half = replace(slow, p50_ms=3.0), replace(slow, precision="float16", p50_ms=2.0)
+    for rows in ([slow, fast, half, ROW], [half, fast, slow, ROW], [ROW, half, slow, fast]):
+        compared = with_speedups(rows)
+        assert [row.speedup * row.p50_ms for row in compared] == [3.0] * 4
+        assert [row.speedup_over_best_float * row.p50_ms for row in compared] == [2.0] * 4
+
+
+def test_a_file_in_fp16_is_no_fp32_baseline(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "peak_rss_mib", lambda *_: None)
+    ir.save(to_float16(read_onnx(files / "fp32.onnx")), tmp_path / "fp16.onnx")
+    half, single, integer = benchmark([tmp_path / "fp16.onnx", files / "fp32.onnx", files / "int8.onnx"], calls=3)
+    assert [row.precision for row in (half, single, integer)] == ["float16", "float32", "int8"]
+    assert [row.speedup for row in (half, single, integer)] == [single.p50_ms / row.p50_ms for row in (half, single, integer)]
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_what_is_quantized_in_an_engine_is_what_its_onnx_file_says(readable, tmp_path, monkeypatch):
+    """Also where only weights are, and where the plan cannot be read: neither may stand for floating point."""
+    pytest.importorskip("tensorrt_rtx_bindings")
+    packed, plain = QdqGraph(("batch", 64), opset=21), QdqGraph(("batch", 64))
+    packed.save(tmp_path / "int4.onnx", packed.matmul("input", "fc", (64, 64), dtype=INT4, axis=1))
+    plain.save(tmp_path / "float.onnx", plain.add("MatMul", ["input", plain.constant("w", np.eye(64, dtype="f"))], "fc"))
+    residual_net(tmp_path / "int8.onnx")
+    if not readable:
+        monkeypatch.setattr("qakd_plugin.deploy.engine.read_plan", lambda plan: None)
+    found = {}
+    for name in ("int4", "float", "int8"):
+        options = {"capabilities": ["SM86"], "allow_float": name == "float"}
+        engine = build_engine(tmp_path / f"{name}.onnx", tmp_path / f"{name}.engine", "tensorrt_rtx", **options)
+        candidate = named_by_its_path(engine.path)
+        found[name] = candidate.weight_bits, candidate.activation_bits
+    assert found == {"int4": (4, 32) if readable else (8, 8), "float": (32, 32), "int8": (8, 8)}
+    manifest = {key: value for key, value in engine.manifest.items() if key != "quantized"}
+    engine.manifest_path.write_text(json.dumps(sealed(manifest)))
+    with pytest.raises(EngineError, match=r"int8\.engine: its manifest does not say whether it is quantized"):
+        named_by_its_path(engine.path)
+
+
+def test_weights_that_are_quantized_alone_are_told_from_floats(tmp_path):
+    graph = QdqGraph(("batch", 64), opset=21)
+    graph.save(tmp_path / "int4.onnx", graph.matmul("input", "fc", (64, 64), dtype=INT4, axis=1))
+    (row,) = benchmark([tmp_path / "int4.onnx"], calls=2)
+    assert (row.name, row.precision, row.is_float) == ("int4 W4A32", "float32", False)
+
+
 def test_the_best_integer_row_says_why_it_is_not_faster(files):
     """The canonical form leaves convolutions before a ReLU in float in ONNX Runtime: its own census says so."""
     names = {"fp32.onnx": 1.0, "canonical.onnx": 2.0, "int8.onnx": 3.0}
@@ -170,6 +284,21 @@ def test_the_best_integer_row_says_why_it_is_not_faster(files):
     assert all(finding.advice for finding in slow[1].findings)
     fast = [replace(row, p50_ms=row.p50_ms / 10) if row.weight_bits == 8 else row for row in rows]
     assert not any(row.findings for row in with_findings(with_speedups(fast), [Candidate(files / name) for name in names]))
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("content", [None, b"rubbish"])
+def test_a_file_that_can_no_longer_be_read_loses_no_row(content, runtime, tmp_path):
+    """What was measured stands, and the report says why there is no diagnosis."""
+    if content is not None:
+        (tmp_path / "int8.onnx").write_bytes(content)
+    slow = replace(ROW, runtime=runtime, p50_ms=2.0)
+    rows = with_speedups([replace(slow, weight_bits=32, precision="float32", p50_ms=1.0), slow])
+    done = with_findings(rows, [Candidate(tmp_path / "fp32.onnx"), Candidate(tmp_path / "int8.onnx")])
+    assert [replace(row, findings=()) for row in done] == rows
+    (finding,) = done[1].findings
+    assert finding.kind == "not examined"
+    assert "int8.onnx" in finding.advice
 
 
 def test_layers_are_those_of_the_graph_that_runs(files, tmp_path):
@@ -263,8 +392,12 @@ def test_bad_modules_are_named(digits):
 
 
 def test_a_reference_of_another_size_is_refused(files, digits):
-    with pytest.raises(QakdError, match=r"reference: expected logits of shape \[450, 10\], got \[3, 10\]"):
-        benchmark([files / "fp32.onnx"], digits.loader("test"), reference=np.zeros((3, 10), np.float32), calls=1)
+    for shape, images in (((3, 10), "64 or more"), ((450, 9), "64 or more"), ((451, 10), "450"), ((10,), "64 or more")):
+        message = (
+            rf"reference: expected 10 logits for each of the loader's {images} images, got shape {re.escape(str([*shape]))}"
+        )
+        with pytest.raises(QakdError, match=message):
+            benchmark([files / "fp32.onnx"], digits.loader("test"), reference=np.zeros(shape, np.float32), calls=1)
 
 
 def test_agreement_and_sqnr_are_those_of_the_logits(files, digits):

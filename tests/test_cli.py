@@ -10,24 +10,32 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from qakd_plugin.bench.environment import has_bfloat16
 from qakd_plugin.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = """
+import sys
 import torch
 from qakd_plugin import prepare
 from qakd_plugin.demo.net import DigitNet
 
+sys.path.insert(0, "nowhere")  # as recipes do that have code in several folders
+
 def build():
-    torch.manual_seed(0)
+    from my_settings import SEED
+    torch.manual_seed(SEED)
     teacher = DigitNet(width=4).eval()
     batches = [torch.rand(8, 1, 32, 32) for _ in range(3)]
     return dict(prepared_model=prepare(teacher, batches), teacher=teacher, loader=batches, epochs=1)
 
 def nothing():
     return {}
+
+def no_batches():
+    return {**build(), "loader": []}
 
 def module():
     return DigitNet(width=4)
@@ -40,8 +48,11 @@ def batches():
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
     (tmp_path / "my_recipe.py").write_text(RECIPE)
+    (tmp_path / "my_settings.py").write_text("SEED = 0\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "my_recipe", raising=False)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for name in ("my_recipe", "my_settings"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     return "my_recipe:build"
 
 
@@ -61,6 +72,9 @@ def test_distill_export_engine_bench_and_report_in_a_row(recipe, tmp_path, capsy
     assert "9 of 9 in int8" in output
     assert "trtexec --onnx=s.onnx" in output
     assert "tensorrt_rtx --onnx=s.onnx" in output
+    generations = json.loads((tmp_path / "s.engine.json").read_text())["capabilities"]
+    same = "--useGpu" if generations == ["CURRENT"] else "--computeCapabilities=" + ",".join(name[2:] for name in generations)
+    assert same in output, "the line builds the same engine"
     for name in ("run/student.pt", "run/history.jsonl", "s.onnx", "s.engine", "s.engine.json", "r.html", "r.md"):
         assert (tmp_path / name).is_file(), name
 
@@ -87,6 +101,7 @@ def test_rank_prints_the_table_and_draws_it(recipe, tmp_path, capsys):
         (["rank", "my_recipe:build"], 'pass labels="teacher"'),
         (["rank", "my_recipe:nothing"], "no teacher or no data"),
         (["export", "my_recipe:build", "--weights", "none.pt", "--out", "x.onnx"], "none.pt does not exist"),
+        (["export", "my_recipe:no_batches", "--out", "x.onnx"], "a loader that is empty"),
         (["engine", "none.onnx"], "none.onnx"),
         (["bench", "none.onnx"], "none.onnx does not exist"),
         (["bench", "none.onnx", "--module", "my_recipe:nothing"], "torch modules, got dict"),
@@ -100,6 +115,27 @@ def test_bad_input_is_one_line_and_a_status(arguments, message, recipe, capsys):
     assert message in error
     assert error.count("qakd: error:") == 1
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (nn.Linear(2, 2), "cannot be read as tensors and plain data"),
+        (b"", "cannot be read as tensors and plain data"),
+        (b"rubbish", "cannot be read as tensors and plain data"),
+        ([torch.ones(2)], "holds no state_dict (list)"),
+        ({0: torch.ones(2)}, "holds no state_dict (dict)"),
+        ({"other.weight": torch.ones(2)}, "does not fit the prepared model: "),
+        ({"state": {"weight": torch.ones(2)}}, "does not fit the prepared model: "),
+    ],
+)
+def test_weights_that_are_no_students_are_refused(content, message, recipe, capsys):
+    Path("w.pt").write_bytes(content) if isinstance(content, bytes) else torch.save(content, "w.pt")
+    assert main(["export", recipe, "--weights", "w.pt", "--out", "x.onnx"]) == 1
+    error = capsys.readouterr().err
+    assert "--weights: w.pt" in error
+    assert message in error
+    assert not Path("x.onnx").exists()
 
 
 @pytest.mark.parametrize("command", ["demo", "distill", "rank", "export", "engine", "bench", "report"])

@@ -2,6 +2,7 @@
 
 import ml_dtypes
 import numpy as np
+import onnx
 import pytest
 from qdq_graphs import INT4, UINT8, QdqGraph, residual_net
 
@@ -138,6 +139,26 @@ def test_a_layer_that_the_runtime_left_in_float_for_no_known_reason_comes_first(
 
 def test_findings_name_layers_as_the_trained_model_does(tmp_path):
     assert found(residual_net(tmp_path / "s.onnx"))["depthwise"] == ("depthwise",)
+
+
+def test_weights_in_other_files_are_read_from_the_files_own_folder(tmp_path, monkeypatch):
+    whole = residual_net(tmp_path / "whole.onnx")
+    (tmp_path / "folder").mkdir()
+    split = tmp_path / "folder" / "split.onnx"
+    onnx.save(onnx.load(whole), split, save_as_external_data=True, size_threshold=0, location="weights.bin")
+    assert found(split) == found(whole)
+    monkeypatch.chdir(split.parent)
+    assert found("split.onnx") == found(whole)
+    (tmp_path / "folder" / "weights.bin").rename(tmp_path / "weights.bin")
+    with pytest.raises(ExportError, match=r"split\.onnx cannot be read: .*weights\.bin: No such file"):
+        diagnose(split)
+    model = onnx.load(split, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            entry.value = "../weights.bin" if entry.key == "location" else entry.value
+    split.write_bytes(model.SerializeToString())
+    with pytest.raises(ExportError, match="outside the base directory"):
+        diagnose(split)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not onnx" * 50])

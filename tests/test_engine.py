@@ -117,6 +117,19 @@ def test_layers_left_in_float_are_counted_and_named(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("c.engine*"))
 
 
+def test_products_of_two_activations_are_counted_but_not_required_to_be_int8(tmp_path: Path) -> None:
+    graph = QdqGraph(("batch", 8, 64))
+    x = graph.matmul(graph.quantize("input", "in"), "query", (64, 64), axis=1)
+    scores = graph.add("MatMul", [x, graph.add("Transpose", [x], "transpose", perm=[0, 2, 1])], "scores/MatMul")
+    path = graph.save(tmp_path / "net.onnx", scores, rank=3)
+    assert build_engine(path, tmp_path / "a.engine", require_int8=1.0, **ONE).manifest["matmuls"] == {"total": 2, "int8": 1}
+    graph = QdqGraph(("batch", 8, 64))
+    product = graph.add("MatMul", ["input", graph.add("Transpose", ["input"], "transpose", perm=[0, 2, 1])], "scores/MatMul")
+    path = graph.save(tmp_path / "none.onnx", graph.matmul(product, "plain", (8, 8)), rank=3)
+    with pytest.raises(EngineError, match=r"0% of 1 convolutions and matrix products with weights .* plain/MatMul \(float x"):
+        build_engine(path, tmp_path / "b.engine", require_int8=1.0, allow_float=True, **ONE)
+
+
 def test_a_file_that_falls_short_names_every_layer_up_to_ten(tmp_path: Path) -> None:
     graph = QdqGraph()
     x = "input"

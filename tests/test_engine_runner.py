@@ -248,6 +248,36 @@ def test_engines_with_several_inputs_are_refused() -> None:
         EngineSession(LoadedEngine(engine, Runtime("tensorrt", module), [], {}), engine, device)
 
 
+def test_the_time_to_load_an_engine_counts_neither_imports_nor_the_start_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    def taking(seconds: float, result: Any) -> Callable[..., Any]:
+        def step(*_: Any) -> Any:
+            nonlocal now
+            now += seconds
+            return result
+
+        return step
+
+    device = HostDevice()
+    engine = Affine(device)
+    module = SimpleNamespace(TensorIOMode=SimpleNamespace(INPUT="in"), nptype=lambda dtype: dtype)
+    library = Runtime("tensorrt", module)
+    loaded = LoadedEngine(engine, library, [], {"float_type": "float32"})
+    steps = {
+        "read_manifest": taking(0.0, {"runtime": {"name": "tensorrt"}}),
+        "load_runtime": taking(8.0, library),
+        "open_device": taking(4.0, device),
+        "load_engine": taking(0.002, loaded),
+        "_make_context": taking(0.001, (engine, None)),
+        "cuda_driver": taking(0.0, None),
+        "time": SimpleNamespace(perf_counter=lambda: now),
+    }
+    for name, step in steps.items():
+        monkeypatch.setattr(f"qakd_plugin.deploy.engine_runner.{name}", step)
+    assert EngineRunner("net.engine").load_ms == pytest.approx(3.0)
+
+
 @no_gpu
 def test_without_a_gpu_the_runner_says_what_is_missing(tmp_path: Any) -> None:
     with pytest.raises(EngineError, match="needs an NVIDIA GPU and its driver"):

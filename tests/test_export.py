@@ -1,6 +1,7 @@
 """What was trained is what is deployed."""
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -11,6 +12,7 @@ import torch
 import torchvision
 from torch import nn
 
+import qakd_plugin
 from qakd_plugin import (
     LSQ,
     SQAKD,
@@ -27,10 +29,18 @@ from qakd_plugin.backends import adapter_for
 from qakd_plugin.bench.census import census
 from qakd_plugin.bench.runners import OpenVINORunner
 from qakd_plugin.deploy.diagnosis import diagnose
-from qakd_plugin.deploy.graph import QUANTIZER_KEY, activation_quantizers, read_onnx
+from qakd_plugin.deploy.graph import QUANTIZER_KEY, activation_quantizers, constant, read_onnx, scalar
 from qakd_plugin.deploy.openvino_form import drop_repeated_quantizers, to_openvino_form
 from qakd_plugin.deploy.openvino_parity import check_openvino
-from qakd_plugin.deploy.parity import check_parity, run_labelled, run_recorded
+from qakd_plugin.deploy.parity import (
+    agreement,
+    check_parity,
+    check_same_bits,
+    least_agreement,
+    run_labelled,
+    run_recorded,
+)
+from qakd_plugin.deploy.session import session_options
 from qakd_plugin.deploy.to_onnx import export_canonical, to_proto
 
 TOOLKITS = ["modelopt", "torch_ao"]
@@ -113,6 +123,18 @@ def test_the_onnxruntime_form_is_bit_exact_without_fusions(tmp_path, make_studen
     np.testing.assert_array_equal(_run(canonical.path, images, optimize=False), _run(rewritten.path, images, optimize=False))
 
 
+def test_all_sessions_have_one_set_of_options_which_changes_no_bit(tmp_path, make_student, digits):
+    sources = Path(qakd_plugin.__file__).parent.rglob("*.py")
+    assert [path.name for path in sources if "SessionOptions()" in path.read_text()] == ["session.py"]
+    images = digits.test[0][:64]
+    path = export_onnx(make_student(), images, tmp_path / "s.onnx", target="onnxruntime").path
+    for threads in (1, 2):
+        options = session_options(threads)
+        assert options.get_session_config_entry("session.force_spinning_stop") == "1"
+        (found,) = onnxruntime.InferenceSession(path, options).run(None, {"input": images.numpy()})
+        np.testing.assert_array_equal(found, _run(path, images, optimize=True))
+
+
 def test_batch_norm_is_folded_and_nothing_local_is_left(tmp_path, make_student, digits):
     path = export_onnx(make_student(), digits.test[0][:8], tmp_path / "s.onnx").path
     model = onnx.load(path)
@@ -176,6 +198,61 @@ def test_a_wrong_bias_of_the_last_layer_is_caught(make_student, digits):
     with pytest.raises(ParityError, match=r"^head: .*behind the last quantizer") as caught:
         check_parity(file, form, student, images, fused=False)
     assert caught.value.layer == "head"
+
+
+class _TwoHeads(nn.Module):
+    """Ten classes, and one number."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.classes, self.number = nn.Conv2d(1, 16, 3, 2), nn.Linear(16, 10), nn.Linear(16, 1)
+
+    def forward(self, x):
+        x = torch.relu(self.conv(x)).mean((2, 3))
+        return {"classes": self.classes(x), "number": self.number(x).squeeze(1)}
+
+
+@pytest.fixture
+def two_heads(digits):
+    torch.manual_seed(0)
+    images = digits.test[0][:32]
+    return prepare(_TwoHeads().eval(), [images]), images
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "onnxruntime", "openvino"])
+def test_every_output_is_exported_exactly(target, two_heads, tmp_path):
+    student, images = two_heads
+    exported = export_onnx(student, images, tmp_path / "s.onnx", target=target)
+    with torch.no_grad():
+        expected = [one.numpy() for one in student(images).values()]
+    session = onnxruntime.InferenceSession(exported.path, session_options(fusions=False))
+    found = session.run(None, {"input": images.numpy()})
+    assert least_agreement(expected, found) == exported.parity.unfused
+    assert exported.parity.unfused.sqnr_db > 60
+    assert exported.parity.openvino is None or exported.parity.openvino.sqnr_db > 30
+
+
+@pytest.mark.parametrize("head", ["classes", "number"])
+@pytest.mark.parametrize("where", ["file", "prepared model"])
+def test_a_wrong_bias_of_either_head_is_caught(head, where, two_heads):
+    student, images = two_heads
+    file, form = _exported(student, images)
+    check_parity(file, form, student, images, fused=False)
+    with torch.no_grad():
+        (form if where == "file" else student).get_submodule(head).bias[0] += 0.1
+    with pytest.raises(ParityError, match=rf"^{head}: .*behind the last quantizer") as caught:
+        check_parity(file, form, student, images, fused=False)
+    assert caught.value.layer == head
+
+
+def test_a_wrong_second_output_of_openvino_is_caught(two_heads):
+    student, images = two_heads
+    file, _ = _exported(student, images)
+    with torch.no_grad():
+        classes, number = (one.numpy() for one in student(images).values())
+    assert check_openvino(file, images, [classes, number]).sqnr_db > 30
+    with pytest.raises(ParityError, match="OpenVINO computes something else"):
+        check_openvino(file, images, [classes, -number[::-1]])
 
 
 class _FloatEnd(nn.Module):
@@ -254,6 +331,50 @@ def test_unusual_structures_are_exported_exactly(bits, tmp_path):
     student = prepare(model.eval(), [images], "modelopt", weight_bits=bits, activation_bits=bits)
     proof = export_onnx(student, images, tmp_path / "s.onnx", target="onnxruntime").parity
     assert proof.runtime_deviation < 1e-4
+
+
+class _Joined(nn.Module):
+    """A parameter with negative numbers meets what comes out of a ReLU."""
+
+    def __init__(self, join):
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(1, 16, 3, 2), nn.Conv2d(16, 16, 3, 2), nn.Linear(16, 10)
+        self.join, self.parameter = join, nn.Parameter(torch.linspace(-0.5, 0.5, 16).reshape(1, 16, 1, 1))
+
+    def forward(self, x):
+        x = self.join(torch.relu(self.first(x)), self.parameter)
+        return self.head(torch.relu(self.second(x)).mean((2, 3)))
+
+
+@pytest.fixture(params=[torch.add, torch.mul], ids=["add", "mul"])
+def joined(request, digits):
+    torch.manual_seed(0)
+    images = digits.test[0][:32]
+    return prepare(_Joined(request.param).eval(), [images]), images
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+def test_what_a_parameter_makes_negative_behind_a_relu_stays_negative(target, joined, tmp_path):
+    student, images = joined
+    exported = export_onnx(student, images, tmp_path / "s.onnx", target=target)
+    with torch.no_grad():
+        expected = student(images).numpy()
+    if target == "onnxruntime":
+        deployed = _run(exported.path, images, optimize=True)
+    else:
+        deployed = OpenVINORunner(exported.path, 1).run(images.numpy())
+    assert agreement(expected, _run(exported.path, images, optimize=False)).sqnr_db > 60
+    assert agreement(expected, deployed).sqnr_db > 40
+    _, codes = run_recorded(read_onnx(exported.path), images, optimize=False)
+    assert min(call.min() for call in codes["second.input_qdq"]) < -30
+
+
+def test_codes_that_no_relu_drops_are_missed_where_they_are_dropped(joined, tmp_path, monkeypatch):
+    student, images = joined
+    monkeypatch.setattr("qakd_plugin.deploy.ort_form._holds_no_negative", lambda value: constant(value) is not None)
+    with pytest.raises(ParityError, match=r"^second\.input_qdq: .* quantize differently") as caught:
+        export_onnx(student, images, tmp_path / "s.onnx", target="onnxruntime")
+    assert caught.value.layer == "second.input_qdq"
 
 
 @pytest.mark.parametrize("layer", ["stem.0", "stages.1.conv1", "stages.1.shortcut.0"])
@@ -335,23 +456,24 @@ def test_openvino_gets_no_quantizer_that_repeats_another_and_the_same_numbers(tm
 
 
 @pytest.mark.parametrize(
-    ("moves", "high", "scale", "left"),
+    ("moves", "top", "high", "scale", "left"),
     [
-        ("m = Reshape(x0, shape)", 1.27, 0.01, 2),
-        ("m = Concat<axis=0>(x0, x1)", 1.27, 0.01, 2),
-        ("m = Reshape(x0, shape)", 1.0, 0.01, 3),  # a clamp below the range of what it reads
-        ("m = Reshape(x0, shape)", 1.27, 0.02, 3),  # another grid
-        ("m = Concat<axis=0>(x0, input)", 1.27, 0.01, 3),  # partly not quantized
-        ("m = Add(x0, x1)", 1.27, 0.01, 3),  # sums lie on the grid but may leave the range
-        ("m = Identity(x0) l = MatMul(d, w)", 1.27, 0.01, 3),  # a layer reads it
-        ("m = Identity(x0) l = Concat<axis=0>(d, x1)", 1.27, 0.01, 3),  # a concatenation reads it
+        ("m = Reshape(x0, shape)", 1.27, 1.27, 0.01, 2),
+        ("m = Concat<axis=0>(x0, x1)", 1.27, 1.27, 0.01, 2),
+        ("m = Reshape(x0, shape)", 1.27, 1.0, 0.01, 3),  # a clamp below the range of what it reads
+        ("m = Reshape(x0, shape)", 1.9, 1.5, 0.01, 3),  # likewise, in the upper half of the codes
+        ("m = Reshape(x0, shape)", 1.27, 1.27, 0.02, 3),  # another grid
+        ("m = Concat<axis=0>(x0, input)", 1.27, 1.27, 0.01, 3),  # partly not quantized
+        ("m = Add(x0, x1)", 1.27, 1.27, 0.01, 3),  # sums lie on the grid but may leave the range
+        ("m = Identity(x0) l = MatMul(d, w)", 1.27, 1.27, 0.01, 3),  # a layer reads it
+        ("m = Identity(x0) l = Concat<axis=0>(d, x1)", 1.27, 1.27, 0.01, 3),  # a concatenation reads it
     ],
 )
-def test_only_quantizers_of_what_lies_on_their_grid_and_in_their_range_are_dropped(moves, high, scale, left):
+def test_only_quantizers_of_what_lies_on_their_grid_and_in_their_range_are_dropped(moves, top, high, scale, left):
     text = f"""
         <ir_version: 10, opset_import: ["" : 21]>
         graph (float[2, 3] input) => (float[N, M] y)
-        <float s = {{0.01}}, float t = {{{scale}}}, uint8 zero = {{0}}, float low = {{0.0}}, float top = {{1.27}},
+        <float s = {{0.01}}, float t = {{{scale}}}, uint8 zero = {{0}}, float low = {{0.0}}, float top = {{{top}}},
          float high = {{{high}}}, int64[2] shape = {{3, 2}}, float[3, 1] w = {{1.0, 1.0, 1.0}}> {{
             a0 = Clip(input, low, top)
             q0 = QuantizeLinear(a0, s, zero)
@@ -378,15 +500,32 @@ def test_only_quantizers_of_what_lies_on_their_grid_and_in_their_range_are_dropp
     np.testing.assert_array_equal(got, expected)
 
 
+def test_a_rewrite_that_changes_one_bit_is_refused_by_name(make_student, digits):
+    images = digits.test[0][:16]
+    file, _ = _exported(make_student(), images)
+
+    def with_more(name, factor):
+        other = ir.serde.deserialize_model(ir.serde.serialize_model(file))
+        value = other.graph.initializers[name]
+        value.const_value = ir.tensor(value.const_value.numpy() * np.float32(factor), name=name)
+        return other
+
+    check_same_bits(file, with_more("head.bias", 1), images)
+    with pytest.raises(ParityError, match=r"^logits: the file computes other numbers"):
+        check_same_bits(file, with_more("head.bias", 1.001), images)
+    with pytest.raises(ParityError, match=r"^stages\.1\.conv2\.input_qdq: "):
+        check_same_bits(file, with_more(_weight_node(file, "stages.1.conv1.weight").inputs[1].name, 1.1), images)
+
+
 def test_a_file_that_openvino_computes_differently_is_refused_and_its_layer_named(make_student, digits):
     student, images = make_student(), digits.test[0][:64]
     file, _ = _exported(student, images)
     with torch.no_grad():
         reference = student(images).numpy()
-    good = check_openvino(file, images, reference)
+    good = check_openvino(file, images, [reference])
     assert good.top1 > 0.95
     with pytest.raises(ParityError, match=r"OpenVINO computes something else .* labels agree") as caught:
-        check_openvino(file, images, -reference)
+        check_openvino(file, images, [-reference])
     assert caught.value.layer == "logits"  # ONNX Runtime and OpenVINO agree on all codes of this file
 
 
@@ -416,6 +555,30 @@ def test_an_asymmetric_quantizer_is_named_for_tensorrt_and_exported_elsewhere(tm
         export_onnx(student, images, tmp_path / "s.onnx", target="tensorrt")
     proof = export_onnx(student.eval(), images, tmp_path / "s.onnx", target="onnxruntime").parity
     assert proof.runtime_deviation < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("backend", ["x86", "qnnpack"])
+def test_torch_aos_default_configurations_compute_in_integers(backend, teacher, digits, tmp_path):
+    """Unsigned codes with zero points: 0 to 127 of them, or all."""
+    from torch.ao.quantization import get_default_qat_qconfig_mapping
+    from torch.ao.quantization.quantize_fx import prepare_qat_fx
+
+    images = digits.test[0][:64]
+    student = prepare_qat_fx(teacher.train(), get_default_qat_qconfig_mapping(backend), (images,))
+    for start in range(0, 256, 64):
+        student(digits.train[0][start : start + 64])
+    canonical, _ = _exported(student.eval(), images)
+    zero_points = {int(scalar(node.inputs[2], 0)) for node in activation_quantizers(canonical.graph)}
+    assert len(zero_points) > 1
+    expected, codes = run_recorded(canonical, images, optimize=False)
+    path = export_onnx(student, images, tmp_path / "s.onnx", target="onnxruntime").path
+    got, same = run_recorded(read_onnx(path), images, optimize=False)
+    np.testing.assert_array_equal(got, expected)
+    assert all(np.array_equal(*calls) for name in codes for calls in zip(codes[name], same[name], strict=True))
+    counted = census(path)
+    assert counted.integer == counted.total == 10, counted.float_layers
+    assert {finding.kind for finding in diagnose(path, counted.float_layers)} <= {"narrow"}
 
 
 def test_a_scale_that_is_not_positive_is_named(tmp_path, make_student, digits):

@@ -20,6 +20,7 @@ from qakd_plugin.backends import adapter_for
 from qakd_plugin.bench.census import census
 from qakd_plugin.deploy.ort_form import to_onnxruntime_form
 from qakd_plugin.deploy.parity import check_parity
+from qakd_plugin.deploy.passes import quantizers_behind_relu
 from qakd_plugin.deploy.to_onnx import export_canonical, to_proto
 
 SIZE = 16
@@ -196,7 +197,8 @@ def run_plan(plan: Plan, folder) -> None:
     adapter.freeze_ranges(student, True)
     check_parity(canonical, form, student, images, fused=False)
     rewritten = to_onnxruntime_form(canonical)
-    proof = check_parity(rewritten, form, student, images, fused=True)
+    moved = quantizers_behind_relu(canonical.graph)
+    proof = check_parity(rewritten, form, student, images, fused=True, behind_relu=moved)
     assert proof.activation_codes > 0
     (folder / "ort.onnx").write_bytes(to_proto(rewritten).SerializeToString())
     assert census(folder / "ort.onnx").total > 0

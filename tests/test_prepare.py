@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from qakd_plugin import MissingPackageError, NotPreparedError, QakdError, configuration, describe, export_onnx, prepare
@@ -91,6 +92,65 @@ def test_an_output_quantizer_goes_behind_convolutions_that_feed_an_add(teacher):
     assert placement.edges == {"stem.0", "head"}
     assert "stem.0" not in placement.unsigned
     assert "stages.0.conv2" in placement.unsigned
+
+
+class _Between(nn.Module):
+    """Two convolutions, with something between the first one's ReLU and the second."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 4)
+        self.factor, self.upsample = nn.Parameter(torch.ones(1)), nn.Upsample(scale_factor=2, mode="bicubic")
+        self.between = between
+
+    def forward(self, x):
+        return self.head(torch.relu(self.second(self.between(self, torch.relu(self.first(x))))).mean([2, 3]))
+
+
+MAYBE_NEGATIVE = {
+    "product": lambda _, x: x * -1.0,
+    "reversed": lambda _, x: -2 * x,
+    "sum": lambda _, x: x + -0.5,
+    "method": lambda _, x: x.mul(-1.0),
+    "function": lambda _, x: torch.add(x, -0.5),
+    "keyword": lambda _, x: torch.mul(x, other=-1.0),
+    "alpha": lambda _, x: torch.add(x, x, alpha=-2),
+    "difference": lambda _, x: x - 0.5,
+    "parameter": lambda self, x: x * self.factor,
+    "list": lambda self, x: torch.cat([x, x * -1.0], 2),
+    "bicubic": lambda _, x: F.interpolate(x, scale_factor=2, mode="bicubic"),
+    "upsample": lambda self, x: self.upsample(x),
+}
+NEVER_NEGATIVE = {
+    "product": lambda _, x: x * 0.5,
+    "sum": lambda _, x: 1 + x,
+    "both": lambda _, x: torch.add(x, torch.sigmoid(x), alpha=2),
+    "list": lambda _, x: torch.cat([x, 2 * x], 2),
+    "pool": lambda _, x: F.max_pool2d(x, 2),
+    "nearest": lambda _, x: F.interpolate(x, scale_factor=2),
+}
+
+
+@pytest.mark.parametrize("between", MAYBE_NEGATIVE)
+def test_what_may_be_negative_is_not_taken_for_unsigned(between):
+    assert "second" not in place_quantizers(_Between(MAYBE_NEGATIVE[between])).unsigned
+
+
+@pytest.mark.parametrize("between", NEVER_NEGATIVE)
+def test_what_is_never_negative_is_taken_for_unsigned(between):
+    assert "second" in place_quantizers(_Between(NEVER_NEGATIVE[between])).unsigned
+
+
+@pytest.mark.parametrize("toolkit", ["modelopt", "pt2e", "torch_ao"])
+@pytest.mark.parametrize("between", ["product", "sum", "alpha"])
+def test_negative_inputs_of_four_bits_survive(between, toolkit):
+    torch.manual_seed(0)
+    model, images = _Between(MAYBE_NEGATIVE[between]).eval(), torch.randn(32, 1, 12, 12)
+    student = prepare(model, [images], toolkit, weight_bits=8, activation_bits=4)
+    with torch.no_grad():
+        exact, quantized = model(images), student(images)
+    centred = exact - exact.mean(0)
+    assert (quantized - exact).square().mean() < 0.2 * centred.square().mean()
 
 
 def test_a_model_that_cannot_be_traced_is_prepared_with_a_warning(caplog):

@@ -526,6 +526,27 @@ def test_the_quantizer_alone_keeps_layers_in_floating_point(net):
         _prepare_alone(model, images, TensorRTQuantizer(keep=("*",)))
 
 
+@pytest.mark.parametrize(("alpha", "lowest"), [(None, 0), (-2, -8)])
+def test_the_quantizer_alone_takes_a_difference_for_signed(alpha, lowest):
+    from qakd_plugin.backends.pt2e_quantizer import TensorRTQuantizer
+
+    class Difference(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.inner, self.head = (nn.Linear(8, 8) for _ in range(4))
+
+        def forward(self, x):
+            one, other = torch.relu(self.first(x)), torch.relu(self.second(x))
+            return self.head(torch.relu(self.inner(torch.add(one, other, **({} if alpha is None else {"alpha": alpha})))))
+
+    torch.manual_seed(0)
+    x = torch.randn(16, 8)
+    student = _prepare_alone(Difference().eval(), x, TensorRTQuantizer(activation_bits=4))
+    student(x)
+    codes = {q.quant_min for q in describe(student).quantizers if q.role == "activation" and q.bits == 4}
+    assert codes == {lowest}
+
+
 def test_a_placement_of_the_float_model_can_be_given(net):
     from qakd_plugin.backends.pt2e_quantizer import TensorRTQuantizer
 

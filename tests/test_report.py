@@ -265,12 +265,49 @@ def test_merged_rows_keep_their_environment_and_their_ratios(tmp_path, capsys):
     assert len(merged["training"]) == len(merged["engines"]) == 1, "told once"
     text = (tmp_path / "m.html").read_text()
     assert "2: Another CPU" in text
-    thrice = merge_reports([merged, first], "all")
-    assert (thrice["title"], [row["run"] for row in thrice["rows"]]) == ("all", [0] * 5 + [1] * 5 + [2] * 5)
+    third = copy.deepcopy(first)
+    third["runs"][0]["created"] = "2026-01-01T00:00:00+00:00"
+    thrice = merge_reports([merged, first, third, second, first], "all")
+    assert (thrice["title"], [row["run"] for row in thrice["rows"]]) == ("all", [0] * 5 + [1] * 5 + [2] * 5), "each run once"
+    assert thrice["runs"] == [*merged["runs"], *third["runs"]]
     assert main(["report", str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 1
     assert "--out is missing" in capsys.readouterr().err
     with pytest.raises(QakdError, match="documents is empty"):
         merge_reports([])
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("out", ["a.html", "folder/../b.html", "a.md"])
+def test_a_merge_replaces_no_report_that_was_given(out, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    for name in ("a", "b"):
+        write_report(document(title=name, seeds={name: 1}), f"{name}.html")
+    before = contents(tmp_path)
+    assert main(["report", "a.json", "b.json", "--out", out]) == 1
+    assert re.search(r"--out: .* would replace [ab]\.json", capsys.readouterr().err)
+    assert contents(tmp_path) == before
+    for _ in range(2):
+        assert main(["report", "a.json", "b.json", "--out", "both.html"]) == 0
+    assert len(read_report("both.json")["runs"]) == 2
+
+
+def test_the_json_of_a_single_report_stays_the_source(tmp_path, capsys):
+    source = write_report(document(), tmp_path / "r.html").with_suffix(".json")
+    before = source.read_bytes()
+    assert main(["report", str(source), "--title", "again"]) == 0
+    assert "<title>again</title>" in (tmp_path / "r.html").read_text()
+    assert (tmp_path / "r.md").read_text().startswith("# again\n")
+    assert main(["report", str(source), "--out", str(tmp_path / "other.html")]) == 0
+    assert source.read_bytes() == before
+    assert not (tmp_path / "other.json").exists()
+    source.rename(tmp_path / "odd.md")
+    assert main(["report", str(tmp_path / "odd.md")]) == 1
+    assert "would replace" in capsys.readouterr().err
+    assert (tmp_path / "odd.md").read_bytes() == before
 
 
 # -- what is derived from rows

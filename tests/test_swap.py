@@ -15,6 +15,7 @@ from qakd_plugin import (
     LSQ,
     PACT,
     QAT,
+    QKD,
     SQAKD,
     DoReFa,
     NotPreparedError,
@@ -23,6 +24,7 @@ from qakd_plugin import (
     describe,
     distill,
     export_onnx,
+    loop,
     prepare,
     restore_quantizers,
     use_quantizers,
@@ -232,6 +234,28 @@ def test_calibration_finds_ranges_and_signs(float_nets, calibration, digits):
     assert codes["stem.0.input_quantizer"] == (-8, 7)
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("toolkit", ["modelopt", "pt2e", "torch_ao", "torch_ao_eager"])
+def test_calibration_does_not_depend_on_the_mode_and_changes_nothing_else(frozen, toolkit, student_of, calibration):
+    student, evaluated = student_of(toolkit, 8), student_of(toolkit, 8)
+    adapter = adapter_for(student)
+    adapter.set_mode(student, True)
+    adapter.freeze_ranges(student, frozen)
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    for model in (student, evaluated):
+        use_quantizers(model, LSQ(activation_bits=3), keep=("*stem*",), calibration_batches=calibration)
+    assert str(describe(student)) == str(describe(evaluated))
+    assert student.training
+    # Statistics of BatchNorm and the quantizers that were kept: ranges, and whether their observers are on.
+    modules = {q.module for q in adapter.quantizers(student) if adapter.learned(q) is not None}
+    learned = tuple(f"{name}." for name, module in student.named_modules(remove_duplicate=False) if module in modules)
+    others = {name: value for name, value in student.state_dict().items() if not name.startswith(learned)}
+    assert any("running_mean" in name for name in others)
+    assert all(torch.equal(before[name], value) for name, value in others.items())
+    observers = [bool(value) for name, value in others.items() if name.endswith("observer_enabled")]
+    assert set(observers) == (set() if toolkit == "modelopt" else {not frozen})
+
+
 def test_quantizer_parameters_have_groups_of_their_own(student_of):
     student = use_quantizers(student_of("modelopt"), EWGS())
     optimizer = student_optimizer(adapter_for(student), student, Settings(lr=0.1, quantizer_lr=0.03, weight_decay=0.2))
@@ -277,6 +301,38 @@ def test_delta_is_refreshed_on_schedule_and_resumed_with_the_run(tmp_path, stude
         distill(resumed, float_nets[False], images, callbacks=[StopAfterTwo()], **options)
     distill(resumed, float_nets[False], images, resume=True, **options)
     assert all(torch.equal(value, student.state_dict()[name]) for name, value in resumed.state_dict().items())
+
+
+def test_a_new_delta_leaves_a_teacher_that_learns_as_it_was(student_of, float_nets, batches, monkeypatch):
+    seen = []
+    refresh = loop.refresh_delta
+
+    def watched(loss):
+        before = [buffer.clone() for buffer in teachers[-1].buffers()]
+        refresh(loss)
+        seen.append(all(torch.equal(a, b) for a, b in zip(before, teachers[-1].buffers(), strict=True)))
+
+    teachers = []
+    frozen_logits = loop.frozen_logits
+    monkeypatch.setattr(loop, "refresh_delta", watched)
+    monkeypatch.setattr(loop, "frozen_logits", lambda teacher, x: teachers.append(teacher) or frozen_logits(teacher, x))
+    student = use_quantizers(student_of("modelopt"), EWGS(delta=0.25, refresh_every=1))
+    distill(student, float_nets[True], batches[:2], method=QKD(0, 3, 0), seed=0)
+    assert seen == [True] * 3
+
+
+@pytest.mark.parametrize("toolkit", TOOLKITS)
+@pytest.mark.parametrize("config", QUANTIZERS, ids=lambda c: type(c).__name__)
+def test_weights_that_moved_since_the_last_pass_are_exported_exactly(config, toolkit, student_of, digits, tmp_path):
+    student, images = use_quantizers(student_of(toolkit), config), digits.test[0][:16]
+    adapter_for(student).freeze_ranges(student, True)
+    with torch.no_grad():
+        student(images)
+        for quantizer in adapter_for(student).quantizers(student):
+            if quantizer.layer is not None:
+                quantizer.layer.weight.mul_(1.3)
+    parity = export_onnx(student, images, tmp_path / "student.onnx").parity
+    assert max(parity.runtime_deviation, parity.toolkit_deviation) < 1e-4
 
 
 def test_learned_quantizers_train_under_bfloat16(student_of, float_nets, batches):

@@ -5,14 +5,16 @@ import logging
 
 import pytest
 import torch
+import torch.nn.functional as F
 from nets import Structures, trained
 from torch import nn
 from torch.ao.quantization import FakeQuantize, MovingAverageMinMaxObserver, QConfig, QConfigMapping, prepare_qat
 from torch.ao.quantization import MovingAveragePerChannelMinMaxObserver as PerChannel
 from torch.ao.quantization.backend_config import get_tensorrt_backend_config
 from torch.ao.quantization.quantize_fx import prepare_qat_fx
+from torchvision.ops import StochasticDepth
 
-from qakd_plugin import SQAKD, NotPreparedError, describe, distill, export_onnx, prepare
+from qakd_plugin import LSQ, SQAKD, NotPreparedError, describe, distill, export_onnx, prepare, use_quantizers
 from qakd_plugin.backends import adapter_for
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -165,6 +167,101 @@ def test_a_quantizer_that_the_user_disabled_stays_disabled(calibration, net, tmp
     assert len(describe(student).quantizers) == before
     assert "first.0.0.weight_quantizer" not in {q.name for q in describe(student).quantizers}
     assert export_onnx(student, calibration[0], tmp_path / "s.onnx").parity.toolkit_deviation < 1e-4
+
+
+@pytest.mark.parametrize("toolkit", ["torch_ao", "torch_ao_eager", "pt2e"])
+def test_a_fake_quantizer_that_the_user_switched_off_stays_off_and_is_exported_in_floating_point(
+    toolkit, prepared, mentor, images, tmp_path
+):
+    student = prepared(toolkit)
+    adapter = adapter_for(student)
+    everything = adapter.quantizers(student)
+    # A convolution and a linear layer, both with a ReLU, and an operand of the add.
+    off = [q for q in everything if any(part in name for part in ("last", "hidden", "second") for name in (q.fqn, *q.layers))]
+    assert {q.role for q in off} == {"weight", "activation"}
+    for quantizer in off:
+        quantizer.module.disable_fake_quant()
+    left = [q.fqn for q in everything if q.fqn not in {q.fqn for q in off}]
+
+    def unchanged():
+        assert [q.fqn for q in adapter.quantizers(student)] == left
+        assert [q.name for q in describe(student).quantizers] == left
+        assert not any(bool(student.get_submodule(q.fqn).fake_quant_enabled) for q in off)
+
+    unchanged()
+    adapter.set_fake_quant(student, False)
+    assert [q.fqn for q in adapter.quantizers(student)] == left, "what is only paused is not lost"
+    adapter.set_fake_quant(student, True)
+    unchanged()
+    distill(student, mentor, [images], epochs=1, seed=0)
+    unchanged()
+    use_quantizers(student, LSQ(activation_bits=6), calibration_batches=[images])
+    unchanged()
+    distill(student, mentor, [images], epochs=1, seed=0)
+    unchanged()
+    removed = sum(q.weight().numel() for q in off if q.weight is not None)
+    whole = sum(q.weight().numel() for q in everything if q.weight is not None)
+    for target in ("tensorrt", "onnxruntime", "openvino"):
+        parity = export_onnx(student, images, tmp_path / f"{target}.onnx", target=target).parity
+        assert max(parity.runtime_deviation, parity.toolkit_deviation) < 1e-4
+        assert parity.weight_codes == whole - removed
+
+
+# -- torch.fx
+
+
+class _OnlyInTraining(nn.Module):
+    """Dropout and stochastic depth as functions, and a head that training alone uses."""
+
+    def __init__(self, auxiliary):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU())
+        self.block, self.depth = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()), StochasticDepth(0.5, "row")
+        self.head, self.auxiliary = nn.Linear(8, 10), nn.Linear(8, 10) if auxiliary else None
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = (x + self.depth(self.block(x))).mean([2, 3])
+        logits = self.head(F.dropout(x, 0.3, self.training))
+        return logits + self.auxiliary(x) if self.training and self.auxiliary is not None else logits
+
+
+@pytest.mark.parametrize("auxiliary", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("toolkit", ["modelopt", "pt2e", "torch_ao"])
+def test_what_a_network_does_in_training_alone_is_not_part_of_the_deployed_one(toolkit, training, auxiliary, images, tmp_path):
+    torch.manual_seed(0)
+    model = _OnlyInTraining(auxiliary).train()
+    for _ in range(5):
+        model(images)
+    student = prepare(model.train(training), [images], toolkit)
+    adapter = adapter_for(student)
+    assert model.training is training
+    adapter.freeze_ranges(student, True)
+    with torch.no_grad():
+        assert torch.equal(student(images), student(images))
+        parity = export_onnx(student, images, tmp_path / "student.onnx").parity
+        assert max(parity.runtime_deviation, parity.toolkit_deviation) < 1e-4
+        adapter.set_fake_quant(student, False)
+        torch.testing.assert_close(student(images), model.eval()(images), atol=1e-5, rtol=1e-5)
+
+
+def test_functions_that_know_training_follow_the_mode_of_an_fx_model(images):
+    torch.manual_seed(0)
+    model = _OnlyInTraining(False).train()
+    model(images)
+    student = prepare(model, [images], "torch_ao")
+    adapter_for(student).set_fake_quant(student, False)
+    student = copy.deepcopy(student)
+    outputs = {}
+    for name, network in (("float", copy.deepcopy(model)), ("student", student)):
+        for training in (True, False):
+            network.train(training)
+            torch.manual_seed(1)
+            outputs[name, training] = network(images)
+    for training in (True, False):
+        torch.testing.assert_close(outputs["student", training], outputs["float", training], atol=1e-5, rtol=1e-5)
+    assert (outputs["student", True] - outputs["student", False]).abs().max() > 1e-2
 
 
 # -- PT2E

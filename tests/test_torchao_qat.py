@@ -144,6 +144,7 @@ def test_with_fake_quant_off_the_student_is_the_teacher(mlp, digits):
     adapter = adapter_for(student)
     assert [q.fqn for q in adapter.quantizers(student)] == ["hidden.weight_fake_quantizer", "head.weight_fake_quantizer"]
     adapter.set_fake_quant(student, False)
+    assert len(adapter.quantizers(student)) == 2, "what is only paused is not lost"
     with torch.no_grad():
         torch.testing.assert_close(student(images), mlp(images))
         adapter.set_fake_quant(student, True)

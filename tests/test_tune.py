@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
@@ -65,6 +66,16 @@ def test_a_file_is_written_and_recorded_only_where_it_gains(file, tmp_path):
     assert "Nothing gained" in str(never)
     assert not out.exists()
     assert json.loads(out.with_suffix(".tuning.json").read_text())["layers"] == []
+
+
+def test_a_file_with_its_weights_elsewhere_is_tuned_to_a_whole_one(file, tmp_path):
+    path, images = file
+    (tmp_path / "split").mkdir()
+    split, out = tmp_path / "split" / "s.onnx", tmp_path / "tuned.onnx"
+    onnx.save(onnx.load(path), split, save_as_external_data=True, size_threshold=0, location="weights.bin")
+    assert tune_for_host(split, out, samples=images, calls=2, minimum_gain=-100.0).path == out
+    (tmp_path / "split" / "weights.bin").unlink()
+    np.testing.assert_array_equal(_run(out, images, optimize=True), _run(path, images, optimize=True))
 
 
 def test_on_the_command_line(file, tmp_path, capsys):

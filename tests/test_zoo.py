@@ -17,6 +17,7 @@ from qakd_plugin.backends.modelopt import restore_modelopt
 from qakd_plugin.bench.census import census
 from qakd_plugin.deploy.ort_form import to_onnxruntime_form
 from qakd_plugin.deploy.parity import check_parity
+from qakd_plugin.deploy.passes import quantizers_behind_relu
 from qakd_plugin.deploy.to_onnx import export_canonical, to_proto
 from qakd_plugin.placement import place_quantizers
 
@@ -153,7 +154,7 @@ def _deploy(student, images, folder):
     canonical = export_canonical(form, images)
     rewritten = to_onnxruntime_form(canonical)
     for file, fused in ((canonical, False), (rewritten, True)):
-        proof = check_parity(file, form, student, images, fused=fused)
+        proof = check_parity(file, form, student, images, fused=fused, behind_relu=quantizers_behind_relu(canonical.graph))
         assert proof.runtime_deviation < 1e-5
         assert proof.toolkit_deviation < 1e-5
     assert not any(node.op_type == "BatchNormalization" for node in canonical.graph)

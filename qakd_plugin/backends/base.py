@@ -77,13 +77,13 @@ class Adapter(Protocol):
         """Whether this toolkit prepared the model. Never imports a toolkit that is not loaded already."""
 
     def quantizers(self, model: nn.Module) -> list[Quantizer]:
-        """Every enabled quantizer, each once, in the order of ``named_modules``."""
+        """Every enabled quantizer once, in the order of ``named_modules``, also while :meth:`set_fake_quant` has it off."""
 
     def qparams(self, quantizer: Quantizer) -> QParams:
         """The numbers the forward pass uses now. Raises NotPreparedError when no range was calibrated."""
 
     def set_fake_quant(self, model: nn.Module, enabled: bool) -> None:
-        """Switch every quantizer that :meth:`quantizers` lists off (the float model) or on again."""
+        """Switch every quantizer that :meth:`quantizers` lists off (the float model) or on again, and no other."""
 
     def freeze_ranges(self, model: nn.Module, frozen: bool) -> None:
         """Stop (or let go on) whatever updates ranges during forward passes."""

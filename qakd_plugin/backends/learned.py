@@ -51,6 +51,7 @@ def _class(base: Any) -> type[nn.Module]:
             self.dtype = original.dtype
             self.is_dynamic = False
             self.quant_min, self.quant_max = rule.codes
+            self.fake_quant_enabled.copy_(original.fake_quant_enabled)
             self.register_buffer("zero_point", torch.zeros(clip.numel(), dtype=torch.int32, device=clip.device))
             rule.install(self, clip)
             self.train(original.training)

@@ -27,7 +27,7 @@ from ..errors import NotPreparedError, QakdError, UnsupportedQuantizerError
 from ..placement import place_quantizers
 from ..quantizers import Rule
 from .base import QParams, Quantizer, require_no_zero_gamma
-from .fake_quantize import FakeQuantizeSwitches
+from .fake_quantize import FakeQuantizeSwitches, is_active
 from .learned import learned_fake_quantize, restored_fake_quantize, rule_of, substitute
 
 _aten = torch.ops.aten
@@ -86,7 +86,7 @@ class PT2EAdapter(FakeQuantizeSwitches):
                 calls.setdefault(model.get_submodule(node.target), []).append(node)
         found = []
         for fqn, module in model.named_modules():
-            if module not in calls:
+            if module not in calls or not is_active(module):
                 continue
             nodes = calls[module]
             layers = tuple(dict.fromkeys(layer_name(u) for node in nodes for u in node.users if u.target in WEIGHTED))
@@ -95,6 +95,11 @@ class PT2EAdapter(FakeQuantizeSwitches):
             else:
                 found.append(Quantizer(fqn, module, "weight", layers, weight=_weight_before(model, nodes[0])))
         return found
+
+    def fake_quantizers(self, model: nn.Module) -> list[Any]:
+        quantizer_class = _quantizer_class()
+        assert quantizer_class is not None
+        return [module for module in model.modules() if isinstance(module, quantizer_class)]
 
     def qparams(self, quantizer: Quantizer) -> QParams:
         q: Any = quantizer.module
@@ -206,12 +211,13 @@ class _ExportForm:
     def __init__(self, adapter: PT2EAdapter, model: fx.GraphModule) -> None:
         self.model = model
         self.graph = model.graph
+        self.quantizers = {quantizer.module: quantizer for quantizer in adapter.quantizers(model)}
+        self.qparams = adapter.qparams
+        self._drop_inactive()
         self.dynamic = from_inputs(model)
         self._value = _Constants(model).value
         self.targets: dict[str, Any] = {}
         self.done: set[fx.Node] = set()
-        self.quantizers = {quantizer.module: quantizer for quantizer in adapter.quantizers(model)}
-        self.qparams = adapter.qparams
 
     def build(self) -> fx.GraphModule:
         for node in self._pending():
@@ -239,6 +245,13 @@ class _ExportForm:
             if isinstance(module, ActivationQDQ | StoredWeight):
                 module.name = name
         return form.eval()
+
+    def _drop_inactive(self) -> None:
+        """Quantizers that the user switched off pass on what they get."""
+        for node in list(self.graph.nodes):
+            if is_quantizer(self.model, node) and self.model.get_submodule(str(node.target)) not in self.quantizers:
+                node.replace_all_uses_with(node.all_input_nodes[0])
+                self.graph.erase_node(node)
 
     def _pending(self) -> list[fx.Node]:
         """Nodes that still speak of the prepared model's attributes, not of the export form's."""

@@ -275,7 +275,8 @@ def _positive(graph: fx.Graph) -> set[fx.Node]:
             holds = len(node.args) > 1 and node.args[1] >= 0
         elif node.target in _SIGN_KEEPING:
             sources = [source for source in node.all_input_nodes if _is_tensor(source)]
-            holds = set(sources) <= positive and (node.target not in _ADDS or len(sources) == 2)  # no scalar, which may be < 0
+            # Of adds only those of two tensors: a scalar or a factor (alpha) may be negative.
+            holds = set(sources) <= positive and (node.target not in _ADDS or (len(sources) == 2 and not node.kwargs))
         else:
             holds = node.target in _RELUS or node.target in _NON_NEGATIVE
         if holds:

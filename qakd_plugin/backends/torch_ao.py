@@ -2,27 +2,29 @@
 
 Facts of the toolkit that shape this file: an activation quantizer is a ``call_module`` node whose module may be shared by
 several nodes (concatenations and poolings keep their input's); observers go on updating in eval mode unless they are
-disabled; convolution and BatchNorm are fused into one QAT module that divides by the folded scale again; the arithmetic is
-``round(x * (1 / scale))``.
+disabled; whatever a network asks of ``self.training`` is settled when it is traced; convolution and BatchNorm are fused into
+one QAT module that divides by the folded scale again; the arithmetic is ``round(x * (1 / scale))``.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..calibration import observe_inputs
-from ..deploy.export_form import ActivationQDQ, QuantizedLayer, replace_modules, store_weight
+from ..deploy.export_form import ActivationQDQ, QuantizedLayer, QuantizedModule, replace_modules, store_weight
 from ..errors import NotPreparedError, QakdError, UnsupportedQuantizerError
 from ..placement import WEIGHTED, Placement, has_own_forward, place_quantizers
 from ..quantizers import Rule
 from .base import QParams, Quantizer, require_no_zero_gamma
-from .fake_quantize import FakeQuantizeSwitches
+from .fake_quantize import FakeQuantizeSwitches, is_active
 from .learned import learned_fake_quantize, restored_fake_quantize, rule_of, substitute
 
 with warnings.catch_warnings():
@@ -64,7 +66,7 @@ class TorchAOAdapter(FakeQuantizeSwitches):
         found = []
         readers = self._readers(model)
         for fqn, module in model.named_modules():
-            if not isinstance(module, FakeQuantizeBase):
+            if not isinstance(module, FakeQuantizeBase) or not is_active(module):
                 continue
             parent, _, child = fqn.rpartition(".")
             if child == "weight_fake_quant":
@@ -73,6 +75,9 @@ class TorchAOAdapter(FakeQuantizeSwitches):
             else:
                 found.append(Quantizer(fqn, module, "activation", readers.get(fqn, ())))
         return found
+
+    def fake_quantizers(self, model: nn.Module) -> list[Any]:
+        return [module for module in model.modules() if isinstance(module, FakeQuantizeBase)]
 
     def _readers(self, model: nn.Module) -> dict[str, tuple[str, ...]]:
         """Weighted layers that read each activation quantizer."""
@@ -121,8 +126,9 @@ class TorchAOAdapter(FakeQuantizeSwitches):
             warnings.simplefilter("ignore", DeprecationWarning)
             warnings.simplefilter("ignore", UserWarning)  # one per observer, on a default that changed years ago
             prepared = prepare_qat_fx(
-                copy.deepcopy(model).train(), mapping, (batches[0],), backend_config=get_tensorrt_backend_config()
+                copy.deepcopy(model).eval(), mapping, (batches[0],), backend_config=get_tensorrt_backend_config()
             )
+        _follow_the_mode(prepared)
         _leave_output_in_float(prepared)
         low_bit = _insert_low_bit_inputs(prepared, placement, activation_bits) if activation_bits < 8 else {}
         calibrate(self, prepared.eval(), batches, low_bit)
@@ -158,20 +164,24 @@ class TorchAOAdapter(FakeQuantizeSwitches):
                     exported[module] = self._exported_layer(module, name, quantizers)
                 elif module in quantizers and quantizers[module].role == "activation":
                     exported[module] = ActivationQDQ(self.qparams(quantizers[module]), quantizers[module].fqn)
+                elif isinstance(module, FakeQuantizeBase) and module not in quantizers:  # which the user switched off
+                    exported[module] = nn.Identity()
                 else:
                     continue
             replacements[name] = exported[module]
         return replace_modules(form, replacements)
 
-    def _exported_layer(self, module: Any, name: str, quantizers: dict[nn.Module, Quantizer]) -> QuantizedLayer:
-        quantizer = quantizers[module.weight_fake_quant]
+    def _exported_layer(self, module: Any, name: str, quantizers: dict[nn.Module, Quantizer]) -> nn.Module:
+        # Eager mode keeps the quantizer of the output in the layer.
+        behind = quantizers.get(getattr(module, "activation_post_process", None))  # type: ignore[arg-type]
+        output_qdq = None if behind is None else ActivationQDQ(self.qparams(behind), behind.fqn)
+        quantizer = quantizers.get(module.weight_fake_quant)
+        if quantizer is None:
+            return QuantizedModule(module.to_float(), None, output_qdq)
         weight, bias = _folded(module, name)
         with torch.no_grad():
             fake_quantized: Tensor = module.weight_fake_quant(weight)
         stored = store_weight(fake_quantized, self.qparams(quantizer), name)
-        # Eager mode keeps the quantizer of the output in the layer.
-        behind = quantizers.get(getattr(module, "activation_post_process", None))  # type: ignore[arg-type]
-        output_qdq = None if behind is None else ActivationQDQ(self.qparams(behind), behind.fqn)
         return QuantizedLayer(module, stored, bias, relu=isinstance(module, FUSED_RELU), output_qdq=output_qdq)
 
 
@@ -226,6 +236,38 @@ def torch_ao_qconfig_mapping(model: nn.Module, placement: Placement, weight_bits
         elif name not in placement.edges:
             mapping.set_module_name(name, torch_ao_qconfig(weight_bits))
     return mapping
+
+
+class _FollowsMode(nn.Module):
+    """A function that works differently in training, as a module that knows its mode."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, **arguments: Any) -> Tensor:
+        return self.function(**arguments, training=self.training)
+
+
+def _follow_the_mode(prepared: torch.fx.GraphModule) -> None:
+    """Let dropout and stochastic depth that are written as functions work in training, although eval mode was traced.
+
+    In eval mode, because whatever else a network does in training (auxiliary heads) would become a fixed part of the graph.
+    BatchNorm as a function keeps its statistics: the graph does not tell one that is frozen from one that is not.
+    """
+    for node in prepared.graph.nodes:
+        if node.op != "call_function" or node.target is F.batch_norm:
+            continue
+        assert callable(node.target)
+        try:
+            arguments = inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments
+        except (TypeError, ValueError):  # an operator written in C
+            continue
+        if arguments.pop("training", None) is False:
+            name = f"{node.name}_by_mode"
+            prepared.add_submodule(name, _FollowsMode(node.target))
+            node.op, node.target, node.args, node.kwargs = "call_module", name, (), arguments
+    prepared.recompile()
 
 
 def _leave_output_in_float(prepared: torch.fx.GraphModule) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import QakdError
+from ..modes import eval_mode
 from ..placement import GRID_KEEPING, Placement, place_quantizers
 from .torch_ao import (
     QAT_LAYERS,
@@ -117,7 +118,8 @@ class _Plan:
     """
 
     def __init__(self, model: nn.Module, placement: Placement) -> None:
-        graph_module = fx.symbolic_trace(model)
+        with eval_mode(model):
+            graph_module = fx.symbolic_trace(model)
         self.modules = dict(graph_module.named_modules())
         self.floats = dict(model.named_modules())
         self.placement = placement

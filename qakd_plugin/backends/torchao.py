@@ -49,7 +49,7 @@ class TorchAOQATAdapter:
         assert quantizer_class is not None
         found = []
         for fqn, module in model.named_modules():
-            if not isinstance(module, quantizer_class) or not getattr(module, "enabled", True):
+            if not isinstance(module, quantizer_class) or not _is_active(module):
                 continue
             parent, _, name = fqn.rpartition(".")
             if name == _WEIGHT:
@@ -84,17 +84,9 @@ class TorchAOQATAdapter:
         )
 
     def set_fake_quant(self, model: nn.Module, enabled: bool) -> None:
-        quantizer_class = _quantizer_class("FakeQuantizerBase")
-        assert quantizer_class is not None
-        for module in model.modules():
-            if not isinstance(module, quantizer_class):
-                continue
-            q: Any = module
-            if not enabled and q.enabled:
-                q.enabled, q._qakd_enabled = False, True
-            elif enabled and getattr(q, "_qakd_enabled", False):  # a quantizer the user switched off stays off
-                q.enabled = True
-                del q._qakd_enabled
+        for quantizer in self.quantizers(model):
+            q: Any = quantizer.module
+            q.enabled, q._qakd_paused = enabled, not enabled
 
     def freeze_ranges(self, model: nn.Module, frozen: bool) -> None:
         """Nothing to do: ranges follow the weight, or are trained like one."""
@@ -168,11 +160,12 @@ class TorchAOQATAdapter:
         form = copy.deepcopy(model).eval()
         exported: dict[nn.Module, nn.Module] = {}
         for quantizer in self.quantizers(form):
-            qparams = self.qparams(quantizer)  # refuses activations
+            self.qparams(quantizer)  # refuses what has no form
             layer: Any = quantizer.layer
             with torch.no_grad():
                 fake_quantized: Tensor = quantizer.module(layer.weight)
-            stored = store_weight(fake_quantized, qparams, quantizer.fqn.rpartition(".")[0])
+            # Read only now: the scales of some learned quantizers follow the weight in the forward pass.
+            stored = store_weight(fake_quantized, self.qparams(quantizer), quantizer.fqn.rpartition(".")[0])
             exported[layer] = QuantizedLayer(layer, stored, None if layer.bias is None else layer.bias.detach())
         # remove_duplicate=False: a layer shared by several names stays shared.
         names = form.named_modules(remove_duplicate=False)
@@ -184,6 +177,11 @@ def _quantizer_class(name: str) -> type[nn.Module] | None:
     """A class of torchao's quantizers, if they are loaded: a model that torchao prepared cannot exist otherwise."""
     module = sys.modules.get("torchao.quantization.qat.fake_quantizer")
     return None if module is None else getattr(module, name)  # type: ignore[no-any-return]
+
+
+def _is_active(quantizer: Any) -> bool:
+    """Whether a quantizer is on, or was until ``set_fake_quant`` paused it: not one that the user switched off."""
+    return getattr(quantizer, "enabled", True) or getattr(quantizer, "_qakd_paused", False)
 
 
 def _learned_config(rule: Rule) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import QakdError
-from .contents import has_quantizers
+from .contents import quantized_bits
 from .runners import FILE_RUNTIMES, MODULE_RUNTIMES
 
 if TYPE_CHECKING:
@@ -66,15 +66,15 @@ class Candidate:
 def named_by_its_path(model: str | os.PathLike[str] | nn.Module) -> Candidate:
     """A candidate of what was given without one: its file's name stands for the method, and the model has no name.
 
-    A quantized file counts as W8A8, since 8 bits are what its codes are computed in.
+    Its bits are those that the file says (:func:`.contents.quantized_bits`): W8A8 wherever activations are quantized.
     """
     if _is_module(model):
         return Candidate(model, method="FP32")
     if not isinstance(model, str | os.PathLike):
         raise QakdError(f"models: expected paths of files and torch modules, got {type(model).__name__}.")
     path = Path(model)
-    bits = 8 if path.is_file() and has_quantizers(path) else 32
-    return Candidate(path, method=path.stem, weight_bits=bits, activation_bits=bits)
+    weight_bits, activation_bits = quantized_bits(path) if path.is_file() else (32, 32)
+    return Candidate(path, method=path.stem, weight_bits=weight_bits, activation_bits=activation_bits)
 
 
 def _is_module(model: Any) -> bool:

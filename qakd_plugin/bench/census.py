@@ -12,6 +12,8 @@ import onnx
 import onnxruntime
 
 from ..deploy.engine_file import read_manifest
+from ..deploy.session import session_options
+from ..errors import QakdError
 
 _INTEGER = {
     "QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat",
@@ -51,13 +53,18 @@ def optimized_nodes(path: str | os.PathLike[str]) -> list[onnx.NodeProto]:
 
     Args:
         path: an ONNX file.
+
+    Raises:
+        QakdError: ONNX Runtime cannot load it, or cannot write what it made of it.
     """
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        options = session_options()
         options.optimized_model_filepath = str(optimized)
-        onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+        try:
+            onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # the runtime's own exception types share no base class but Exception
+            raise QakdError(f"{path}: ONNX Runtime cannot optimize it: {str(error)[:300]}") from error
         return list(onnx.load(optimized, load_external_data=False).graph.node)
 
 

@@ -5,32 +5,30 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
-from ..deploy.diagnosis import diagnose
+from ..deploy.diagnosis import Finding, diagnose
+from ..errors import QakdError
 from .candidates import Candidate
 from .census import census
-from .record import Row
+from .record import Row, baselines
 from .runners import FILE_RUNTIMES
 
 
 def with_speedups(rows: Sequence[Row]) -> list[Row]:
-    """Ratios within one run: over the same runtime's FP32, and over the fastest float row of any runtime."""
+    """Ratios within one run, over both of a row's baselines."""
     done = []
     for row in rows:
-        floats = [other for other in rows if other.setting == row.setting and other.is_float]
-        same = [o.p50_ms for o in floats if o.runtime == row.runtime and o.precision == "float32"]
-        done.append(
-            replace(
-                row,
-                speedup=same[0] / row.p50_ms if same else None,
-                speedup_over_best_float=min(o.p50_ms for o in floats) / row.p50_ms if floats else None,
-            )
-        )
+        same, best = (None if other is None else other.p50_ms / row.p50_ms for other in baselines(row, rows))
+        done.append(replace(row, speedup=same, speedup_over_best_float=best))
     return done
 
 
 def with_findings(rows: Sequence[Row], candidates: Sequence[Candidate]) -> list[Row]:
-    """Say at the best integer row of each setting why it is not faster than the best float row, where it is not."""
+    """Say at the best integer row of each setting why it is not faster than the best float row, where it is not.
+
+    What was measured stands whatever happens here: a file that cannot be examined has a finding that says so.
+    """
     done = list(rows)
     for setting in dict.fromkeys(row.setting for row in rows):
         integer = [index for index, row in enumerate(rows) if row.setting == setting and not row.is_float]
@@ -39,6 +37,12 @@ def with_findings(rows: Sequence[Row], candidates: Sequence[Candidate]) -> list[
             continue
         candidate = candidates[best]
         if rows[best].runtime in FILE_RUNTIMES and candidate.existing.suffix == ".onnx":
-            left = census(candidate.existing).float_layers if rows[best].runtime == "onnxruntime" else ()
-            done[best] = replace(rows[best], findings=tuple(diagnose(candidate.existing, left)))
+            done[best] = replace(rows[best], findings=tuple(_findings(candidate.existing, rows[best].runtime)))
     return done
+
+
+def _findings(path: Path, runtime: str) -> list[Finding]:
+    try:
+        return diagnose(path, census(path).float_layers if runtime == "onnxruntime" else ())
+    except (QakdError, OSError) as error:
+        return [Finding("not examined", (), f"Why it is not faster is not known, since its graph could not be read: {error}")]

@@ -1,4 +1,4 @@
-"""What a file says of itself: the input it takes, and whether it is quantized. ONNX, engines, and OpenVINO's own format."""
+"""What a file says of itself: the input it takes, and what is quantized in it. ONNX, engines, and OpenVINO's own format."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from ..deploy.engine_file import read_manifest
 from ..errors import EngineError, QakdError
 from .census import engine_layers
+
+_NARROW = {"INT4": 4, "UINT4": 4, "INT2": 2, "UINT2": 2}
+"""By name, since older versions of onnx do not know all of them."""
 
 
 @dataclass(frozen=True)
@@ -73,18 +76,63 @@ def batch_limits(path: Path) -> BatchLimits:
     return BatchLimits(1, None)
 
 
-def has_quantizers(path: Path) -> bool:
-    """Whether an ONNX file holds QuantizeLinear or stored codes, or an engine layers that compute in integers.
+def quantized_bits(path: Path) -> tuple[int, int]:
+    """Bits of weights and of activations, as far as a file says them; 32 in floating point.
+
+    Where activations are quantized both count as 8, since codes of fewer bits are computed in 8 as well. Weights that are
+    quantized alone have the bits that they are stored in.
+
+    Raises:
+        QakdError: the file is damaged, or an engine's manifest does not say whether it is quantized.
+    """
+    of_kind = {".engine": _bits_of_engine, ".xml": _bits_of_openvino}
+    return of_kind.get(path.suffix, _bits_of_onnx)(path)
+
+
+def float_type(path: Path) -> str:
+    """Type of what an ONNX file holds in floating point: "float16", "bfloat16" or "float32".
 
     Raises:
         QakdError: the file is damaged.
     """
-    if path.suffix == ".engine":
-        counted = engine_layers(path)
-        return counted is not None and counted[0] > 0
-    if path.suffix == ".xml":
-        return bool(_layers(path, "FakeQuantize"))
-    return any(node.op_type in {"QuantizeLinear", "DequantizeLinear"} for node in _load(path).graph.node)
+    stored = _stored_types(_load(path).graph)
+    return next((name.lower() for name in ("FLOAT16", "BFLOAT16") if name in stored), "float32")
+
+
+def _bits_of_engine(path: Path) -> tuple[int, int]:
+    """What its layers compute in need not be known: the classic TensorRT shows it on a GPU alone, and not for all."""
+    manifest = read_manifest(path)
+    quantized, int4_weights = manifest.get("quantized"), manifest.get("int4_weights")
+    if not isinstance(quantized, bool):
+        raise EngineError(
+            f"{path}: its manifest does not say whether it is quantized, so it can neither be compared with floating point nor "
+            "stand for it. Build the engine again."
+        )
+    counted = engine_layers(path)
+    integer = counted is None or counted[0] > 0
+    return _bits(quantized and integer, quantized, 4 if isinstance(int4_weights, int) and int4_weights > 0 else 8)
+
+
+def _bits_of_openvino(path: Path) -> tuple[int, int]:
+    quantized = bool(_layers(path, "FakeQuantize"))
+    return _bits(quantized, quantized, 8)
+
+
+def _bits_of_onnx(path: Path) -> tuple[int, int]:
+    graph = _load(path).graph
+    kinds = {node.op_type for node in graph.node}
+    narrowest = min((_NARROW[name] for name in _stored_types(graph) if name in _NARROW), default=8)
+    return _bits(bool(kinds & {"QuantizeLinear", "DynamicQuantizeLinear"}), "DequantizeLinear" in kinds, narrowest)
+
+
+def _bits(activations: bool, weights: bool, stored: int) -> tuple[int, int]:
+    if activations:
+        return 8, 8
+    return (stored, 32) if weights else (32, 32)
+
+
+def _stored_types(graph: onnx.GraphProto) -> set[str]:
+    return {onnx.TensorProto.DataType.Name(tensor.data_type) for tensor in graph.initializer}
 
 
 def _layers(path: Path, kind: str) -> list[ElementTree.Element]:

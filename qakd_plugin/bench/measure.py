@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -18,11 +17,12 @@ from ..errors import QakdError
 from .candidates import Candidate, named_by_its_path
 from .census import census, engine_layers
 from .comparison import with_findings, with_speedups
-from .contents import BatchLimits, batch_limits, input_sizes
+from .contents import BatchLimits, batch_limits, float_type, input_sizes
 from .environment import Watch, has_bfloat16
 from .peak_memory import peak_rss_mib
 from .record import Conditions, LayerTime, Row
 from .runners import FILE_RUNTIMES, MODULE_RUNTIMES, RUNTIMES, Array, OpenVINORunner, Runner, make_runner, node_times
+from .scoring import IMAGES_AT_ONCE, Tally, score_all
 
 if TYPE_CHECKING:
     import os
@@ -34,7 +34,6 @@ CALLS_FOR_P90 = 64
 CALLS_FOR_P99 = 662
 """Samples that a 90th and a 99th percentile need (early-stopping bound of MLPerf Inference)."""
 
-_SCORED_AT_ONCE = 64
 _PROFILED_CALLS = 20
 _STAGED_CALLS = 64
 
@@ -73,21 +72,22 @@ def benchmark(
 ) -> list[Row]:
     """Measure files side by side in one run.
 
-    Float files and modules are measured in float32 and, where the runtime can (OpenVINO, torch) and the processor has it, in
-    bfloat16: rows of their own. The best integer row of a model that is not faster than its best float row carries findings
-    that say why.
+    Float files and modules are measured in float32 (in ONNX Runtime and engines in the type that the file holds) and, where
+    the runtime can (OpenVINO, torch) and the processor has it, in bfloat16: rows of their own. The best integer row of a model
+    that is not faster than its best float row carries findings that say why.
 
     Args:
         models: ONNX files, engines, OpenVINO's .xml files, float torch modules, or :class:`Candidate`. What is given without
             Candidate counts as one model. Engines run in "tensorrt", modules in "torch" and "torch.compile", files in
             "onnxruntime" and "openvino".
-        loader: batches (images, labels) for accuracy through the runtime, and real inputs for latency; without it, random
-            images of the shape that the first file takes.
+        loader: batches (images, labels) for accuracy through the runtime: float (N, ...) and integers (N,). It is read once,
+            each batch is given to every file, and the first 64 images are the inputs for latency (more where a batch takes
+            more); without it, random images of the shape that the first file takes.
         runtimes: "onnxruntime", "openvino", "tensorrt", "torch", "torch.compile".
         batch_sizes: images per call.
         threads: threads of the runtime.
         calls: timed calls of each candidate, after a warm-up.
-        reference: float32 (N, C) logits of the trained model on ``loader``'s images, for agreement and SQNR.
+        reference: float32 (N, C) logits of the trained model on ``loader``'s images, in its order, for agreement and SQNR.
         profile_layers: also record each layer's time and precision (ONNX Runtime, OpenVINO), in a pass of its own: recording
             slows a runtime down.
         progress: called with a line per stage.
@@ -104,7 +104,7 @@ def benchmark(
     say = progress or (lambda _: None)
     candidates = [model if isinstance(model, Candidate) else named_by_its_path(model) for model in models]
     jobs = _jobs(candidates, runtimes, batch_sizes)
-    images, labels = _collect(loader) if loader is not None else (_random_images(candidates), None)
+    images = _random_images(candidates) if loader is None else None
     rows: list[tuple[Row, Candidate]] = []
     for count in threads:
         with ExitStack() as stack:
@@ -116,9 +116,10 @@ def benchmark(
             for one in timed:
                 if one.job.layers is None:
                     one.job.layers = _count_layers(one.job.candidate, one.runner) or (None, None)
-                if labels is not None and one.job.score is None:
-                    say(f"accuracy of {one.job.candidate.label} in {one.job.runtime}, {one.job.precision}")
-                    one.job.score = _score(one, images, labels, reference)
+            if loader is not None and images is None:
+                say(f"accuracy of {len(jobs)} candidates")
+                images = _score(timed, loader, reference, max([IMAGES_AT_ONCE, *batch_sizes]))
+            assert images is not None
             for batch in batch_sizes:
                 say(f"latency of {len(jobs)} candidates, batch {batch}, {count} thread{'s' * (count > 1)}, interleaved")
                 fresh = [_Timed(one.job, one.runner) for one in timed]
@@ -155,17 +156,10 @@ def _jobs(candidates: Sequence[Candidate], runtimes: Sequence[str], batch_sizes:
 
 
 def _precisions(candidate: Candidate, runtime: str) -> tuple[str, ...]:
+    if runtime == "onnxruntime":
+        return (float_type(candidate.existing),)
     both = candidate.weight_bits == 32 and (runtime == "openvino" or runtime in MODULE_RUNTIMES) and has_bfloat16()
     return ("float32", "bfloat16") if both else ("float32",)
-
-
-def wilson_interval(correct: int, total: int) -> tuple[float, float]:
-    """95 % confidence interval of a proportion (Wilson, 1927)."""
-    z = 1.959963984540054
-    share = correct / total
-    center = (share + z**2 / (2 * total)) / (1 + z**2 / total)
-    half = z / (1 + z**2 / total) * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
-    return max(0.0, center - half), min(1.0, center + half)
 
 
 def percentiles(samples: Sequence[float]) -> tuple[float, float | None, float | None]:
@@ -173,19 +167,6 @@ def percentiles(samples: Sequence[float]) -> tuple[float, float | None, float | 
     p50, p90, p99 = np.percentile(samples, [50, 90, 99])
     enough = len(samples)
     return float(p50), float(p90) if enough >= CALLS_FOR_P90 else None, float(p99) if enough >= CALLS_FOR_P99 else None
-
-
-def _collect(loader: Iterable[Any]) -> tuple[Array, Array]:
-    """All images and labels of a loader, as arrays."""
-    images, labels = [], []
-    for batch in loader:
-        if not isinstance(batch, Sequence) or len(batch) < 2:
-            raise QakdError("loader: accuracy needs batches (images, labels).")
-        images.append(np.asarray(batch[0], dtype=np.float32))
-        labels.append(np.asarray(batch[1]))
-    if not images:
-        raise QakdError("loader is empty: it yielded no batch.")
-    return np.concatenate(images), np.concatenate(labels)
 
 
 def _random_images(candidates: Sequence[Candidate]) -> Array:
@@ -196,35 +177,20 @@ def _random_images(candidates: Sequence[Candidate]) -> Array:
     fixed = [size for size in sizes if size is not None]
     if len(fixed) < len(sizes):
         raise QakdError(f"{files[0]}: its input size is not fixed; pass a loader with real images.")
-    return np.random.default_rng(0).random((_SCORED_AT_ONCE, *fixed), dtype=np.float32)
+    return np.random.default_rng(0).random((IMAGES_AT_ONCE, *fixed), dtype=np.float32)
 
 
-def _score(one: _Timed, images: Array, labels: Array, reference: Array | None) -> dict[str, Any]:
-    """Accuracy through the runtime. Every call has the same size: runtimes compile for a size, and some files fix it."""
-    file = one.job.candidate.file
-    size = _SCORED_AT_ONCE if file is None else batch_limits(file).nearest(_SCORED_AT_ONCE)
-    found = []
-    for start in range(0, len(images), size):
-        part = images[start : start + size]
-        filled = part if len(part) == size else np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])
-        found.append(one.runner.run(np.ascontiguousarray(filled))[: len(part)])
-    logits = np.concatenate(found)
-    correct = int((logits.argmax(1) == labels).sum())
-    low, high = wilson_interval(correct, len(labels))
-    score: dict[str, Any] = {
-        "accuracy": correct / len(labels),
-        "accuracy_low": low,
-        "accuracy_high": high,
-        "samples": len(labels),
-    }
-    if reference is not None:
-        if reference.shape != logits.shape:
-            raise QakdError(f"reference: expected logits of shape {list(logits.shape)}, got {list(reference.shape)}.")
-        noise = float(((logits.astype(np.float64) - reference) ** 2).sum())
-        signal = float((reference.astype(np.float64) ** 2).sum())
-        score["agreement"] = float((logits.argmax(1) == reference.argmax(1)).mean())
-        score["sqnr_db"] = 10 * math.log10(signal / noise) if noise and signal else None
-    return score
+def _score(timed: Sequence[_Timed], loader: Iterable[Any], reference: Array | None, keep: int) -> Array:
+    """Fill in the jobs' scores; returns the first ``keep`` images."""
+    tallies = []
+    for one in timed:
+        file = one.job.candidate.file
+        size = IMAGES_AT_ONCE if file is None else batch_limits(file).nearest(IMAGES_AT_ONCE)
+        tallies.append(Tally(one.job.candidate.label, one.runner, size, reference))
+    images = score_all(tallies, loader, keep)
+    for one, tally in zip(timed, tallies, strict=True):
+        one.job.score = tally.score()
+    return images
 
 
 def _measure(timed: Sequence[_Timed], images: Array, batch: int, calls: int) -> Conditions:
@@ -268,7 +234,7 @@ def _row(one: _Timed, images: Array, batch: int, threads: int, conditions: Condi
         weight_bits=candidate.weight_bits,
         activation_bits=candidate.activation_bits,
         runtime=runner.runtime,
-        precision="int8" if candidate.weight_bits < 32 else runner.precision,
+        precision="int8" if candidate.activation_bits < 32 else runner.precision,
         batch=batch,
         threads=threads,
         calls=len(one.wall),

@@ -71,7 +71,8 @@ class Row:
         weight_bits: of its inner layers; 32 for float.
         activation_bits: likewise.
         runtime: "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "torch", "torch.compile".
-        precision: what it computes in: "float32", "bfloat16", "int8".
+        precision: what it computes in: "float32", "float16", "bfloat16", "int8"; that of the file's floating point where its
+            weights alone are quantized.
         batch: images per call.
         threads: of the runtime.
         calls: timed calls.
@@ -90,7 +91,7 @@ class Row:
         sqnr_db: against the reference logits.
         integer_layers: convolutions and matrix products that the runtime computes in integers.
         total_layers: all of them.
-        speedup: over the same runtime's FP32 row of the same model, batch and threads, in the same run.
+        speedup: over the fastest FP32 row of the same runtime, model, batch and threads, in the same run.
         speedup_over_best_float: likewise over the fastest float row, in whatever runtime.
         upload_ms: median time of the copy to the GPU; None without one. ``p50_ms`` includes all three parts.
         compute_ms: median time on the GPU.
@@ -174,6 +175,19 @@ class Row:
         )
         values["layers"] = tuple(LayerTime(**entry) for entry in values.get("layers", ()))
         return cls(**values)
+
+
+def baselines(row: Row, rows: Iterable[Row]) -> tuple[Row | None, Row | None]:
+    """What a row is compared with: its runtime's fastest FP32 row, and the fastest float row of any runtime.
+
+    Args:
+        row: of one setting.
+        rows: those of another setting do not count.
+    """
+    floats = [other for other in rows if other.is_float and other.setting == row.setting]
+    same = [other for other in floats if other.runtime == row.runtime and other.precision == "float32"]
+    fp32, best = (min(group, key=lambda other: other.p50_ms, default=None) for group in (same, floats))
+    return fp32, best
 
 
 def schema() -> dict[str, Any]:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from .._optional import require
 from ..deploy.engine_runner import EngineRunner
+from ..deploy.session import session_options
 from ..errors import QakdError
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class Runner(Protocol):
 
     @property
     def precision(self) -> str:
-        """Of what is not quantized: "float32", "bfloat16"."""
+        """Of what is not quantized: "float32", "float16", "bfloat16"."""
 
     @property
     def load_ms(self) -> float | None:
@@ -56,25 +57,24 @@ class OnnxRuntimeRunner:
     Args:
         path: ONNX file.
         threads: for one operator; operators run one after the other.
+        precision: of what is not quantized in the file, which this runtime follows; it is not read here.
         profile: folder where each node's time is recorded, which slows it down; None to record nothing.
     """
 
     runtime = "onnxruntime"
-    precision = "float32"
 
-    def __init__(self, path: str | os.PathLike[str], threads: int, profile: Path | None = None) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], threads: int, precision: str = "float32", *, profile: Path | None = None
+    ) -> None:
         onnxruntime = require("onnxruntime", extra="all", purpose="measure in ONNX Runtime")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-        options.log_severity_level = 3
-        if profile is not None:
-            options.enable_profiling, options.profile_file_prefix = True, str(profile / "onnxruntime")
+        options = session_options(threads, profile=None if profile is None else profile / "onnxruntime")
         started = time.perf_counter()
         try:
             self._session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the runtime's own exception types share no base class but Exception
             raise QakdError(f"{path}: ONNX Runtime cannot load it: {str(error)[:300]}") from error
         self.load_ms = (time.perf_counter() - started) * 1e3
+        self.precision = precision
         self._input = self._session.get_inputs()[0]
 
     def run(self, images: Array) -> Array:
@@ -166,7 +166,7 @@ def make_runner(path: str | os.PathLike[str] | nn.Module, runtime: str, threads:
     if runtime == "tensorrt":
         return EngineRunner(file)
     if runtime == "onnxruntime":
-        return OnnxRuntimeRunner(file, threads)
+        return OnnxRuntimeRunner(file, threads, precision)
     if runtime == "openvino":
         return OpenVINORunner(file, threads, precision)
     raise QakdError(f"runtimes: {runtime!r} is unknown: use one of {', '.join(map(repr, RUNTIMES))}.")
@@ -189,7 +189,7 @@ def node_times(
     if runtime == "openvino":
         return _openvino_times(OpenVINORunner(path, threads, precision, profile=True), images, warm_up, calls)
     with tempfile.TemporaryDirectory() as folder:
-        runner = OnnxRuntimeRunner(path, threads, Path(folder))
+        runner = OnnxRuntimeRunner(path, threads, precision, profile=Path(folder))
         for _ in range(warm_up + calls):
             runner.run(images)
         return _onnxruntime_times(runner.events(), warm_up)

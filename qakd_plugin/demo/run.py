@@ -49,7 +49,7 @@ class Student:
 
 
 def run(folder: Path, *, epochs: int = 12, teacher_epochs: int = 15, seed: int = 0, calls: int = 300) -> Path:
-    """Run the whole line and return the path of the report.
+    """Run the whole pipeline and return the path of the report.
 
     What is finished stays in ``folder``: a run that was stopped goes on there.
 

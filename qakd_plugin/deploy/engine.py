@@ -81,7 +81,7 @@ def build_engine(
         max_batch: largest batch.
         capabilities: RTX only: GPU generations such as ("SM89",), or ("CURRENT",). By default the GPU at hand, and several
             portable ones where there is none.
-        require_int8: smallest share, 0 to 1, of convolutions and matrix products that must compute in integers.
+        require_int8: smallest share, 0 to 1, of convolutions and matrix products with weights that must compute in integers.
         allow_float: take a file without Q/DQ, for a floating-point baseline.
         timing_cache: classic TensorRT only: file of measured kernels, read where it exists and written back: a second build
             takes a fraction of the time.
@@ -115,7 +115,7 @@ def build_engine(
         plan = _build(library, source, str(onnx_path), profile, targets, timing_cache, progress)
         contents = read_plan(plan) if library.is_rtx else inspect_plan(library, plan, source.shapes(profile.opt))
         layers = None if contents is None else _with_missing(contents.layers, source.layers)
-        _require_integers(layers, require_int8)
+        _require_integers(layers, source.layers, require_int8)
         manifest = {
             "format": FORMAT,
             "sha256": hashlib.sha256(plan).hexdigest(),
@@ -126,6 +126,7 @@ def build_engine(
             "gpu": gpu,
             "inputs": {name: list(shape) for name, shape in source.inputs.items()},
             "float_type": "float16" if source.float16 else "float32",
+            "quantized": source.quantized,
             "profile": asdict(profile) if source.dynamic_batch else None,
             **_precisions(contents, layers),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -273,16 +274,19 @@ def _precisions(contents: PlanContents | None, layers: Sequence[PlanLayer] | Non
     }
 
 
-def _require_integers(layers: Sequence[PlanLayer] | None, share: float | None) -> None:
+def _require_integers(layers: Sequence[PlanLayer] | None, weighted: Sequence[WeightLayer], share: float | None) -> None:
+    """Of layers with weights, as the plan or the ONNX file has it: products of two activations cannot be prepared otherwise."""
     if share is None:
         return
     if layers is None:
         raise EngineError("require_int8: the plan cannot be read, so the share of integer layers is unknown.")
-    floating = [f"{layer.name} ({' x '.join(layer.inputs)})" for layer in layers if not layer.integer]
-    found = 1 - len(floating) / len(layers) if layers else 0.0
+    names = {layer.name for layer in weighted}
+    judged = [layer for layer in layers if layer.stored is not None or not names.isdisjoint((layer.name, *layer.onnx_layers))]
+    floating = [f"{layer.name} ({' x '.join(layer.inputs)})" for layer in judged if not layer.integer]
+    found = 1 - len(floating) / len(judged) if judged else 0.0
     if found < share:
         shown = ", ".join(floating[:10]) + (f" and {len(floating) - 10} more" if len(floating) > 10 else "")
         raise EngineError(
-            f"require_int8={share:g}, but {found:.0%} of {len(layers)} convolutions and matrix products compute in integers. "
-            f"Not in integers: {shown}. Both the input and the weight of a layer need a quantizer."
+            f"require_int8={share:g}, but {found:.0%} of {len(judged)} convolutions and matrix products with weights compute "
+            f"in integers. Not in integers: {shown}. Both the input and the weight of a layer need a quantizer."
         )

@@ -21,10 +21,10 @@ import numpy.typing as npt
 from .._files import write_atomic
 from ..errors import EngineError
 from .cuda import Buffer, CudaGraph, Device, open_device
-from .engine_file import LoadedEngine, load_engine
+from .engine_file import LoadedEngine, load_engine, read_manifest
 from .inspector import ask, read_report
 from .plan import PlanLayer
-from .trt import cuda_driver, last
+from .trt import cuda_driver, last, load_runtime
 
 Array = npt.NDArray[Any]
 _log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class EngineRunner:
     Attributes:
         runtime: "tensorrt" or "tensorrt_rtx".
         precision: of what is not quantized.
-        load_ms: wall-clock time of reading, checking and loading the engine.
+        load_ms: wall-clock time of reading, checking and loading the engine, once its runtime is imported and CUDA started.
 
     Raises:
         EngineError: the engine does not match its manifest, belongs to another version or GPU, or there is no GPU.
@@ -61,12 +61,16 @@ class EngineRunner:
     def __init__(
         self, path: str | os.PathLike[str], *, cuda_graph: bool = True, runtime_cache: str | os.PathLike[str] | None = None
     ) -> None:
+        library = load_runtime(read_manifest(path)["runtime"]["name"])
+        if runtime_cache is not None and not library.is_rtx:
+            raise EngineError("runtime_cache: tensorrt compiles nothing at run time and has none. Leave it out.")
+        try:
+            self._device = open_device()
+        except EngineError as error:
+            raise EngineError(f"{path} cannot be run: {error}") from error
         started = time.perf_counter()
         loaded = load_engine(path)
         self.runtime, self.precision = loaded.runtime.name, str(loaded.manifest["float_type"])
-        if runtime_cache is not None and not loaded.runtime.is_rtx:
-            raise EngineError("runtime_cache: tensorrt compiles nothing at run time and has none. Leave it out.")
-        self._device = open_device()
         self._cache_file = None if runtime_cache is None else Path(runtime_cache)
         context, self._cache = _make_context(loaded, cuda_graph, self._cache_file)
         driver = cuda_driver() if cuda_graph and not loaded.runtime.is_rtx else None  # RTX captures by itself

@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
-import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
@@ -24,8 +22,8 @@ from .inspect_onnx import CONVOLUTIONS, PRODUCTS, stored_weight, weight_problem
 from .openvino_form import drop_repeated_quantizers, to_openvino_form
 from .openvino_parity import check_openvino
 from .ort_form import to_onnxruntime_form
-from .parity import ParityReport, check_parity
-from .passes import to_tensorrt_form
+from .parity import ParityReport, arrays, check_parity, check_same_bits
+from .passes import quantizers_behind_relu, to_tensorrt_form
 from .storage import WeightStorage
 from .to_onnx import export_canonical, to_proto
 
@@ -69,6 +67,9 @@ def export_onnx(
     negative, which OpenVINO is faster with. The batch dimension is dynamic, the opset 20, or 21 where weights are stored in 4
     bits.
 
+    On x86 processors without VNNI, ONNX Runtime's integer kernels add pairs of products in 16 bits, which saturate where an
+    activation has both signs. The gate runs those of the machine that exports: export for such a processor on one.
+
     Weights of at most 4 bits take 4 bits in the file. For ONNX Runtime and OpenVINO they stand behind a Cast that the runtime
     folds: outputs and speed are those of int8 codes. TensorRT has no such form: there this holds for linear layers, with a
     scale per channel or, where their activations stay in floating point, in blocks; all other weights take 8 bits. OpenVINO by
@@ -80,9 +81,10 @@ def export_onnx(
         example_input: float32 (N, C, H, W). Parity is checked on these samples: pass real ones, several.
         path: where the file goes; it appears whole or not at all.
         target: "tensorrt", "onnxruntime" or "openvino".
-        weight_storage: the narrowest type in the file. "int4" needs ONNX Runtime 1.23 or later, OpenVINO, or TensorRT-RTX;
-            "int8" is for older ones, and for a classic TensorRT that takes no 4 bits beside quantized activations; "int2"
-            (opset 25) makes files of 2-bit models smaller still, for ONNX Runtime alone.
+        weight_storage: the narrowest type of weights beside quantized activations. "int4" needs ONNX Runtime 1.23 or later,
+            OpenVINO, or TensorRT-RTX; "int8" is for older ones, and for a classic TensorRT that takes no 4 bits there; "int2"
+            (opset 25) makes files of 2-bit models smaller still, for ONNX Runtime alone. Linear layers whose activations stay
+            in floating point take INT4 with each of the three, where they have no more bits: all targets read it there.
         float16: for TensorRT: write what is not quantized, and all scales, in FP16. Strongly typed engines compute it as the
             file says, and INT8 layers beside FP32 ones lose to FP16 throughout. The gate then holds in two steps: exactly for
             the float32 form, and within the tolerances of :mod:`qakd_plugin.deploy.float16` for its conversion.
@@ -107,6 +109,7 @@ def export_onnx(
     form = adapter.export_form(prepared_model).cpu()
     samples = example_input.detach().cpu().float()
     model = export_canonical(form, samples)
+    behind_relu = quantizers_behind_relu(model.graph)
     if target == "tensorrt":
         if weight_storage == "int4":
             model = to_tensorrt_form(model)
@@ -116,10 +119,12 @@ def export_onnx(
     else:
         model = to_openvino_form(model, weight_storage)
     evaluated = _evaluated(adapter, prepared_model)
-    parity = check_parity(model, form, evaluated, samples, fused=target == "onnxruntime")
+    parity = check_parity(model, form, evaluated, samples, fused=target == "onnxruntime", behind_relu=behind_relu)
     if target == "openvino":
-        model = drop_repeated_quantizers(model)
-        parity = replace(parity, openvino=check_openvino(model, samples, _logits(evaluated, samples)))
+        proven, model = model, drop_repeated_quantizers(model)
+        if len(model.graph) < len(proven.graph):
+            check_same_bits(proven, model, samples)
+        parity = replace(parity, openvino=check_openvino(model, samples, arrays(evaluated(samples))))
     conversion = check_float16(to_float16(model), form, samples) if float16 else None
     write_atomic(path, to_proto(model).SerializeToString(), ExportError)
     return ExportedModel(Path(path), target, parity, conversion)
@@ -141,11 +146,6 @@ def _evaluated(adapter: Adapter, prepared: nn.Module) -> nn.Module:
     adapter.set_mode(evaluated, False)
     adapter.freeze_ranges(evaluated, True)
     return evaluated
-
-
-def _logits(evaluated: nn.Module, samples: Tensor) -> npt.NDArray[np.float32]:
-    found = evaluated(samples)
-    return (found if isinstance(found, Tensor) else found[0]).numpy()
 
 
 def _check_storage(storage: str, target: str) -> None:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ..errors import ExportError, ParityError
 from .graph import constant, weight_dequantizers
-from .parity import imposed_codes, run_recorded
+from .parity import arrays, imposed_codes, largest_deviation, least_agreement, run_recorded
+from .passes import quantizers_behind_relu
 
 TIE_TOLERANCE = 0.3
 """How far from a tie, in steps, FP16 may round an activation the other way. A value and its scale are each off by up to 2^-11,
@@ -36,8 +37,8 @@ class Float16Parity:
     Attributes:
         codes: integer activation codes compared.
         ties: activations within :data:`TIE_TOLERANCE` of a tie that FP16 rounds the other way.
-        deviation: of the logits, over their range, with all ties settled alike.
-        top1: share of samples with the same arg max, ties left as they fall.
+        deviation: of the logits, over their range, with all ties settled alike; the largest of all outputs.
+        top1: share of samples with the same arg max, ties left as they fall; the smallest of all outputs.
     """
 
     codes: int
@@ -97,10 +98,10 @@ def check_float16(file: ir.Model, form: nn.Module, samples: Tensor) -> Float16Pa
     """
     program = "the FP16 file in ONNX Runtime"
     logits, codes = run_recorded(file, samples, optimize=False)
-    with imposed_codes(form, codes, TIE_TOLERANCE) as outcome, torch.no_grad():
-        settled = _first(form(samples)).numpy()
+    with imposed_codes(form, codes, TIE_TOLERANCE, quantizers_behind_relu(file.graph)) as outcome, torch.no_grad():
+        settled = arrays(form(samples))
     outcome.raise_first(program, "its export form in float32")
-    deviation = float(np.abs(logits - settled).max()) / max(float(np.ptp(settled)), 1e-30)
+    deviation = largest_deviation(logits, settled)
     if not deviation <= LOGIT_TOLERANCE:
         raise ParityError(
             f"logits: {program} and its export form in float32 differ by {deviation:.2g} of the logit range although all "
@@ -108,8 +109,8 @@ def check_float16(file: ir.Model, form: nn.Module, samples: Tensor) -> Float16Pa
             "logits",
         )
     with torch.no_grad():
-        expected = _first(form(samples)).numpy()
-    return Float16Parity(outcome.compared, outcome.ties, deviation, float((logits.argmax(1) == expected.argmax(1)).mean()))
+        expected = arrays(form(samples))
+    return Float16Parity(outcome.compared, outcome.ties, deviation, least_agreement(expected, logits).top1)
 
 
 def _halved(array: npt.NDArray[np.float32], name: str, least: float) -> npt.NDArray[np.float16]:
@@ -146,7 +147,3 @@ def _cast(value: ir.Value, kind: ir.DataType, name: str) -> ir.Node:
     node = ir.node("Cast", [value], {"to": kind.value}, name=name)
     node.outputs[0].name, node.outputs[0].dtype = f"{name}:out", kind
     return node
-
-
-def _first(outputs: Tensor | tuple[Tensor, ...]) -> Tensor:
-    return outputs if isinstance(outputs, Tensor) else outputs[0]

@@ -25,15 +25,18 @@ COARSE_KEY = "qakd.coarse"
 
 
 def read_onnx(path: str | os.PathLike[str]) -> ir.Model:
-    """Read an ONNX file with its weights inside.
+    """Read an ONNX file, and into it the weights that it keeps in other files of its folder.
 
     Raises:
-        ExportError: it is missing or no valid ONNX.
+        ExportError: it, or a file with its weights, is missing, or it is no valid ONNX.
     """
     try:
         model = ir.serde.deserialize_model(onnx.ModelProto.FromString(Path(path).read_bytes()))
+        ir.external_data.set_base_dir(model.graph, Path(path).absolute().parent)  # without one, any file could be named
+        ir.external_data.load_to_model(model)
     except OSError as error:
-        raise ExportError(f"{path} cannot be read: {error.strerror}.") from error
+        missing = "" if error.filename in (None, str(path)) else f" {error.filename}:"
+        raise ExportError(f"{path} cannot be read:{missing} {error.strerror}.") from error
     except Exception as error:  # protobuf and onnx-ir raise many kinds on foreign bytes; all mean the same here
         reason = " ".join(str(error).split())[:200]
         raise ExportError(f"{path} is not a valid ONNX file ({type(error).__name__}: {reason}). Export it again.") from error

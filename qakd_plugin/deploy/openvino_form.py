@@ -78,7 +78,7 @@ def _leads_on(value: ir.Value) -> bool:
 
 def _range(quantize: ir.Node) -> tuple[ir.Value, object, int, int]:
     """What a quantizer reads in front of its clamps, its grid, and its lowest and highest code."""
-    source, low, high = absorbed_clamps(quantize, np.float32(scalar(quantize.inputs[1], 0.0)))
+    source, low, high = absorbed_clamps(quantize)
     return source, tuple(identity(value) for value in quantize.inputs[1:]), low, high
 
 
@@ -100,7 +100,7 @@ def _moved_range(value: ir.Value | None) -> tuple[object, int, int] | None:
 def _clamp_once(graph: ir.Graph, quantize: ir.Node) -> None:
     """One Clip for all clamps in front of a quantizer, and for the range of its codes."""
     scale = np.float32(scalar(quantize.inputs[1], 0.0))
-    source, low, high = absorbed_clamps(quantize, scale)
+    source, low, high = absorbed_clamps(quantize)
     bounds = [
         initializer(graph, f"{quantize.name}/{name}", np.asarray(code * scale, dtype=np.float32))
         for name, code in (("low", max(low, 0)), ("high", high))

@@ -8,8 +8,9 @@ integers instead:
 becomes
     Conv -> Q(u8, zero point 0, s) -> Clip_u8(0, q_max) -> DQ
 
-and every other tensor is shifted by 128. The runtime also rounds float biases to multiples of s_x * s_w; weights of few bits
-are therefore stored times a power of two, with a scale divided by it, so that this rounding stays far below one output step.
+and every other tensor is shifted by 128. Asymmetric quantizers become the same, with the zero point that their lowest code asks
+for. The runtime also rounds float biases to multiples of s_x * s_w; weights of few bits are therefore stored times a power of
+two, with a scale divided by it, so that this rounding stays far below one output step.
 
 Such a bias has 32 bits. A channel with next to no weight beside its bias (BatchNorm has faded it out) would overflow them: its
 scale is multiplied by a power of two, and its codes are divided and rounded. What is lost is about what adding the bias in
@@ -38,10 +39,14 @@ from .graph import (
 )
 from .storage import WeightStorage, store_weights
 
-_NON_NEGATIVE_MAPS = {"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Identity", "GlobalAveragePool",
-                      "AveragePool", "ReduceMean", "Concat", "Split", "Slice", "Gather", "DequantizeLinear", "QuantizeLinear",
-                      "Add", "Mul"}  # fmt: skip
-"""Operators whose output is not negative where none of their data inputs is."""
+_NON_NEGATIVE = {"Relu", "Sigmoid", "HardSigmoid", "Softmax"}
+_KEEP_SIGN = {"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Identity", "GlobalAveragePool",
+              "AveragePool", "ReduceMean", "Split", "Slice", "Gather", "Clip", "DequantizeLinear",
+              "QuantizeLinear"}  # fmt: skip
+"""Operators whose output is not negative where their first input is not; further inputs are sizes, positions and scales."""
+
+_JOIN = {"Add", "Mul", "Concat"}
+"""Operators whose output is not negative where none of their inputs is."""
 
 _WEIGHTED = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 
@@ -91,16 +96,13 @@ _BIAS_ERROR = 0.08
 """Largest error of a rounded bias, in steps of the output: a little less than what parity checks allow with fusions."""
 
 
-def _to_unsigned(graph: ir.Graph, quantize: ir.Node, positive: set[ir.Value]) -> None:
-    """Give one int8 quantizer uint8 codes; narrower ranges and ReLUs move onto the integers."""
-    if not has_signed_codes(quantize):
-        return
-    scale = np.float32(scalar(quantize.inputs[1], 0.0))
-    source, low, high = absorbed_clamps(quantize, scale)
+def _to_unsigned(graph: ir.Graph, quantize: ir.Node, positive: set[ir.Value | None]) -> None:
+    """Give one quantizer uint8 codes; narrower ranges and ReLUs move onto the integers."""
+    source, low, high = absorbed_clamps(quantize)
     if low == 0 or quantize.inputs[0] in positive:
         zero_point, low = 0, max(low, 0)
     else:
-        zero_point = 128
+        zero_point = -code_range(quantize)[0]
     quantize.replace_input_with(0, source)
     make_unsigned(graph, quantize, zero_point)
     codes = quantize.outputs[0]
@@ -117,15 +119,15 @@ def _to_unsigned(graph: ir.Graph, quantize: ir.Node, positive: set[ir.Value]) ->
 
 
 def has_signed_codes(quantize: ir.Node) -> bool:
-    """Whether a quantizer puts out int8 codes with zero point 0."""
-    kind = constant(quantize.inputs[2] if len(quantize.inputs) > 2 else None)
-    if quantize.attributes.get_int("output_dtype", 0) == ir.DataType.INT8:
-        return True
-    return kind is not None and kind.dtype == np.int8 and kind.size == 1 and int(kind.reshape(())) == 0
+    """Whether a quantizer puts out int8 codes."""
+    zero_point = constant(quantize.inputs[2] if len(quantize.inputs) > 2 else None)
+    if zero_point is None:
+        return quantize.attributes.get_int("output_dtype", 0) == ir.DataType.INT8
+    return bool(zero_point.dtype == np.int8)
 
 
 def make_unsigned(graph: ir.Graph, quantize: ir.Node, zero_point: int) -> None:
-    """Give a quantizer with int8 codes uint8 ones and another zero point, and tell those that read them."""
+    """Give a quantizer uint8 codes with a zero point, and tell those that read them."""
     zero = initializer(graph, f"zero_point_u8_{zero_point}", np.asarray(zero_point, dtype=np.uint8))
     quantize.attributes.pop("output_dtype", None)
     quantize.outputs[0].dtype = ir.DataType.UINT8
@@ -134,21 +136,29 @@ def make_unsigned(graph: ir.Graph, quantize: ir.Node, zero_point: int) -> None:
         node.replace_input_with(2, zero)
 
 
-def absorbed_clamps(quantize: ir.Node, scale: np.float32) -> tuple[ir.Value, int, int]:
-    """The value in front of the clamps before a quantizer, and the code range that stands for those clamps.
+def code_range(quantize: ir.Node) -> tuple[int, int]:
+    """Lowest and highest code of an 8-bit quantizer, less its zero point."""
+    zero_point = int(scalar(quantize.inputs[2] if len(quantize.inputs) > 2 else None, 0.0))
+    low, high = (-128, 127) if has_signed_codes(quantize) else (0, 255)
+    return low - zero_point, high - zero_point
+
+
+def absorbed_clamps(quantize: ir.Node) -> tuple[ir.Value, int, int]:
+    """The value in front of the clamps before a quantizer, and the codes, less the zero point, that stand for those clamps.
 
     Rounding is monotonic, so quantizing a clamped value is clamping the quantized one.
     """
     source = quantize.inputs[0]
     assert source is not None
-    low, high = -128, 127
+    scale = np.float32(scalar(quantize.inputs[1], 0.0))
+    low, high = lowest, highest = code_range(quantize)
     while (node := producer(source, "Relu", "Clip")) is not None:
         if node.op_type == "Relu":
             bounds = (0.0, np.inf)
         else:
             optional = [*node.inputs[1:], None, None]
             bounds = (scalar(optional[0], -np.inf), scalar(optional[1], np.inf))
-        codes = np.clip(np.rint(np.asarray(bounds, dtype=np.float32) / scale), -128, 127)
+        codes = np.clip(np.rint(np.asarray(bounds, dtype=np.float32) / scale), lowest, highest)
         low, high = max(low, int(codes[0])), min(high, int(codes[1]))
         source = node.inputs[0]
         assert source is not None
@@ -157,21 +167,23 @@ def absorbed_clamps(quantize: ir.Node, scale: np.float32) -> tuple[ir.Value, int
     return source, low, high
 
 
-def non_negative_values(graph: ir.Graph) -> set[ir.Value]:
+def non_negative_values(graph: ir.Graph) -> set[ir.Value | None]:
     """Values that cannot be negative, whatever the input."""
-    positive: set[ir.Value] = set()
+    positive: set[ir.Value | None] = set()
     for node in graph:
         if (
-            node.op_type in {"Relu", "Sigmoid", "HardSigmoid", "Softmax"}
+            node.op_type in _NON_NEGATIVE
             or (node.op_type == "Clip" and len(node.inputs) > 1 and scalar(node.inputs[1], -np.inf) >= 0)
-            or (node.op_type == "Clip" and node.inputs[0] in positive)
+            or (node.op_type in _KEEP_SIGN and node.inputs[0] in positive)
+            or (node.op_type in _JOIN and all(value in positive or _holds_no_negative(value) for value in node.inputs))
         ):
             positive.update(node.outputs)
-        elif node.op_type in _NON_NEGATIVE_MAPS:
-            data = [value for value in node.inputs if value is not None and constant(value) is None]
-            if data and all(value in positive for value in data):
-                positive.update(node.outputs)
     return positive
+
+
+def _holds_no_negative(value: ir.Value | None) -> bool:
+    array = constant(value)
+    return array is not None and bool((array >= 0).all())
 
 
 def _widen(graph: ir.Graph, dequantize: ir.Node) -> None:

@@ -1,11 +1,10 @@
 """Proof that a file computes what was trained.
 
 Comparing logits alone cannot tell a wrong export from a rounding tie: two correct programs sum a convolution in different
-orders,
-an activation that falls on a tie is rounded the other way in one of them, and the difference spreads. So ties are made
-explicit.
-One program is run and its integer codes are recorded at every quantizer; the other is run with the same codes *imposed*, and
-every place where it would have chosen another code must lie on a tie. With all ties settled alike, logits must agree closely.
+orders, an activation that falls on a tie is rounded the other way in one of them, and the difference spreads. So ties are made
+explicit. One program is run and its integer codes are recorded at every quantizer; the other is run with the same codes
+*imposed*, and every place where it would have chosen another code must lie on a tie. With all ties settled alike, logits must
+agree closely: every output, where a model has several.
 
 The steps:
   1. the integer weight codes of the file are those of the trained model, up to the sign BatchNorm folding gives a channel;
@@ -16,7 +15,7 @@ The steps:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
@@ -26,6 +25,7 @@ import onnx_ir as ir
 import onnxruntime
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..errors import ParityError
 from .export_form import ActivationQDQ, StoredWeight
@@ -39,11 +39,15 @@ from .graph import (
     stored_codes,
     weight_dequantizers,
 )
+from .passes import quantizers_behind_relu
+from .session import session_options
 
-Codes = dict[str, list[npt.NDArray[np.float32]]]
+Array = npt.NDArray[np.float32]
+
+Codes = dict[str, list[Array]]
 """Integer codes, as floats, of every call of every activation quantizer, by name."""
 
-Outputs = dict[str, npt.NDArray[np.float32]]
+Outputs = dict[str, Array]
 """What layers put out, by name."""
 
 TIE_TOLERANCE = 1e-2
@@ -54,12 +58,12 @@ FUSED_TIE_TOLERANCE = 0.1
 """The same with fusions on: integer kernels round the bias to a multiple of s_x * s_w, which adds up to a few hundredths."""
 
 LOGIT_TOLERANCE = 1e-4
-"""Largest deviation of logits, relative to their range, once ties are settled."""
+"""Largest deviation of logits, relative to their range, once ties are settled; of each output, where there are several."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How two sets of logits compare: N samples.
+    """How two sets of logits compare: N samples. Of several outputs, each number is that of the one that agrees least.
 
     Attributes:
         top1: share of samples with the same arg max.
@@ -107,7 +111,15 @@ class ParityReport:
         return asdict(self)
 
 
-def check_parity(file: ir.Model, form: nn.Module, prepared: nn.Module, samples: Tensor, *, fused: bool) -> ParityReport:
+def check_parity(
+    file: ir.Model,
+    form: nn.Module,
+    prepared: nn.Module,
+    samples: Tensor,
+    *,
+    fused: bool,
+    behind_relu: Collection[str] | None = None,
+) -> ParityReport:
     """Run all steps.
 
     Args:
@@ -116,11 +128,13 @@ def check_parity(file: ir.Model, form: nn.Module, prepared: nn.Module, samples: 
         prepared: the prepared model, in eval mode with frozen ranges.
         samples: float32 (N, ...) inputs.
         fused: also check the file with the runtime's fusions on.
+        behind_relu: :func:`.passes.quantizers_behind_relu` of the canonical model, where ``file`` is another form of it.
 
     Raises:
         ParityError: with the name of the first layer or quantizer that differs.
     """
     weight_codes = check_weight_codes(file, form)
+    behind_relu = quantizers_behind_relu(file.graph) if behind_relu is None else behind_relu
     runtime = "the exported file in ONNX Runtime"
     runtime_logits, codes = run_recorded(file, samples, optimize=False)
     behind = layers_behind_quantizers(file, form)
@@ -133,7 +147,9 @@ def check_parity(file: ir.Model, form: nn.Module, prepared: nn.Module, samples: 
             prepared(samples)
         return outputs
 
-    runtime_check, runtime_deviation = _same(form, samples, runtime_logits, codes, runtime, TIE_TOLERANCE, behind, in_file)
+    runtime_check, runtime_deviation = _same(
+        form, samples, runtime_logits, codes, runtime, TIE_TOLERANCE, behind, in_file, behind_relu
+    )
     toolkit_logits, codes = _run_prepared(prepared, form, samples)
     toolkit_check, toolkit_deviation = _same(
         form, samples, toolkit_logits, codes, "the prepared model", TIE_TOLERANCE, behind, in_prepared
@@ -142,8 +158,8 @@ def check_parity(file: ir.Model, form: nn.Module, prepared: nn.Module, samples: 
     if fused:
         fused_logits, codes = run_recorded(file, samples, optimize=True)
         fusions = f"{runtime} with fusions"
-        fused_check, _ = _same(form, samples, fused_logits, codes, fusions, FUSED_TIE_TOLERANCE, behind, in_file)
-        fused_agreement = agreement(toolkit_logits, fused_logits)
+        fused_check, _ = _same(form, samples, fused_logits, codes, fusions, FUSED_TIE_TOLERANCE, behind, in_file, behind_relu)
+        fused_agreement = least_agreement(toolkit_logits, fused_logits)
     return ParityReport(
         weight_codes=weight_codes,
         activation_codes=runtime_check.compared,
@@ -152,7 +168,7 @@ def check_parity(file: ir.Model, form: nn.Module, prepared: nn.Module, samples: 
         ties_fused=None if fused_check is None else fused_check.ties,
         runtime_deviation=runtime_deviation,
         toolkit_deviation=toolkit_deviation,
-        unfused=agreement(toolkit_logits, runtime_logits),
+        unfused=least_agreement(toolkit_logits, runtime_logits),
         fused=fused_agreement,
     )
 
@@ -160,24 +176,33 @@ def check_parity(file: ir.Model, form: nn.Module, prepared: nn.Module, samples: 
 def _same(
     form: nn.Module,
     samples: Tensor,
-    logits: npt.NDArray[np.float32],
+    logits: Sequence[Array],
     codes: Codes,
     program: str,
     tolerance: float,
     behind: Sequence[str],
     outputs_of: Callable[[Sequence[str]], Outputs],
+    behind_relu: Collection[str] = (),
 ) -> tuple[ImposedCodes, float]:
     """Run the export form with another program's codes; raise unless only ties differ and the logits agree.
 
     Where they do not although all codes agree, the layers ``behind`` the last quantizers are compared one by one.
     """
-    with imposed_codes(form, codes, tolerance) as outcome, recorded_outputs(form, behind) as settled, torch.no_grad():
-        expected = _first(form(samples)).numpy()
+    with (
+        imposed_codes(form, codes, tolerance, behind_relu) as outcome,
+        recorded_outputs(form, behind) as settled,
+        torch.no_grad(),
+    ):
+        expected = arrays(form(samples))
     outcome.raise_first(program, "its export form")
-    deviation = _deviation(logits, expected)
+    deviation = largest_deviation(logits, expected)
     if not deviation <= LOGIT_TOLERANCE:
         others = outputs_of(behind)
-        differ = [name for name in settled if name in others and not _deviation(others[name], settled[name]) <= LOGIT_TOLERANCE]
+        differ = [
+            name
+            for name in settled
+            if name in others and not largest_deviation([others[name]], [settled[name]]) <= LOGIT_TOLERANCE
+        ]
         layer = differ[0] if differ else "logits"
         raise ParityError(
             f"{layer}: {program} and its export form differ by {deviation:.2g} of the logit range although all activation "
@@ -192,8 +217,26 @@ def _same(
     return outcome, deviation
 
 
-def agreement(reference: npt.NDArray[np.float32], logits: npt.NDArray[np.float32]) -> Agreement:
+def arrays(outputs: object) -> list[Array]:
+    """All tensors in what a model returns, however nested, in the order that they have in an exported file."""
+    return [leaf.detach().float().numpy() for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
+def least_agreement(references: Sequence[Array], outputs: Sequence[Array]) -> Agreement:
+    """Compare all outputs with references of the same shapes; each number is that of the output that agrees least."""
+    found = [agreement(*pair) for pair in zip(references, outputs, strict=True)]
+    return Agreement(
+        top1=min(one.top1 for one in found),
+        sqnr_db=min(one.sqnr_db for one in found),
+        max_deviation=max(one.max_deviation for one in found),
+        samples=found[0].samples,
+    )
+
+
+def agreement(reference: Array, logits: Array) -> Agreement:
     """Compare (N, ...) logits with a reference of the same shape."""
+    if reference.ndim < 2:  # one number per sample: a single class
+        reference, logits = reference.reshape(-1, 1), logits.reshape(-1, 1)
     signal = reference.astype(np.float64)
     noise = logits.astype(np.float64) - signal
     power = float((noise**2).sum())
@@ -260,8 +303,8 @@ def _codes_differ(codes: npt.NDArray[np.int32], trained: npt.NDArray[np.int32], 
     return f"integer weight codes differ, first in output channel {channel},"
 
 
-def run_recorded(file: ir.Model, samples: Tensor, *, optimize: bool) -> tuple[npt.NDArray[np.float32], Codes]:
-    """Run with or without the runtime's fusions and record the integer codes of every activation quantizer, by its calls.
+def run_recorded(file: ir.Model, samples: Tensor, *, optimize: bool) -> tuple[list[Array], Codes]:
+    """Outputs with or without the runtime's fusions, and the integer codes of every activation quantizer, by its calls.
 
     Fused kernels put out the codes that their quantizer would have, so reading them does not undo a fusion.
     """
@@ -276,15 +319,31 @@ def run_recorded(file: ir.Model, samples: Tensor, *, optimize: bool) -> tuple[np
     return logits, codes
 
 
-def run_labelled(
-    file: ir.Model, samples: Tensor, *, optimize: bool
-) -> tuple[npt.NDArray[np.float32], list[tuple[str, npt.NDArray[np.float32]]]]:
+def run_labelled(file: ir.Model, samples: Tensor, *, optimize: bool) -> tuple[list[Array], list[tuple[str, Array]]]:
     """As :func:`run_recorded`, for files from which quantizers were dropped too: codes with their labels, in order."""
     tapped, taps = with_codes(file)
     session = _session(tapped, optimize=optimize)
-    outputs = session.run(None, {session.get_inputs()[0].name: samples.numpy()})
-    arrays = zip(taps, outputs[len(outputs) - len(taps) :], strict=True)
-    return np.asarray(outputs[0]), [(labels, codes.astype(np.float32) - np.float32(zero)) for (labels, zero), codes in arrays]
+    found = [np.asarray(one, dtype=np.float32) for one in session.run(None, {session.get_inputs()[0].name: samples.numpy()})]
+    count = len(found) - len(taps)
+    return found[:count], [
+        (labels, codes - np.float32(zero)) for (labels, zero), codes in zip(taps, found[count:], strict=True)
+    ]
+
+
+def check_same_bits(file: ir.Model, rewritten: ir.Model, samples: Tensor) -> None:
+    """Run a file and a rewrite of it, from which quantizers may have been dropped, without fusions: not one bit may differ.
+
+    Raises:
+        ParityError: names the first quantizer whose codes differ.
+    """
+    (outputs, codes), (others, kept) = (run_labelled(one, samples, optimize=False) for one in (file, rewritten))
+    known = dict(codes)
+    pairs = [(labels, known.get(labels), array) for labels, array in kept]
+    pairs += [("logits", *pair) for pair in zip(outputs, others, strict=True)]
+    for labels, expected, array in pairs:
+        if expected is None or not np.array_equal(expected, array):
+            name = labels.partition(",")[0].partition("#")[0]
+            raise ParityError(f"{name}: the file computes other numbers than before quantizers were dropped from it.", name)
 
 
 def with_codes(file: ir.Model) -> tuple[ir.Model, list[tuple[str, float]]]:
@@ -325,8 +384,11 @@ class ImposedCodes:
 
 
 @contextmanager
-def imposed_codes(form: nn.Module, codes: Codes, tolerance: float) -> Iterator[ImposedCodes]:
-    """Within the block, every activation quantizer of ``form`` puts out the recorded codes in place of its own."""
+def imposed_codes(form: nn.Module, codes: Codes, tolerance: float, behind_relu: Collection[str] = ()) -> Iterator[ImposedCodes]:
+    """Within the block, every activation quantizer of ``form`` puts out the recorded codes in place of its own.
+
+    Those that the other program has ``behind_relu`` may have their ReLU behind them here: what it will take away stays.
+    """
     outcome = ImposedCodes(tolerance)
     calls: dict[str, int] = {}
 
@@ -336,7 +398,7 @@ def imposed_codes(form: nn.Module, codes: Codes, tolerance: float) -> Iterator[I
             call = calls.get(name, 0)
             calls[name] = call + 1
             given = torch.from_numpy(codes[name][call])
-            return _impose(module, args[0], given, outcome, name)
+            return _impose(module, args[0], given, outcome, name, (f"{name}#{call}" if call else name) in behind_relu)
 
         return impose
 
@@ -352,12 +414,12 @@ def imposed_codes(form: nn.Module, codes: Codes, tolerance: float) -> Iterator[I
             handle.remove()
 
 
-def _impose(module: ActivationQDQ, x: Tensor, given: Tensor, outcome: ImposedCodes, name: str) -> Tensor:
+def _impose(module: ActivationQDQ, x: Tensor, given: Tensor, outcome: ImposedCodes, name: str, behind_relu: bool) -> Tensor:
     zero_point = module.zero_point
     exact = x / module.scale
     own = torch.clamp(torch.round(exact) + zero_point, module.quant_min, module.quant_max) - zero_point
-    # In front of a ReLU the file quantizes what the ReLU lets through; the codes it drops are the ReLU's business.
-    given = torch.where((given == 0) & (own < 0), own, given) if given.min() >= 0 else given
+    # The codes that the ReLU of the other program took away: should there be none here, all that follows would differ.
+    given = torch.where((given == 0) & (own < 0), own, given) if behind_relu else given
     differ = own != given
     outcome.compared += own.numel()
     count = int(differ.sum())
@@ -375,7 +437,7 @@ def _impose(module: ActivationQDQ, x: Tensor, given: Tensor, outcome: ImposedCod
     return given * module.scale
 
 
-def _run_prepared(prepared: nn.Module, form: nn.Module, samples: Tensor) -> tuple[npt.NDArray[np.float32], Codes]:
+def _run_prepared(prepared: nn.Module, form: nn.Module, samples: Tensor) -> tuple[list[Array], Codes]:
     """Run the prepared model and record the codes of its activation quantizers under the export form's names."""
     codes: Codes = {}
 
@@ -394,7 +456,7 @@ def _run_prepared(prepared: nn.Module, form: nn.Module, samples: Tensor) -> tupl
             handles.append(source.register_forward_hook(hook(name, quantizer)))  # type: ignore[arg-type]
     try:
         with torch.no_grad():
-            logits = _first(prepared(samples)).numpy()
+            logits = arrays(prepared(samples))
     finally:
         for handle in handles:
             handle.remove()
@@ -458,21 +520,16 @@ def run_layers(file: ir.Model, samples: Tensor, names: Sequence[str]) -> Outputs
     return dict(zip(last, found, strict=True))
 
 
-def _deviation(actual: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> float:
-    """Largest difference over the range of what is expected; infinite where shapes differ."""
-    if actual.shape != expected.shape:
+def largest_deviation(actual: Sequence[Array], expected: Sequence[Array]) -> float:
+    """Largest difference of any output over the range of what is expected of it; infinite where shapes differ."""
+    if [one.shape for one in actual] != [one.shape for one in expected]:
         return float("inf")
-    return float(np.abs(actual - expected).max()) / max(float(np.ptp(expected)), 1e-30)
+    differences = [
+        float(np.abs(one - other).max()) / max(float(np.ptp(other)), 1e-30) for one, other in zip(actual, expected, strict=True)
+    ]
+    return float(np.max(differences))  # unlike Python's, NumPy's keeps NaN
 
 
 def _session(file: ir.Model, *, optimize: bool) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    if not optimize:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     data = ir.serde.serialize_model(file).SerializeToString()
-    return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-
-
-def _first(outputs: Tensor | tuple[Tensor, ...]) -> Tensor:
-    return outputs if isinstance(outputs, Tensor) else outputs[0]
+    return onnxruntime.InferenceSession(data, session_options(fusions=optimize), providers=["CPUExecutionProvider"])

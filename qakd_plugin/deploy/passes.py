@@ -209,6 +209,16 @@ def quantize_behind_relu(graph: ir.Graph) -> None:
         replace(relu, dequantize.outputs[0])
 
 
+def quantizers_behind_relu(graph: ir.Graph) -> set[str]:
+    """Labels of quantizers that read what a ReLU lets through: see :func:`quantize_behind_relu`, which moves them there."""
+    found: set[str] = set()
+    for quantize in activation_quantizers(graph):
+        clamp = producer(quantize.inputs[0], "Relu", "Clip")
+        if clamp is not None and _is_relu(clamp):
+            found.update(quantize.metadata_props.get(QUANTIZER_KEY, "").split(","))
+    return found
+
+
 def merge_clips(graph: ir.Graph) -> None:
     """``Relu -> Clip`` and ``Clip -> Clip`` become one Clip, where nothing else reads what is between."""
     for node in list(graph):

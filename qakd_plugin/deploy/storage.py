@@ -20,7 +20,7 @@ from .graph import cast, chain, constant, initializer, weight_dequantizers
 from .passes import declare_opset
 
 WeightStorage = Literal["int8", "int4", "int2"]
-"""The narrowest type that weights are stored in."""
+"""The narrowest type of weights beside quantized activations; for the others see :func:`.passes.pack_int4`."""
 
 Codes = npt.NDArray[np.int8]
 Factors = npt.NDArray[np.int32]

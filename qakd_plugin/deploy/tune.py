@@ -28,6 +28,7 @@ from .._files import write_atomic
 from ..bench.environment import environment
 from ..errors import ExportError, ParityError
 from .graph import cast, chain, constant, dequantizer_before, initializer, producer, read_onnx, stored_codes
+from .session import session_options
 
 WARM_UP_CALLS = 5
 
@@ -206,13 +207,7 @@ def _images(model: ir.Model, samples: npt.NDArray[np.float32] | None, batch: int
 
 
 def _session(data: bytes, threads: int, *, profile: Path | None = None, fusions: bool = True) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.log_severity_level = 3
-    if not fusions:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    if profile is not None:
-        options.enable_profiling, options.profile_file_prefix = True, str(profile)
+    options = session_options(threads, fusions=fusions, profile=profile)
     return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
 

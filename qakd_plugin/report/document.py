@@ -106,8 +106,8 @@ def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
 def merge_reports(documents: Sequence[Mapping[str, Any]], title: str | None = None) -> dict[str, Any]:
     """One document with the runs of several, from one machine or many.
 
-    Rows keep their run and its environment, and ratios stay what they were within it: nothing is compared across runs. Entries
-    of training, parity and engines that several documents share appear once.
+    Rows keep their run and its environment, and ratios stay what they were within it: nothing is compared across runs. Runs
+    that several documents share appear once, and so do entries of training, parity and engines.
 
     Args:
         documents: from :func:`read_report` or :func:`build_document`.
@@ -124,16 +124,18 @@ def merge_reports(documents: Sequence[Mapping[str, Any]], title: str | None = No
         "schema_version": SCHEMA_VERSION,
         "title": title or " + ".join(dict.fromkeys(document["title"] for document in documents)),
         "created": max(document["created"] for document in documents),
-        "runs": [],
-        "rows": [],
         **{name: [] for name in _LISTS},
     }
+    runs: list[tuple[dict[str, Any], list[dict[str, Any]]]] = []
     for document in documents:
-        first = len(merged["runs"])
-        merged["runs"] += document["runs"]
-        merged["rows"] += [{**row, "run": first + row.get("run", 0)} for row in document["rows"]]
+        for index, run in enumerate(document["runs"]):
+            rows = [{**row, "run": 0} for row in document["rows"] if row.get("run", 0) == index]
+            if (run, rows) not in runs:
+                runs.append((run, rows))
         for name in _LISTS:
             merged[name] += [entry for entry in document.get(name, ()) if entry not in merged[name]]
+    merged["runs"] = [run for run, _ in runs]
+    merged["rows"] = [{**row, "run": index} for index, (_, rows) in enumerate(runs) for row in rows]
     return merged
 
 

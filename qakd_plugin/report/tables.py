@@ -9,7 +9,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from ..bench.record import Row
+from ..bench.record import Row, baselines
 from .plot import pareto
 
 Value = str | int | float | None
@@ -24,7 +24,7 @@ class Column:
 
     Attributes:
         heading: short.
-        meaning: for who does not know it.
+        meaning: for those who do not know it.
         value: to sort by.
         text: to read.
     """
@@ -72,7 +72,7 @@ P50 = _number("p50 ms", "median latency of a call", lambda row: row.p50_ms, ".3f
 P90 = _number("p90 ms", "90th percentile; needs 64 calls", lambda row: row.p90_ms, ".3f")
 THROUGHPUT = _number("images/s", "at the median latency", lambda row: row.throughput, ",.0f")
 SPEEDUP = _number(
-    "x FP32", "median latency of the same runtime's FP32 row over this one, same run", lambda row: row.speedup, ".2f"
+    "x FP32", "median latency of the same runtime's fastest FP32 row over this one, same run", lambda row: row.speedup, ".2f"
 )
 INTEGER = Column(
     "int layers",
@@ -181,18 +181,15 @@ WHAT = ("model", "bits", "toolkit", "runtime", "batch", "threads")
 def side_by_side(rows: Sequence[Row]) -> SideBySide | None:
     """FP32, the best float row, PTQ, QAT and QAT with distillation beside each other; None without quantized rows.
 
-    FP32 is that of the same runtime, the best float row the fastest one of any runtime; where several rows belong in one place,
-    the most accurate one (the fastest one, without accuracies) stands there.
+    FP32 is the fastest of the same runtime, the best float row the fastest of any; where several rows belong in one place, the
+    most accurate one (the fastest one, without accuracies) stands there.
     """
     quantized = [row for row in rows if not row.is_float]
     if not quantized:
         return None
     rank = {"PTQ": 0, "QAT": 1}
     methods = tuple(sorted(dict.fromkeys(row.method for row in quantized), key=lambda name: rank.get(name, 2)))
-    floats: dict[tuple[int, str, int, int], list[Row]] = {}
-    for row in rows:
-        if row.is_float:
-            floats.setdefault(row.setting, []).append(row)
+    floats = [row for row in rows if row.is_float]
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in quantized:
         groups.setdefault((*row.setting, row.runtime, row.toolkit or "", -row.weight_bits, -row.activation_bits), []).append(
@@ -201,12 +198,8 @@ def side_by_side(rows: Sequence[Row]) -> SideBySide | None:
     lines = []
     for group in groups.values():
         first = group[0]
-        beside = floats.get(first.setting, [])
-        same = [row for row in beside if row.runtime == first.runtime and row.precision == "float32"]
-        baseline = same[0] if same else None
-        fastest = min(beside, key=lambda row: row.p50_ms, default=None)
         cells = [max((row for row in group if row.method == name), key=_merit, default=None) for name in methods]
-        lines.append((first.run, _what(first), (baseline, fastest, *cells)))
+        lines.append((first.run, _what(first), (*baselines(first, floats), *cells)))
     return SideBySide(methods, tuple(lines))
 
 

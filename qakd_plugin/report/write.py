@@ -31,8 +31,25 @@ def write_report(rows: Sequence[Row] | Mapping[str, Any], path: str | os.PathLik
     """
     document = dict(rows) if isinstance(rows, Mapping) else build_document(rows, **details)
     validate(document)
+    write_atomic(Path(path).with_suffix(".json"), json.dumps(document, indent=1, allow_nan=False) + "\n")
+    return write_page(document, path)
+
+
+def write_page(document: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
+    """As :func:`write_report`, without the JSON: for a document whose own JSON stays the source.
+
+    Args:
+        document: from :func:`build_document`, :func:`read_report` or :func:`merge_reports`.
+        path: of the HTML file.
+
+    Returns:
+        The path of the HTML file.
+
+    Raises:
+        QakdError: the document does not fit the schema, or the folder cannot be written.
+    """
+    validate(document)
     html = Path(path).with_suffix(".html")
     page, text = render(document), markdown(document)
-    write_atomic(html.with_suffix(".json"), json.dumps(document, indent=1, allow_nan=False) + "\n")
     write_atomic(html.with_suffix(".md"), text)
     return write_atomic(html, page)
