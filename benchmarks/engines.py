@@ -105,9 +105,7 @@ def main() -> None:
     parser.add_argument("--toolkit", choices=("modelopt", "torch_ao"), help="modelopt where it is installed, else torch_ao")
     parser.add_argument("--fresh", action="store_true", help="run cells again that are done")
     parser.add_argument("--out", type=Path, default=RESULTS, help="JSON file for the cells")
-    parser.add_argument(
-        "--table-only", action="store_true", help="only rewrite the table in the docs"
-    )
+    parser.add_argument("--table-only", action="store_true", help="only rewrite the table in the docs")
     options = parser.parse_args()
     toolkit = options.toolkit or ("modelopt" if find_spec("modelopt") else "torch_ao")
     document: dict[str, Any] = json.loads(options.out.read_text()) if options.out.is_file() else {}

@@ -156,9 +156,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--variant", action="append", choices=list(VARIANTS)[1:], help="may be repeated; all by default")
-    parser.add_argument(
-        "--out", type=Path, help="JSON file; docs/measured.md is written with the committed one"
-    )
+    parser.add_argument("--out", type=Path, help="JSON file; docs/measured.md is written with the committed one")
     parser.add_argument("--allocator", choices=("keep", "default"), default="keep", help="what glibc does with freed memory")
     options = parser.parse_args()
     if options.allocator == "keep":

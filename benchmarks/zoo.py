@@ -77,9 +77,7 @@ def main() -> None:
     parser.add_argument("--bits", action="append", type=int, choices=BITS, help="may be repeated; both by default")
     parser.add_argument("--fresh", action="store_true", help="run cells again that are done")
     parser.add_argument("--out", type=Path, default=RESULTS, help="JSON file for the cells")
-    parser.add_argument(
-        "--table-only", action="store_true", help="only rewrite the table in the docs"
-    )
+    parser.add_argument("--table-only", action="store_true", help="only rewrite the table in the docs")
     options = parser.parse_args()
     logging.basicConfig(level=logging.ERROR)
     cells: dict[str, dict[str, Any]] = json.loads(options.out.read_text())["cells"] if options.out.is_file() else {}

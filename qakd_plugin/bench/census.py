@@ -75,7 +75,7 @@ def engine_layers(path: str | os.PathLike[str]) -> tuple[int, int] | None:
         path: of the engine.
 
     Returns:
-        Convolutions and matrix products with weights; None where the plan could not be read.
+        Convolutions and matrix products, of TensorRT-RTX also those of two activations; None where the plan could not be read.
 
     Raises:
         EngineError: the manifest is missing or damaged.
