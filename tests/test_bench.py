@@ -23,6 +23,7 @@ from torch import nn
 
 from qakd_plugin import EngineError, MissingPackageError, QakdError, benchmark, build_engine, export_onnx
 from qakd_plugin.bench import Candidate, measure
+from qakd_plugin.bench import environment as bench_environment
 from qakd_plugin.bench.candidates import named_by_its_path
 from qakd_plugin.bench.census import census
 from qakd_plugin.bench.comparison import with_findings, with_speedups
@@ -426,7 +427,21 @@ def test_other_work_is_noticed_and_the_own_is_not_counted():
     other.wait()
     expected = psutil.cpu_count() * share / 100 - (now.user + now.system - own.user - own.system) / 1.5
     assert found.other_cores == pytest.approx(expected, abs=0.2)
-    assert found.busy or found.other_cores / psutil.cpu_count() <= BUSY_SHARE
+    assert found.busy == (found.other_cores / psutil.cpu_count() > BUSY_SHARE)
+
+
+def test_what_others_used_decides_and_the_load_of_the_past_only_where_that_is_not_known(monkeypatch):
+    clock, used = [0.0], [0.0]
+    monkeypatch.setattr(bench_environment, "load_average", lambda: 100.0)
+    monkeypatch.setattr(bench_environment, "_others_seconds", lambda: used[0])
+    monkeypatch.setattr(bench_environment.time, "perf_counter", lambda: clock[0])
+    watch = Watch()
+    clock[0] = 0.5
+    assert watch.conditions().busy
+    clock[0] = 2.0
+    assert not watch.conditions().busy
+    used[0] = 2.0 * psutil.cpu_count()
+    assert watch.conditions().busy
 
 
 def test_an_environment_has_no_names_of_host_or_user():

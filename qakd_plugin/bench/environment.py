@@ -71,8 +71,10 @@ class Watch:
     def conditions(self) -> Conditions:
         """What the machine did meanwhile."""
         wall = time.perf_counter() - self._started
-        # Ticks are 10 ms: over less than a second their rounding would be a finding of its own.
-        others = max(0.0, _others_seconds() - self._others) / wall if wall > 1 else 0.0
+        # Ticks are 10 ms: over less than a second their rounding would be a finding of its own. The load average, which also
+        # counts what this process did before, has to do then.
+        known = wall > 1
+        others = max(0.0, _others_seconds() - self._others) / wall if known else 0.0
         temperature = _gpu("temperature.gpu")
         return Conditions(
             load_before=self._load,
@@ -80,7 +82,7 @@ class Watch:
             other_cores=round(others, 3),
             clock_mhz=_clock_mhz(),
             gpu_celsius=int(temperature) if temperature and temperature.isdecimal() else None,
-            busy=self._busy or others / (psutil.cpu_count() or 1) > BUSY_SHARE,
+            busy=others / (psutil.cpu_count() or 1) > BUSY_SHARE if known else self._busy,
         )
 
 
