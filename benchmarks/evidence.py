@@ -272,12 +272,6 @@ def read(size: Size, folder: Path) -> Results:
     return found
 
 
-def hours(size: Size, folder: Path) -> float:
-    """Of one core, that the study's students took; those that choose the rate not counted."""
-    files = [folder / f"{cell.slug}.json" for cell in cells(size)]
-    return sum(json.loads(file.read_text())["seconds"] for file in files if file.is_file()) / 3600
-
-
 def read_rates(folder: Path) -> list[dict[str, Any]]:
     """Per rate, bits and method: mean accuracy over quantizers, on held-out images. Empty while a student is missing."""
     if not all((folder / f"{cell.slug}.json").is_file() for cell in rate_cells()):
@@ -347,7 +341,7 @@ def main() -> None:
         "environment": environment(),
         "size": vars(size),
         "teacher": accuracy(study.teacher.cpu(), *study.test),
-        "hours": hours(size, folder),
+        "hours": sum(run["seconds"] for runs in found.values() for run in runs) / 3600,
         "rates": read_rates(folder),
         "rows": summary(found),
     }

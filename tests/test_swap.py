@@ -305,17 +305,14 @@ def test_delta_is_refreshed_on_schedule_and_resumed_with_the_run(tmp_path, stude
 
 def test_a_new_delta_leaves_a_teacher_that_learns_as_it_was(student_of, float_nets, batches, monkeypatch):
     seen = []
-    refresh = loop.refresh_delta
+    refresh = loop.Trainer._refresh_curvature
 
-    def watched(loss):
-        before = [buffer.clone() for buffer in teachers[-1].buffers()]
-        refresh(loss)
-        seen.append(all(torch.equal(a, b) for a, b in zip(before, teachers[-1].buffers(), strict=True)))
+    def watched(trainer, phase):
+        before = [buffer.clone() for buffer in trainer.teacher.buffers()]
+        refresh(trainer, phase)
+        seen.append(all(torch.equal(a, b) for a, b in zip(before, trainer.teacher.buffers(), strict=True)))
 
-    teachers = []
-    frozen_logits = loop.frozen_logits
-    monkeypatch.setattr(loop, "refresh_delta", watched)
-    monkeypatch.setattr(loop, "frozen_logits", lambda teacher, x: teachers.append(teacher) or frozen_logits(teacher, x))
+    monkeypatch.setattr(loop.Trainer, "_refresh_curvature", watched)
     student = use_quantizers(student_of("modelopt"), EWGS(delta=0.25, refresh_every=1))
     distill(student, float_nets[True], batches[:2], method=QKD(0, 3, 0), seed=0)
     assert seen == [True] * 3

@@ -37,6 +37,7 @@ from torch.utils.data import DataLoader
 
 import qakd_plugin as qakd
 from qakd_plugin._files import atomic_path, write_atomic
+from qakd_plugin.checkpoint import load_plain
 from qakd_plugin.evaluation import evaluate
 
 
@@ -116,8 +117,8 @@ def load_weights(network: nn.Module, path: Path) -> None:
         QakdError: there is none, or it belongs to another network.
     """
     try:
-        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (OSError, RuntimeError) as error:
+        network.load_state_dict(load_plain(path))
+    except (qakd.CheckpointError, RuntimeError) as error:
         raise qakd.QakdError(f"teacher.weights: {path} does not fit the network: {str(error).splitlines()[0]}") from error
 
 

@@ -30,9 +30,7 @@ def write_report(rows: Sequence[Row] | Mapping[str, Any], path: str | os.PathLik
         QakdError: the rows do not fit the schema, or the folder cannot be written.
     """
     document = dict(rows) if isinstance(rows, Mapping) else build_document(rows, **details)
-    validate(document)
-    write_atomic(Path(path).with_suffix(".json"), json.dumps(document, indent=1, allow_nan=False) + "\n")
-    return write_page(document, path)
+    return _write(document, path, with_json=True)
 
 
 def write_page(document: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
@@ -48,8 +46,15 @@ def write_page(document: Mapping[str, Any], path: str | os.PathLike[str]) -> Pat
     Raises:
         QakdError: the document does not fit the schema, or the folder cannot be written.
     """
+    return _write(document, path, with_json=False)
+
+
+def _write(document: Mapping[str, Any], path: str | os.PathLike[str], *, with_json: bool) -> Path:
+    """Nothing is written before all is made."""
     validate(document)
     html = Path(path).with_suffix(".html")
     page, text = render(document), markdown(document)
+    if with_json:
+        write_atomic(html.with_suffix(".json"), json.dumps(document, indent=1, allow_nan=False) + "\n")
     write_atomic(html.with_suffix(".md"), text)
     return write_atomic(html, page)
