@@ -4,8 +4,9 @@
 
 Networks are calibrated, not trained: latency does not depend on the weights. Rows of a network: FP32 in both runtimes (OpenVINO
 pinned to f32); ours at W8A8 and W4A4, prepared by ModelOpt, and at W8A8 by torch.ao FX and torchao PT2E (convolutional
-networks); ours tuned for this machine (AMX hosts only); ``quantize_static`` at several settings (the fastest counts); NNCF's
-post-training quantization (where ``nncf`` is installed). Bars are ratios of median processor times over FP32 in ONNX Runtime.
+networks), each for every target and ("0..255") for these two runtimes alone; ours tuned for this machine (AMX hosts only);
+``quantize_static`` at several settings (the fastest counts); NNCF's post-training quantization (where ``nncf`` is installed).
+Bars are ratios of median processor times over FP32 in ONNX Runtime.
 Files are made once per folder ``--cells``, each network in a process of its own, whose time and peak memory are noted; networks
 that --out holds already are not measured again unless --fresh.
 """
@@ -20,6 +21,7 @@ import logging
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,8 @@ from qakd_plugin.bench.census import census
 from qakd_plugin.bench.environment import environment, is_busy
 from qakd_plugin.deploy.diagnosis import diagnose
 from qakd_plugin.deploy.to_onnx import export_float
-from qakd_plugin.deploy.tune import has_amx, tune_for_host
+from qakd_plugin.deploy.tune import tune_for_host
+from qakd_plugin.processor import has_amx
 from qakd_plugin.report import console_table
 
 RESULTS = page_tables.RESULTS / "deployment.json"
@@ -44,8 +47,17 @@ NETWORKS = ("resnet18", "resnet50", "mobilenet_v2", "vit_b_16", "resnet20", "shu
 RUNTIMES = {"ORT INT8": "onnxruntime", "OpenVINO INT8": "openvino"}
 """By the rows of our files."""
 
-PREPARED_BY = {"FX": "torch_ao", "PT2E": "pt2e"}
-"""Toolkits beside ModelOpt, as rows name them."""
+PREPARED = {
+    "FX": ("torch_ao", "tensorrt"),
+    "PT2E": ("pt2e", "tensorrt"),
+    "0..255": ("modelopt", "onnxruntime"),
+    "FX, 0..255": ("torch_ao", "onnxruntime"),
+    "PT2E, 0..255": ("pt2e", "onnxruntime"),
+}
+"""Toolkits and targets of ``prepare`` beside ModelOpt for every target, as rows name them."""
+
+SHOWN = ("PT2E", "PT2E, 0..255")
+"""Those of them in the README."""
 
 STATIC = ("QDQ", "QDQ, per channel", "QOperator, per channel")
 BARS = {
@@ -87,10 +99,13 @@ def main() -> None:
                 write_atomic(options.out, json.dumps({"networks": ordered}, indent=1) + "\n")
         for line in verdicts(name, done[name]):
             print(f"{name}: {line}", flush=True)
-    table = make_table({"networks": {key: done[key] for key in NETWORKS if key in done}})
-    print(table)
+    document = {"networks": {key: done[key] for key in NETWORKS if key in done}}
+    table, others = make_table(document), make_toolkit_tables(document)
+    print(table, *others.values(), sep="\n\n")
     if options.out and options.out.resolve() == RESULTS:
         page_tables.write_table("deployment", table, page_tables.README)
+        for name, other in others.items():
+            page_tables.write_table(name, other)
 
 
 def measure(name: str, cells: Path, calls: int) -> dict[str, Any]:
@@ -107,9 +122,9 @@ def measure(name: str, cells: Path, calls: int) -> dict[str, Any]:
         Candidate(folder / "w4.ort.onnx", "PTQ", name, "modelopt", 4, 4, runtime="onnxruntime"),
         Candidate(folder / "w8.onnx", "PTQ", name, "modelopt", 8, 8, runtime="openvino"),
     ]
-    for (label, toolkit), target in itertools.product(PREPARED_BY.items(), RUNTIMES.values()):
-        if (path := folder / f"w8.{toolkit}.{target}.onnx").is_file():
-            candidates.append(Candidate(path, f"PTQ {label}", name, toolkit, 8, 8, runtime=target))
+    for label, runtime in itertools.product(PREPARED, RUNTIMES.values()):
+        if (path := _prepared_path(folder, label, runtime)).is_file():
+            candidates.append(Candidate(path, f"PTQ {label}", name, PREPARED[label][0], 8, 8, runtime=runtime))
     for setting in STATIC:
         if (path := _static_path(folder, setting)).is_file():
             candidates.append(Candidate(path, f"quantize_static {setting}", name, None, 8, 8, runtime="onnxruntime"))
@@ -145,7 +160,7 @@ def _ratios(rows: list[Row]) -> dict[str, float]:
         "ORT INT8": "PTQ onnxruntime 8",
         "ORT W4A4": "PTQ onnxruntime 4",
     }
-    for (row, runtime), label in itertools.product(RUNTIMES.items(), PREPARED_BY):
+    for (row, runtime), label in itertools.product(RUNTIMES.items(), PREPARED):
         times[f"{row}, {label}"] = f"PTQ {label} {runtime} 8"
     times |= {"ORT INT8, tuned": "PTQ tuned onnxruntime 8", "OpenVINO INT8": "PTQ openvino 8", "NNCF": "NNCF PTQ openvino 8"}
     found = {
@@ -163,14 +178,14 @@ def verdicts(name: str, cell: dict[str, Any]) -> list[str]:
     ratios, made = cell["ratios"], cell["made"]
     lines = []
     for label, bar in BARS.get(name, {}).items():
-        measured = [shown for shown in _with_toolkits(label) if shown in ratios]
+        measured = [shown for shown in _with_labels(label, PREPARED) if shown in ratios]
         for shown in measured:
             lines.append(f"{shown} {ratios[shown]:.2f}x FP32 in ONNX Runtime, bar {bar}x: {_met(ratios[shown] >= bar)}")
         if not measured:
             lines.append(f"{label}: this processor has no AMX, not measured")
     for ours, theirs in (("ORT INT8", "quantize_static"), ("OpenVINO INT8", "NNCF")):
         if theirs in ratios:
-            for shown in _with_toolkits(ours):
+            for shown in _with_labels(ours, PREPARED):
                 if shown in ratios:
                     lead = ratios[shown] / ratios[theirs]  # repeats within 3 %
                     lines.append(f"{shown} {lead:.2f}x {theirs}'s fastest, bar 1x: {_met(lead >= 0.97)}")
@@ -190,9 +205,9 @@ def verdicts(name: str, cell: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _with_toolkits(row: str) -> tuple[str, ...]:
-    """A row's label for ModelOpt, and for the other toolkits."""
-    return (row, *(f"{row}, {label}" for label in PREPARED_BY))
+def _with_labels(row: str, labels: Iterable[str]) -> tuple[str, ...]:
+    """A row's label for ModelOpt and every target, and for what is prepared otherwise."""
+    return (row, *(f"{row}, {label}" for label in labels))
 
 
 def _met(holds: bool) -> str:
@@ -200,31 +215,52 @@ def _met(holds: bool) -> str:
 
 
 def make_table(document: dict[str, Any]) -> str:
-    """Markdown: speed over FP32 in ONNX Runtime, and file sizes."""
+    """Markdown, for the README: speed over FP32 in ONNX Runtime, and file sizes."""
     networks = document["networks"]
-    columns = (
-        *_with_toolkits("ORT INT8"),
-        "ORT W4A4",
+    present = _present(
+        networks,
+        *_with_labels("ORT INT8", SHOWN),
         "quantize_static",
         "ORT INT8, tuned",
         "OpenVINO FP32",
         "OpenVINO BF16",
-        *_with_toolkits("OpenVINO INT8"),
+        *_with_labels("OpenVINO INT8", SHOWN),
         "NNCF",
     )
-    present = [label for label in columns if any(label in cell["ratios"] for cell in networks.values())]
     header = ["network", "ORT FP32, ms", *present, "integer layers", "W8 / W4 / W2 file, times smaller"]
     rows = []
     for name, cell in networks.items():
         kinds = {(row["method"], row["runtime"], row["weight_bits"]): row for row in cell["rows"]}
         reference, ours = kinds["FP32", "onnxruntime", 32], kinds["PTQ", "onnxruntime", 8]
         sizes = cell["made"]["bytes"]
-        ratios = [f"{cell['ratios'][label]:.2f}" if label in cell["ratios"] else "" for label in present]
+        ratios = _ratio_cells(cell, present)
         smaller = " / ".join(f"{sizes['fp32'] / sizes[bits]:.1f}" for bits in ("W8", "W4", "W2"))
         rows.append(
             [name, f"{reference['cpu_ms']:.2f}", *ratios, f"{ours['integer_layers']} of {ours['total_layers']}", smaller]
         )
     return page_tables.markdown(header, rows)
+
+
+def make_toolkit_tables(document: dict[str, Any]) -> dict[str, str]:
+    """Markdown, by the tables' names: speed over FP32 in ONNX Runtime of all that was prepared; a table for each runtime."""
+    networks = document["networks"]
+    rows = {"ORT INT8": ("ORT W4A4", "quantize_static"), "OpenVINO INT8": ("NNCF",)}
+    tables = {}
+    for row, others in rows.items():
+        present = _present(networks, *_with_labels(row, PREPARED), *others)
+        short = ["ModelOpt" if label == row else label.removeprefix(f"{row}, ").removeprefix("ORT ") for label in present]
+        header = ["network", *(f"ModelOpt, {label}" if label == "0..255" else label for label in short)]
+        lines = [[name, *_ratio_cells(cell, present)] for name, cell in networks.items()]
+        tables[f"deployment_{RUNTIMES[row]}"] = page_tables.markdown(header, lines)
+    return tables
+
+
+def _present(networks: dict[str, Any], *labels: str) -> list[str]:
+    return [label for label in labels if any(label in cell["ratios"] for cell in networks.values())]
+
+
+def _ratio_cells(cell: dict[str, Any], labels: Iterable[str]) -> list[str]:
+    return [f"{cell['ratios'][label]:.2f}" if label in cell["ratios"] else "" for label in labels]
 
 
 def make_files(name: str, cells: Path) -> None:
@@ -242,10 +278,11 @@ def make_files(name: str, cells: Path) -> None:
     for bits, storage in ((4, "int4"), (2, "int2")):
         student = prepare(model, [images], "modelopt", weight_bits=bits, activation_bits=max(bits, 4))
         export_onnx(student, images, folder / f"w{bits}.ort.onnx", target="onnxruntime", weight_storage=storage)
-    for toolkit in () if name.startswith("vit") else PREPARED_BY.values():  # FX has no quantizers for its attention
-        student = prepare(model, [images], toolkit, weight_bits=8, activation_bits=8)
-        for target in ("onnxruntime", "openvino"):
-            export_onnx(student, images, folder / f"w8.{toolkit}.{target}.onnx", target=target)
+    # FX has no quantizers for a ViT's attention, and hardly anything in it is never negative.
+    for label, (toolkit, target) in {} if name.startswith("vit") else PREPARED.items():
+        student = prepare(model, [images], toolkit, weight_bits=8, activation_bits=8, target=target)
+        for runtime in ("onnxruntime", "openvino"):
+            export_onnx(student, images, _prepared_path(folder, label, runtime), target=runtime)
     missing: dict[str, str] = {}
     for setting in STATIC:
         try:
@@ -276,6 +313,11 @@ def _network(name: str) -> tuple[nn.Module, Tensor]:
         for _ in range(4):
             model(images)
     return model.eval(), images
+
+
+def _prepared_path(folder: Path, label: str, runtime: str) -> Path:
+    toolkit, target = PREPARED[label]
+    return folder / f"w8.{toolkit}{'' if target == 'tensorrt' else '.0-255'}.{runtime}.onnx"
 
 
 def _static_path(folder: Path, setting: str) -> Path:

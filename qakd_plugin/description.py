@@ -12,6 +12,7 @@ from torch import nn
 from .backends import Quantizer, adapter_for
 from .errors import NotPreparedError, UnsupportedQuantizerError
 from .qparams import QParams
+from .targets import TARGETS
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,6 @@ class Description:
         return capture.get()
 
 
-TARGETS = ("tensorrt", "onnxruntime", "openvino")
-
-
 def describe(prepared_model: nn.Module) -> Description:
     """List every quantizer of a prepared model, and whether each deployment target can take it.
 
@@ -136,7 +134,7 @@ def target_problem(quantizer: Quantizer, qparams: QParams, target: str) -> str |
 
 def _row(quantizer: Quantizer, kind: str, qparams: QParams | None, problem: str | None = None) -> QuantizerDescription:
     if qparams is None:
-        problems = dict.fromkeys(TARGETS, problem or "unknown")
+        problems: dict[str, str] = dict.fromkeys(TARGETS, problem or "unknown")
         return QuantizerDescription(
             quantizer.fqn, quantizer.role, kind, None, None, None, None, None, None, None, None, problems
         )

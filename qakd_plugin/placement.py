@@ -11,7 +11,7 @@ from __future__ import annotations
 import fnmatch
 import logging
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -158,7 +158,7 @@ class _Analysis:
         self.modules = dict(model.named_modules())
         self.nodes = list(graph.nodes)
         self.layers = layers
-        self.positive = self._positive_nodes()
+        self.positive = non_negative(self.nodes, self.modules)
 
     def placement(self) -> Placement:
         calls = [node for node in self.nodes if node.op == "call_module" and node.target in self.layers]
@@ -181,18 +181,6 @@ class _Analysis:
     def _module(self, node: fx.Node) -> nn.Module | None:
         return self.modules.get(str(node.target)) if node.op == "call_module" else None
 
-    def _positive_nodes(self) -> set[fx.Node]:
-        positive: set[fx.Node] = set()
-        for node in self.nodes:
-            module = self._module(node)
-            makes = isinstance(module, _NON_NEGATIVE) or (module is None and node.target in _NON_NEGATIVE_FUNCTIONS)
-            clamps = isinstance(module, nn.Hardtanh) and module.min_val >= 0
-            keeps = isinstance(module, _SIGN_KEEPING) or (module is None and node.target in _SIGN_KEEPING_FUNCTIONS)
-            overshoots = "bicubic" in {getattr(module, "mode", None), node.kwargs.get("mode")}
-            if makes or clamps or (keeps and not overshoots and all(_at_least_zero(x, positive) for x in _operands(node))):
-                positive.add(node)
-        return positive
-
     def _output_quantizers(self, calls: Iterable[fx.Node]) -> list[tuple[fx.Node, OutputQuantizer]]:
         """Behind convolutions whose output, after BatchNorm and ReLU, something else than a quantized layer reads."""
         found = []
@@ -205,7 +193,7 @@ class _Analysis:
                 module = self._module(user)
                 if clamp is None and (isinstance(module, _BatchNorm) or user.target is F.batch_norm):
                     last = end = user
-                elif clamp is None and (bounds := self._relu_bounds(user)) is not None:
+                elif clamp is None and (bounds := relu_bounds(user, module)) is not None:
                     end, clamp = user, bounds
                 elif isinstance(module, _TRANSPARENT):
                     end = user
@@ -219,14 +207,6 @@ class _Analysis:
             elif reader is not None and reader.op == "call_module":
                 found.append((end, OutputQuantizer(str(reader.target), clamp, in_front=True)))
         return found
-
-    def _relu_bounds(self, node: fx.Node) -> tuple[float, float] | None:
-        module = self._module(node)
-        if isinstance(module, nn.ReLU) or node.target in {F.relu, torch.relu, "relu", "relu_"}:
-            return 0.0, float("inf")
-        if isinstance(module, nn.Hardtanh) and module.min_val == 0:
-            return 0.0, float(module.max_val)
-        return (0.0, 6.0) if node.target is F.relu6 else None
 
     def _on_grid(self, quantized: set[fx.Node]) -> set[fx.Node]:
         on_grid = set(quantized)
@@ -243,6 +223,34 @@ class _Analysis:
             name = str(call.target)
             verdict[name] = verdict.get(name, True) and call.all_input_nodes[0] in nodes
         return {name for name, holds in verdict.items() if holds}
+
+
+def relu_bounds(node: fx.Node, module: nn.Module | None) -> tuple[float, float] | None:
+    """What a node lets through if it is some kind of ReLU; ``module`` is the one that it calls, if it calls one."""
+    if isinstance(module, nn.ReLU) or node.target in {F.relu, torch.relu, "relu", "relu_"}:
+        return 0.0, float("inf")
+    if isinstance(module, nn.Hardtanh) and module.min_val == 0:
+        return 0.0, float(module.max_val)
+    return (0.0, 6.0) if node.target is F.relu6 else None
+
+
+def non_negative(nodes: Iterable[fx.Node], modules: Mapping[str, nn.Module]) -> set[fx.Node]:
+    """Nodes of a graph that cannot be negative, whatever its inputs.
+
+    Args:
+        nodes: in order.
+        modules: that they call, by name.
+    """
+    positive: set[fx.Node] = set()
+    for node in nodes:
+        module = modules.get(str(node.target)) if node.op == "call_module" else None
+        makes = isinstance(module, _NON_NEGATIVE) or (module is None and node.target in _NON_NEGATIVE_FUNCTIONS)
+        clamps = isinstance(module, nn.Hardtanh) and module.min_val >= 0
+        keeps = isinstance(module, _SIGN_KEEPING) or (module is None and node.target in _SIGN_KEEPING_FUNCTIONS)
+        overshoots = "bicubic" in {getattr(module, "mode", None), node.kwargs.get("mode")}
+        if makes or clamps or (keeps and not overshoots and all(_at_least_zero(x, positive) for x in _operands(node))):
+            positive.add(node)
+    return positive
 
 
 def outermost(nodes: Sequence[fx.Node], layers: set[fx.Node]) -> set[fx.Node]:

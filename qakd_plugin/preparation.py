@@ -1,4 +1,4 @@
-"""For who has not prepared a model yet: call the toolkit with a configuration that every target can take."""
+"""For who has not prepared a model yet: call the toolkit with a configuration that deploys well."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from .attention import open_attention
-from .backends import ADAPTERS, Adapter, adapter_for
+from .backends import ADAPTERS, Adapter, Precision, adapter_for
 from .batches import default_batch
 from .errors import NotPreparedError, QakdError
+from .targets import TARGETS, Target
 
 
 def prepare(
@@ -21,6 +22,8 @@ def prepare(
     weight_bits: int = 8,
     activation_bits: int = 8,
     keep: Sequence[str] = (),
+    *,
+    target: Target = "tensorrt",
 ) -> nn.Module:
     """Prepare a float model for quantization-aware training with a configuration that deploys well.
 
@@ -41,6 +44,10 @@ def prepare(
         weight_bits: 2 to 8.
         activation_bits: 2 to 8.
         keep: names or patterns ("fc", "layer1.*") of modules that stay in floating point.
+        target: "tensorrt": every target takes the model. "onnxruntime" or "openvino" (the same): TensorRT does not, because
+            8-bit activations that cannot be negative get codes 0..255 in the place of 0..127: a grid twice as fine, and no
+            clamp behind each ReLU. (ModelOpt has no unsigned quantizers in front of a ReLU; those few stay signed. With
+            "torchao", which leaves activations alone, this changes nothing.)
 
     Returns:
         A prepared copy in eval mode, with calibrated ranges: post-training quantization, and the starting point of ``distill``.
@@ -50,17 +57,23 @@ def prepare(
         NotPreparedError: the model is prepared already.
         MissingPackageError: the toolkit is not installed.
     """
-    adapter = _adapter(toolkit, weight_bits, activation_bits)
+    adapter, precision = _asked(toolkit, weight_bits, activation_bits, keep, target)
     _require_float(model)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     batches = [_images(batch, index).to(device) for index, batch in enumerate(calibration_batches)]
     if not batches:
         raise QakdError("calibration_batches is empty: ranges need at least one batch, and are better with several.")
-    return adapter.prepare(open_attention(model), batches, weight_bits, activation_bits, keep)
+    return adapter.prepare(open_attention(model), batches, precision)
 
 
 def configuration(
-    model: nn.Module, toolkit: str = "modelopt", weight_bits: int = 8, activation_bits: int = 8, keep: Sequence[str] = ()
+    model: nn.Module,
+    toolkit: str = "modelopt",
+    weight_bits: int = 8,
+    activation_bits: int = 8,
+    keep: Sequence[str] = (),
+    *,
+    target: Target = "tensorrt",
 ) -> Any:
     """The configuration that :func:`prepare` uses, for who calls the toolkit themselves. Calibration is theirs, too.
 
@@ -70,6 +83,7 @@ def configuration(
         weight_bits: 2 to 8.
         activation_bits: 2 to 8; 8 for torch.ao.
         keep: names or patterns of modules that stay in floating point.
+        target: as in :func:`prepare`; "tensorrt" for torch.ao.
 
     Returns:
         - "modelopt": the dict for ``mtq.quantize``;
@@ -79,20 +93,23 @@ def configuration(
         - "torch_ao_eager": a QConfig for each named module, to assign as its ``qconfig`` before ``prepare_qat``.
 
     Raises:
-        QakdError: as :func:`prepare`, or the toolkit has no configuration for fewer than 8 activation bits.
+        QakdError: as :func:`prepare`, or the toolkit has no configuration for fewer than 8 activation bits, or for ``target``.
         MissingPackageError: the toolkit is not installed.
     """
-    return _adapter(toolkit, weight_bits, activation_bits).configuration(model, weight_bits, activation_bits, keep)
+    adapter, precision = _asked(toolkit, weight_bits, activation_bits, keep, target)
+    return adapter.configuration(model, precision)
 
 
-def _adapter(toolkit: str, weight_bits: int, activation_bits: int) -> Adapter:
+def _asked(toolkit: str, weight_bits: int, activation_bits: int, keep: Sequence[str], target: str) -> tuple[Adapter, Precision]:
     adapter = next((adapter for adapter in ADAPTERS if adapter.name == toolkit), None)
     if adapter is None:
         raise QakdError(f"toolkit={toolkit!r} is unknown: use one of {[adapter.name for adapter in ADAPTERS]}.")
     for name, bits in (("weight_bits", weight_bits), ("activation_bits", activation_bits)):
         if not 2 <= bits <= 8:
             raise QakdError(f"{name}={bits} is out of range: 2 to 8 bits can be prepared.")
-    return adapter
+    if target not in TARGETS:
+        raise QakdError(f"target={target!r} is unknown: use one of {list(TARGETS)}.")
+    return adapter, Precision(weight_bits, activation_bits, tuple(keep), unsigned_bytes=target != "tensorrt")
 
 
 def _require_float(model: nn.Module) -> None:

@@ -70,8 +70,7 @@ def use_quantizers(
             clip = _weight_clip(quantizer, *rule.levels, axis=axis, block=params.block)
         else:
             observer = observed.get(quantizer.fqn)
-            unsigned = params.quant_min == 0 or (observer is not None and observer.minimum >= 0)
-            rule = config.activation_rule(bits[quantizer.fqn], unsigned)
+            rule = config.activation_rule(bits[quantizer.fqn], _unsigned(params, bits[quantizer.fqn], observer))
             clip = _activation_clip(params, observer, rule.codes[1])
         plans.append((quantizer, rule, clip))
     _announce(config, old, bits, observed, changed)
@@ -154,6 +153,13 @@ def _weight_clip(quantizer: Quantizer, low: float, high: float, shift: float, *,
     # A channel of zeros has no range; its codes are zero whatever the scale is.
     spare = clip.max() if bool((clip > 0).any()) else torch.ones((), device=clip.device)
     return torch.where(clip > 0, clip, spare)
+
+
+def _unsigned(params: QParams, bits: int, observer: RangeObserver | None) -> bool:
+    """Whether an activation gets codes from 0 on; 8 bits only where it was prepared so, since TensorRT takes signed bytes."""
+    if bits == 8:
+        return params.quant_min == 0 and params.quant_max > 127
+    return params.quant_min == 0 or (observer is not None and observer.minimum >= 0)
 
 
 def _activation_clip(params: QParams, observer: RangeObserver | None, highest: int) -> Tensor:

@@ -400,9 +400,9 @@ def _prepared(model, images, bits, alone):
     """By ``prepare``, or with the quantizer alone."""
     if not alone:
         return prepare(model, [images], "pt2e", weight_bits=bits, activation_bits=bits)
-    from qakd_plugin.backends.pt2e_quantizer import TensorRTQuantizer
+    from qakd_plugin.backends.pt2e_quantizer import SymmetricQuantizer
 
-    student = _prepare_alone(model, images, TensorRTQuantizer(weight_bits=bits, activation_bits=bits))
+    student = _prepare_alone(model, images, SymmetricQuantizer(weight_bits=bits, activation_bits=bits))
     ADAPTER.set_mode(student, False)
     for _ in range(20):
         student(images)
@@ -487,10 +487,10 @@ def test_learned_quantizers_leave_sums_on_their_grid(tmp_path, residual):
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_model_prepared_with_the_quantizer_alone_is_exported_exactly(bits, tmp_path, net):
-    from qakd_plugin.backends.pt2e_quantizer import TensorRTQuantizer
+    from qakd_plugin.backends.pt2e_quantizer import SymmetricQuantizer
 
     model, images = net
-    student = _prepare_alone(model, images, TensorRTQuantizer(weight_bits=bits, activation_bits=bits))
+    student = _prepare_alone(model, images, SymmetricQuantizer(weight_bits=bits, activation_bits=bits))
     assert adapter_for(student).name == "pt2e"
     quantizer = next(q for q in ADAPTER.quantizers(student) if q.role == "activation")
     with pytest.raises(NotPreparedError, match=f"{quantizer.fqn} has no calibrated range"):
@@ -515,20 +515,20 @@ def test_a_model_prepared_with_the_quantizer_alone_is_exported_exactly(bits, tmp
 
 
 def test_the_quantizer_alone_keeps_layers_in_floating_point(net):
-    from qakd_plugin.backends.pt2e_quantizer import TensorRTQuantizer
+    from qakd_plugin.backends.pt2e_quantizer import SymmetricQuantizer
 
     model, images = net
-    student = _prepare_alone(model, images, TensorRTQuantizer(keep=("head", "stem.*")))
+    student = _prepare_alone(model, images, SymmetricQuantizer(keep=("head", "stem.*")))
     assert len([q for q in ADAPTER.quantizers(student) if q.role == "weight"]) == 5
     with pytest.raises(QakdError, match="weight_bits=1"):
-        TensorRTQuantizer(weight_bits=1)
+        SymmetricQuantizer(weight_bits=1)
     with pytest.raises(QakdError, match="no convolution or linear layer"):
-        _prepare_alone(model, images, TensorRTQuantizer(keep=("*",)))
+        _prepare_alone(model, images, SymmetricQuantizer(keep=("*",)))
 
 
 @pytest.mark.parametrize(("alpha", "lowest"), [(None, 0), (-2, -8)])
 def test_the_quantizer_alone_takes_a_difference_for_signed(alpha, lowest):
-    from qakd_plugin.backends.pt2e_quantizer import TensorRTQuantizer
+    from qakd_plugin.backends.pt2e_quantizer import SymmetricQuantizer
 
     class Difference(nn.Module):
         def __init__(self):
@@ -541,26 +541,26 @@ def test_the_quantizer_alone_takes_a_difference_for_signed(alpha, lowest):
 
     torch.manual_seed(0)
     x = torch.randn(16, 8)
-    student = _prepare_alone(Difference().eval(), x, TensorRTQuantizer(activation_bits=4))
+    student = _prepare_alone(Difference().eval(), x, SymmetricQuantizer(activation_bits=4))
     student(x)
     codes = {q.quant_min for q in describe(student).quantizers if q.role == "activation" and q.bits == 4}
     assert codes == {lowest}
 
 
 def test_a_placement_of_the_float_model_can_be_given(net):
-    from qakd_plugin.backends.pt2e_quantizer import TensorRTQuantizer
+    from qakd_plugin.backends.pt2e_quantizer import SymmetricQuantizer
 
     model, images = net
-    student = _prepare_alone(model, images, TensorRTQuantizer(place_quantizers(model, ("head",))))
+    student = _prepare_alone(model, images, SymmetricQuantizer(place_quantizers(model, ("head",))))
     assert len([q for q in ADAPTER.quantizers(student) if q.role == "weight"]) == 6
 
 
 def test_a_model_exported_in_train_mode_is_exported_exactly(tmp_path, net):
     """Its graph counts batches and holds the guards of torch.export; neither belongs into a file."""
-    from qakd_plugin.backends.pt2e_quantizer import TensorRTQuantizer
+    from qakd_plugin.backends.pt2e_quantizer import SymmetricQuantizer
 
     images = net[1]
-    student = _prepare_alone(copy.deepcopy(net[0]).train(), images, TensorRTQuantizer())
+    student = _prepare_alone(copy.deepcopy(net[0]).train(), images, SymmetricQuantizer())
     for _ in range(5):
         student(images)
     assert _is_close_proof(export_onnx(student, images, tmp_path / "s.onnx").parity)

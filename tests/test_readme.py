@@ -35,6 +35,11 @@ def test_the_tables_in_the_readme_are_made_from_the_committed_figures():
     assert page_tables.README.read_text().count(":begin -->") == len(expected)
 
 
+def test_the_tables_of_all_toolkits_are_made_from_the_committed_figures():
+    for name, table in import_module("deployment").make_toolkit_tables(committed("deployment")).items():
+        assert page_tables.read_table(name) == table, name
+
+
 def test_the_page_of_the_evidence_and_its_figure_are_made_from_the_committed_figures():
     document, study = committed("evidence"), committed("augmentation_study")
     page = evidence_page.DOCS / evidence_page.PAGE

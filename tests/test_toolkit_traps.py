@@ -158,14 +158,18 @@ def test_modelopts_wildcards_in_front_of_poolings_and_norms_are_exported_exactly
     assert proof.toolkit_deviation < 1e-4
 
 
-def test_a_quantizer_that_the_user_disabled_stays_disabled(calibration, net, tmp_path):
+@pytest.mark.parametrize("switch", ["disable", "disable_quant"])
+def test_a_quantizer_that_the_user_disabled_stays_disabled(switch, calibration, net, mentor, tmp_path):
     student = prepare(net, calibration, "modelopt")
-    student.first[0][0].weight_quantizer.disable()
+    quantizer = student.first[0][0].weight_quantizer
+    getattr(quantizer, switch)()
     before = len(describe(student).quantizers)
     adapter_for(student).set_fake_quant(student, False)
     adapter_for(student).set_fake_quant(student, True)
     assert len(describe(student).quantizers) == before
+    distill(student, mentor, [calibration[0]], epochs=1, seed=0)
     assert "first.0.0.weight_quantizer" not in {q.name for q in describe(student).quantizers}
+    assert quantizer._disabled or not quantizer._if_quant
     assert export_onnx(student, calibration[0], tmp_path / "s.onnx").parity.toolkit_deviation < 1e-4
 
 
@@ -270,10 +274,10 @@ def test_functions_that_know_training_follow_the_mode_of_an_fx_model(images):
 def _pt2e(model, images):
     from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
 
-    from qakd_plugin.backends.pt2e_quantizer import TensorRTQuantizer
+    from qakd_plugin.backends.pt2e_quantizer import SymmetricQuantizer
 
     graph = torch.export.export(model.eval(), (images,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
-    return prepare_qat_pt2e(graph, TensorRTQuantizer())
+    return prepare_qat_pt2e(graph, SymmetricQuantizer())
 
 
 def test_pt2e_changes_the_eps_of_batch_norm_and_distill_says_so(images, digits, caplog):

@@ -5,14 +5,14 @@ from __future__ import annotations
 from torch import nn
 
 from ..errors import NotPreparedError
-from .base import Adapter, QParams, Quantizer, Role
+from .base import Adapter, Precision, QParams, Quantizer, Role
 from .modelopt import ModelOptAdapter
 from .pt2e import PT2EAdapter
 from .torch_ao import TorchAOAdapter
 from .torch_ao_eager import TorchAOEagerAdapter
 from .torchao import TorchAOQATAdapter
 
-__all__ = ["ADAPTERS", "Adapter", "QParams", "Quantizer", "Role", "adapter_for"]
+__all__ = ["ADAPTERS", "Adapter", "Precision", "QParams", "Quantizer", "Role", "adapter_for"]
 
 ADAPTERS: tuple[Adapter, ...] = (
     ModelOptAdapter(),

@@ -16,9 +16,30 @@ from ..errors import NotPreparedError
 from ..qparams import QParams
 from ..quantizers import Rule
 
-__all__ = ["Adapter", "QParams", "Quantizer", "Role", "require_no_zero_gamma", "weight_of"]
+__all__ = ["Adapter", "Precision", "QParams", "Quantizer", "Role", "require_no_zero_gamma", "weight_of"]
 
 Role = Literal["weight", "activation"]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What a float model is to be prepared for; see :func:`qakd_plugin.prepare`.
+
+    Attributes:
+        weight_bits: of all layers but the first and the last, which take 8.
+        activation_bits: likewise, of their inputs.
+        keep: names or patterns of modules that stay in floating point.
+        unsigned_bytes: let 8-bit activations that cannot be negative take codes 0..255, which TensorRT cannot.
+    """
+
+    weight_bits: int = 8
+    activation_bits: int = 8
+    keep: tuple[str, ...] = ()
+    unsigned_bytes: bool = False
+
+    def is_unsigned(self, bits: int, non_negative: bool) -> bool:
+        """Whether an activation gets an unsigned grid: below 8 bits half of a signed one would be lost."""
+        return non_negative and (bits < 8 or self.unsigned_bytes)
 
 
 @dataclass(frozen=True)
@@ -91,12 +112,10 @@ class Adapter(Protocol):
     def set_mode(self, model: nn.Module, training: bool) -> None:
         """``model.train(training)`` as the toolkit wants it done."""
 
-    def configuration(self, model: nn.Module, weight_bits: int, activation_bits: int, keep: Sequence[str]) -> Any:
+    def configuration(self, model: nn.Module, precision: Precision) -> Any:
         """What :meth:`prepare` hands to the toolkit; see :func:`qakd_plugin.configuration`."""
 
-    def prepare(
-        self, model: nn.Module, batches: Sequence[Tensor], weight_bits: int, activation_bits: int, keep: Sequence[str]
-    ) -> nn.Module:
+    def prepare(self, model: nn.Module, batches: Sequence[Tensor], precision: Precision) -> nn.Module:
         """A prepared and calibrated copy of a float model, in eval mode; see :func:`qakd_plugin.prepare`."""
 
     def install(self, model: nn.Module, quantizer: Quantizer, rule: Rule, clip: Tensor) -> None:

@@ -27,11 +27,14 @@ from ..deploy.export_form import ActivationQDQ, QuantizedLayer, QuantizedModule,
 from ..errors import NotPreparedError, UnsupportedQuantizerError
 from ..placement import WEIGHTED, OutputQuantizer, Placement, has_own_forward, never_called, place_quantizers
 from ..quantizers import Rule, remove_tensors, rule_from_dict
-from .base import QParams, Quantizer, Role, weight_of
+from .base import Precision, QParams, Quantizer, Role, weight_of
 
 _log = logging.getLogger(__name__)
 _SMALLEST_AMAX = 2.0**-24
 """ModelOpt maps everything to zero where amax is not above this."""
+
+_PAUSED = "_qakd_paused"
+"""Attribute of quantizers that ``set_fake_quant`` switched off."""
 
 BACKEND = "qakd"
 """Under which ModelOpt finds learned quantizers."""
@@ -52,7 +55,7 @@ class ModelOptAdapter:
         found = []
         idle = never_called(model)
         for fqn, module in model.named_modules():
-            if not isinstance(module, quantizer_class) or module._disabled or fqn in idle:
+            if not isinstance(module, quantizer_class) or not _is_active(module) or fqn in idle:
                 continue
             name = fqn.rpartition(".")[0]
             layers = () if fqn.endswith("output_quantizer") else (name,)
@@ -108,7 +111,12 @@ class ModelOptAdapter:
     def set_fake_quant(self, model: nn.Module, enabled: bool) -> None:
         for quantizer in self.quantizers(model):
             q: Any = quantizer.module
-            q.enable_quant() if enabled else q.disable_quant()
+            if enabled:
+                q.enable_quant()
+                q.__dict__.pop(_PAUSED, None)  # ModelOpt saves whatever attributes a quantizer has
+            else:
+                q.disable_quant()
+                setattr(q, _PAUSED, True)
 
     def freeze_ranges(self, model: nn.Module, frozen: bool) -> None:
         """Nothing to do: ModelOpt's ranges change only when they are calibrated."""
@@ -116,15 +124,13 @@ class ModelOptAdapter:
     def set_mode(self, model: nn.Module, training: bool) -> None:
         model.train(training)
 
-    def configuration(self, model: nn.Module, weight_bits: int, activation_bits: int, keep: Sequence[str]) -> dict[str, Any]:
-        return modelopt_config(place_quantizers(model, keep), weight_bits, activation_bits)
+    def configuration(self, model: nn.Module, precision: Precision) -> dict[str, Any]:
+        return modelopt_config(place_quantizers(model, precision.keep), precision)
 
-    def prepare(
-        self, model: nn.Module, batches: Sequence[Tensor], weight_bits: int, activation_bits: int, keep: Sequence[str]
-    ) -> nn.Module:
+    def prepare(self, model: nn.Module, batches: Sequence[Tensor], precision: Precision) -> nn.Module:
         mtq = require("modelopt.torch.quantization", extra="modelopt", purpose="prepare a model with toolkit='modelopt'")
-        placement = place_quantizers(model, keep)
-        config = modelopt_config(placement, weight_bits, activation_bits)
+        placement = place_quantizers(model, precision.keep)
+        config = modelopt_config(placement, precision)
         prepared: nn.Module = copy.deepcopy(model).eval()
 
         def forward_loop(network: nn.Module) -> None:
@@ -226,13 +232,11 @@ class ModelOptAdapter:
         )
 
 
-def modelopt_config(placement: Placement, weight_bits: int, activation_bits: int) -> dict[str, Any]:
+def modelopt_config(placement: Placement, precision: Precision) -> dict[str, Any]:
     """The configuration for ``mtq.quantize`` that :func:`qakd_plugin.prepare` uses.
 
-    Args:
-        placement: from :func:`qakd_plugin.placement.place_quantizers`.
-        weight_bits: of all layers but the first and the last, which take 8.
-        activation_bits: likewise, for their inputs.
+    Quantizers behind a convolution are signed, whatever is wanted: they stand in front of the ReLU, and ModelOpt's unsigned
+    ones refuse negative values.
     """
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
 
@@ -241,11 +245,16 @@ def modelopt_config(placement: Placement, weight_bits: int, activation_bits: int
 
     for layer in placement.layers:
         edge = layer in placement.edges
-        bits = 8 if edge else weight_bits
+        bits = 8 if edge else precision.weight_bits
         enable(f"{layer}.weight_quantizer", num_bits=bits, axis=0, narrow_range=bits == 8)
-        bits = 8 if edge else activation_bits
+        bits = 8 if edge else precision.activation_bits
         if bits < 8 or layer not in placement.covered:
-            enable(f"{layer}.input_quantizer", num_bits=bits, axis=None, unsigned=bits < 8 and layer in placement.unsigned)
+            enable(
+                f"{layer}.input_quantizer",
+                num_bits=bits,
+                axis=None,
+                unsigned=precision.is_unsigned(bits, layer in placement.unsigned),
+            )
     for output in placement.outputs:
         enable(_output_name(output), num_bits=8, axis=None)
     return {"quant_cfg": entries, "algorithm": "max"}
@@ -347,6 +356,11 @@ def _set_learned(quantizer: nn.Module, learned: bool) -> None:
     assert plain is not None
     if type(quantizer) is (plain if learned else ours):
         quantizer.__class__ = ours if learned else plain
+
+
+def _is_active(quantizer: Any) -> bool:
+    """Whether a quantizer works, or did until ``set_fake_quant`` paused it: not one that the user switched off."""
+    return not quantizer._disabled and (quantizer._if_quant or hasattr(quantizer, _PAUSED))
 
 
 def _role(fqn: str) -> Role:

@@ -26,7 +26,7 @@ from ..deploy.export_form import ActivationQDQ, StoredWeight, store_weight
 from ..errors import NotPreparedError, QakdError, UnsupportedQuantizerError
 from ..placement import place_quantizers
 from ..quantizers import Rule
-from .base import QParams, Quantizer, require_no_zero_gamma
+from .base import Precision, QParams, Quantizer, require_no_zero_gamma
 from .fake_quantize import FakeQuantizeSwitches, is_active
 from .learned import learned_fake_quantize, restored_fake_quantize, rule_of, substitute
 
@@ -149,19 +149,22 @@ class PT2EAdapter(FakeQuantizeSwitches):
             module.training = training
         setattr(model, "_exported_training", training)  # noqa: B010 - what torchao's two functions look at first
 
-    def configuration(self, model: nn.Module, weight_bits: int, activation_bits: int, keep: Sequence[str]) -> Any:
+    def configuration(self, model: nn.Module, precision: Precision) -> Any:
         require("torchao.quantization.pt2e.quantize_pt2e", extra="torchao", purpose="make a quantizer for prepare_qat_pt2e")
-        from .pt2e_quantizer import TensorRTQuantizer
+        from .pt2e_quantizer import SymmetricQuantizer
 
-        return TensorRTQuantizer(place_quantizers(model, keep), weight_bits, activation_bits)
+        return SymmetricQuantizer(
+            place_quantizers(model, precision.keep),
+            precision.weight_bits,
+            precision.activation_bits,
+            unsigned_bytes=precision.unsigned_bytes,
+        )
 
-    def prepare(
-        self, model: nn.Module, batches: Sequence[Tensor], weight_bits: int, activation_bits: int, keep: Sequence[str]
-    ) -> nn.Module:
+    def prepare(self, model: nn.Module, batches: Sequence[Tensor], precision: Precision) -> nn.Module:
         pt2e = require(
             "torchao.quantization.pt2e.quantize_pt2e", extra="torchao", purpose="prepare a model with toolkit='pt2e'"
         )
-        quantizer = self.configuration(model, weight_bits, activation_bits, keep)
+        quantizer = self.configuration(model, precision)
         network = copy.deepcopy(model).eval()
         _unify_batch_norms(network)
         graph = _exported(network, batches[0])

@@ -1,4 +1,4 @@
-"""A quantizer for torchao's PT2E flow whose models every target can take: symmetric, static, zero point 0.
+"""A quantizer for torchao's PT2E flow whose models deploy well: static, zero point 0.
 
 Import this module only where torchao is installed; :mod:`qakd_plugin.backends.pt2e` does so on first use.
 """
@@ -16,6 +16,7 @@ from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, Quantiza
 
 from ..errors import QakdError
 from ..placement import Placement, outermost, within
+from .base import Precision
 from .pt2e import CONVOLUTIONS, TRANSPOSED, WEIGHTED, from_inputs, layer_name
 
 _aten = torch.ops.aten
@@ -72,11 +73,11 @@ class _Layer:
 
     weight_bits: int
     activation_bits: int
-    signed: bool
+    non_negative: bool
 
 
-class TensorRTQuantizer(Quantizer):  # type: ignore[misc]
-    """For ``prepare_qat_pt2e``: weights symmetric per channel, activations symmetric per tensor, zero point 0 throughout.
+class SymmetricQuantizer(Quantizer):  # type: ignore[misc]
+    """For ``prepare_qat_pt2e``: weights symmetric per channel, activations per tensor, zero point 0 throughout.
 
     The first and the last layer take 8 bits. Without a placement every convolution and linear layer has its input and weight
     quantized, and both inputs of every residual add are, so that the convolutions before it run in integers; below 8 bits, what
@@ -88,7 +89,7 @@ class TensorRTQuantizer(Quantizer):  # type: ignore[misc]
     Example::
 
         graph = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
-        prepared = prepare_qat_pt2e(graph, TensorRTQuantizer())
+        prepared = prepare_qat_pt2e(graph, SymmetricQuantizer())
 
     Args:
         placement: from :func:`qakd_plugin.placement.place_quantizers` of the float model, which also looks at what follows a
@@ -96,6 +97,7 @@ class TensorRTQuantizer(Quantizer):  # type: ignore[misc]
         weight_bits: 2 to 8, of all layers but the first and the last.
         activation_bits: likewise, of their inputs.
         keep: names or patterns of modules that stay in floating point; for use without a placement, which has its own.
+        unsigned_bytes: let 8-bit activations that cannot be negative take codes 0..255, which TensorRT cannot.
 
     Raises:
         QakdError: the bits are out of range, or (in ``annotate``) nothing is left to quantize.
@@ -108,19 +110,19 @@ class TensorRTQuantizer(Quantizer):  # type: ignore[misc]
         activation_bits: int = 8,
         *,
         keep: Sequence[str] = (),
+        unsigned_bytes: bool = False,
     ) -> None:
         for name, bits in (("weight_bits", weight_bits), ("activation_bits", activation_bits)):
             if not 2 <= bits <= 8:
                 raise QakdError(f"{name}={bits} is out of range: 2 to 8 bits can be prepared.")
         self.placement = placement
-        self.weight_bits = weight_bits
-        self.activation_bits = activation_bits
-        self.keep = tuple(keep)
+        self.precision = Precision(weight_bits, activation_bits, tuple(keep), unsigned_bytes)
 
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
         dynamic = from_inputs(model)
         calls = [node for node in model.graph.nodes if node.target in WEIGHTED and node.args[1] not in dynamic]
-        layers = self._placed(calls) if self.placement is not None else self._all(calls, model.graph)
+        positive = _positive(model.graph)
+        layers = self._placed(calls) if self.placement is not None else self._all(calls, model.graph, positive)
         if not layers:
             raise QakdError("the exported graph holds no convolution or linear layer to quantize.")
         adds = {node for node in model.graph.nodes if node.target in _ADDS and _adds_activations(node, dynamic)}
@@ -131,17 +133,20 @@ class TensorRTQuantizer(Quantizer):  # type: ignore[misc]
         outputs, on_grid = _with_sums(model.graph, adds, set(layers), outputs)
         for node, layer in layers.items():
             has_one = layer.activation_bits == 8 and node.args[0] in on_grid
-            source = None if has_one else activation_spec(layer.activation_bits, signed=layer.signed)
+            source = None if has_one else self._activation_spec(layer.activation_bits, layer.non_negative)
             # The order matters: torchao takes the first entry for the input and the second for the weight.
             inputs = {node.args[0]: source, node.args[1]: weight_spec(layer.weight_bits, 1 if node.target in TRANSPOSED else 0)}
             node.meta["quantization_annotation"] = QuantizationAnnotation(input_qspec_map=inputs, _annotated=True)
         for node in adds if self.placement is None else ():
-            inputs = {source: activation_spec(8) for source in node.args[:2] if source not in on_grid}
+            inputs = {source: self._activation_spec(8, source in positive) for source in node.args[:2] if source not in on_grid}
             node.meta["quantization_annotation"] = QuantizationAnnotation(input_qspec_map=inputs, _annotated=True)
         for node in outputs:
             annotation = node.meta.setdefault("quantization_annotation", QuantizationAnnotation(_annotated=True))
-            annotation.output_qspec = activation_spec(8)
+            annotation.output_qspec = self._activation_spec(8, node in positive)
         return model
+
+    def _activation_spec(self, bits: int, non_negative: bool) -> QuantizationSpec:
+        return activation_spec(bits, signed=not self.precision.is_unsigned(bits, non_negative))
 
     def validate(self, model: fx.GraphModule) -> None:
         """Nothing to do: whatever :meth:`annotate` writes is supported."""
@@ -155,21 +160,18 @@ class TensorRTQuantizer(Quantizer):  # type: ignore[misc]
             if name not in placement.layers:
                 continue
             edge = name in placement.edges
-            bits = 8 if edge else self.activation_bits
-            signed = bits == 8 or name not in placement.unsigned
-            layers[node] = _Layer(8 if edge else self.weight_bits, bits, signed)
+            bits = 8 if edge else self.precision.activation_bits
+            layers[node] = _Layer(8 if edge else self.precision.weight_bits, bits, name in placement.unsigned)
         return layers
 
-    def _all(self, calls: Sequence[fx.Node], graph: fx.Graph) -> dict[fx.Node, _Layer]:
+    def _all(self, calls: Sequence[fx.Node], graph: fx.Graph, positive: set[fx.Node]) -> dict[fx.Node, _Layer]:
         """Every layer but those kept in floating point, by the exported graph alone."""
-        chosen = [node for node in calls if not any(within(layer_name(node), pattern) for pattern in self.keep)]
+        chosen = [node for node in calls if not any(within(layer_name(node), pattern) for pattern in self.precision.keep)]
         edges = outermost(list(graph.nodes), set(chosen))
-        positive = _positive(graph)
         layers = {}
         for node in chosen:
-            bits = 8 if node in edges else self.activation_bits
-            signed = bits == 8 or node.args[0] not in positive
-            layers[node] = _Layer(8 if node in edges else self.weight_bits, bits, signed)
+            bits = 8 if node in edges else self.precision.activation_bits
+            layers[node] = _Layer(8 if node in edges else self.precision.weight_bits, bits, node.args[0] in positive)
         return layers
 
     @staticmethod

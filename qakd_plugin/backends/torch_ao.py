@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from ..calibration import observe_inputs
 from ..deploy.export_form import ActivationQDQ, QuantizedLayer, QuantizedModule, replace_modules, store_weight
 from ..errors import NotPreparedError, QakdError, UnsupportedQuantizerError
-from ..placement import WEIGHTED, Placement, has_own_forward, place_quantizers
+from ..placement import WEIGHTED, Placement, has_own_forward, non_negative, place_quantizers, relu_bounds
 from ..quantizers import Rule
-from .base import QParams, Quantizer, require_no_zero_gamma
+from .base import Precision, QParams, Quantizer, require_no_zero_gamma
 from .fake_quantize import FakeQuantizeSwitches, is_active
 from .learned import learned_fake_quantize, restored_fake_quantize, rule_of, substitute
 
@@ -113,15 +113,13 @@ class TorchAOAdapter(FakeQuantizeSwitches):
     def set_mode(self, model: nn.Module, training: bool) -> None:
         model.train(training)
 
-    def configuration(self, model: nn.Module, weight_bits: int, activation_bits: int, keep: Sequence[str]) -> Any:
-        require_eight_bit_activations(self.name, activation_bits)
-        return torch_ao_qconfig_mapping(model, place_quantizers(model, keep), weight_bits)
+    def configuration(self, model: nn.Module, precision: Precision) -> Any:
+        require_signed_bytes(self.name, precision)
+        return torch_ao_qconfig_mapping(model, place_quantizers(model, precision.keep), precision.weight_bits)
 
-    def prepare(
-        self, model: nn.Module, batches: Sequence[Tensor], weight_bits: int, activation_bits: int, keep: Sequence[str]
-    ) -> nn.Module:
-        placement = place_quantizers(model, keep)
-        mapping = torch_ao_qconfig_mapping(model, placement, weight_bits)
+    def prepare(self, model: nn.Module, batches: Sequence[Tensor], precision: Precision) -> nn.Module:
+        placement = place_quantizers(model, precision.keep)
+        mapping = torch_ao_qconfig_mapping(model, placement, precision.weight_bits)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             warnings.simplefilter("ignore", UserWarning)  # one per observer, on a default that changed years ago
@@ -130,7 +128,10 @@ class TorchAOAdapter(FakeQuantizeSwitches):
             )
         _follow_the_mode(prepared)
         _leave_output_in_float(prepared)
-        low_bit = _insert_low_bit_inputs(prepared, placement, activation_bits) if activation_bits < 8 else {}
+        if precision.unsigned_bytes:
+            _use_unsigned_bytes(prepared)
+        bits = precision.activation_bits
+        low_bit = _insert_low_bit_inputs(prepared, placement, bits) if bits < 8 else {}
         calibrate(self, prepared.eval(), batches, low_bit)
         return prepared
 
@@ -185,12 +186,13 @@ class TorchAOAdapter(FakeQuantizeSwitches):
         return QuantizedLayer(module, stored, bias, relu=isinstance(module, FUSED_RELU), output_qdq=output_qdq)
 
 
-def require_eight_bit_activations(toolkit: str, activation_bits: int) -> None:
-    """Below 8 bits ``prepare`` does by hand what no configuration of torch.ao can say."""
-    if activation_bits < 8:
+def require_signed_bytes(toolkit: str, precision: Precision) -> None:
+    """For all else ``prepare`` does by hand what no configuration of torch.ao can say."""
+    if precision.activation_bits < 8 or precision.unsigned_bytes:
+        asked = "a target other than TensorRT" if precision.unsigned_bytes else f"activation_bits={precision.activation_bits}"
         raise QakdError(
-            f"activation_bits={activation_bits}: toolkit={toolkit!r} has no configuration for it, because residual adds keep 8 "
-            "bits and unsigned grids have to follow the ReLUs. Use qakd_plugin.prepare, which puts those quantizers in itself."
+            f"{asked}: toolkit={toolkit!r} has no configuration for it, because residual adds keep 8 bits and unsigned grids "
+            "have to follow the ReLUs. Use qakd_plugin.prepare, which puts those quantizers in itself."
         )
 
 
@@ -281,6 +283,51 @@ def _leave_output_in_float(prepared: torch.fx.GraphModule) -> None:
         prepared.delete_all_unused_submodules()
 
 
+def _use_unsigned_bytes(prepared: torch.fx.GraphModule) -> None:
+    """Give what cannot be negative codes 0..255; TensorRT's backend configuration has none."""
+    _quantize_behind_relus(prepared)
+    modules: dict[str, nn.Module] = {}
+    for name, module in prepared.named_modules(remove_duplicate=False):
+        keeps_sign = isinstance(module, FakeQuantizeBase)
+        modules[name] = nn.ReLU() if isinstance(module, FUSED_RELU) else nn.Identity() if keeps_sign else module
+    positive = non_negative(prepared.graph.nodes, modules)
+    verdicts: dict[nn.Module, bool] = {}
+    for node in prepared.graph.nodes:
+        if _is_fake_quant(prepared, node):
+            quantizer = prepared.get_submodule(node.target)
+            verdicts[quantizer] = verdicts.get(quantizer, True) and node in positive
+    for quantizer in [quantizer for quantizer, holds in verdicts.items() if holds]:
+        substitute(prepared, quantizer, unsigned_byte())
+
+
+def _quantize_behind_relus(prepared: torch.fx.GraphModule) -> None:
+    """Let quantizers change places with the ReLUs that read them, where the toolkit has not fused those into a layer."""
+    for node in list(prepared.graph.nodes):
+        if not _is_fake_quant(prepared, node) or len(node.users) != 1:
+            continue
+        (relu,) = node.users
+        module = prepared.get_submodule(str(relu.target)) if relu.op == "call_module" else None
+        if relu_bounds(relu, module) is None:
+            continue
+        relu.replace_input_with(node, node.args[0])
+        behind = list(relu.users)
+        if len(behind) != 1 or behind[0].target != node.target:  # else it stands there as well
+            with prepared.graph.inserting_after(relu):
+                moved = prepared.graph.call_module(str(node.target), (relu,))
+            relu.replace_all_uses_with(moved, delete_user_cb=lambda user, moved=moved: user is not moved)
+        prepared.graph.erase_node(node)
+    prepared.graph.lint()
+    prepared.recompile()
+
+
+def unsigned_byte() -> nn.Module:
+    """A fake-quantizer of codes 0..255 that follows the data; for what cannot be negative, so that its zero point stays 0."""
+    made: nn.Module = FakeQuantize(
+        observer=MovingAverageMinMaxObserver, quant_min=0, quant_max=255, dtype=torch.quint8, qscheme=torch.per_tensor_affine
+    )
+    return made
+
+
 def _insert_low_bit_inputs(prepared: torch.fx.GraphModule, placement: Placement, bits: int) -> dict[str, tuple[int, int]]:
     """Give every inner layer a quantizer of fewer bits on its input, behind the 8-bit one that adds and poolings share.
 
@@ -337,8 +384,8 @@ def calibrate(
     for quantizer in activations:
         q: Any = quantizer.module
         observer = q.activation_post_process
-        clip = torch.tensor(observers[quantizer.fqn].best_clip(127))
-        observer.min_val.resize_(()).copy_(-clip)
+        clip = torch.tensor(observers[quantizer.fqn].best_clip(int(observer.quant_max)))
+        observer.min_val.resize_(()).copy_(-clip if observer.quant_min < 0 else 0)
         observer.max_val.resize_(()).copy_(clip)
         scale, zero_point = q.calculate_qparams()
         q.scale.copy_(scale)

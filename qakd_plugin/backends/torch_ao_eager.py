@@ -18,14 +18,16 @@ from torch import Tensor, fx, nn
 
 from ..errors import QakdError
 from ..modes import eval_mode
-from ..placement import GRID_KEEPING, Placement, place_quantizers
+from ..placement import GRID_KEEPING, Placement, non_negative, place_quantizers
+from .base import Precision
 from .torch_ao import (
     QAT_LAYERS,
     TorchAOAdapter,
     calibrate,
     fixed_fake_quantize,
-    require_eight_bit_activations,
+    require_signed_bytes,
     torch_ao_qconfig,
+    unsigned_byte,
 )
 
 with warnings.catch_warnings():
@@ -56,21 +58,19 @@ class TorchAOEagerAdapter(TorchAOAdapter):
             if isinstance(module, QAT_LAYERS)
         }
 
-    def configuration(self, model: nn.Module, weight_bits: int, activation_bits: int, keep: Sequence[str]) -> Any:
+    def configuration(self, model: nn.Module, precision: Precision) -> Any:
         """Configurations to assign as ``qconfig`` before ``prepare_qat``, by the names of modules."""
-        require_eight_bit_activations(self.name, activation_bits)
-        placement = place_quantizers(model, keep)
+        require_signed_bytes(self.name, precision)
+        placement = place_quantizers(model, precision.keep)
         found: dict[str, Any] = {}
         for name, module in model.named_modules():
-            bits = weight_bits if name in placement.layers and name not in placement.edges else 8
+            bits = precision.weight_bits if name in placement.layers and name not in placement.edges else 8
             if name in placement.layers or isinstance(module, FloatFunctional | QuantStub):
                 found[name] = torch_ao_qconfig(bits)
         return found
 
-    def prepare(
-        self, model: nn.Module, batches: Sequence[Tensor], weight_bits: int, activation_bits: int, keep: Sequence[str]
-    ) -> nn.Module:
-        placement = place_quantizers(model, keep)
+    def prepare(self, model: nn.Module, batches: Sequence[Tensor], precision: Precision) -> nn.Module:
+        placement = place_quantizers(model, precision.keep)
         plan = _Plan(model, placement)
         prepared: nn.Module = copy.deepcopy(model).train()
         if plan.fusions:
@@ -79,7 +79,7 @@ class TorchAOEagerAdapter(TorchAOAdapter):
             # A fused layer stands where its convolution or linear layer stood, and holds it as a child.
             layer = next((part for part in (name, name.rpartition(".")[0]) if part in placement.layers), None)
             wanted = layer is not None or isinstance(module, FloatFunctional | QuantStub)
-            bits = weight_bits if layer is not None and layer not in placement.edges else 8
+            bits = precision.weight_bits if layer is not None and layer not in placement.edges else 8
             module.qconfig = torch_ao_qconfig(bits) if wanted else None  # type: ignore[assignment]
         prefix = ""
         if not any(isinstance(module, QuantStub) for module in model.modules()):
@@ -92,10 +92,13 @@ class TorchAOEagerAdapter(TorchAOAdapter):
             _quantize_output(prepared.get_submodule(prefix + name))
         for name in plan.last:
             _leave_in_float(prepared.get_submodule(prefix + name))
+        if precision.unsigned_bytes:
+            for name in [name for name, holds in plan.non_negative.items() if holds]:
+                prepared.get_submodule(prefix + name).activation_post_process = unsigned_byte()
         low_bit: dict[str, tuple[int, int]] = {}
-        if activation_bits < 8:
+        if precision.activation_bits < 8:
             for name, unsigned in plan.only_read_by_inner_layers.items():
-                limit = 2 ** (activation_bits - 1)
+                limit = 2 ** (precision.activation_bits - 1)
                 low, high = (0, 2 * limit - 1) if unsigned else (-limit, limit - 1)
                 quantizer = f"{prefix}{name}.activation_post_process"
                 low_bit[quantizer] = low, high
@@ -115,6 +118,7 @@ class _Plan:
         between: other modules that a quantized layer reads (poolings, activations): their output needs a quantizer.
         only_read_by_inner_layers: modules whose output nothing else reads, and whether those layers see no negative value: then
             an unsigned grid fits, be it in front of the ReLU.
+        non_negative: modules whose output is quantized, and whether it cannot be negative.
     """
 
     def __init__(self, model: nn.Module, placement: Placement) -> None:
@@ -127,6 +131,8 @@ class _Plan:
         self.last: list[str] = []
         self.between: list[str] = []
         self.only_read_by_inner_layers: dict[str, bool] = {}
+        self.non_negative: dict[str, bool] = {}
+        self._positive = non_negative(graph_module.graph.nodes, self.modules)
         self._quantized: set[fx.Node] = set()
         self._calls = Counter(node.target for node in graph_module.graph.nodes if node.op == "call_module")
         for node in graph_module.graph.nodes:
@@ -160,6 +166,7 @@ class _Plan:
     def _ends(self, node: fx.Node, name: str) -> None:
         """``node`` is where module ``name``'s quantized output leaves it."""
         self._quantized.add(node)
+        self.non_negative[name] = self.non_negative.get(name, True) and node in self._positive
         readers = [str(reader.target) for reader in self._readers(node)]
         if all(reader in self.placement.layers and reader not in self.placement.edges for reader in readers):
             self.only_read_by_inner_layers[name] = all(reader in self.placement.unsigned for reader in readers)

@@ -24,7 +24,7 @@ from ..deploy.export_form import QuantizedLayer, replace_modules, store_weight
 from ..errors import NotPreparedError, QakdError, UnsupportedQuantizerError
 from ..placement import place_quantizers
 from ..quantizers import Rule
-from .base import QParams, Quantizer, weight_of
+from .base import Precision, QParams, Quantizer, weight_of
 from .learned import rule_of
 
 _log = logging.getLogger(__name__)
@@ -94,10 +94,10 @@ class TorchAOQATAdapter:
     def set_mode(self, model: nn.Module, training: bool) -> None:
         model.train(training)
 
-    def configuration(self, model: nn.Module, weight_bits: int, activation_bits: int, keep: Sequence[str]) -> Any:
+    def configuration(self, model: nn.Module, precision: Precision) -> Any:
         """Pairs of a ``QATConfig`` and the ``filter_fn`` to call ``quantize_`` with."""
         qat = require("torchao.quantization.qat", extra="torchao", purpose="make a QATConfig")
-        placement = place_quantizers(model, keep)
+        placement = place_quantizers(model, precision.keep)
         # Not a subclass: torchao would put its own forward pass in the place of the subclass's, or it is never called at all.
         layers = [name for name in placement.layers if type(model.get_submodule(name)) is nn.Linear]
         if not layers:
@@ -111,19 +111,17 @@ class TorchAOQATAdapter:
             len(layers),
         )
         pairs = []
-        for bits in sorted({8, weight_bits}):
-            chosen = {name for name in layers if bits == (8 if name in placement.edges else weight_bits)}
+        for bits in sorted({8, precision.weight_bits}):
+            chosen = {name for name in layers if bits == (8 if name in placement.edges else precision.weight_bits)}
             config = qat.IntxFakeQuantizeConfig(_dtype(bits), "per_channel", is_symmetric=True)
             pairs.append((qat.QATConfig(weight_config=config, step="prepare"), lambda _, name, chosen=chosen: name in chosen))
         return pairs
 
-    def prepare(
-        self, model: nn.Module, batches: Sequence[Tensor], weight_bits: int, activation_bits: int, keep: Sequence[str]
-    ) -> nn.Module:
+    def prepare(self, model: nn.Module, batches: Sequence[Tensor], precision: Precision) -> nn.Module:
         purpose = "prepare a model with toolkit='torchao'"
         quantize_ = require("torchao.quantization", extra="torchao", purpose=purpose).quantize_
         prepared: nn.Module = copy.deepcopy(model).eval()
-        for config, chosen in self.configuration(model, weight_bits, activation_bits, keep):
+        for config, chosen in self.configuration(model, precision):
             quantize_(prepared, config, chosen)
         return prepared
 

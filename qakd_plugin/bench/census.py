@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-import onnxruntime
 
 from ..deploy.engine_file import read_manifest
-from ..deploy.session import session_options
+from ..deploy.session import session_options, start_session
 from ..errors import QakdError
 
 _INTEGER = {
@@ -62,7 +61,7 @@ def optimized_nodes(path: str | os.PathLike[str]) -> list[onnx.NodeProto]:
         options = session_options()
         options.optimized_model_filepath = str(optimized)
         try:
-            onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+            start_session(path, options)
         except Exception as error:  # the runtime's own exception types share no base class but Exception
             raise QakdError(f"{path}: ONNX Runtime cannot optimize it: {str(error)[:300]}") from error
         return list(onnx.load(optimized, load_external_data=False).graph.node)

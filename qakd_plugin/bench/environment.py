@@ -13,14 +13,13 @@ from typing import Any
 
 import psutil
 
+from ..processor import TOLD, cpu_flags
 from .record import Conditions
 
 _PACKAGES = (
     "qakd-plugin", "torch", "torchvision", "timm", "nvidia-modelopt", "torchao", "onnx", "onnx-ir", "onnxscript", "onnxruntime",
     "openvino", "tensorrt", "tensorrt-rtx-cu13-bindings", "numpy",
 )  # fmt: skip
-_BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")
-_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm", *_BFLOAT16_FLAGS)
 BUSY_LOAD = 0.5
 """Load average per core above which a measurement is marked as disturbed before it starts."""
 BUSY_SHARE = 0.1
@@ -31,7 +30,7 @@ def environment() -> dict[str, Any]:
     """Processor, memory, system, versions of what takes part, and how busy the machine is."""
     return {
         "cpu": _cpu_model(),
-        "cpu_flags": [flag for flag in _FLAGS if flag in _cpu_flags()],
+        "cpu_flags": [flag for flag in TOLD if flag in cpu_flags()],
         "cores": psutil.cpu_count(logical=False),
         "logical_cores": psutil.cpu_count(),
         "clock_mhz": _clock_mhz(),
@@ -54,11 +53,6 @@ def is_busy() -> bool:
     """Whether other work competes for the processor."""
     load, cores = load_average(), psutil.cpu_count() or 1
     return load is not None and load / cores > BUSY_LOAD
-
-
-def has_bfloat16() -> bool:
-    """Whether the processor computes in bfloat16, rather than in float32 with conversions."""
-    return not _cpu_flags().isdisjoint(_BFLOAT16_FLAGS)
 
 
 class Watch:
@@ -124,13 +118,6 @@ def _cpu_model() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _cpu_flags() -> set[str]:
-    for line in _read("/proc/cpuinfo", "").splitlines():
-        if line.startswith(("flags", "Features")):
-            return set(line.partition(":")[2].split())
-    return set()
 
 
 def _read(path: str, default: str = "unknown") -> str:

@@ -14,11 +14,12 @@ import numpy as np
 
 from ..deploy.engine_runner import EngineRunner
 from ..errors import QakdError
+from ..processor import has_bfloat16
 from .candidates import Candidate, named_by_its_path
 from .census import census, engine_layers
 from .comparison import with_findings, with_speedups
 from .contents import BatchLimits, batch_limits, float_type, input_sizes
-from .environment import Watch, has_bfloat16
+from .environment import Watch
 from .peak_memory import peak_rss_mib
 from .record import Conditions, LayerTime, Row
 from .runners import FILE_RUNTIMES, MODULE_RUNTIMES, RUNTIMES, Array, OpenVINORunner, Runner, make_runner, node_times

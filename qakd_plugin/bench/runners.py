@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from .._optional import require
 from ..deploy.engine_runner import EngineRunner
-from ..deploy.session import session_options
+from ..deploy.session import session_options, start_session
 from ..errors import QakdError
 
 if TYPE_CHECKING:
@@ -66,11 +66,10 @@ class OnnxRuntimeRunner:
     def __init__(
         self, path: str | os.PathLike[str], threads: int, precision: str = "float32", *, profile: Path | None = None
     ) -> None:
-        onnxruntime = require("onnxruntime", extra="all", purpose="measure in ONNX Runtime")
         options = session_options(threads, profile=None if profile is None else profile / "onnxruntime")
         started = time.perf_counter()
         try:
-            self._session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+            self._session = start_session(path, options)
         except Exception as error:  # the runtime's own exception types share no base class but Exception
             raise QakdError(f"{path}: ONNX Runtime cannot load it: {str(error)[:300]}") from error
         self.load_ms = (time.perf_counter() - started) * 1e3

@@ -6,7 +6,7 @@ import copy
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import onnx_ir as ir
 import torch
@@ -16,6 +16,7 @@ from .._files import write_atomic
 from ..backends import Adapter, adapter_for
 from ..description import target_problem
 from ..errors import ExportError, UnsupportedQuantizerError
+from ..targets import TARGETS, Target
 from .float16 import Float16Parity, check_float16, to_float16
 from .graph import WEIGHT_KEY
 from .inspect_onnx import CONVOLUTIONS, PRODUCTS, stored_weight, weight_problem
@@ -26,8 +27,6 @@ from .parity import ParityReport, arrays, check_parity, check_same_bits
 from .passes import quantizers_behind_relu, to_tensorrt_form
 from .storage import WeightStorage
 from .to_onnx import export_canonical, to_proto
-
-Target = Literal["tensorrt", "onnxruntime", "openvino"]
 
 
 @dataclass(frozen=True)
@@ -67,8 +66,8 @@ def export_onnx(
     negative, which OpenVINO is faster with. The batch dimension is dynamic, the opset 20, or 21 where weights are stored in 4
     bits.
 
-    On x86 processors without VNNI, ONNX Runtime's integer kernels add pairs of products in 16 bits, which saturate where an
-    activation has both signs. The gate runs those of the machine that exports: export for such a processor on one.
+    On x86 processors without VNNI, ONNX Runtime's integer kernels add pairs of products in 16 bits, which saturate, unless a
+    session has ``session.x64quantprecision``. The gate sets it on such a processor; so should who runs the file on one.
 
     Weights of at most 4 bits take 4 bits in the file. For ONNX Runtime and OpenVINO they stand behind a Cast that the runtime
     folds: outputs and speed are those of int8 codes. TensorRT has no such form: there this holds for linear layers, with a
@@ -98,8 +97,8 @@ def export_onnx(
         ExportError: the model cannot be traced, or the path cannot be written.
         ParityError: the file would not compute what was trained; names the first layer that differs.
     """
-    if target not in get_args(Target):
-        raise ExportError(f"target={target!r} is unknown: use one of {list(get_args(Target))}.")
+    if target not in TARGETS:
+        raise ExportError(f"target={target!r} is unknown: use one of {list(TARGETS)}.")
     if float16 and target != "tensorrt":
         raise ExportError(f"float16=True is for target='tensorrt': {target} fuses integer layers beside float32 only.")
     _check_storage(weight_storage, target)
@@ -173,5 +172,5 @@ def _check_quantizers(adapter: Adapter, model: nn.Module, target: str) -> None:
         if problem:
             raise UnsupportedQuantizerError(
                 f"{quantizer.fqn}: {problem}. Prepare the model with a symmetric configuration (qakd_plugin.prepare makes "
-                "one), or export for another target."
+                "one, unless told of another target), or export for another target."
             )

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 from torch import Tensor, nn
 
 from ..backends import Adapter
 from ..description import target_problem
 from ..errors import QakdError
-from .export import Target
+from ..targets import TARGETS
 from .to_onnx import trace
 
 
@@ -23,7 +21,7 @@ def export_problems(adapter: Adapter, model: nn.Module, example: Tensor) -> dict
         model: the prepared model, in eval mode.
         example: float32 (N, ...).
     """
-    everywhere = list(get_args(Target))
+    everywhere: list[str] = list(TARGETS)
     problems: dict[str, list[str]] = {}
     try:
         for quantizer in adapter.quantizers(model):

@@ -242,7 +242,9 @@ def _add_zero_point(graph: ir.Graph, dequantize: ir.Node) -> None:
     assert scale is not None
     if len(dequantize.inputs) > 2 and dequantize.inputs[2] is not None:
         return
-    name = "zero_point_s8" + "".join(f"_{size}" for size in scale.shape)
+    assert dequantize.inputs[0] is not None
+    # Of its own: with session.x64quantprecision the runtime replaces it, and stumbles over one that it has replaced before.
+    name = f"{dequantize.inputs[0].name}.zero_point"
     dequantize.resize_inputs(3)
     dequantize.replace_input_with(2, initializer(graph, name, np.zeros(scale.shape, dtype=codes.dtype)))
 

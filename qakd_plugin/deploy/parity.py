@@ -40,7 +40,7 @@ from .graph import (
     weight_dequantizers,
 )
 from .passes import quantizers_behind_relu
-from .session import session_options
+from .session import session_options, start_session
 
 Array = npt.NDArray[np.float32]
 
@@ -532,4 +532,4 @@ def largest_deviation(actual: Sequence[Array], expected: Sequence[Array]) -> flo
 
 def _session(file: ir.Model, *, optimize: bool) -> onnxruntime.InferenceSession:
     data = ir.serde.serialize_model(file).SerializeToString()
-    return onnxruntime.InferenceSession(data, session_options(fusions=optimize), providers=["CPUExecutionProvider"])
+    return start_session(data, session_options(fusions=optimize))

@@ -28,7 +28,7 @@ from .._files import write_atomic
 from ..bench.environment import environment
 from ..errors import ExportError, ParityError
 from .graph import cast, chain, constant, dequantizer_before, initializer, producer, read_onnx, stored_codes
-from .session import session_options
+from .session import session_options, start_session
 
 WARM_UP_CALLS = 5
 
@@ -68,11 +68,6 @@ class Tuning:
         if not self.layers:
             return f"Nothing gained on this processor: {found}. {self.path.name} stays the file to deploy."
         return f"{found}, with {len(self.layers)} of {self.eligible} convolutions changed."
-
-
-def has_amx() -> bool:
-    """Whether this processor multiplies int8 matrices in AMX."""
-    return "amx_int8" in environment()["cpu_flags"]
 
 
 def tune_for_host(
@@ -207,8 +202,7 @@ def _images(model: ir.Model, samples: npt.NDArray[np.float32] | None, batch: int
 
 
 def _session(data: bytes, threads: int, *, profile: Path | None = None, fusions: bool = True) -> onnxruntime.InferenceSession:
-    options = session_options(threads, fusions=fusions, profile=profile)
-    return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    return start_session(data, session_options(threads, fusions=fusions, profile=profile))
 
 
 def _run(session: onnxruntime.InferenceSession, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -116,8 +116,7 @@ class ClippedActivation(Rule):
     """Activations of all four quantizers: clip to a symmetric or unsigned range, round.
 
     Attributes:
-        unsigned: codes 0..2^b-1 below 8 bits, where half of a signed grid would be lost; at 8 bits every grid is signed,
-            because TensorRT takes signed bytes only.
+        unsigned: codes 0..2^b-1; TensorRT takes those below 8 bits only.
         learns: "step" (LSQ, EWGS: rounding errors count), "clip" (PACT: clipped values count), or "nothing" (DoReFa).
         full_range: -2^(b-1) is a code of the signed grid (LSQ); without it the clipping range is symmetric.
         delta: EWGS's backward pass, with this delta until it is first refreshed; None for straight-through.
@@ -141,7 +140,7 @@ class ClippedActivation(Rule):
 
     @property
     def codes(self) -> tuple[int, int]:
-        if self.unsigned and self.bits < 8:
+        if self.unsigned:
             return 0, 2**self.bits - 1
         limit = 2 ** (self.bits - 1)
         return -limit if self.full_range else 1 - limit, limit - 1

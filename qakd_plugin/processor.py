@@ -1,0 +1,39 @@
+"""What this processor can do with narrow numbers, as far as the system tells: on Linux."""
+
+from __future__ import annotations
+
+import platform
+from functools import cache
+from pathlib import Path
+
+_BFLOAT16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+_VNNI = frozenset({"avx512_vnni", "avx_vnni"})
+TOLD = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm", "avx512_bf16", "amx_bf16", "bf16")
+"""Flags that speed depends on, and results."""
+
+
+@cache
+def cpu_flags() -> frozenset[str]:
+    """Of the first core; empty where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # another system
+        return frozenset()
+    return next(
+        (frozenset(line.partition(":")[2].split()) for line in lines if line.startswith(("flags", "Features"))), frozenset()
+    )
+
+
+def has_bfloat16() -> bool:
+    """Whether the processor computes in bfloat16, rather than in float32 with conversions."""
+    return not cpu_flags().isdisjoint(_BFLOAT16)
+
+
+def has_amx() -> bool:
+    """Whether this processor multiplies int8 matrices in AMX."""
+    return "amx_int8" in cpu_flags()
+
+
+def adds_products_in_16_bits() -> bool:
+    """Whether this is an x86 processor without VNNI: its only instruction for u8 times s8 adds pairs of products in 16 bits."""
+    return platform.machine().lower() in {"x86_64", "amd64"} and bool(cpu_flags()) and cpu_flags().isdisjoint(_VNNI)

@@ -1,0 +1,8 @@
+"""What a student can be deployed with."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+Target = Literal["tensorrt", "onnxruntime", "openvino"]
+TARGETS: tuple[Target, ...] = get_args(Target)
