@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+import onnx_ir as ir
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from qakd_plugin import DoReFa, build_engine, prepare, use_quantizers
 from qakd_plugin.backends import adapter_for
 from qakd_plugin.bench.census import census
+from qakd_plugin.deploy.openvino_form import to_openvino_form
 from qakd_plugin.deploy.ort_form import to_onnxruntime_form
 from qakd_plugin.deploy.parity import check_parity
 from qakd_plugin.deploy.passes import quantizers_behind_relu
@@ -43,7 +45,10 @@ class Convolution:
 
 @dataclass(frozen=True)
 class Plan:
-    """A network, and how it is quantized; layer number ``keep`` stays in floating point."""
+    """A network, and how it is quantized; layer number ``keep`` stays in floating point.
+
+    With ``unsigned_bytes`` it is prepared a second time, for ONNX Runtime and OpenVINO alone.
+    """
 
     body: tuple[Convolution | str, ...]
     head: str
@@ -52,6 +57,7 @@ class Plan:
     activation_bits: int
     seed: int
     keep: int | None
+    unsigned_bytes: bool
 
 
 convolutions = st.builds(
@@ -75,6 +81,7 @@ plans = st.builds(
     activation_bits=st.integers(2, 8),
     seed=st.integers(0, 2**16),
     keep=st.none() | st.integers(0, 9),
+    unsigned_bytes=st.booleans(),
 )
 
 
@@ -179,6 +186,20 @@ def run_plan(plan: Plan, folder) -> None:
     model, images = _settled(plan)
     if _is_dead(model, images):
         return
+    canonical, rewritten = _proven(plan, model, images, "tensorrt")
+    (folder / "ort.onnx").write_bytes(to_proto(rewritten).SerializeToString())
+    assert census(folder / "ort.onnx").total > 0
+    (folder / "canonical.onnx").write_bytes(to_proto(canonical).SerializeToString())
+    engine = build_engine(
+        folder / "canonical.onnx", folder / "net.engine", "tensorrt_rtx", opt_batch=1, max_batch=2, capabilities=["SM89"]
+    )
+    assert engine.path.stat().st_size > 0
+    if plan.unsigned_bytes:
+        _proven(plan, model, images, "onnxruntime")
+
+
+def _proven(plan: Plan, model: nn.Module, images: Tensor, target: str) -> tuple[ir.Model, ir.Model]:
+    """The canonical form and ONNX Runtime's, which compute what was prepared; and so does OpenVINO's."""
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear)]
     student = prepare(
         model,
@@ -187,6 +208,7 @@ def run_plan(plan: Plan, folder) -> None:
         weight_bits=max(plan.weight_bits, 2),
         activation_bits=plan.activation_bits,
         keep=() if plan.keep is None else (layers[plan.keep % len(layers)],),
+        target=target,
     )
     if plan.weight_bits == 1:
         use_quantizers(student, DoReFa(weight_bits=1), calibration_batches=[images])
@@ -198,15 +220,9 @@ def run_plan(plan: Plan, folder) -> None:
     check_parity(canonical, form, student, images, fused=False)
     rewritten = to_onnxruntime_form(canonical)
     moved = quantizers_behind_relu(canonical.graph)
-    proof = check_parity(rewritten, form, student, images, fused=True, behind_relu=moved)
-    assert proof.activation_codes > 0
-    (folder / "ort.onnx").write_bytes(to_proto(rewritten).SerializeToString())
-    assert census(folder / "ort.onnx").total > 0
-    (folder / "canonical.onnx").write_bytes(to_proto(canonical).SerializeToString())
-    engine = build_engine(
-        folder / "canonical.onnx", folder / "net.engine", "tensorrt_rtx", opt_batch=1, max_batch=2, capabilities=["SM89"]
-    )
-    assert engine.path.stat().st_size > 0
+    assert check_parity(rewritten, form, student, images, fused=True, behind_relu=moved).activation_codes > 0
+    check_parity(to_openvino_form(canonical), form, student, images, fused=False, behind_relu=moved)
+    return canonical, rewritten
 
 
 _common = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_blob": True}
