@@ -297,13 +297,14 @@ def _use_unsigned_bytes(prepared: torch.fx.GraphModule) -> None:
             quantizer = prepared.get_submodule(node.target)
             verdicts[quantizer] = verdicts.get(quantizer, True) and node in positive
     for quantizer in [quantizer for quantizer, holds in verdicts.items() if holds]:
-        substitute(prepared, quantizer, unsigned_byte())
+        substitute(prepared, quantizer, unsigned_byte(quantizer))
 
 
 def _quantize_behind_relus(prepared: torch.fx.GraphModule) -> None:
     """Let quantizers change places with the ReLUs that read them, where the toolkit has not fused those into a layer."""
     for node in list(prepared.graph.nodes):
-        if not _is_fake_quant(prepared, node) or len(node.users) != 1:
+        # A ReLU may work in place: nobody else may read what it is given.
+        if not _is_fake_quant(prepared, node) or len(node.users) != 1 or len(node.args[0].users) != 1:
             continue
         (relu,) = node.users
         module = prepared.get_submodule(str(relu.target)) if relu.op == "call_module" else None
@@ -320,12 +321,12 @@ def _quantize_behind_relus(prepared: torch.fx.GraphModule) -> None:
     prepared.recompile()
 
 
-def unsigned_byte() -> nn.Module:
-    """A fake-quantizer of codes 0..255 that follows the data; for what cannot be negative, so that its zero point stays 0."""
+def unsigned_byte(signed: Any) -> nn.Module:
+    """A fake-quantizer of codes 0..255 in the place of ``signed``; for what cannot be negative: its zero point stays 0."""
     made: nn.Module = FakeQuantize(
         observer=MovingAverageMinMaxObserver, quant_min=0, quant_max=255, dtype=torch.quint8, qscheme=torch.per_tensor_affine
     )
-    return made
+    return made.to(signed.scale.device)
 
 
 def _insert_low_bit_inputs(prepared: torch.fx.GraphModule, placement: Placement, bits: int) -> dict[str, tuple[int, int]]:

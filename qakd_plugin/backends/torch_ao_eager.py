@@ -94,7 +94,8 @@ class TorchAOEagerAdapter(TorchAOAdapter):
             _leave_in_float(prepared.get_submodule(prefix + name))
         if precision.unsigned_bytes:
             for name in [name for name, holds in plan.non_negative.items() if holds]:
-                prepared.get_submodule(prefix + name).activation_post_process = unsigned_byte()
+                holder: Any = prepared.get_submodule(prefix + name)
+                holder.activation_post_process = unsigned_byte(holder.activation_post_process)
         low_bit: dict[str, tuple[int, int]] = {}
         if precision.activation_bits < 8:
             for name, unsigned in plan.only_read_by_inner_layers.items():
