@@ -1,5 +1,6 @@
 """Measurement."""
 
+import itertools
 import json
 import os
 import re
@@ -132,7 +133,7 @@ def recorded(monkeypatch):
 
 def test_a_sweep_scores_once_interleaves_every_round_and_closes_what_it_loaded(files, digits, recorded):
     names = ["fp32.onnx", "int8.onnx"]
-    rows = benchmark([files / name for name in names], digits.loader("test"), batch_sizes=(1, 4), threads=(1, 2), calls=6)
+    rows = benchmark([files / name for name in names], digits.loader("test"), batch_sizes=(1, 4), threads=(1, 2), calls=16)
     assert [(row.threads, row.batch, row.method) for row in rows] == [
         (threads, batch, name) for threads in (1, 2) for batch in (1, 4) for name in ("fp32", "int8")
     ]
@@ -140,11 +141,19 @@ def test_a_sweep_scores_once_interleaves_every_round_and_closes_what_it_loaded(f
     chunks = -(-len(digits.test[1]) // 64)
     assert scored == [(name, 64) for name in names] * chunks, "once, for all batches and threads, the same images to both"
     assert len({row.accuracy for row in rows}) == 1
-    timed = [call for call in recorded if call[1] in (1, 4)]
-    rounds = [timed[index : index + 2] for index in range(0, len(timed), 2)]
-    assert len(rounds) == 4 * (measure.WARM_UP_CALLS + 6)
-    assert all({name for name, _ in one} == set(names) for one in rounds)
-    assert len({tuple(name for name, _ in one) for one in rounds}) == 2, "in both orders"
+    measured = [name for name, size in recorded if size in (1, 4)]
+    lengths = [6, 6, 6, 2]  # of turns: the first call of each is not timed
+    warm_up = 2 * measure.WARM_UP_CALLS
+    block = warm_up + 2 * sum(lengths)
+    assert len(measured) == 4 * block
+    for start in range(0, len(measured), block):
+        calls = iter(measured[start : start + block])
+        assert list(itertools.islice(calls, warm_up)) == names * measure.WARM_UP_CALLS
+        rounds = [list(itertools.islice(calls, 2 * length)) for length in lengths]
+        orders = {(one[0], one[-1]) for one in rounds}
+        assert orders == {tuple(names), tuple(reversed(names))}, "in both orders"
+        assert rounds == [[one[0]] * length + [one[-1]] * length for one, length in zip(rounds, lengths, strict=True)]
+    assert {row.calls for row in rows} == {16}
     assert [call for call in recorded if call[1] == "closed"] == [(name, "closed") for name in reversed(names)] * 2
 
 

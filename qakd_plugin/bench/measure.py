@@ -24,13 +24,13 @@ from .peak_memory import peak_rss_mib
 from .record import Conditions, LayerTime, Row
 from .runners import FILE_RUNTIMES, MODULE_RUNTIMES, RUNTIMES, Array, OpenVINORunner, Runner, make_runner, node_times
 from .scoring import IMAGES_AT_ONCE, Tally, score_all
+from .turns import WARM_UP_CALLS, turns
 
 if TYPE_CHECKING:
     import os
 
     from torch import nn
 
-WARM_UP_CALLS = 10
 CALLS_FOR_P90 = 64
 CALLS_FOR_P99 = 662
 """Samples that a 90th and a 99th percentile need (early-stopping bound of MLPerf Inference)."""
@@ -195,9 +195,10 @@ def _score(timed: Sequence[_Timed], loader: Iterable[Any], reference: Array | No
 
 
 def _measure(timed: Sequence[_Timed], images: Array, batch: int, calls: int) -> Conditions:
-    """Fill in wall and processor time per call, in seconds: one call of each candidate per round.
+    """Fill in wall and processor time per call, in seconds: a few calls of each candidate per round, in shuffled order.
 
-    The order within a round is shuffled, so that no candidate always finds the caches as the same other one left them.
+    The first call of a turn is not timed: it finds in the caches what the others left there, so that the time of a small
+    network would depend on how many others are measured beside it.
     """
     batches = _batches(images, batch)
     order, shuffle = list(timed), random.Random(0).shuffle
@@ -205,14 +206,16 @@ def _measure(timed: Sequence[_Timed], images: Array, batch: int, calls: int) -> 
         for one in order:
             one.runner.run(batches[index % len(batches)])
     watch = Watch()
-    for index in range(calls):
-        data = batches[index % len(batches)]
+    for turn in turns(calls):
         shuffle(order)
         for one in order:
-            wall, cpu = time.perf_counter(), time.process_time()
-            one.runner.run(data)
-            one.wall.append(time.perf_counter() - wall)
-            one.cpu.append(time.process_time() - cpu)
+            one.runner.run(batches[turn[0] % len(batches)])
+            for index in turn:
+                data = batches[index % len(batches)]
+                wall, cpu = time.perf_counter(), time.process_time()
+                one.runner.run(data)
+                one.wall.append(time.perf_counter() - wall)
+                one.cpu.append(time.process_time() - cpu)
     return watch.conditions()
 
 

@@ -26,6 +26,7 @@ import onnxruntime
 
 from .._files import write_atomic
 from ..bench.environment import environment
+from ..bench.turns import turns
 from ..errors import ExportError, ParityError
 from .graph import cast, chain, constant, dequantizer_before, initializer, producer, read_onnx, stored_codes
 from .session import session_options, start_session
@@ -233,15 +234,19 @@ def _kernel_times(events: Sequence[dict[str, Any]], layers: Sequence[str]) -> di
 
 
 def _interleaved(variants: Sequence[bytes], images: Sequence[npt.NDArray[np.float32]], threads: int, calls: int) -> list[float]:
-    """Median processor time of a call of each variant, milliseconds: one call of each after the other."""
+    """Median processor time of a call of each variant, milliseconds: in turns."""
     sessions = [_session(data, threads) for data in variants]
     times: list[list[float]] = [[] for _ in sessions]
-    for index in range(WARM_UP_CALLS + calls):
+    for session in sessions * WARM_UP_CALLS:
+        _run(session, images[0])
+    for turn in turns(calls):
         for session, taken in zip(sessions, times, strict=True):
-            start = time.process_time()
-            _run(session, images[index % len(images)])
-            taken.append(time.process_time() - start)
-    return [statistics.median(taken[WARM_UP_CALLS:]) * 1e3 for taken in times]
+            _run(session, images[turn[0] % len(images)])
+            for index in turn:
+                start = time.process_time()
+                _run(session, images[index % len(images)])
+                taken.append(time.process_time() - start)
+    return [statistics.median(taken) * 1e3 for taken in times]
 
 
 def _check_same_bits(plain: bytes, tuned: bytes, images: Sequence[npt.NDArray[np.float32]], threads: int) -> None:
