@@ -36,10 +36,10 @@ from qakd_plugin._files import write_atomic
 from qakd_plugin.bench import Candidate, Row, benchmark
 from qakd_plugin.bench.census import census
 from qakd_plugin.bench.environment import environment, is_busy
+from qakd_plugin.cpu import has_amx
 from qakd_plugin.deploy.diagnosis import diagnose
 from qakd_plugin.deploy.to_onnx import export_float
 from qakd_plugin.deploy.tune import tune_for_host
-from qakd_plugin.processor import has_amx
 from qakd_plugin.report import console_table
 
 RESULTS = page_tables.RESULTS / "deployment.json"

@@ -32,13 +32,13 @@ from qakd_plugin.bench.environment import BUSY_SHARE, Watch, environment
 from qakd_plugin.bench.measure import percentiles
 from qakd_plugin.bench.peak_memory import peak_rss_mib
 from qakd_plugin.bench.scoring import wilson_interval
+from qakd_plugin.cpu import has_bfloat16
 from qakd_plugin.deploy.engine_file import sealed
 from qakd_plugin.deploy.engine_runner import EngineRunner, StageTimes
 from qakd_plugin.deploy.float16 import to_float16
 from qakd_plugin.deploy.graph import read_onnx
 from qakd_plugin.deploy.to_onnx import export_float
 from qakd_plugin.deploy.trt import gpu_capability
-from qakd_plugin.processor import has_bfloat16
 
 bfloat16 = pytest.mark.skipif(not has_bfloat16(), reason="the processor has no bfloat16")
 linux = pytest.mark.skipif(not os.path.isfile("/proc/self/status"), reason="peak memory is read from Linux's /proc")

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from qakd_plugin.cli import main
-from qakd_plugin.processor import has_bfloat16
+from qakd_plugin.cpu import has_bfloat16
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = """

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import qakd_plugin
-from qakd_plugin import export_onnx, prepare, processor
+from qakd_plugin import cpu, export_onnx, prepare
 from qakd_plugin.deploy import session
 from qakd_plugin.deploy.session import session_options
 
@@ -49,7 +49,7 @@ class _Twice(nn.Module):
 @pytest.mark.parametrize("flags", [{"avx2", "avx512f"}, {"avx2", "avx_vnni"}, {"avx512_vnni"}, {"asimddp"}, set()])
 def test_weights_become_unsigned_where_products_saturate_in_16_bits(flags, monkeypatch):
     """They do on x86 processors without VNNI alone; where the system tells nothing, nothing is done."""
-    monkeypatch.setattr(processor, "cpu_flags", lambda: frozenset(flags))
+    monkeypatch.setattr(cpu, "cpu_flags", lambda: frozenset(flags))
     monkeypatch.setattr(platform, "machine", lambda: "aarch64" if "asimddp" in flags else "x86_64")
     if flags == {"avx2", "avx512f"}:
         assert session_options().get_session_config_entry("session.x64quantprecision") == "1"

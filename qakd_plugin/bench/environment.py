@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from ..processor import TOLD, cpu_flags
+from ..cpu import TOLD, cpu_flags
 from .record import Conditions
 
 _PACKAGES = (

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..cpu import has_bfloat16
 from ..deploy.engine_runner import EngineRunner
 from ..errors import QakdError
-from ..processor import has_bfloat16
 from .candidates import Candidate, named_by_its_path
 from .census import census, engine_layers
 from .comparison import with_findings, with_speedups

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .._optional import require
-from ..processor import adds_products_in_16_bits
+from ..cpu import adds_products_in_16_bits
 
 _log = logging.getLogger(__name__)
 
