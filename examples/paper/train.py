@@ -67,7 +67,7 @@ def run(config: Config, out: Path) -> dict[str, float]:
     numbers["optimizer"] = config.optimizer.make
     if config.schedule.warmup_iterations is not None:
         steps = config.schedule.epochs * len(splits.train) / (accelerator.num_processes * config.settings.accumulate)
-        numbers["warmup"] = min(1.0, config.schedule.warmup_iterations / steps)
+        numbers["warmup"] = min(config.schedule.warmup_iterations, max(steps - 1, 0)) / steps
     result = qakd.distill(
         prepared,
         teacher,
