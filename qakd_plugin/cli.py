@@ -94,7 +94,7 @@ def _distill(options: argparse.Namespace) -> None:
     result = distill(model, teacher, loader, checkpoint_dir=options.out, resume=options.resume, **recipe)
     path = options.out / "student.pt"
     with atomic_path(path) as temporary:
-        torch.save(result.model.state_dict(), temporary)
+        torch.save({"state_dict": result.model.state_dict(), "quantizers": _grids(result.model)}, temporary)
     for name, value in result.metrics.items():
         print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
     print(path)
@@ -195,6 +195,23 @@ def _export(options: argparse.Namespace) -> None:
     print(exported.path)
 
 
+def _grids(model: Any) -> dict[str, str]:
+    """What a state_dict does not say of the quantizers that its scales belong to."""
+    from .description import describe
+
+    return {q.name: f"{q.kind}, codes {q.quant_min}..{q.quant_max}" for q in describe(model).quantizers}
+
+
+def _check_grids(path: Path, trained: dict[str, str], prepared: dict[str, str]) -> None:
+    for name in sorted(trained.keys() | prepared.keys()):
+        before, now = (grids.get(name, "no quantizer") for grids in (trained, prepared))
+        if before != now:
+            raise QakdError(
+                f"--weights: {path} does not fit the prepared model: {name} was trained as {before}, and the recipe prepares "
+                f"{now}. Let the recipe prepare what was trained: the same toolkit, bits, quantizers and target."
+            )
+
+
 def _load_weights(model: Any, path: Path) -> None:
     from .checkpoint import load_plain
 
@@ -208,6 +225,9 @@ def _load_weights(model: Any, path: Path) -> None:
         raise QakdError(
             f"--weights: {path} holds no state_dict ({type(weights).__name__}). Name the student.pt of qakd distill."
         )
+    if weights.keys() == {"state_dict", "quantizers"}:  # else somebody's own
+        _check_grids(path, weights["quantizers"], _grids(model))
+        weights = weights["state_dict"]
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

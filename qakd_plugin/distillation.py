@@ -262,10 +262,11 @@ def _quantizer_line(adapter: Adapter, quantizer: Quantizer) -> str:
     """Which quantizer it is; its numbers change in training."""
     rule = adapter.learned(quantizer)
     try:
-        bits = f" of {adapter.qparams(quantizer).bits} bits"
+        qparams = adapter.qparams(quantizer)
+        codes = f", codes {qparams.quant_min}..{qparams.quant_max}"
     except UnsupportedQuantizerError:  # a form that can be trained with, if not exported
-        bits = ""
-    return f"{quantizer.fqn} {quantizer.role}{bits}{'' if rule is None else f', {rule.method}'}"
+        codes = ""
+    return f"{quantizer.fqn} {quantizer.role}{codes}{'' if rule is None else f', {rule.method}'}"
 
 
 def _teacher_cache(

@@ -48,6 +48,13 @@ _SIGN_KEEPING_FUNCTIONS = {torch.flatten, torch.cat, torch.reshape, torch.transp
                            "view", "reshape", "transpose", "permute", "flatten", "chunk", "split", "contiguous", "mean", "add",
                            "add_", "mul", "squeeze", "unsqueeze"}  # fmt: skip
 _TRANSPARENT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_VIEWS = {torch.flatten, torch.reshape, torch.transpose, torch.permute, torch.chunk, torch.split, torch.squeeze,
+          operator.getitem, "view", "reshape", "transpose", "permute", "flatten", "chunk", "split", "contiguous", "squeeze",
+          "unsqueeze"}  # fmt: skip
+_VIEWING = (nn.Flatten, nn.Unflatten, *_TRANSPARENT)
+"""What may put out its input's memory."""
+
+_IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow, operator.setitem}
 GRID_KEEPING = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d, nn.ReLU)
 
 
@@ -227,11 +234,12 @@ class _Analysis:
 
 def relu_bounds(node: fx.Node, module: nn.Module | None) -> tuple[float, float] | None:
     """What a node lets through if it is some kind of ReLU; ``module`` is the one that it calls, if it calls one."""
-    if isinstance(module, nn.ReLU) or node.target in {F.relu, torch.relu, "relu", "relu_"}:
+    function = _function(node)
+    if isinstance(module, nn.ReLU) or function in {F.relu, torch.relu, "relu", "relu_"}:
         return 0.0, float("inf")
     if isinstance(module, nn.Hardtanh) and module.min_val == 0:
         return 0.0, float(module.max_val)
-    return (0.0, 6.0) if node.target is F.relu6 else None
+    return (0.0, 6.0) if function is F.relu6 else None
 
 
 def non_negative(nodes: Iterable[fx.Node], modules: Mapping[str, nn.Module]) -> set[fx.Node]:
@@ -241,16 +249,56 @@ def non_negative(nodes: Iterable[fx.Node], modules: Mapping[str, nn.Module]) -> 
         nodes: in order.
         modules: that they call, by name.
     """
-    positive: set[fx.Node] = set()
-    for node in nodes:
+    nodes = list(nodes)
+    changed: set[fx.Node] = set()  # in place, into what may be negative
+    while True:
+        positive: set[fx.Node] = set()
+        for node in nodes:
+            module = modules.get(str(node.target)) if node.op == "call_module" else None
+            function = _function(node)
+            makes = isinstance(module, _NON_NEGATIVE) or function in _NON_NEGATIVE_FUNCTIONS
+            clamps = isinstance(module, nn.Hardtanh) and module.min_val >= 0
+            keeps = isinstance(module, _SIGN_KEEPING) or function in _SIGN_KEEPING_FUNCTIONS
+            overshoots = "bicubic" in {getattr(module, "mode", None), node.kwargs.get("mode")}
+            holds = makes or clamps or (keeps and not overshoots and all(_at_least_zero(x, positive) for x in _operands(node)))
+            if holds and node not in changed:
+                positive.add(node)
+        written = {
+            source
+            for node in nodes
+            if node not in positive and _works_in_place(node, modules)
+            for source in _with_views(node.all_input_nodes[:1], modules)
+        }
+        if written <= changed:
+            return positive
+        changed |= written
+
+
+def _function(node: fx.Node) -> object:
+    """What a node calls, unless that is a module; the target of anything else is but a name."""
+    return node.target if node.op in {"call_function", "call_method"} else None
+
+
+def _works_in_place(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a node writes over its first input."""
+    if node.op == "call_module":
+        return bool(getattr(modules.get(str(node.target)), "inplace", False))
+    name = str(getattr(node.target, "__name__", node.target))
+    by_name = name.endswith("_") and not name.endswith("__")  # as PyTorch names them
+    function = _function(node)
+    return function is not None and (by_name or function in _IN_PLACE or node.kwargs.get("inplace") is True)
+
+
+def _with_views(nodes: Sequence[fx.Node], modules: Mapping[str, nn.Module]) -> list[fx.Node]:
+    """Nodes, and what they may be views of."""
+    found, pending = [], list(nodes)
+    while pending:
+        node = pending.pop()
+        found.append(node)
         module = modules.get(str(node.target)) if node.op == "call_module" else None
-        makes = isinstance(module, _NON_NEGATIVE) or (module is None and node.target in _NON_NEGATIVE_FUNCTIONS)
-        clamps = isinstance(module, nn.Hardtanh) and module.min_val >= 0
-        keeps = isinstance(module, _SIGN_KEEPING) or (module is None and node.target in _SIGN_KEEPING_FUNCTIONS)
-        overshoots = "bicubic" in {getattr(module, "mode", None), node.kwargs.get("mode")}
-        if makes or clamps or (keeps and not overshoots and all(_at_least_zero(x, positive) for x in _operands(node))):
-            positive.add(node)
-    return positive
+        if _function(node) in _VIEWS or isinstance(module, _VIEWING):
+            pending += node.all_input_nodes[:1]
+    return found
 
 
 def outermost(nodes: Sequence[fx.Node], layers: set[fx.Node]) -> set[fx.Node]:

@@ -46,8 +46,9 @@ def prepare(
         keep: names or patterns ("fc", "layer1.*") of modules that stay in floating point.
         target: "tensorrt": every target takes the model. "onnxruntime" or "openvino" (the same): TensorRT does not, because
             8-bit activations that cannot be negative get codes 0..255 in the place of 0..127: a grid twice as fine, and no
-            clamp behind each ReLU. (ModelOpt has no unsigned quantizers in front of a ReLU; those few stay signed. With
-            "torchao", which leaves activations alone, this changes nothing.)
+            clamp behind each ReLU. (Quantizers in front of a ReLU stay signed: ModelOpt's behind a convolution that an add, a
+            concatenation or a pooling reads, eager mode's of layers that are not fused with it. With "torchao", which leaves
+            activations alone, this changes nothing.)
 
     Returns:
         A prepared copy in eval mode, with calibrated ranges: post-training quantization, and the starting point of ``distill``.

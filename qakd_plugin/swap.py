@@ -17,6 +17,7 @@ from .errors import QakdError, UnsupportedQuantizerError
 from .placement import within
 from .qparams import QParams
 from .quantizers import QuantizerConfig
+from .targets import TARGETS, Target
 
 _log = logging.getLogger(__name__)
 
@@ -27,6 +28,8 @@ def use_quantizers(
     config: QuantizerConfig,
     keep: Sequence[str] = (),
     calibration_batches: Iterable[object] | None = None,
+    *,
+    target: Target = "tensorrt",
 ) -> nn.Module:
     """Let LSQ, PACT, DoReFa or EWGS quantizers work in the place of the toolkit's own.
 
@@ -42,6 +45,7 @@ def use_quantizers(
         calibration_batches: several batches as the loader yields them. Ranges of activations whose number of bits changes
             come from all of them, and so does whether an activation can be negative. They pass through a copy in eval mode.
             Without them, ranges and signs are the toolkit's.
+        target: as in :func:`prepare`, for activations that get 8 bits here; those that have codes 0..255 keep them.
 
     Returns:
         ``prepared_model``.
@@ -49,8 +53,11 @@ def use_quantizers(
     Raises:
         NotPreparedError: no toolkit prepared the model, or a range was never calibrated.
         UnsupportedQuantizerError: a quantizer is asymmetric, or dynamic.
-        QakdError: a pattern of ``keep`` matches nothing, nothing is left to swap, or the quantizer is not defined for the bits.
+        QakdError: a pattern of ``keep`` matches nothing, nothing is left to swap, the quantizer is not defined for the bits, or
+            the target is unknown.
     """
+    if target not in TARGETS:
+        raise QakdError(f"target={target!r} is unknown: use one of {list(TARGETS)}.")
     adapter = adapter_for(prepared_model)
     chosen = _chosen(adapter, prepared_model, keep)
     old = {quantizer.fqn: adapter.qparams(quantizer) for quantizer in chosen}
@@ -70,7 +77,8 @@ def use_quantizers(
             clip = _weight_clip(quantizer, *rule.levels, axis=axis, block=params.block)
         else:
             observer = observed.get(quantizer.fqn)
-            rule = config.activation_rule(bits[quantizer.fqn], _unsigned(params, bits[quantizer.fqn], observer))
+            unsigned = _is_unsigned(params, bits[quantizer.fqn], observer, target)
+            rule = config.activation_rule(bits[quantizer.fqn], unsigned)
             clip = _activation_clip(params, observer, rule.codes[1])
         plans.append((quantizer, rule, clip))
     _announce(config, old, bits, observed, changed)
@@ -155,9 +163,9 @@ def _weight_clip(quantizer: Quantizer, low: float, high: float, shift: float, *,
     return torch.where(clip > 0, clip, spare)
 
 
-def _unsigned(params: QParams, bits: int, observer: RangeObserver | None) -> bool:
-    """Whether an activation gets codes from 0 on; 8 bits only where it was prepared so, since TensorRT takes signed bytes."""
-    if bits == 8:
+def _is_unsigned(params: QParams, bits: int, observer: RangeObserver | None, target: Target) -> bool:
+    """Whether an activation gets codes from 0 on. TensorRT takes signed bytes only."""
+    if bits == 8 and target == "tensorrt":
         return params.quant_min == 0 and params.quant_max > 127
     return params.quant_min == 0 or (observer is not None and observer.minimum >= 0)
 

@@ -70,10 +70,12 @@ def test_a_checkpoint_of_another_method_is_refused(tmp_path, make_student, teach
 
 def test_a_checkpoint_of_another_model_is_refused_and_the_first_difference_named(tmp_path, make_student, teacher, batches):
     distill(make_student(), teacher, batches, epochs=1, checkpoint_dir=tmp_path)
-    with pytest.raises(CheckpointError, match=r"quantizers is '.* of 8 bits' there and '.* of 4 bits' here"):
+    with pytest.raises(CheckpointError, match=r"quantizers is '.*, codes -127\.\.127' there and '.*, codes 0\.\.15' here"):
         distill(make_student(bits=4), teacher, batches, epochs=1, checkpoint_dir=tmp_path, resume=True)
-    with pytest.raises(CheckpointError, match=r"quantizers is '.* of 8 bits' there and '.* of 8 bits, LSQ' here"):
+    with pytest.raises(CheckpointError, match=r"quantizers is '.*, codes .*' there and '.*, codes .*, LSQ' here"):
         distill(use_quantizers(make_student(), LSQ()), teacher, batches, epochs=1, checkpoint_dir=tmp_path, resume=True)
+    with pytest.raises(CheckpointError, match=r"quantizers is '.*, codes -128\.\.127' there and '.*, codes 0\.\.255' here"):
+        distill(make_student(target="onnxruntime"), teacher, batches, epochs=1, checkpoint_dir=tmp_path, resume=True)
     torch.manual_seed(0)
     wide = DigitNet(width=4).eval()
     student = prepare(wide, [x for x, _ in batches], "modelopt")

@@ -117,6 +117,20 @@ def test_bad_input_is_one_line_and_a_status(arguments, message, recipe, capsys):
     assert "Traceback" not in error
 
 
+def test_weights_of_another_grid_are_refused_by_the_name_of_the_quantizer(recipe, tmp_path, capsys):
+    """The names and shapes of a state_dict do not say how many bits its scales were made for."""
+    assert main(["distill", recipe, "--out", "run"]) == 0
+    source = tmp_path / "my_recipe.py"
+    changed = source.read_text().replace("prepare(teacher, batches)", "prepare(teacher, batches, weight_bits=4)")
+    assert changed != source.read_text()
+    source.write_text(changed)
+    sys.modules.pop("my_recipe")
+    assert main(["export", recipe, "--weights", "run/student.pt", "--out", "x.onnx"]) == 1
+    error = " ".join(capsys.readouterr().err.split())
+    assert "was trained as toolkit, codes -127..127, and the recipe prepares toolkit, codes -8..7" in error
+    assert not (tmp_path / "x.onnx").exists()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -12,6 +12,7 @@ from torch import nn
 from qakd_plugin import ExportError, ParityError, build_engine, export_onnx, prepare
 from qakd_plugin.backends import adapter_for
 from qakd_plugin.deploy.float16 import check_float16, to_float16
+from qakd_plugin.deploy.graph import constant
 from qakd_plugin.deploy.to_onnx import export_canonical, export_float
 
 ONE = {"runtime": "tensorrt_rtx", "capabilities": ["SM86"]}
@@ -114,6 +115,22 @@ def test_a_wrong_scale_is_more_than_fp16_explains(factor, layer, student, x):
     with pytest.raises(ParityError, match=rf"{layer}\.input_qdq") as caught:
         check_float16(to_float16(model), broken, x)
     assert caught.value.layer == f"{layer}.input_qdq"
+
+
+def test_a_file_that_truncates_is_refused(student, x):
+    """Half a step less in front of a quantizer: every code is a neighbour at most, and the logits follow the codes."""
+    model, form = _canonical(student, x)
+    file = to_float16(model)
+    quantize = next(node for node in file.graph if node.op_type == "QuantizeLinear")
+    half = ir.Value(name="half_a_step", type=ir.TensorType(ir.DataType.FLOAT16), shape=ir.Shape([]))
+    half.const_value = ir.tensor(np.asarray(0.5 * constant(quantize.inputs[1]), dtype=np.float16), name=half.name)
+    file.graph.initializers[half.name] = half
+    less = ir.node("Sub", [quantize.inputs[0], half], name="less")
+    less.outputs[0].name = "less:out"
+    file.graph.insert_before(quantize, less)
+    quantize.replace_input_with(0, less.outputs[0])
+    with pytest.raises(ParityError, match=r"by up to 1 steps"):
+        check_float16(file, form, x)
 
 
 def test_a_wrong_bias_of_the_last_layer_is_caught(student, x):

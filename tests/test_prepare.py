@@ -7,9 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.models import resnet18
 
 from qakd_plugin import MissingPackageError, NotPreparedError, QakdError, configuration, describe, export_onnx, prepare
 from qakd_plugin.backends import adapter_for
+from qakd_plugin.backends.base import require_no_negative
 from qakd_plugin.calibration import RangeObserver, best_weight_clip
 from qakd_plugin.placement import OutputQuantizer, place_quantizers
 
@@ -107,7 +109,15 @@ class _Between(nn.Module):
         return self.head(torch.relu(self.second(self.between(self, torch.relu(self.first(x))))).mean([2, 3]))
 
 
+def _through_a_view(_, x):
+    x.view(-1)[0].neg_()
+    return x
+
+
 MAYBE_NEGATIVE = {
+    "in place": lambda _, x: (x.sub_(0.5), x)[1],
+    "in place by keyword": lambda _, x: (F.elu(x.sub_(1), inplace=True), x)[1],
+    "through a view": _through_a_view,
     "product": lambda _, x: x * -1.0,
     "reversed": lambda _, x: -2 * x,
     "sum": lambda _, x: x + -0.5,
@@ -122,6 +132,8 @@ MAYBE_NEGATIVE = {
     "upsample": lambda self, x: self.upsample(x),
 }
 NEVER_NEGATIVE = {
+    "in place": lambda _, x: (x.add_(0.5), x)[1],
+    "a copy in place": lambda _, x: ((-x).sub_(1), x)[1],
     "product": lambda _, x: x * 0.5,
     "sum": lambda _, x: 1 + x,
     "both": lambda _, x: torch.add(x, torch.sigmoid(x), alpha=2),
@@ -134,6 +146,32 @@ NEVER_NEGATIVE = {
 @pytest.mark.parametrize("between", MAYBE_NEGATIVE)
 def test_what_may_be_negative_is_not_taken_for_unsigned(between):
     assert "second" not in place_quantizers(_Between(MAYBE_NEGATIVE[between])).unsigned
+
+
+class _NamedLikeAReLU(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 8, 3), nn.Conv2d(1, 8, 3)
+
+    def forward(self, relu):
+        return self.first(relu.flatten(1).view(-1, 1, 8, 8)) + self.second(relu)
+
+
+def test_an_input_that_is_called_like_a_function_is_not_one():
+    assert not place_quantizers(_NamedLikeAReLU()).unsigned
+
+
+def test_sums_in_place_of_a_residual_network_take_nothing_away():
+    unsigned = place_quantizers(resnet18()).unsigned
+    assert unsigned == {name for name, kind in resnet18().named_modules() if isinstance(kind, nn.Conv2d | nn.Linear)} - {
+        "conv1"
+    }
+
+
+def test_an_unsigned_quantizer_that_saw_a_negative_value_is_named():
+    require_no_negative("layer.input", 0.0)
+    with pytest.raises(NotPreparedError, match=r"layer\.input: an unsigned grid was chosen.*it saw -0\.25"):
+        require_no_negative("layer.input", -0.25)
 
 
 @pytest.mark.parametrize("between", NEVER_NEGATIVE)

@@ -4,6 +4,7 @@ import platform
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
@@ -13,6 +14,7 @@ import qakd_plugin
 from qakd_plugin import cpu, export_onnx, prepare
 from qakd_plugin.deploy import session
 from qakd_plugin.deploy.session import session_options
+from qakd_plugin.deploy.tune import eligible_layers, shifted
 
 
 def _run(path, images):
@@ -70,6 +72,18 @@ def test_a_processor_without_vnni_loads_the_file_and_computes_the_same(
     monkeypatch.setattr(session, "adds_products_in_16_bits", lambda: True)
     (found,) = session.start_session(path, session_options(1)).run(None, {"input": images.numpy()})
     np.testing.assert_array_equal(found, expected)
+
+
+def test_a_tuned_file_loads_there_as_well(tmp_path, make_student, digits, monkeypatch, caplog):
+    images = digits.test[0][:16]
+    path = export_onnx(make_student(), images, tmp_path / "s.onnx", target="onnxruntime").path
+    model = ir.load(path)
+    ir.save(shifted(model, eligible_layers(model)), tmp_path / "tuned.onnx")
+    expected = _run(path, images)
+    monkeypatch.setattr(session, "adds_products_in_16_bits", lambda: True)
+    (found,) = session.start_session(tmp_path / "tuned.onnx", session_options(1)).run(None, {"input": images.numpy()})
+    np.testing.assert_array_equal(found, expected)
+    assert not caplog.text
 
 
 def test_layers_that_share_a_weight_run_there_as_well_and_say_what_that_means(tmp_path, digits, monkeypatch, caplog):

@@ -1,5 +1,7 @@
 """prepare(target="onnxruntime"): codes 0..255 for what cannot be negative, trained, exported and run as such."""
 
+import copy
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -10,6 +12,7 @@ from qakd_plugin import (
     LSQ,
     QAT,
     ExportError,
+    NotPreparedError,
     QakdError,
     UnsupportedQuantizerError,
     configuration,
@@ -118,8 +121,9 @@ def test_fewer_bits_have_the_grids_they_always_had_and_learned_bytes_stay_signed
     assert (0, 15) in set(ranges.values())
     assert (-8, 7) not in set(ranges.values())
     student = make(toolkit, "tensorrt", 4)
-    use_quantizers(student, LSQ(weight_bits=8, activation_bits=8))
-    assert set(_activations(student).values()) == {SIGNED}
+    for target, expected in (("tensorrt", {SIGNED}), ("onnxruntime", {SIGNED, UNSIGNED})):
+        again = use_quantizers(copy.deepcopy(student), LSQ(weight_bits=8, activation_bits=8), target=target)
+        assert set(_activations(again).values()) == expected
 
 
 def test_the_grid_is_about_twice_as_fine(student, make):
@@ -177,9 +181,31 @@ def test_configurations_have_it_where_the_toolkit_can_say_it(teacher):
             configuration(teacher, toolkit, target="onnxruntime")
 
 
+class _Hidden(nn.Module):
+    """torch.fx writes ``y -= 0.5`` down as a difference, and takes the tensor behind it for what the ReLU put out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = torch.relu(self.first(x))
+        y = x
+        y -= 0.5
+        return self.head(torch.relu(self.second(x)).mean([2, 3]))
+
+
+@pytest.mark.parametrize(("toolkit", "bits"), [("modelopt", 4), ("pt2e", 8), ("pt2e", 4)])
+def test_a_negative_value_that_no_graph_shows_is_found_in_calibration(toolkit, bits, digits):
+    with pytest.raises(NotPreparedError, match=r"second.*saw -0\.5 in calibration"):
+        prepare(_Hidden().eval(), [digits.train[0][:32]], toolkit, bits, bits, target="onnxruntime")
+
+
 def test_an_unknown_target_is_named(teacher, calibration):
     with pytest.raises(QakdError, match="target='ncnn' is unknown"):
         prepare(teacher, calibration, target="ncnn")
+    with pytest.raises(QakdError, match="target='ncnn' is unknown"):
+        use_quantizers(prepare(teacher, calibration), LSQ(), target="ncnn")
     with pytest.raises(ExportError, match="target='ncnn' is unknown"):
         export_onnx(teacher, torch.zeros(1, 1, 8, 8), "s.onnx", target="ncnn")
 

@@ -16,7 +16,7 @@ from ..errors import NotPreparedError
 from ..qparams import QParams
 from ..quantizers import Rule
 
-__all__ = ["Adapter", "Precision", "QParams", "Quantizer", "Role", "require_no_zero_gamma", "weight_of"]
+__all__ = ["Adapter", "Precision", "QParams", "Quantizer", "Role", "require_no_negative", "require_no_zero_gamma", "weight_of"]
 
 Role = Literal["weight", "activation"]
 
@@ -85,6 +85,19 @@ def require_no_zero_gamma(name: str, gamma: Tensor, function: str) -> None:
         raise NotPreparedError(
             f"{name}: its BatchNorm has gamma = 0 in channel {int(zero[0])} (zero_init_residual?), and {function} divides by "
             "it. Train the model first, set such gammas to a small number (1e-3), or use toolkit='modelopt'."
+        )
+
+
+def require_no_negative(name: str, minimum: float) -> None:
+    """Refuse an unsigned quantizer that saw a negative value, although the network's graph says that there is none.
+
+    Raises:
+        NotPreparedError: names the quantizer.
+    """
+    if minimum < 0:
+        raise NotPreparedError(
+            f"{name}: an unsigned grid was chosen for it, because what it reads comes from a ReLU or the like, but it saw "
+            f"{minimum:.3g} in calibration. Is a tensor changed in place behind its ReLU? Write that operation out of place."
         )
 
 

@@ -27,7 +27,7 @@ from ..deploy.export_form import ActivationQDQ, QuantizedLayer, QuantizedModule,
 from ..errors import NotPreparedError, UnsupportedQuantizerError
 from ..placement import WEIGHTED, OutputQuantizer, Placement, has_own_forward, never_called, place_quantizers
 from ..quantizers import Rule, remove_tensors, rule_from_dict
-from .base import Precision, QParams, Quantizer, Role, weight_of
+from .base import Precision, QParams, Quantizer, Role, require_no_negative, weight_of
 
 _log = logging.getLogger(__name__)
 _SMALLEST_AMAX = 2.0**-24
@@ -273,6 +273,8 @@ def _minimize_error(model: nn.Module, batches: Iterable[Tensor], placement: Plac
     for quantizer in quantizers:
         q: Any = quantizer.module
         if quantizer.fqn in observers:
+            if q.unsigned:
+                require_no_negative(quantizer.fqn, observers[quantizer.fqn].minimum)
             q.amax = torch.full_like(q.amax, observers[quantizer.fqn].best_clip(int(q.maxbound)))
             continue
         qparams = adapter.qparams(quantizer)

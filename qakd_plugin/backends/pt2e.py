@@ -26,7 +26,7 @@ from ..deploy.export_form import ActivationQDQ, StoredWeight, store_weight
 from ..errors import NotPreparedError, QakdError, UnsupportedQuantizerError
 from ..placement import place_quantizers
 from ..quantizers import Rule
-from .base import Precision, QParams, Quantizer, require_no_zero_gamma
+from .base import Precision, QParams, Quantizer, require_no_negative, require_no_zero_gamma
 from .fake_quantize import FakeQuantizeSwitches, is_active
 from .learned import learned_fake_quantize, restored_fake_quantize, rule_of, substitute
 
@@ -554,6 +554,8 @@ def _calibrate(adapter: PT2EAdapter, prepared: fx.GraphModule, batches: Sequence
         q: Any = quantizer.module
         observer = q.activation_post_process
         low, high = int(observer.quant_min), int(observer.quant_max)
+        if low == 0:
+            require_no_negative(quantizer.fqn, observers[quantizer.fqn].minimum)
         clip = torch.tensor(observers[quantizer.fqn].best_clip(high))
         if clip == 0:
             raise NotPreparedError(

@@ -23,7 +23,7 @@ from ..deploy.export_form import ActivationQDQ, QuantizedLayer, QuantizedModule,
 from ..errors import NotPreparedError, QakdError, UnsupportedQuantizerError
 from ..placement import WEIGHTED, Placement, has_own_forward, non_negative, place_quantizers, relu_bounds
 from ..quantizers import Rule
-from .base import Precision, QParams, Quantizer, require_no_zero_gamma
+from .base import Precision, QParams, Quantizer, require_no_negative, require_no_zero_gamma
 from .fake_quantize import FakeQuantizeSwitches, is_active
 from .learned import learned_fake_quantize, restored_fake_quantize, rule_of, substitute
 
@@ -312,7 +312,9 @@ def _quantize_behind_relus(prepared: torch.fx.GraphModule) -> None:
             continue
         relu.replace_input_with(node, node.args[0])
         behind = list(relu.users)
-        if len(behind) != 1 or behind[0].target != node.target:  # else it stands there as well
+        quantizer = prepared.get_submodule(str(node.target))
+        stands_there = len(behind) == 1 and _is_fake_quant(prepared, behind[0])
+        if not stands_there or prepared.get_submodule(str(behind[0].target)) is not quantizer:
             with prepared.graph.inserting_after(relu):
                 moved = prepared.graph.call_module(str(node.target), (relu,))
             relu.replace_all_uses_with(moved, delete_user_cb=lambda user, moved=moved: user is not moved)
@@ -385,6 +387,8 @@ def calibrate(
     for quantizer in activations:
         q: Any = quantizer.module
         observer = q.activation_post_process
+        if observer.quant_min == 0:
+            require_no_negative(quantizer.fqn, observers[quantizer.fqn].minimum)
         clip = torch.tensor(observers[quantizer.fqn].best_clip(int(observer.quant_max)))
         observer.min_val.resize_(()).copy_(-clip if observer.quant_min < 0 else 0)
         observer.max_val.resize_(()).copy_(clip)
