@@ -221,13 +221,16 @@ def _load_weights(model: Any, path: Path) -> None:
         weights = load_plain(path)
     except CheckpointError as error:
         raise QakdError(f"--weights: {path}: {error}. Name the student.pt of qakd distill.") from error
-    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
-        raise QakdError(
-            f"--weights: {path} holds no state_dict ({type(weights).__name__}). Name the student.pt of qakd distill."
-        )
-    if weights.keys() == {"state_dict", "quantizers"}:  # else somebody's own
-        _check_grids(path, weights["quantizers"], _grids(model))
-        weights = weights["state_dict"]
+    grids: Any = {}
+    if isinstance(weights, dict) and weights.keys() == {"state_dict", "quantizers"}:  # else somebody's own
+        weights, grids = weights["state_dict"], weights["quantizers"]
+    for part in (weights, grids):
+        if not isinstance(part, dict) or not all(isinstance(name, str) for name in part):
+            raise QakdError(
+                f"--weights: {path} holds no state_dict ({type(part).__name__}). Name the student.pt of qakd distill."
+            )
+    if grids:
+        _check_grids(path, grids, _grids(model))
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

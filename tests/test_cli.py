@@ -140,6 +140,9 @@ def test_weights_of_another_grid_are_refused_by_the_name_of_the_quantizer(recipe
         ([torch.ones(2)], "holds no state_dict (list)"),
         ({0: torch.ones(2)}, "holds no state_dict (dict)"),
         ({"other.weight": torch.ones(2)}, "does not fit the prepared model: "),
+        ({"state_dict": 1, "quantizers": {}}, "holds no state_dict (int)"),
+        ({"state_dict": {}, "quantizers": [1]}, "holds no state_dict (list)"),
+        ({"state_dict": {}, "quantizers": {"a": "b"}}, "a was trained as b, and the recipe prepares no quantizer"),
         ({"state": {"weight": torch.ones(2)}}, "does not fit the prepared model: "),
     ],
 )
