@@ -16,13 +16,13 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 matrix: $(STAMP)
-	$(BIN)/python -m pytest -m '' tests/test_matrix.py
+	$(BIN)/python -m pytest -m '' tests/conformance/test_matrix.py
 
 resume: $(STAMP)
-	$(BIN)/python -m pytest -m '' tests/test_resume.py tests/test_two_processes.py
+	$(BIN)/python -m pytest -m '' tests/training/test_resume.py tests/training/test_two_processes.py
 
 fuzz: $(STAMP)
-	$(BIN)/python -m pytest -m fuzz tests/test_fuzz.py
+	$(BIN)/python -m pytest -m fuzz tests/deploy/test_fuzz.py
 
 docs: $(STAMP)
 	$(BIN)/python -m mkdocs build --strict

@@ -21,10 +21,10 @@ import distill_step
 import page_tables
 import torch
 
-from qakd_plugin._files import write_atomic
+from qakd_plugin._common.console import track
+from qakd_plugin._common.files import write_atomic
 from qakd_plugin.augment.candidates import Candidate, default_candidates
-from qakd_plugin.bench.environment import environment, is_busy
-from qakd_plugin.progress import track
+from qakd_plugin.runtimes.host import environment, is_busy
 
 RESULTS = page_tables.RESULTS / "augmentation_cost.json"
 BARS = {"cpu": 0.25, "cuda": 0.10}

@@ -23,12 +23,12 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from qakd_plugin import rank_augmentations
-from qakd_plugin._files import atomic_path, write_atomic
+from qakd_plugin._common.console import track
+from qakd_plugin._common.files import atomic_path, write_atomic
 from qakd_plugin.augment.cmi import FORMS
-from qakd_plugin.bench.environment import environment
 from qakd_plugin.demo.data import load
 from qakd_plugin.demo.net import DigitNet, train_float
-from qakd_plugin.progress import track
+from qakd_plugin.runtimes.host import environment
 
 RESULTS = page_tables.RESULTS / "augmentation_racing.json"
 BAR, AGREEMENT = 10.0, 0.95

@@ -34,9 +34,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from qakd_plugin import SQAKD, distill, prepare, rank_augmentations
-from qakd_plugin._files import write_atomic
+from qakd_plugin._common.files import write_atomic
 from qakd_plugin.augment.candidates import default_candidates
-from qakd_plugin.bench.environment import environment
+from qakd_plugin.runtimes.host import environment
 
 RESULTS = page_tables.RESULTS / "augmentation_study.json"
 SMALL = (

@@ -32,15 +32,15 @@ from step_time import ResNet20, memory_mib
 from torch import Tensor, nn
 
 from qakd_plugin import export_onnx, prepare
-from qakd_plugin._files import write_atomic
+from qakd_plugin._common.cpu_features import has_amx
+from qakd_plugin._common.files import write_atomic
 from qakd_plugin.bench import Candidate, Row, benchmark
 from qakd_plugin.bench.census import census
-from qakd_plugin.bench.environment import environment, is_busy
-from qakd_plugin.cpu import has_amx
+from qakd_plugin.deploy.canonical.write import export_float
 from qakd_plugin.deploy.diagnosis import diagnose
-from qakd_plugin.deploy.to_onnx import export_float
-from qakd_plugin.deploy.tune import tune_for_host
+from qakd_plugin.deploy.tuning import tune_for_host
 from qakd_plugin.report import console_table
+from qakd_plugin.runtimes.host import environment, is_busy
 
 RESULTS = page_tables.RESULTS / "deployment.json"
 NETWORKS = ("resnet18", "resnet50", "mobilenet_v2", "vit_b_16", "resnet20", "shufflenet_v2_x1_0")

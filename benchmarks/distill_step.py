@@ -32,13 +32,13 @@ from step_time import ResNet20, keep_memory, peak_growth_mib
 from torch import nn
 
 from qakd_plugin import LSQ, QKD, SQAKD, attach, distill, prepare, use_quantizers
-from qakd_plugin.backends import adapter_for
-from qakd_plugin.batches import default_batch
-from qakd_plugin.bench.environment import environment, is_busy
+from qakd_plugin._common.console import track
 from qakd_plugin.demo.data import load
 from qakd_plugin.demo.net import DigitNet, train_float
-from qakd_plugin.evaluation import evaluate
-from qakd_plugin.progress import track
+from qakd_plugin.runtimes.host import environment, is_busy
+from qakd_plugin.tasks.batches import default_batch
+from qakd_plugin.tasks.evaluation import evaluate
+from qakd_plugin.toolkits import adapter_for
 
 RESULTS = page_tables.RESULTS / "distill_step.json"
 BARS = {

@@ -39,16 +39,16 @@ from torch import Tensor, nn
 from zoo import Net, random_weights
 
 from qakd_plugin import build_engine, export_onnx, prepare
-from qakd_plugin._files import write_atomic
-from qakd_plugin._optional import require
-from qakd_plugin.attention import open_attention
-from qakd_plugin.bench.environment import environment, is_busy
-from qakd_plugin.deploy.engine_runner import EngineRunner
-from qakd_plugin.deploy.inspect_onnx import inspect_onnx
-from qakd_plugin.deploy.parity import agreement
-from qakd_plugin.deploy.to_onnx import export_float
-from qakd_plugin.deploy.trt import gpu_capability
+from qakd_plugin._common.files import write_atomic
+from qakd_plugin._common.optional import require
+from qakd_plugin.deploy.canonical.write import export_float
+from qakd_plugin.deploy.engine.bindings import gpu_capability
+from qakd_plugin.deploy.engine.precheck import inspect_onnx
+from qakd_plugin.deploy.engine.runner import EngineRunner
+from qakd_plugin.deploy.parity.gate import agreement
 from qakd_plugin.errors import QakdError
+from qakd_plugin.placement.attention import open_attention
+from qakd_plugin.runtimes.host import environment, is_busy
 
 RESULTS = page_tables.RESULTS / "engines.json"
 EXPORT_SECONDS, EXPORT_GIB, BUILD_SECONDS = 30.0, 3.0, 10.0

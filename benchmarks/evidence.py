@@ -47,9 +47,9 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from qakd_plugin import EWGS, KD, LSQ, PACT, QAT, QKD, SQAKD, CMISelector, DoReFa, distill, export_onnx, prepare, use_quantizers
-from qakd_plugin._files import write_atomic
-from qakd_plugin.bench.environment import environment
-from qakd_plugin.bench.runners import make_runner
+from qakd_plugin._common.files import write_atomic
+from qakd_plugin.runtimes.base import make_runner
+from qakd_plugin.runtimes.host import environment
 
 RESULTS = page_tables.RESULTS / "evidence.json"
 QUANTIZERS: dict[str, Any] = {"LSQ": LSQ(), "PACT": PACT(), "DoReFa": DoReFa(), "EWGS": EWGS()}

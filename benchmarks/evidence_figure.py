@@ -14,7 +14,7 @@ from typing import Any
 
 import jinja2
 
-from qakd_plugin.report.plot import Axis, nice_step
+from qakd_plugin.report.scatter import Axis, nice_step
 
 WIDTH, HEIGHT = 880, 484
 LEFT, RIGHT, GAP = 58, 16, 18

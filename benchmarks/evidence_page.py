@@ -26,7 +26,7 @@ import page_tables
 from numpy.typing import NDArray
 from scipy import stats
 
-from qakd_plugin._files import write_atomic
+from qakd_plugin._common.files import write_atomic
 
 DOCS = page_tables.ROOT / "docs"
 PAGE, FIGURE = "evidence.md", "evidence.svg"

@@ -19,7 +19,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from qakd_plugin._files import atomic_path
+from qakd_plugin._common.files import atomic_path
 
 CLASSES = string.digits + string.ascii_uppercase + string.ascii_lowercase
 SIZE = 24

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qakd_plugin._files import write_atomic
+from qakd_plugin._common.files import write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

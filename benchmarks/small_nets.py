@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qakd_plugin._files import atomic_path
+from qakd_plugin._common.files import atomic_path
 from qakd_plugin.demo.data import load as load_digits
 from qakd_plugin.demo.net import DigitNet
 

@@ -33,10 +33,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from qakd_plugin import EWGS, LSQ, PACT, DoReFa, prepare, use_quantizers
-from qakd_plugin.backends import adapter_for
-from qakd_plugin.bench.environment import environment, is_busy
+from qakd_plugin._common.console import track
 from qakd_plugin.demo.net import Block
-from qakd_plugin.progress import track
+from qakd_plugin.runtimes.host import environment, is_busy
+from qakd_plugin.toolkits import adapter_for
 
 BARS = {
     "ModelOpt LSQ": 1.30,

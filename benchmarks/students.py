@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from qakd_plugin._files import write_atomic
-from qakd_plugin.progress import track
+from qakd_plugin._common.console import track
+from qakd_plugin._common.files import write_atomic
 
 Train = Callable[..., dict[str, float]]
 """Trains one student and says what was found; a function of a module, so that other processes find it."""

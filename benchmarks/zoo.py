@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from qakd_plugin import build_engine, describe, export_onnx, prepare
-from qakd_plugin._files import write_atomic
+from qakd_plugin._common.files import write_atomic
 from qakd_plugin.bench.census import census
-from qakd_plugin.bench.environment import environment
-from qakd_plugin.deploy.inspect_onnx import inspect_onnx
+from qakd_plugin.deploy.engine.precheck import inspect_onnx
 from qakd_plugin.errors import QakdError
+from qakd_plugin.runtimes.host import environment
 
 RESULTS = page_tables.RESULTS / "zoo.json"
 BITS = (8, 4)

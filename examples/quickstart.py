@@ -14,7 +14,7 @@ import qakd_plugin as qakd
 from qakd_plugin.bench import Candidate
 from qakd_plugin.demo.data import load
 from qakd_plugin.demo.net import DigitNet, train_float
-from qakd_plugin.deploy.to_onnx import export_float
+from qakd_plugin.deploy.canonical.write import export_float
 from qakd_plugin.report import console_table
 
 

@@ -16,30 +16,30 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "distill": "distillation",
-    "DistillResult": "distillation",
-    "attach": "hooks",
-    "prepare": "preparation",
-    "configuration": "preparation",
-    "use_quantizers": "swap",
-    "restore_quantizers": "swap",
+    "distill": "training.distillation",
+    "DistillResult": "training.distillation",
+    "attach": "training.attached",
+    "prepare": "preparation.prepared",
+    "configuration": "preparation.prepared",
+    "use_quantizers": "preparation.exchange",
+    "restore_quantizers": "preparation.exchange",
     "LSQ": "quantizers",
     "PACT": "quantizers",
     "DoReFa": "quantizers",
     "EWGS": "quantizers",
-    "describe": "description",
-    "SQAKD": "methods",
-    "QKD": "methods",
-    "KD": "methods",
-    "QAT": "methods",
-    "Features": "features",
+    "describe": "preparation.description",
+    "SQAKD": "training.methods",
+    "QKD": "training.methods",
+    "KD": "training.methods",
+    "QAT": "training.methods",
+    "Features": "training.features",
     "cmi_score": "augment.cmi",
     "rank_augmentations": "augment.ranking",
-    "CMISelector": "augment.select",
+    "CMISelector": "augment.selector",
     "export_onnx": "deploy.export",
     "ExportedModel": "deploy.export",
-    "tune_for_host": "deploy.tune",
-    "build_engine": "deploy.engine",
+    "tune_for_host": "deploy.tuning",
+    "build_engine": "deploy.engine.build",
     "benchmark": "bench",
     "write_report": "report",
     "QakdError": "errors",
@@ -61,15 +61,12 @@ if TYPE_CHECKING:
     from . import losses as losses
     from .augment.cmi import cmi_score as cmi_score
     from .augment.ranking import rank_augmentations as rank_augmentations
-    from .augment.select import CMISelector as CMISelector
+    from .augment.selector import CMISelector as CMISelector
     from .bench import benchmark as benchmark
-    from .deploy.engine import build_engine as build_engine
+    from .deploy.engine.build import build_engine as build_engine
     from .deploy.export import ExportedModel as ExportedModel
     from .deploy.export import export_onnx as export_onnx
-    from .deploy.tune import tune_for_host as tune_for_host
-    from .description import describe as describe
-    from .distillation import DistillResult as DistillResult
-    from .distillation import distill as distill
+    from .deploy.tuning import tune_for_host as tune_for_host
     from .errors import CheckpointError as CheckpointError
     from .errors import EngineError as EngineError
     from .errors import ExportError as ExportError
@@ -80,21 +77,24 @@ if TYPE_CHECKING:
     from .errors import QakdError as QakdError
     from .errors import TrainingError as TrainingError
     from .errors import UnsupportedQuantizerError as UnsupportedQuantizerError
-    from .features import Features as Features
-    from .hooks import attach as attach
-    from .methods import KD as KD
-    from .methods import QAT as QAT
-    from .methods import QKD as QKD
-    from .methods import SQAKD as SQAKD
-    from .preparation import configuration as configuration
-    from .preparation import prepare as prepare
+    from .preparation.description import describe as describe
+    from .preparation.exchange import restore_quantizers as restore_quantizers
+    from .preparation.exchange import use_quantizers as use_quantizers
+    from .preparation.prepared import configuration as configuration
+    from .preparation.prepared import prepare as prepare
     from .quantizers import EWGS as EWGS
     from .quantizers import LSQ as LSQ
     from .quantizers import PACT as PACT
     from .quantizers import DoReFa as DoReFa
     from .report import write_report as write_report
-    from .swap import restore_quantizers as restore_quantizers
-    from .swap import use_quantizers as use_quantizers
+    from .training.attached import attach as attach
+    from .training.distillation import DistillResult as DistillResult
+    from .training.distillation import distill as distill
+    from .training.features import Features as Features
+    from .training.methods import KD as KD
+    from .training.methods import QAT as QAT
+    from .training.methods import QKD as QKD
+    from .training.methods import SQAKD as SQAKD
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,6 @@
 """Rows for tests of comparison and reports: made up, since what is tested is what is done with them."""
 
-from qakd_plugin.bench.record import Conditions, LayerTime, Row
+from qakd_plugin.bench.rows import Conditions, LayerTime, Row
 from qakd_plugin.deploy.diagnosis import Finding
 
 ROW = Row(

@@ -8,10 +8,10 @@ Prepares a W4A4 student of a small network for scikit-learn's digits and trains 
 import torch
 
 import qakd_plugin as qakd
-from qakd_plugin.backends import adapter_for
 from qakd_plugin.demo.data import load
 from qakd_plugin.demo.net import DigitNet, train_float
-from qakd_plugin.optim import Settings, student_optimizer
+from qakd_plugin.toolkits import adapter_for
+from qakd_plugin.training.optimizers import Settings, student_optimizer
 
 
 @torch.no_grad()

@@ -36,9 +36,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import qakd_plugin as qakd
-from qakd_plugin._files import atomic_path, write_atomic
-from qakd_plugin.checkpoint import load_plain
-from qakd_plugin.evaluation import evaluate
+from qakd_plugin._common.files import atomic_path, write_atomic
+from qakd_plugin.tasks.evaluation import evaluate
+from qakd_plugin.training.checkpoint import load_plain
 
 
 def run(config: Config, out: Path) -> dict[str, float]:

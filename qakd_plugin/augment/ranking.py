@@ -11,14 +11,14 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from ..batches import BatchFn, default_batch
+from .._common.module_mode import eval_mode
+from .._common.rng_state import generators_of, undisturbed
 from ..errors import QakdError
-from ..modes import eval_mode
-from ..randomness import generators_of, undisturbed
+from ..tasks.batches import BatchFn, default_batch
 from .candidates import Candidate, Candidates, one_hot, resolve_candidates
 from .cmi import DEFAULT_FORM, AugmentationScore, CmiStatistics, Figures, Jackknife, check_form
 from .compositions import Search, mixture
-from .images import CHUNK, Chunk, Source, Stats, UnitRange, require_dataset_labels
+from .data import CHUNK, Chunk, Source, Stats, UnitRange, require_dataset_labels
 
 _log = logging.getLogger(__name__)
 LABELS = ("dataset", "teacher")

@@ -14,10 +14,10 @@ __all__ = ["Candidate", "LayerTime", "Row", "benchmark"]
 if TYPE_CHECKING:
     from .candidates import Candidate as Candidate
     from .measure import benchmark as benchmark
-    from .record import LayerTime as LayerTime
-    from .record import Row as Row
+    from .rows import LayerTime as LayerTime
+    from .rows import Row as Row
 
-_HOME = {"Candidate": "candidates", "benchmark": "measure", "LayerTime": "record", "Row": "record"}
+_HOME = {"Candidate": "candidates", "benchmark": "measure", "LayerTime": "rows", "Row": "rows"}
 
 
 def __getattr__(name: str) -> Any:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import QakdError
-from .contents import quantized_bits
-from .runners import FILE_RUNTIMES, MODULE_RUNTIMES
+from ..runtimes.base import FILE_RUNTIMES, MODULE_RUNTIMES
+from .file_facts import quantized_bits
 
 if TYPE_CHECKING:
     from torch import nn

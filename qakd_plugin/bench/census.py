@@ -10,9 +10,9 @@ from typing import Any
 
 import onnx
 
-from ..deploy.engine_file import read_manifest
-from ..deploy.session import session_options, start_session
+from ..deploy.engine.manifest import read_manifest
 from ..errors import QakdError
+from ..runtimes.onnxruntime import session_options, start_session
 
 _INTEGER = {
     "QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat",

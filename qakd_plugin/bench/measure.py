@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..cpu import has_bfloat16
-from ..deploy.engine_runner import EngineRunner
+from .._common.cpu_features import has_bfloat16
+from ..deploy.engine.runner import EngineRunner
 from ..errors import QakdError
+from ..runtimes.base import FILE_RUNTIMES, MODULE_RUNTIMES, RUNTIMES, Array, OpenVINORunner, Runner, make_runner, node_times
+from ..runtimes.host import Watch
+from ..runtimes.interleaving import WARM_UP_CALLS, turns
+from .accuracy import IMAGES_AT_ONCE, Tally, score_all
 from .candidates import Candidate, named_by_its_path
 from .census import census, engine_layers
-from .comparison import with_findings, with_speedups
-from .contents import BatchLimits, batch_limits, float_type, input_sizes
-from .environment import Watch
+from .file_facts import BatchLimits, batch_limits, float_type, input_sizes
 from .peak_memory import peak_rss_mib
-from .record import Conditions, LayerTime, Row
-from .runners import FILE_RUNTIMES, MODULE_RUNTIMES, RUNTIMES, Array, OpenVINORunner, Runner, make_runner, node_times
-from .scoring import IMAGES_AT_ONCE, Tally, score_all
-from .turns import WARM_UP_CALLS, turns
+from .ratios import with_findings, with_speedups
+from .rows import Conditions, LayerTime, Row
 
 if TYPE_CHECKING:
     import os

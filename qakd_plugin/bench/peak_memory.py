@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import QakdError
-from .runners import make_runner
+from ..runtimes.base import make_runner
 
 CALLS = 10
 _STATUS = Path("/proc/self/status")

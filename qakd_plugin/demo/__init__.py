@@ -1,1 +1,1 @@
-"""The whole pipeline on real data, in a few minutes: see :mod:`qakd_plugin.demo.run`."""
+"""The whole pipeline on real data, in a few minutes: see :mod:`qakd_plugin.demo.pipeline`."""

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..progress import track
+from .._common.console import track
 
 
 class Block(nn.Module):

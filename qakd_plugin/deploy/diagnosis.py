@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from .graph import WEIGHT_KEY, constant, dequantizer_before, is_quantized, producer, read_onnx, scalar
+from .canonical.graph import WEIGHT_KEY, constant, dequantizer_before, is_quantized, producer, read_onnx, scalar
 
 NARROW = 16
 """Convolutions with fewer input or output channels are no faster in ONNX Runtime's integer kernels than in floating point

@@ -12,21 +12,21 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from .._files import write_atomic
-from ..backends import Adapter, adapter_for
-from ..description import target_problem
+from .._common.files import write_atomic
 from ..errors import ExportError, UnsupportedQuantizerError
-from ..targets import TARGETS, Target
-from .float16 import Float16Parity, check_float16, to_float16
-from .graph import WEIGHT_KEY
-from .inspect_onnx import CONVOLUTIONS, PRODUCTS, stored_weight, weight_problem
-from .openvino_form import drop_repeated_quantizers, to_openvino_form
-from .openvino_parity import check_openvino
-from .ort_form import to_onnxruntime_form
-from .parity import ParityReport, arrays, check_parity, check_same_bits
-from .passes import quantizers_behind_relu, to_tensorrt_form
-from .storage import WeightStorage
-from .to_onnx import export_canonical, to_proto
+from ..placement.targets import TARGETS, Target
+from ..preparation.description import target_problem
+from ..toolkits import Adapter, adapter_for
+from .canonical.graph import WEIGHT_KEY
+from .canonical.passes import quantizers_behind_relu, to_tensorrt_form
+from .canonical.write import export_canonical, to_proto
+from .engine.precheck import CONVOLUTIONS, PRODUCTS, stored_weight, weight_problem
+from .parity.gate import ParityReport, arrays, check_parity, check_same_bits
+from .parity.openvino import check_openvino
+from .targets.float16 import Float16Parity, check_float16, to_float16
+from .targets.onnxruntime import to_onnxruntime_form
+from .targets.openvino import drop_repeated_quantizers, to_openvino_form
+from .targets.weight_packing import WeightStorage
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def export_onnx(
             in floating point take INT4 with each of the three, where they have no more bits: all targets read it there.
         float16: for TensorRT: write what is not quantized, and all scales, in FP16. Strongly typed engines compute it as the
             file says, and INT8 layers beside FP32 ones lose to FP16 throughout. The gate then holds in two steps: exactly for
-            the float32 form, and within the tolerances of :mod:`qakd_plugin.deploy.float16` for its conversion.
+            the float32 form, and within the tolerances of :mod:`qakd_plugin.deploy.targets.float16` for its conversion.
 
     Returns:
         The path (usable wherever a path is) and the parity report.

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._optional import require
-from ..backends import adapter_for
+from .._common.optional import require
 from ..errors import QakdError
-from ..hooks import refuse_features, require_teacher, teacher_logits, unwrapped
-from ..methods import SQAKD, Method, require_labels, total_loss
-from ..optim import Settings, student_optimizer
-from ..outputs import logits_of
-from ..precision import float32_quantizers
+from ..tasks.outputs import logits_of
+from ..toolkits import adapter_for
+from ..training.attached import refuse_features, require_teacher, teacher_logits, unwrapped
+from ..training.autocast import float32_quantizers
+from ..training.methods import SQAKD, Method, require_labels, total_loss
+from ..training.optimizers import Settings, student_optimizer
 
 _library = require("transformers", extra="transformers", purpose="train a prepared model with a Hugging Face Trainer")
 _Trainer: Any = _library.Trainer

@@ -8,15 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._optional import require
-from ..backends import adapter_for
-from ..batches import BatchFn, default_batch
+from .._common.module_mode import eval_mode
+from .._common.optional import require
 from ..errors import QakdError
-from ..hooks import refuse_features, require_teacher, teacher_logits
-from ..methods import SQAKD, Method, Phase, require_labels, total_loss
-from ..modes import eval_mode
-from ..optim import Settings, clip_gradients, cosine_schedule, quantizer_parameters, student_optimizer, teacher_optimizer
-from ..precision import float32_hooks
+from ..tasks.batches import BatchFn, default_batch
+from ..toolkits import adapter_for
+from ..training.attached import refuse_features, require_teacher, teacher_logits
+from ..training.autocast import float32_hooks
+from ..training.methods import SQAKD, Method, Phase, require_labels, total_loss
+from ..training.optimizers import (
+    Settings,
+    clip_gradients,
+    cosine_schedule,
+    quantizer_parameters,
+    student_optimizer,
+    teacher_optimizer,
+)
 
 _library = require("lightning", extra="lightning", purpose="train a prepared model as a LightningModule")
 _LightningModule: Any = _library.LightningModule

@@ -11,13 +11,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 
-from .._optional import require
-from ..backends import adapter_for
+from .._common.optional import require
 from ..errors import QakdError
-from ..hooks import refuse_features
 from ..losses import kl_divergence
-from ..methods import KD, SQAKD, Method
-from ..outputs import logits_of
+from ..tasks.outputs import logits_of
+from ..toolkits import adapter_for
+from ..training.attached import refuse_features
+from ..training.methods import KD, SQAKD, Method
 
 
 class KLCriterion(_Loss):

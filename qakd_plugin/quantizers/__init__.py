@@ -1,9 +1,9 @@
 """Learned quantizers on one form: LSQ, PACT, DoReFa, EWGS."""
 
+from .base import QuantizerConfig, Rule, remove_tensors, rule_from_dict
 from .dorefa import DoReFa
 from .ewgs import EWGS, refresh_delta
 from .lsq import LSQ
 from .pact import PACT
-from .rule import QuantizerConfig, Rule, remove_tensors, rule_from_dict
 
 __all__ = ["EWGS", "LSQ", "PACT", "DoReFa", "QuantizerConfig", "Rule", "refresh_delta", "remove_tensors", "rule_from_dict"]

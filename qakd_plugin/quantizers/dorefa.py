@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .form import fake_quantize
-from .rule import PREFIX, ClippedActivation, Rule, check_bits
+from .base import PREFIX, ClippedActivation, Rule, check_bits
+from .fake_quantize import fake_quantize
 
 SCALE, UNIT = PREFIX + "scale", PREFIX + "unit"
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import QakdError
+from .base import DELTA, LOG_SCALE, PREFIX, ClippedActivation, Rule, check_bits
 from .dorefa import SymmetricGrid
-from .form import discretize, probe
-from .rule import DELTA, LOG_SCALE, PREFIX, ClippedActivation, Rule, check_bits
+from .fake_quantize import discretize, probe
 
 LOG_INTERVAL, OFFSET = PREFIX + "log_interval", PREFIX + "offset"
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .form import fake_quantize, lsq_gradient_scale
-from .rule import LOG_SCALE, ClippedActivation, Rule, check_bits
+from .base import LOG_SCALE, ClippedActivation, Rule, check_bits
+from .fake_quantize import fake_quantize, lsq_gradient_scale
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import QakdError
+from .base import ClippedActivation, Rule, check_bits
 from .dorefa import TanhWeight
-from .rule import ClippedActivation, Rule, check_bits
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..bench.record import LayerTime, Row
-from .plot import Axis
+from ..bench.rows import LayerTime, Row
+from .scatter import Axis
 
 _POINTS = 200
 """A curve of more epochs is thinned to about so many."""

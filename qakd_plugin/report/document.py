@@ -10,10 +10,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ..bench.environment import environment
-from ..bench.record import SCHEMA_VERSION, Row, validate
+from ..bench.rows import SCHEMA_VERSION, Row, validate
 from ..errors import QakdError
-from .words import warnings_of
+from ..runtimes.host import environment
+from .verdicts import warnings_of
 
 _LARGEST_FILE = 256 * 2**20
 _LISTS = ("training", "parity", "engines")

@@ -6,11 +6,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..bench.record import Row
+from ..bench.rows import Row
 from .document import rows_of
-from .plot import pareto
+from .scatter import pareto
 from .tables import WHAT, SideBySide, common_setting, run_names, short, shown_columns, side_by_side
-from .words import verdicts
+from .verdicts import verdicts
 
 
 def markdown(document: Mapping[str, Any]) -> str:

@@ -16,12 +16,12 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from ..bench.record import Row
+from ..bench.rows import Row
 from .charts import latency_bars, layer_table, training_run
 from .document import rows_of
-from .plot import accuracy_latency_plot, pareto
+from .scatter import accuracy_latency_plot, pareto
 from .tables import WHAT, Column, common_setting, family, run_names, short, shown_columns, side_by_side
-from .words import verdicts
+from .verdicts import verdicts
 
 _AXES = {
     "p50_ms": "median latency, ms",
@@ -47,7 +47,7 @@ def render(document: Mapping[str, Any]) -> str:
     columns, names, best = shown_columns(rows), run_names(document), pareto(rows)
     style, script = _static("report.css"), _static("report.js")
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("qakd_plugin.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.PackageLoader("qakd_plugin.report", "assets"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["short"] = short
     environment.globals.update(family=family, marker=marker, what=WHAT)
@@ -135,7 +135,7 @@ def _fact(value: object) -> str:
 
 
 def _static(name: str) -> str:
-    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8").strip()
+    return resources.files(__package__).joinpath("assets", name).read_text(encoding="utf-8").strip()
 
 
 def _digest(text: str) -> str:

@@ -9,8 +9,8 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from ..bench.record import Row, baselines
-from .plot import pareto
+from ..bench.rows import Row, baselines
+from .scatter import pareto
 
 Value = str | int | float | None
 _LONGEST = 120

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .._files import write_atomic
-from ..bench.record import Row, validate
+from .._common.files import write_atomic
+from ..bench.rows import Row, validate
 from .document import build_document
 from .markdown import markdown
 from .page import render

@@ -1,0 +1,1 @@
+"""What every room may use and none of it knows of quantization."""

@@ -1,0 +1,152 @@
+"""What a file says of itself: the input it takes, and what is quantized in it. ONNX, engines, and OpenVINO's own format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+from ..deploy.engine.manifest import read_manifest
+from ..errors import EngineError, QakdError
+from .census import engine_layers
+
+_NARROW = {"INT4": 4, "UINT4": 4, "INT2": 2, "UINT2": 2}
+"""By name, since older versions of onnx do not know all of them."""
+
+
+@dataclass(frozen=True)
+class BatchLimits:
+    """Smallest and largest batch; ``largest`` is None without a limit."""
+
+    smallest: int
+    largest: int | None
+
+    def takes(self, batch: int) -> bool:
+        """Whether a batch fits."""
+        return batch >= self.smallest and (self.largest is None or batch <= self.largest)
+
+    def nearest(self, batch: int) -> int:
+        """The allowed size next to one that is wanted."""
+        return max(self.smallest, batch if self.largest is None else min(batch, self.largest))
+
+    def __str__(self) -> str:
+        if self.largest is None:
+            return f"{self.smallest} or more"
+        return str(self.smallest) if self.smallest == self.largest else f"{self.smallest} to {self.largest}"
+
+
+def input_sizes(path: Path) -> list[int | None]:
+    """Sizes of the first input; None where the file leaves them open.
+
+    Raises:
+        QakdError: the file is damaged, or has no input.
+    """
+    if path.suffix == ".engine":
+        inputs = read_manifest(path).get("inputs")
+        if not isinstance(inputs, dict) or not inputs or not all(isinstance(sizes, list) for sizes in inputs.values()):
+            raise EngineError(f"{path}: its manifest names no input. Build the engine again.")
+        return list(next(iter(inputs.values())))
+    if path.suffix == ".xml":
+        data = _layers(path, "Parameter")[0].find("data")
+        sizes = "" if data is None else data.get("shape", "")
+        return [int(size) if size.isdecimal() else None for size in sizes.split(",")]
+    graph = _load(path).graph
+    stored = {tensor.name for tensor in graph.initializer}
+    inputs = [value for value in graph.input if value.name not in stored]
+    if not inputs:
+        raise QakdError(f"{path}: the graph has no input.")
+    return [dimension.dim_value or None for dimension in inputs[0].type.tensor_type.shape.dim]
+
+
+def batch_limits(path: Path) -> BatchLimits:
+    """Batches that a file takes.
+
+    Raises:
+        QakdError: the file is damaged, or has no input.
+    """
+    sizes = input_sizes(path)
+    if sizes and sizes[0] is not None:
+        return BatchLimits(sizes[0], sizes[0])
+    profile = read_manifest(path).get("profile") if path.suffix == ".engine" else None
+    if isinstance(profile, dict) and all(isinstance(profile.get(key), int) for key in ("min", "max")):
+        return BatchLimits(profile["min"], profile["max"])
+    return BatchLimits(1, None)
+
+
+def quantized_bits(path: Path) -> tuple[int, int]:
+    """Bits of weights and of activations, as far as a file says them; 32 in floating point.
+
+    Where activations are quantized both count as 8, since codes of fewer bits are computed in 8 as well. Weights that are
+    quantized alone have the bits that they are stored in.
+
+    Raises:
+        QakdError: the file is damaged, or an engine's manifest does not say whether it is quantized.
+    """
+    of_kind = {".engine": _bits_of_engine, ".xml": _bits_of_openvino}
+    return of_kind.get(path.suffix, _bits_of_onnx)(path)
+
+
+def float_type(path: Path) -> str:
+    """Type of what an ONNX file holds in floating point: "float16", "bfloat16" or "float32".
+
+    Raises:
+        QakdError: the file is damaged.
+    """
+    stored = _stored_types(_load(path).graph)
+    return next((name.lower() for name in ("FLOAT16", "BFLOAT16") if name in stored), "float32")
+
+
+def _bits_of_engine(path: Path) -> tuple[int, int]:
+    """What its layers compute in need not be known: the classic TensorRT shows it on a GPU alone, and not for all."""
+    manifest = read_manifest(path)
+    quantized, int4_weights = manifest.get("quantized"), manifest.get("int4_weights")
+    if not isinstance(quantized, bool):
+        raise EngineError(
+            f"{path}: its manifest does not say whether it is quantized, so it can neither be compared with floating point nor "
+            "stand for it. Build the engine again."
+        )
+    counted = engine_layers(path)
+    integer = counted is None or counted[0] > 0
+    return _bits(quantized and integer, quantized, 4 if isinstance(int4_weights, int) and int4_weights > 0 else 8)
+
+
+def _bits_of_openvino(path: Path) -> tuple[int, int]:
+    quantized = bool(_layers(path, "FakeQuantize"))
+    return _bits(quantized, quantized, 8)
+
+
+def _bits_of_onnx(path: Path) -> tuple[int, int]:
+    graph = _load(path).graph
+    kinds = {node.op_type for node in graph.node}
+    narrowest = min((_NARROW[name] for name in _stored_types(graph) if name in _NARROW), default=8)
+    return _bits(bool(kinds & {"QuantizeLinear", "DynamicQuantizeLinear"}), "DequantizeLinear" in kinds, narrowest)
+
+
+def _bits(activations: bool, weights: bool, stored: int) -> tuple[int, int]:
+    if activations:
+        return 8, 8
+    return (stored, 32) if weights else (32, 32)
+
+
+def _stored_types(graph: onnx.GraphProto) -> set[str]:
+    return {onnx.TensorProto.DataType.Name(tensor.data_type) for tensor in graph.initializer}
+
+
+def _layers(path: Path, kind: str) -> list[ElementTree.Element]:
+    try:
+        found = [layer for layer in ElementTree.parse(path).iter("layer") if layer.get("type") == kind]
+    except ElementTree.ParseError as error:
+        raise QakdError(f"{path}: cannot load it: it is no valid file of OpenVINO ({error}).") from error
+    if kind == "Parameter" and not found:
+        raise QakdError(f"{path}: the graph has no input.")
+    return found
+
+
+def _load(path: Path) -> onnx.ModelProto:
+    try:
+        return onnx.load(path, load_external_data=False)
+    except DecodeError as error:
+        raise QakdError(f"{path}: cannot load it: it is no valid ONNX file.") from error

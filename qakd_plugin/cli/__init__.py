@@ -1,0 +1,3 @@
+"""The command line: ``qakd``, or ``python -m qakd_plugin.cli``."""
+
+from .commands import main as main

@@ -1,0 +1,243 @@
+"""The demo: from handwritten digits to a report, in eight steps that can be stopped and taken up again."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from .._common.console import track
+from .._common.files import atomic_path
+from ..bench import Candidate, benchmark
+from ..bench.rows import Row
+from ..deploy.canonical.write import export_float
+from ..deploy.engine.build import build_engine
+from ..deploy.export import export_onnx
+from ..preparation.prepared import prepare
+from ..report import console_table, write_report
+from ..training.distillation import distill
+from ..training.methods import QAT, SQAKD, Method
+from .data import Digits, load
+from .net import DigitNet, train_float
+
+CONFIGURATIONS = (("modelopt", 8), ("modelopt", 4), ("torch_ao", 8))
+CALIBRATION_BATCHES = 8
+PARITY_SAMPLES = 64
+
+
+@dataclass
+class Student:
+    """One trained or calibrated model on its way to a file."""
+
+    method: str
+    toolkit: str
+    bits: int
+    model: nn.Module
+    history: list[dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        return f"{self.toolkit}-w{self.bits}a{self.bits}-{self.method.lower()}"
+
+
+def run(folder: Path, *, epochs: int = 12, teacher_epochs: int = 15, seed: int = 0, calls: int = 300) -> Path:
+    """Run the whole pipeline and return the path of the report.
+
+    What is finished stays in ``folder``: a run that was stopped goes on there.
+
+    Args:
+        folder: of everything it writes.
+        epochs: of each student.
+        teacher_epochs: of the full-precision teacher.
+        seed: of the split and of all training.
+        calls: timed calls of each file.
+    """
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    console = Console(soft_wrap=True)
+    started = time.perf_counter()
+
+    def step(number: int, text: str) -> None:
+        console.print(f"[bold]{number}/8[/bold]  {text}  [dim]{time.perf_counter() - started:.0f} s[/dim]")
+
+    step(1, "Loading scikit-learn's handwritten digits")
+    digits = load(seed)
+    sizes = ", ".join(f"{len(getattr(digits, split)[1])} {split}" for split in ("train", "validation", "test"))
+    console.print(f"     {sizes} images, 32x32")
+    step(2, f"Training the full-precision teacher, {teacher_epochs} epochs")
+    teacher = _teacher(folder / "teacher.pt", digits, teacher_epochs, seed)
+    float_accuracy = _accuracy(teacher, digits.validation)
+    console.print(f"     validation accuracy {100 * float_accuracy:.2f} %")
+    step(3, "Preparing and calibrating students (post-training quantization)")
+    students, notes = _prepared(console, teacher, digits, float_accuracy)
+    step(4, f"Training them: QAT with labels, SQAKD without, {epochs} epochs each")
+    for toolkit, bits in CONFIGURATIONS:
+        for method in (QAT(), SQAKD()):
+            students.append(_train(folder, teacher, digits, toolkit, bits, method, epochs, seed))
+            best = max(row["val_accuracy"] for row in students[-1].history)
+            console.print(f"     {students[-1].name}: validation accuracy {100 * best:.2f} %")
+    step(5, "Exporting canonical ONNX, gated on parity with the trained model")
+    example = digits.test[0][:PARITY_SAMPLES]
+    float_file = export_float(teacher, example, folder / "onnx" / "fp32.onnx")
+    parity = _export_all(console, folder, students, example)
+    step(6, "Building TensorRT-RTX engines from the canonical files")
+    engines = _build_all(console, folder, students)
+    step(7, f"Measuring the files in every runtime that is installed, interleaved, {calls} calls each")
+    rows = _measure(folder, float_file, students, digits, calls)
+    step(8, "Writing the report")
+    training = [{"name": student.name, "history": student.history} for student in students if student.history]
+    path = write_report(
+        rows,
+        folder / "report.html",
+        title="Handwritten digits: from a full-precision teacher to integer files",
+        notes=[*notes, *_conclusions(rows)],
+        seeds={"split": seed, "teacher": seed, "students": seed},
+        training=training,
+        parity=parity,
+        engines=engines,
+    )
+    console.print(console_table(rows, title="Deployed files (one thread, batch 1)"))
+    console.print(f"Report: {path}  (report.md and report.json beside it). Files: {folder / 'onnx'}, {folder / 'engines'}.")
+    return path
+
+
+def _teacher(path: Path, digits: Digits, epochs: int, seed: int) -> nn.Module:
+    """Train the teacher, or take the one an earlier run left."""
+    torch.manual_seed(seed)
+    model = DigitNet()
+    key = f"{epochs} epochs, seed {seed}"
+    if path.is_file():
+        saved = torch.load(path, weights_only=True)
+        if saved["trained"] == key:
+            model.load_state_dict(saved["weights"])
+            return model.eval()
+    train_float(model, digits.loader("train", shuffle=True, seed=seed), epochs)
+    with atomic_path(path) as temporary:
+        torch.save({"trained": key, "weights": model.state_dict()}, temporary)
+    return model
+
+
+def _prepared(console: Console, teacher: nn.Module, digits: Digits, float_accuracy: float) -> tuple[list[Student], list[str]]:
+    students, notes = [], []
+    for toolkit, bits in CONFIGURATIONS:
+        model = _prepare(teacher, digits, toolkit, bits)
+        gap = 100 * (float_accuracy - _accuracy(model, digits.validation))
+        text = f"PTQ gap of {toolkit} W{bits}A{bits}: {gap:.2f} points on the validation split."
+        if gap < 1:
+            text += " Under one point: for this task calibration alone is nearly enough, training can only win back that much."
+        console.print(f"     {text}")
+        notes.append(text)
+        students.append(Student("PTQ", toolkit, bits, model, []))
+    return students, notes
+
+
+def _prepare(teacher: nn.Module, digits: Digits, toolkit: str, bits: int) -> nn.Module:
+    batches = [batch for _, batch in zip(range(CALIBRATION_BATCHES), digits.loader("train", labels=False), strict=False)]
+    return prepare(teacher, batches, toolkit, weight_bits=bits, activation_bits=bits)
+
+
+def _train(
+    folder: Path, teacher: nn.Module, digits: Digits, toolkit: str, bits: int, method: Method, epochs: int, seed: int
+) -> Student:
+    name = type(method).__name__
+    student = Student(name, toolkit, bits, _prepare(teacher, digits, toolkit, bits), [])
+    loader: DataLoader[Tensor] = digits.loader("train", labels=isinstance(method, QAT), shuffle=True, seed=seed)
+    result = distill(
+        student.model,
+        teacher,
+        loader,
+        method=method,
+        epochs=epochs,
+        val_loader=digits.loader("validation"),
+        checkpoint_dir=folder / "checkpoints" / f"{student.name}-{epochs}-epochs-seed-{seed}",
+        resume=True,
+        seed=seed,
+    )
+    student.history = result.history
+    return student
+
+
+def _export_all(console: Console, folder: Path, students: list[Student], example: Tensor) -> list[dict[str, Any]]:
+    parity = []
+    for student in track(students, "export"):
+        export_onnx(student.model, example, folder / "onnx" / f"{student.name}.onnx")
+        exported = export_onnx(student.model, example, folder / "onnx" / f"{student.name}.ort.onnx", target="onnxruntime")
+        proof = exported.parity
+        console.print(
+            f"     {student.name}: {proof.weight_codes:,} weight codes equal, {proof.activation_codes:,} activation codes "
+            f"compared, {proof.ties_runtime} rounding ties, deviation {proof.runtime_deviation:.0e} with ties settled"
+        )
+        parity.append({"name": student.name, **proof.as_dict()})
+    return parity
+
+
+def _build_all(console: Console, folder: Path, students: list[Student]) -> list[dict[str, Any]]:
+    engines = []
+    for student in track(students, "engines"):
+        info = build_engine(
+            folder / "onnx" / f"{student.name}.onnx", folder / "engines" / f"{student.name}.engine", runtime="tensorrt_rtx"
+        )
+        manifest = info.manifest
+        found = manifest["convolutions"]
+        counted = found if isinstance(found, str) else f"{found['int8']} of {found['total']} convolutions in int8"
+        console.print(f"     {info.path.name}: {counted}")
+        engines.append({"name": student.name, **{key: manifest[key] for key in manifest if key != "layers"}})
+    return engines
+
+
+def _measure(folder: Path, float_file: Path, students: list[Student], digits: Digits, calls: int) -> list[Row]:
+    """Every student in the form made for each runtime; layers are profiled, since the nets are small."""
+    forms = {"onnxruntime": ".ort.onnx"}
+    if find_spec("openvino"):
+        forms["openvino"] = ".onnx"
+    candidates = [Candidate(float_file, method="FP32", model="digits")]
+    candidates += [
+        Candidate(
+            folder / "onnx" / f"{student.name}{suffix}",
+            method=student.method,
+            model="digits",
+            toolkit=student.toolkit,
+            weight_bits=student.bits,
+            activation_bits=student.bits,
+            runtime=runtime,
+        )
+        for student in students
+        for runtime, suffix in forms.items()
+    ]
+    return benchmark(candidates, digits.loader("test"), tuple(forms), calls=calls, profile_layers=True)
+
+
+def _conclusions(rows: list[Row]) -> list[str]:
+    """What the table shows, in sentences."""
+    notes = []
+    for runtime in dict.fromkeys(row.runtime for row in rows):
+        integer = [row for row in rows if row.runtime == runtime and not row.is_float]
+        if all(row.integer_layers == row.total_layers for row in integer):
+            notes.append(f"Every convolution and linear layer of every quantized file runs on an integer kernel in {runtime}.")
+        else:
+            names = [row.name for row in integer if row.integer_layers != row.total_layers]
+            notes.append(f"Some layers stay in floating point in {runtime}: {', '.join(names)}.")
+        speedups = [row.speedup for row in integer if row.speedup is not None]
+        if speedups:
+            notes.append(
+                f"In {runtime} quantized files are {min(speedups):.2f} to {max(speedups):.2f} times as fast as FP32 there."
+            )
+    notes.append(
+        "Four-bit files compute exactly what was trained, in 8-bit kernels: the runtimes here compute convolutions in 8 bits "
+        "at least, so they are as fast as 8-bit files, not faster."
+    )
+    notes.append("Intervals that overlap are no evidence of a difference: the test split has a few hundred images.")
+    return notes
+
+
+def _accuracy(model: nn.Module, split: tuple[Tensor, Tensor]) -> float:
+    images, labels = split
+    with torch.no_grad():
+        return float((model(images).argmax(1) == labels).float().mean())

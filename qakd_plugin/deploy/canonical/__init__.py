@@ -1,0 +1,1 @@
+"""The canonical ONNX file: written, and brought into its form."""

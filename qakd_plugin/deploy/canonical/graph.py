@@ -1,0 +1,190 @@
+"""Small questions asked of an onnx-ir graph by several passes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+
+from ...errors import ExportError
+
+QUANTIZER_KEY = "qakd.quantizer"
+"""Node metadata: the dotted names, comma-separated, of the quantizers of the trained model that this node carries out."""
+
+WEIGHT_KEY = "qakd.weight"
+"""Node metadata of a weight's DequantizeLinear: the dotted name of its layer in the trained model."""
+
+COARSE_KEY = "qakd.coarse"
+"""Node metadata of a weight's DequantizeLinear: "channel:bits, ..." where codes lost their lowest bits, see ``ort_form``."""
+
+
+def read_onnx(path: str | os.PathLike[str]) -> ir.Model:
+    """Read an ONNX file, and into it the weights that it keeps in other files of its folder.
+
+    Raises:
+        ExportError: it, or a file with its weights, is missing, or it is no valid ONNX.
+    """
+    try:
+        model = ir.serde.deserialize_model(onnx.ModelProto.FromString(Path(path).read_bytes()))
+        ir.external_data.set_base_dir(model.graph, Path(path).absolute().parent)  # without one, any file could be named
+        ir.external_data.load_to_model(model)
+    except OSError as error:
+        missing = "" if error.filename in (None, str(path)) else f" {error.filename}:"
+        raise ExportError(f"{path} cannot be read:{missing} {error.strerror}.") from error
+    except Exception as error:  # protobuf and onnx-ir raise many kinds on foreign bytes; all mean the same here
+        reason = " ".join(str(error).split())[:200]
+        raise ExportError(f"{path} is not a valid ONNX file ({type(error).__name__}: {reason}). Export it again.") from error
+    if len(model.graph) == 0:
+        raise ExportError(f"{path} is not a valid ONNX file: its graph has no node. Export it again.")
+    return model
+
+
+def constant(value: ir.Value | None) -> npt.NDArray[Any] | None:
+    """The array behind an initializer or Constant node, or None."""
+    if value is None:
+        return None
+    tensor = ir.convenience.get_const_tensor(value)
+    return None if tensor is None else np.asarray(tensor.numpy())
+
+
+def scalar(value: ir.Value | None, default: float) -> float:
+    """The number behind a constant scalar input, ``default`` where the input is absent or not constant."""
+    array = constant(value)
+    return default if array is None else float(array.reshape(()))
+
+
+def identity(value: ir.Value | None) -> object:
+    """Constants are the same when their numbers are, other values when they are one."""
+    array = constant(value)
+    return value if array is None else (array.dtype.str, array.shape, array.tobytes())
+
+
+def initializer(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
+    """The initializer ``name``, registered on first use."""
+    if name in graph.initializers:
+        return graph.initializers[name]
+    value = ir.Value(name=name, const_value=ir.tensor(array, name=name), shape=ir.Shape(array.shape))
+    value.dtype = ir.DataType.from_numpy(array.dtype)
+    graph.register_initializer(value)
+    return value
+
+
+def cast(kind: ir.DataType) -> ir.Node:
+    """A Cast whose input :func:`chain` fills in."""
+    return ir.node("Cast", [None], {"to": kind.value})
+
+
+def chain(before: ir.Node, value: ir.Value, steps: Sequence[ir.Node], name: str) -> ir.Value:
+    """Insert operators on integers in front of ``before``, each reading first what the last one made; returns the result."""
+    graph = before.graph
+    assert graph is not None
+    for index, node in enumerate(steps):
+        node.replace_input_with(0, value)
+        node.name = f"{name}{index}"
+        result = node.outputs[0]
+        result.name = f"{node.name}:out"
+        to = node.attributes.get_int("to", 0)
+        if to:
+            result.dtype = ir.DataType(to)
+        elif value.dtype is not None:
+            result.dtype = value.dtype
+        value = result
+        graph.insert_before(before, node)
+    return value
+
+
+def only_consumer(value: ir.Value) -> ir.Node | None:
+    """The single node that reads ``value``, if there is exactly one and it is no graph output."""
+    uses = list(value.uses())
+    return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
+
+
+def producer(value: ir.Value | None, *op_types: str) -> ir.Node | None:
+    """The node that makes ``value``, if it is one of ``op_types``."""
+    node = None if value is None else value.producer()
+    return node if node is not None and node.op_type in op_types else None
+
+
+def activation_quantizers(graph: ir.Graph) -> Iterator[ir.Node]:
+    """Every QuantizeLinear, in execution order."""
+    return (node for node in graph if node.op_type == "QuantizeLinear")
+
+
+def weight_dequantizers(graph: ir.Graph) -> Iterator[ir.Node]:
+    """Every DequantizeLinear of stored integers, in execution order."""
+    return (node for node in graph if node.op_type == "DequantizeLinear" and is_stored(node))
+
+
+def is_stored(dequantize: ir.Node) -> bool:
+    """Whether a DequantizeLinear reads stored integers, straight or through what ``storage`` puts between."""
+    value = dequantize.inputs[0]
+    while (node := producer(value, *_STORAGE)) is not None:
+        value = node.inputs[0]
+    return value is not None and (value.const_value is not None or producer(value, "Constant") is not None)
+
+
+def stored_codes(dequantize: ir.Node) -> npt.NDArray[Any]:
+    """The integers that a DequantizeLinear of stored integers reads, as the runtime will see them."""
+    return _evaluate(dequantize.inputs[0])
+
+
+_STORAGE = ("Cast", "Mul", "Add")
+
+
+def _evaluate(value: ir.Value | None) -> npt.NDArray[Any]:
+    node = producer(value, *_STORAGE)
+    if node is None:
+        array = constant(value)
+        assert array is not None
+        return array
+    operands = [_evaluate(operand) for operand in node.inputs]
+    if node.op_type == "Cast":
+        return operands[0].astype(ir.DataType(node.attributes.get_int("to", 0)).numpy())
+    return np.asarray((np.multiply if node.op_type == "Mul" else np.add)(*operands))
+
+
+def dequantizer_before(value: ir.Value | None) -> ir.Node | None:
+    """The DequantizeLinear that an activation comes straight from, if it comes from a quantizer."""
+    between = ("DequantizeLinear", "Flatten", "Reshape", "Transpose", "MaxPool", "Squeeze", "Pad")
+    node = producer(value, *between)
+    while node is not None and node.op_type != "DequantizeLinear":
+        node = producer(node.inputs[0], *between)
+    return node if node is not None and not is_stored(node) else None
+
+
+def is_quantized(value: ir.Value | None) -> bool:
+    """Whether an activation comes straight from a quantizer."""
+    return dequantizer_before(value) is not None
+
+
+def weight_readers(dequantize: ir.Node) -> list[ir.Node]:
+    """The layers that read stored integers, directly or through a transpose."""
+    readers: list[ir.Node] = []
+    for use in dequantize.outputs[0].uses():
+        readers += [inner.node for inner in use.node.outputs[0].uses()] if use.node.op_type == "Transpose" else [use.node]
+    return readers
+
+
+def is_linear_weight(dequantize: ir.Node) -> bool:
+    """Whether stored integers are the weight of linear layers alone."""
+    readers = weight_readers(dequantize)
+    return bool(readers) and all(node.op_type in {"Gemm", "MatMul"} for node in readers)
+
+
+def is_weight_only(dequantize: ir.Node) -> bool:
+    """Whether stored integers are the weight of linear layers alone whose activations stay in floating point."""
+    return is_linear_weight(dequantize) and not any(is_quantized(node.inputs[0]) for node in weight_readers(dequantize))
+
+
+def replace(old: ir.Node, new: ir.Value) -> None:
+    """Let every reader of ``old``'s output read ``new``, and remove ``old``."""
+    output, graph = old.outputs[0], old.graph
+    assert graph is not None
+    ir.convenience.replace_all_uses_with(output, new, replace_graph_outputs=True)
+    graph.remove(old, safe=True)

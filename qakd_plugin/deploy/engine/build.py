@@ -1,0 +1,292 @@
+"""Canonical ONNX -> TensorRT engine, with a manifest that says what is in it and proves that it is that file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ..._common.files import atomic_path, write_atomic
+from ...errors import EngineError
+from .bindings import Runtime, choose_capabilities, collecting_logger, gpu_capability, last, load_runtime, progress_monitor
+from .layer_inspector import inspect_plan
+from .manifest import FORMAT, load_engine, manifest_path, sealed, verify_engine
+from .precheck import OnnxContents, WeightLayer, inspect_onnx
+from .rtx_plan import PlanContents, PlanLayer, count, read_plan
+
+__all__ = ["EngineInfo", "build_engine", "input_shape", "load_engine", "trtexec_command", "verify_engine"]
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """A built engine and its manifest.
+
+    Attributes:
+        path: the engine.
+        manifest_path: ``<path>.json``.
+        manifest: what it says: digests, versions, profile, GPU generations, layers with their precisions.
+    """
+
+    path: Path
+    manifest_path: Path
+    manifest: dict[str, Any]
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+
+@dataclass(frozen=True)
+class _Profile:
+    """Batch sizes that an engine takes, and the one it is tuned for."""
+
+    min: int
+    opt: int
+    max: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min <= self.opt <= self.max:
+            raise EngineError(f"0 < min_batch <= opt_batch <= max_batch must hold, got {self.min}, {self.opt}, {self.max}.")
+
+
+def build_engine(
+    onnx_path: str | os.PathLike[str],
+    engine_path: str | os.PathLike[str],
+    runtime: str = "auto",
+    *,
+    min_batch: int = 1,
+    opt_batch: int = 8,
+    max_batch: int = 64,
+    capabilities: Sequence[str] | None = None,
+    require_int8: float | None = None,
+    allow_float: bool = False,
+    timing_cache: str | os.PathLike[str] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> EngineInfo:
+    """Build a strongly typed engine from a canonical ONNX file: every precision is the one that its Q/DQ nodes say.
+
+    TensorRT-RTX builds without a GPU; the classic TensorRT needs the one that it builds for.
+
+    Args:
+        onnx_path: from ``export_onnx(..., target="tensorrt")``.
+        engine_path: where the engine goes; its manifest is ``<engine_path>.json``. Both appear whole or not at all.
+        runtime: "tensorrt" (10 or 11), "tensorrt_rtx", or "auto": the first of the two that is installed.
+        min_batch: smallest batch of the optimization profile; the profile counts where the file's batch is dynamic.
+        opt_batch: the batch that it is tuned for.
+        max_batch: largest batch.
+        capabilities: RTX only: GPU generations such as ("SM89",), or ("CURRENT",). By default the GPU at hand, and several
+            portable ones where there is none.
+        require_int8: smallest share, 0 to 1, of convolutions and matrix products with weights that must compute in integers.
+        allow_float: take a file without Q/DQ, for a floating-point baseline.
+        timing_cache: classic TensorRT only: file of measured kernels, read where it exists and written back: a second build
+            takes a fraction of the time.
+        progress: called with a line for each phase of the build and each step of it.
+
+    Returns:
+        Paths and manifest.
+
+    Raises:
+        EngineError: the file is no ONNX, holds no Q/DQ, or what TensorRT cannot take (names the node); it does not parse or
+            build; fewer layers than required compute in integers (names those that do not); the path cannot be written.
+        MissingPackageError: no TensorRT is installed.
+    """
+    profile = _Profile(min_batch, opt_batch, max_batch)
+    if require_int8 is not None and not 0 <= require_int8 <= 1:
+        raise EngineError(f"require_int8={require_int8}: a share between 0 and 1 was expected.")
+    source = inspect_onnx(onnx_path)
+    if not source.quantized and not allow_float:
+        raise EngineError(
+            f"{onnx_path} holds no QuantizeLinear: the engine would compute in floating point. Export a prepared model with "
+            "export_onnx(..., target='tensorrt'), or pass allow_float=True for a floating-point baseline."
+        )
+    library = load_runtime(runtime)
+    gpu = gpu_capability()
+    targets = choose_capabilities(library, capabilities, gpu)
+    if timing_cache is not None and library.is_rtx:
+        raise EngineError("timing_cache: tensorrt_rtx has none, it measures nothing while it builds. Leave it out.")
+    engine, record = Path(engine_path), manifest_path(engine_path)
+    # The manifest takes its name first: should the engine fail to follow, the digest of an older engine does not match.
+    with atomic_path(engine, EngineError) as new_engine, atomic_path(record, EngineError) as new_record:
+        plan = _build(library, source, str(onnx_path), profile, targets, timing_cache, progress)
+        contents = read_plan(plan) if library.is_rtx else inspect_plan(library, plan, source.shapes(profile.opt))
+        layers = None if contents is None else _with_missing(contents.layers, source.layers)
+        _require_integers(layers, source.layers, require_int8)
+        manifest = {
+            "format": FORMAT,
+            "sha256": hashlib.sha256(plan).hexdigest(),
+            "bytes": len(plan),
+            "onnx": {"file": Path(onnx_path).name, "sha256": hashlib.sha256(source.data).hexdigest()},
+            "runtime": {"name": library.name, "version": library.version, "module": library.module.__name__},
+            "capabilities": targets,
+            "gpu": gpu,
+            "inputs": {name: list(shape) for name, shape in source.inputs.items()},
+            "float_type": "float16" if source.float16 else "float32",
+            "quantized": source.quantized,
+            "profile": asdict(profile) if source.dynamic_batch else None,
+            **_precisions(contents, layers),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        text = json.dumps(sealed(manifest), indent=2)
+        new_engine.write_bytes(plan)
+        new_record.write_text(text + "\n")
+    return EngineInfo(engine, record, json.loads(text))
+
+
+def trtexec_command(
+    onnx_path: str | os.PathLike[str],
+    engine_path: str | os.PathLike[str],
+    inputs: Mapping[str, Sequence[int | None]],
+    *,
+    runtime: str = "tensorrt",
+    min_batch: int = 1,
+    opt_batch: int = 8,
+    max_batch: int = 64,
+    capabilities: Sequence[str] = (),
+) -> str:
+    """The command line of NVIDIA's own tool that builds the same engine: ``trtexec``, or ``tensorrt_rtx``.
+
+    Args:
+        onnx_path: canonical ONNX file.
+        engine_path: where the engine goes.
+        inputs: sizes of every input by name, None for the dynamic batch: from :func:`input_shape` or a manifest.
+        runtime: "tensorrt" or "tensorrt_rtx".
+        min_batch: of the optimization profile.
+        opt_batch: likewise.
+        max_batch: likewise.
+        capabilities: as in the manifest; RTX only.
+    """
+    rtx = runtime == "tensorrt_rtx"
+    words = ["tensorrt_rtx" if rtx else "trtexec", f"--onnx={onnx_path}", f"--saveEngine={engine_path}", "--skipInference"]
+    if not rtx:
+        words.append("--stronglyTyped")
+    elif list(capabilities) == ["CURRENT"]:
+        words.append("--useGpu")
+    elif capabilities:
+        words.append("--computeCapabilities=" + ",".join(name.removeprefix("SM") for name in capabilities))
+    if any(None in shape for shape in inputs.values()):
+        for key, batch in (("min", min_batch), ("opt", opt_batch), ("max", max_batch)):
+            sizes = ("x".join(str(batch if size is None else size) for size in shape) for shape in inputs.values())
+            words.append(f"--{key}Shapes=" + ",".join(f"{name}:{size}" for name, size in zip(inputs, sizes, strict=True)))
+    return shlex.join(words)
+
+
+def input_shape(onnx_path: str | os.PathLike[str]) -> dict[str, tuple[int | None, ...]]:
+    """Sizes of every input of an ONNX file by name; None for a dynamic batch."""
+    return inspect_onnx(onnx_path).inputs
+
+
+def _build(
+    library: Runtime,
+    source: OnnxContents,
+    name: str,
+    profile: _Profile,
+    targets: Sequence[str],
+    timing_cache: str | os.PathLike[str] | None,
+    progress: Callable[[str], None] | None,
+) -> bytes:
+    trt = library.module
+    logger, messages = collecting_logger(library)
+    try:
+        builder = trt.Builder(logger)
+    except (RuntimeError, TypeError) as error:  # what the bindings raise where CUDA cannot start
+        raise EngineError(f"{library.name} {library.version} cannot start: {last([*messages, str(error)])}") from error
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse(source.data):
+        raise EngineError(f"{name}: {library.name} {library.version} cannot take it: {_parser_problem(parser, messages)}")
+    config = builder.create_builder_config()
+    monitor = None if progress is None else progress_monitor(library, progress)
+    if monitor is not None:
+        config.progress_monitor = monitor
+    if source.dynamic_batch:
+        config.add_optimization_profile(_profile(builder, source, profile))
+    if library.is_rtx:
+        config.num_compute_capabilities = len(targets)
+        for index, target in enumerate(targets):
+            config.set_compute_capability(getattr(trt.ComputeCapability, target), index)
+    else:  # the GPU is at hand: the inspector will be asked
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if timing_cache is not None:
+        attach_timing_cache(config, timing_cache)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise EngineError(f"{name}: {library.name} {library.version} failed to build an engine: {last(messages)}")
+    if timing_cache is not None:
+        write_atomic(timing_cache, bytes(config.get_timing_cache().serialize()), EngineError)
+    return bytes(plan)
+
+
+def _parser_problem(parser: Any, messages: Sequence[str]) -> str:
+    """Node, operator and reason of the first thing that the parser refused."""
+    if parser.num_errors == 0:
+        return last(messages)
+    problem = parser.get_error(0)
+    where = f"node {problem.node_name()!r} ({problem.node_operator()}): " if problem.node_name() else ""
+    more = f" ({parser.num_errors - 1} more)" if parser.num_errors > 1 else ""
+    return f"{where}{problem.desc()}{more}. Keep this operation out of the model, or run it before or after the engine."
+
+
+def _profile(builder: Any, source: OnnxContents, batches: _Profile) -> Any:
+    profile = builder.create_optimization_profile()
+    sizes = [source.shapes(batch) for batch in (batches.min, batches.opt, batches.max)]
+    for name, shape in source.inputs.items():
+        if None in shape:
+            try:
+                profile.set_shape(name, *[size[name] for size in sizes])
+            except RuntimeError as error:  # what the bindings raise
+                raise EngineError(f"input {name!r} of {list(shape)}: {error} Choose other batch sizes.") from error
+    return profile
+
+
+def attach_timing_cache(config: Any, path: str | os.PathLike[str]) -> None:
+    """Let a build start from the kernels measured by earlier ones; an empty cache where there is no file.
+
+    Raises:
+        EngineError: the file is not a cache of this TensorRT and GPU.
+    """
+    file = Path(path)
+    cache = config.create_timing_cache(file.read_bytes() if file.is_file() else b"")
+    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+        raise EngineError(f"timing_cache: {file} is not a cache of this TensorRT and this GPU. Delete it, or name another.")
+
+
+def _with_missing(layers: Sequence[PlanLayer], expected: Sequence[WeightLayer]) -> list[PlanLayer]:
+    """The plan's layers, and those of the ONNX file that the plan does not show, of unknown precision."""
+    shown = {name for layer in layers for name in (layer.name, *layer.onnx_layers)}
+    missing = [layer for layer in expected if layer.name and layer.name not in shown]
+    return [*layers, *(PlanLayer(layer.name, layer.kind, ("unknown", "unknown")) for layer in missing)]
+
+
+def _precisions(contents: PlanContents | None, layers: Sequence[PlanLayer] | None) -> dict[str, Any]:
+    if contents is None or layers is None:
+        return dict.fromkeys(("convolutions", "matmuls", "int4_weights", "int4_layers", "layers"), "unknown")
+    return {
+        "convolutions": count(layers, "convolution"),
+        "matmuls": count(layers, "matmul"),
+        "int4_weights": contents.int4_weights,
+        "int4_layers": sum(layer.stored == "int4" for layer in layers),
+        "layers": [asdict(layer) for layer in layers],
+    }
+
+
+def _require_integers(layers: Sequence[PlanLayer] | None, weighted: Sequence[WeightLayer], share: float | None) -> None:
+    """Of layers with weights, as the plan or the ONNX file has it: products of two activations cannot be prepared otherwise."""
+    if share is None:
+        return
+    if layers is None:
+        raise EngineError("require_int8: the plan cannot be read, so the share of integer layers is unknown.")
+    names = {layer.name for layer in weighted}
+    judged = [layer for layer in layers if layer.stored is not None or not names.isdisjoint((layer.name, *layer.onnx_layers))]
+    floating = [f"{layer.name} ({' x '.join(layer.inputs)})" for layer in judged if not layer.integer]
+    found = 1 - len(floating) / len(judged) if judged else 0.0
+    if found < share:
+        shown = ", ".join(floating[:10]) + (f" and {len(floating) - 10} more" if len(floating) > 10 else "")
+        raise EngineError(
+            f"require_int8={share:g}, but {found:.0%} of {len(judged)} convolutions and matrix products with weights compute "
+            f"in integers. Not in integers: {shown}. Both the input and the weight of a layer need a quantizer."
+        )

@@ -1,0 +1,170 @@
+"""An engine and its manifest on disk: written together, loaded only when both match.
+
+An engine is executable code, so it is never deserialized unless its SHA-256 is the one that its manifest recorded when it was
+built. Nothing here needs torch or ONNX: this is what a device imports that only runs engines.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import EngineError
+from .bindings import Runtime, collecting_logger, gpu_capability, last, load_runtime
+
+FORMAT = 2
+"""Version of the manifest's layout."""
+
+_REQUIRED: dict[str, type] = {
+    "format": int, "sha256": str, "bytes": int, "runtime": dict, "capabilities": list, "float_type": str, "seal": str,
+}  # fmt: skip
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class LoadedEngine:
+    """An engine ready to run.
+
+    Attributes:
+        engine: TensorRT's ``ICudaEngine``.
+        runtime: the library that loaded it.
+        messages: what the library complains about, now and while the engine runs.
+        manifest: what is known about it.
+    """
+
+    engine: Any
+    runtime: Runtime
+    messages: list[str]
+    manifest: dict[str, Any]
+
+
+def manifest_path(engine_path: str | os.PathLike[str]) -> Path:
+    """``<engine>.json``."""
+    engine = Path(engine_path)
+    return engine.with_name(engine.name + ".json")
+
+
+def read_manifest(engine_path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The manifest of an engine.
+
+    Raises:
+        EngineError: it is missing, damaged, or of another format.
+    """
+    path = manifest_path(engine_path)
+    try:
+        manifest = json.loads(path.read_bytes())
+    except OSError as error:
+        raise EngineError(
+            f"{path} cannot be read: {error.strerror}. An engine is only loaded with its manifest: build it with build_engine."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise EngineError(f"{path} is not valid JSON ({type(error).__name__}). Build the engine again.") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else None
+        raise EngineError(f"{path} has format {str(found)[:40]}, this version reads {FORMAT}. Build the engine again.")
+    wrong = [key for key, kind in _REQUIRED.items() if not isinstance(manifest.get(key), kind)]
+    if not wrong and not all(isinstance(manifest["runtime"].get(key), str) for key in ("name", "version")):
+        wrong = ["runtime"]
+    if wrong:
+        raise EngineError(f"{path} is damaged: {', '.join(wrong)} missing or of the wrong type. Build the engine again.")
+    if manifest["seal"] != _seal(manifest):
+        raise EngineError(f"{path} is damaged: its entries are not those that were written. Build the engine again.")
+    return manifest
+
+
+def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest with a digest of its own entries. It shows damage; it is no signature."""
+    return {**manifest, "seal": _seal(manifest)}
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    entries = {key: value for key, value in manifest.items() if key != "seal"}
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
+
+
+def verify_engine(engine_path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Check that an engine is the file that its manifest describes, without loading it.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        EngineError: a file is missing or damaged, or they do not match.
+    """
+    manifest = read_manifest(engine_path)
+    digest, size = hashlib.sha256(), 0
+    try:
+        with open(engine_path, "rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+                size += len(chunk)
+    except OSError as error:
+        raise EngineError(f"{engine_path} cannot be read: {error.strerror}. Build it with build_engine.") from error
+    _check_digest(engine_path, manifest, digest.hexdigest(), size)
+    return manifest
+
+
+def load_engine(engine_path: str | os.PathLike[str]) -> LoadedEngine:
+    """Deserialize an engine that matches its manifest.
+
+    Returns:
+        The engine, with the library that runs it.
+
+    Raises:
+        EngineError: as :func:`verify_engine`; it was built by another version of the runtime or for another GPU; there is no
+            GPU or no driver.
+        MissingPackageError: the runtime that built it is not installed.
+    """
+    manifest = read_manifest(engine_path)
+    library = load_runtime(manifest["runtime"]["name"])
+    _check_built_for(engine_path, manifest, library.version)
+    try:
+        plan = Path(engine_path).read_bytes()
+    except OSError as error:
+        raise EngineError(f"{engine_path} cannot be read: {error.strerror}. Build it with build_engine.") from error
+    # The very bytes that were hashed are deserialized: the file may be exchanged between two reads.
+    _check_digest(engine_path, manifest, hashlib.sha256(plan).hexdigest(), len(plan))
+    logger, messages = collecting_logger(library)
+    try:
+        engine = library.module.Runtime(logger).deserialize_cuda_engine(plan)
+    except (RuntimeError, TypeError) as error:  # what the bindings raise where CUDA cannot start
+        raise EngineError(f"{engine_path} cannot be loaded: {last([*messages, str(error)])} {_NEEDS}") from error
+    if engine is None:
+        raise EngineError(f"{engine_path} cannot be loaded: {last(messages)} {_NEEDS}")
+    return LoadedEngine(engine, library, messages, manifest)
+
+
+_NEEDS = "Running an engine needs an NVIDIA GPU of a generation it was built for, and its driver."
+
+
+def _check_digest(path: str | os.PathLike[str], manifest: dict[str, Any], digest: str, size: int) -> None:
+    if size != manifest["bytes"]:
+        raise EngineError(
+            f"{path} has {size:,} bytes, its manifest says {manifest['bytes']:,}: it is not the file that was built. "
+            "Build it again from the ONNX file."
+        )
+    if digest != manifest["sha256"]:
+        raise EngineError(
+            f"{path} is not the file that its manifest describes (SHA-256 {digest[:12]}..., expected "
+            f"{manifest['sha256'][:12]}...). An engine is executable code: it is refused. Build it again from the ONNX file."
+        )
+
+
+def _check_built_for(path: str | os.PathLike[str], manifest: dict[str, Any], version: str) -> None:
+    built = manifest["runtime"]
+    if built["version"] != version:
+        raise EngineError(
+            f"{path} was built by {built['name']} {built['version']}, installed is {version}. Build it again with this version."
+        )
+    gpu, here, generations = manifest.get("gpu"), gpu_capability(), manifest["capabilities"]
+    built_for = [gpu] if generations == ["CURRENT"] else generations
+    if here and any(built_for) and here not in built_for:
+        raise EngineError(
+            f"{path} was built for a GPU of generation {' or '.join(map(str, built_for))}, this one is {here}. Build it again "
+            "on this machine, with tensorrt_rtx for capabilities=['CURRENT']."
+        )

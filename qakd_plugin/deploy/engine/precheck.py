@@ -1,0 +1,252 @@
+"""What TensorRT takes, checked before TensorRT sees it.
+
+TensorRT rejects some graphs late and without naming the culprit, and computes others wrongly without a word: unsigned codes
+are read as signed, and weights with several scales along the summed dimension are multiplied by the first one only when the
+activations are quantized too (found in the programs that TensorRT-RTX 1.7.1 generates). All are refused here, by name.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from ...errors import EngineError
+from ..canonical.graph import constant, is_quantized, is_stored, is_weight_only, producer, weight_dequantizers
+from .rtx_plan import Kind
+
+_ADVICE = "Export with target='tensorrt' from a symmetric configuration (qakd_plugin.prepare makes one)."
+CONVOLUTIONS = {"Conv", "ConvTranspose"}
+PRODUCTS = {"Gemm", "MatMul"}
+_LARGEST_SIZE = 2**31 - 1
+_CODES = {ir.DataType.INT8, ir.DataType.INT4, ir.DataType.FLOAT8E4M3FN}
+
+
+@dataclass(frozen=True)
+class WeightLayer:
+    """A convolution or matrix product with stored weights: the node's name, and its kind."""
+
+    name: str
+    kind: Kind
+
+
+@dataclass(frozen=True)
+class OnnxContents:
+    """A file that TensorRT will take as it is meant.
+
+    Attributes:
+        data: the file.
+        inputs: sizes of every input by name; None for a dynamic batch.
+        layers: convolutions and matrix products with stored weights, in execution order.
+        float16: whether what is not quantized is stored in FP16.
+        quantized: whether it holds any QuantizeLinear, or a linear layer whose weight alone is stored as integers.
+        int4_weights: number of weights stored in 4 bits.
+    """
+
+    data: bytes
+    inputs: dict[str, tuple[int | None, ...]]
+    layers: tuple[WeightLayer, ...]
+    float16: bool
+    quantized: bool
+    int4_weights: int
+
+    @property
+    def dynamic_batch(self) -> bool:
+        return any(None in shape for shape in self.inputs.values())
+
+    def shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
+        """Sizes of every input by name, with ``batch`` in the place of a dynamic one."""
+        return {name: tuple(batch if size is None else size for size in shape) for name, shape in self.inputs.items()}
+
+
+def inspect_onnx(path: str | os.PathLike[str]) -> OnnxContents:
+    """Read an ONNX file, and refuse what TensorRT cannot take or would misread.
+
+    Args:
+        path: of a canonical file, with its weights inside.
+
+    Raises:
+        EngineError: it is missing, damaged, or holds something that TensorRT must not be given; names the node.
+    """
+    data, model = _read(path)
+    graph = model.graph
+    inputs = {value.name or "": _sizes(value) for value in graph.inputs if value.name not in graph.initializers}
+    nodes = [*graph.all_nodes(), *(node for function in model.functions.values() for node in function)]
+    for node in nodes:
+        _check_node(node)
+    weights = [constant(node.inputs[0]) for node in nodes if node.op_type == "DequantizeLinear"]
+    return OnnxContents(
+        data,
+        inputs,
+        tuple(_weight_layers(nodes)),
+        any(value.dtype == ir.DataType.FLOAT16 for value in graph.initializers.values()),
+        any(node.op_type == "QuantizeLinear" for node in nodes)
+        or any(is_weight_only(node) for node in weight_dequantizers(graph)),
+        sum(codes is not None and codes.dtype.name == "int4" for codes in weights),
+    )
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[bytes, ir.Model]:
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise EngineError(
+            f"{path} cannot be read: {error.strerror}. Export it first with export_onnx(..., target='tensorrt')."
+        ) from error
+    try:
+        proto = onnx.ModelProto.FromString(data)
+        external = [tensor.name for tensor in proto.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
+        if not external:
+            onnx.checker.check_model(data)  # the bytes: a model would be written once more
+        model = ir.serde.deserialize_model(proto)
+        if not external:
+            _read_tensors(model)
+    except Exception as error:  # protobuf, the checker and onnx-ir raise many kinds on foreign bytes; all mean the same here
+        reason = " ".join(str(error).split())[:200]
+        raise EngineError(f"{path} is not a valid ONNX file ({type(error).__name__}: {reason}). Export it again.") from error
+    if external:
+        raise EngineError(
+            f"{path} keeps its weights in other files ({external[0]!r} and {len(external) - 1} more): an engine's manifest "
+            "vouches for one file. Save it whole with onnx.save(onnx.load(path), path)."
+        )
+    if not model.graph.inputs or len(model.graph) == 0:
+        raise EngineError(f"{path} is not a valid ONNX file: its graph has no input or no node. Export it again.")
+    return data, model
+
+
+def _read_tensors(model: ir.Model) -> None:
+    """Every stored tensor has as much data as its shape says, or reading it raises; the checker does not look."""
+    for value in model.graph.initializers.values():
+        if value.const_value is not None:
+            value.const_value.numpy()
+    for node in model.graph.all_nodes():
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.TENSOR:
+                attribute.as_tensor().numpy()
+
+
+def _sizes(value: ir.Value) -> tuple[int | None, ...]:
+    if value.shape is None:
+        raise EngineError(f"input {value.name!r} has no shape: export with a fixed image size.")
+    sizes = tuple(size if isinstance(size, int) else None for size in value.shape)
+    if None in sizes[1:]:
+        raise EngineError(
+            f"input {value.name!r} has dynamic sizes beside the batch, {list(value.shape)}: export with a fixed image size."
+        )
+    if any(size is not None and not 0 < size <= _LARGEST_SIZE for size in sizes):
+        raise EngineError(
+            f"input {value.name!r} has the shape {list(value.shape)}: every size must lie between 1 and 2^31 - 1."
+        )
+    return sizes
+
+
+def _check_node(node: ir.Node) -> None:
+    if node.op_type == "QuantizeLinear":
+        _check_numbers(node)
+        _check_codes(node, _quantized_type(node))
+    elif node.op_type == "DequantizeLinear":
+        codes = constant(node.inputs[0])
+        if codes is None and is_stored(node):
+            raise EngineError(f"{node.name}: weights stored behind a Cast: TensorRT fails to build such a file. {_ADVICE}")
+        _check_numbers(node)
+        if codes is not None and codes.dtype == np.int32:
+            raise EngineError(f"{node.name}: a bias quantized to int32: TensorRT takes float biases. {_ADVICE}")
+        if node.inputs[0] is not None and node.inputs[0].dtype is not None:
+            _check_codes(node, node.inputs[0].dtype)
+    elif node.op_type == "DynamicQuantizeLinear":
+        raise EngineError(f"{node.name}: its range is measured at run time; TensorRT takes fixed scales. {_ADVICE}")
+    elif node.op_type in CONVOLUTIONS | PRODUCTS:
+        problem = weight_problem(node)
+        if problem is not None:
+            raise EngineError(f"{node.name}: {problem}")
+
+
+def _check_numbers(node: ir.Node) -> None:
+    scale = constant(node.inputs[1])
+    zero_point = constant(node.inputs[2]) if len(node.inputs) > 2 else None
+    if scale is None:
+        raise EngineError(f"{node.name}: its scale is computed by the graph; TensorRT takes constants. {_ADVICE}")
+    if not bool(np.all(np.isfinite(scale) & (scale > 0))):
+        raise EngineError(f"{node.name}: its scale must be finite and positive, got {scale.min()}. {_ADVICE}")
+    if len(node.inputs) > 2 and node.inputs[2] is not None and zero_point is None:
+        raise EngineError(f"{node.name}: its zero point is computed by the graph; TensorRT takes 0 only. {_ADVICE}")
+    if zero_point is not None and bool(np.any(zero_point.astype(np.float32) != 0)):
+        worst = zero_point.flatten()[np.argmax(np.abs(zero_point.astype(np.float32)))]
+        raise EngineError(f"{node.name}: zero point {worst}; TensorRT takes 0 only. {_ADVICE}")
+    stored = constant(node.inputs[0]) is not None or producer(node.inputs[0], "QuantizeLinear") is not None
+    if scale.size > 1 and not stored and node.op_type == "DequantizeLinear":
+        raise EngineError(f"{node.name}: several scales for an activation; TensorRT takes one per tensor. {_ADVICE}")
+    if scale.size > 1 and node.op_type == "QuantizeLinear" and constant(node.inputs[0]) is None:
+        raise EngineError(f"{node.name}: several scales for an activation; TensorRT takes one per tensor. {_ADVICE}")
+
+
+def _quantized_type(node: ir.Node) -> ir.DataType:
+    if len(node.inputs) > 2 and node.inputs[2] is not None and node.inputs[2].dtype is not None:
+        return node.inputs[2].dtype
+    return ir.DataType(node.attributes.get_int("output_dtype", 0) or ir.DataType.UINT8)
+
+
+def _check_codes(node: ir.Node, kind: ir.DataType) -> None:
+    if kind in {ir.DataType.UINT8, ir.DataType.UINT4, ir.DataType.UINT16}:
+        raise EngineError(f"{node.name}: unsigned codes ({kind.name}): TensorRT reads them as signed ones. {_ADVICE}")
+    if kind not in _CODES:
+        raise EngineError(f"{node.name}: codes of type {kind.name}; TensorRT takes INT8, INT4 weights and FP8. {_ADVICE}")
+
+
+def weight_problem(node: ir.Node) -> str | None:
+    """Why TensorRT cannot take the stored weight of a convolution or matrix product beside its activations, if it cannot.
+
+    These fail in TensorRT, or compute something else.
+    """
+    stored = stored_weight(node.inputs[1])
+    if stored is None:
+        return None
+    codes, scale = constant(stored.inputs[0]), constant(stored.inputs[1])
+    assert codes is not None
+    assert scale is not None
+    blocks = _blocks(stored, codes.shape, scale.shape)
+    both = is_quantized(node.inputs[0])
+    int4 = codes.dtype.name == "int4"
+    if node.op_type in CONVOLUTIONS and blocks > 1:
+        return f"a convolution's weights take one scale per channel, got blocks. {_ADVICE}"
+    if node.op_type in CONVOLUTIONS and int4 and both:
+        return "4-bit weights beside 8-bit activations: TensorRT has no such convolution. Store the codes as INT8."
+    if blocks > 1 and both:
+        return (
+            f"weights with {blocks} scales along the summed dimension beside quantized activations: TensorRT fails, or applies "
+            "the first scale to all. Take one scale per output channel (axis=0), leave this layer's input in floating point, "
+            "or export for another target."
+        )
+    if int4 and both and scale.size == 1:
+        return (
+            "one scale for all 4-bit weights beside 8-bit activations: TensorRT fails to build it. Take one scale per output "
+            "channel, or store the codes as INT8."
+        )
+    return None
+
+
+def _blocks(dequantize: ir.Node, codes: tuple[int, ...], scale: tuple[int, ...]) -> int:
+    """Number of scales along the blocked axis of a weight; 1 where it is not blocked."""
+    if not dequantize.attributes.get_int("block_size", 0) or len(scale) != len(codes):
+        return 1
+    return scale[dequantize.attributes.get_int("axis", 1) or 0]
+
+
+def stored_weight(value: ir.Value | None) -> ir.Node | None:
+    """The DequantizeLinear of stored codes behind a weight, if there is one."""
+    transpose = producer(value, "Transpose", "Reshape")
+    node = producer(value if transpose is None else transpose.inputs[0], "DequantizeLinear")
+    return node if node is not None and constant(node.inputs[0]) is not None else None
+
+
+def _weight_layers(nodes: list[ir.Node]) -> Iterator[WeightLayer]:
+    for node in nodes:
+        if node.op_type in CONVOLUTIONS:
+            yield WeightLayer(node.name or "", "convolution")
+        elif node.op_type in PRODUCTS and (stored_weight(node.inputs[1]) or constant(node.inputs[1]) is not None):
+            yield WeightLayer(node.name or "", "matmul")

@@ -1,0 +1,272 @@
+"""Run an engine, and time its parts apart: copy to the GPU, compute, copy back.
+
+Written from the documented interfaces of TensorRT 10 and 11 and TensorRT-RTX 1.7; it has not yet been run on a GPU.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from ..._common.files import write_atomic
+from ...errors import EngineError
+from .bindings import cuda_driver, last, load_runtime
+from .cuda import Buffer, CudaGraph, Device, open_device
+from .layer_inspector import ask, read_report
+from .manifest import LoadedEngine, load_engine, read_manifest
+from .rtx_plan import PlanLayer
+
+Array = npt.NDArray[Any]
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StageTimes:
+    """Milliseconds of one call, measured by CUDA events on the GPU's stream."""
+
+    upload_ms: float
+    compute_ms: float
+    download_ms: float
+
+
+class EngineRunner:
+    """A loaded engine. Fits :class:`qakd_plugin.runtimes.base.Runner`.
+
+    Args:
+        path: of the engine; its manifest lies beside it.
+        cuda_graph: launch the engine as one CUDA graph where it can be captured.
+        runtime_cache: RTX only: file of kernels compiled for this GPU, read where it exists and written by :meth:`close`.
+            The next start then compiles nothing.
+
+    Attributes:
+        runtime: "tensorrt" or "tensorrt_rtx".
+        precision: of what is not quantized.
+        load_ms: wall-clock time of reading, checking and loading the engine, once its runtime is imported and CUDA started.
+
+    Raises:
+        EngineError: the engine does not match its manifest, belongs to another version or GPU, or there is no GPU.
+        MissingPackageError: its runtime, or torch and pycuda, are not installed.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], *, cuda_graph: bool = True, runtime_cache: str | os.PathLike[str] | None = None
+    ) -> None:
+        library = load_runtime(read_manifest(path)["runtime"]["name"])
+        if runtime_cache is not None and not library.is_rtx:
+            raise EngineError("runtime_cache: tensorrt compiles nothing at run time and has none. Leave it out.")
+        try:
+            self._device = open_device()
+        except EngineError as error:
+            raise EngineError(f"{path} cannot be run: {error}") from error
+        started = time.perf_counter()
+        loaded = load_engine(path)
+        self.runtime, self.precision = loaded.runtime.name, str(loaded.manifest["float_type"])
+        self._cache_file = None if runtime_cache is None else Path(runtime_cache)
+        context, self._cache = _make_context(loaded, cuda_graph, self._cache_file)
+        driver = cuda_driver() if cuda_graph and not loaded.runtime.is_rtx else None  # RTX captures by itself
+        self._loaded, self._context = loaded, context
+        self._session = EngineSession(loaded, context, self._device, driver)
+        self.load_ms = (time.perf_counter() - started) * 1e3
+
+    def run(self, images: Array) -> Array:
+        """Compute one batch.
+
+        Args:
+            images: (N, ...) of the engine's input size; N within its profile.
+
+        Returns:
+            The first output, (N, ...).
+
+        Raises:
+            EngineError: the shape is outside the engine's profile, or the GPU failed.
+        """
+        return self._session.run(images)
+
+    def time(self, images: Array) -> StageTimes:
+        """Compute one batch as :meth:`run` does, and return how long its parts took."""
+        return self._session.time(images)
+
+    def layers(self) -> tuple[PlanLayer, ...] | None:
+        """Convolutions and matrix products as the engine inspector shows them for the last input; None where it shows none."""
+        contents = read_report(ask(self._loaded.runtime, self._loaded.engine, self._context))
+        return None if contents is None else contents.layers
+
+    def close(self) -> None:
+        """Write the runtime cache and let go of the GPU."""
+        if self._cache is not None and self._cache_file is not None:
+            write_atomic(self._cache_file, bytes(self._cache.serialize()), EngineError)
+            self._cache = None
+        self._session.close()
+        self._device.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+
+class EngineSession:
+    """An engine's context with the buffers of one input shape at a time.
+
+    Args:
+        loaded: an engine with one input.
+        context: its ``IExecutionContext``.
+        device: where buffers and the stream are.
+        driver: to capture each shape's launch in a CUDA graph; None to launch call by call, as is done with what cannot be
+            captured.
+
+    Raises:
+        EngineError: the engine has not exactly one input.
+    """
+
+    def __init__(self, loaded: LoadedEngine, context: Any, device: Device, driver: Any = None) -> None:
+        trt, engine = loaded.runtime.module, loaded.engine
+        self._trt, self._engine, self._context, self._device, self._driver = trt, engine, context, device, driver
+        self._messages = loaded.messages
+        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
+        if len(inputs) != 1:
+            raise EngineError(f"the engine has the inputs {inputs}: one was expected.")
+        self._input = inputs[0]
+        self._outputs = [name for name in names if name not in inputs]
+        self._buffers: dict[str, Buffer] = {}
+        self._shape: tuple[int, ...] | None = None
+        self._graph: CudaGraph | None = None
+
+    @property
+    def captured(self) -> bool:
+        """Whether calls of the last shape are launched as a CUDA graph captured here."""
+        return self._graph is not None
+
+    def run(self, images: Array) -> Array:
+        """Compute one batch and return the first output."""
+        self._fill(images)
+        self._device.upload(self._buffers[self._input])
+        self._launch()
+        for name in self._outputs:
+            self._device.download(self._buffers[name])
+        self._device.synchronize()
+        return self._buffers[self._outputs[0]].host.copy()
+
+    def time(self, images: Array) -> StageTimes:
+        """Compute one batch and return how long its parts took."""
+        self._fill(images)
+        marks = [self._device.mark()]
+        self._device.upload(self._buffers[self._input])
+        marks.append(self._device.mark())
+        self._launch()
+        marks.append(self._device.mark())
+        for name in self._outputs:
+            self._device.download(self._buffers[name])
+        marks.append(self._device.mark())
+        self._device.synchronize()
+        return StageTimes(*(self._device.elapsed_ms(start, end) for start, end in pairwise(marks)))
+
+    def close(self) -> None:
+        """Free the graph and the buffers."""
+        if self._graph is not None:
+            self._graph.close()
+        self._graph, self._shape = None, None
+        self._buffers.clear()
+
+    def _fill(self, images: Array) -> None:
+        if images.shape != self._shape:
+            self._bind(images.shape)
+        host = self._buffers[self._input].host
+        if not np.can_cast(images.dtype, host.dtype, "same_kind"):
+            raise EngineError(f"input {self._input!r} takes {host.dtype}, got {images.dtype}.")
+        np.copyto(host, images, casting="same_kind")
+
+    def _bind(self, shape: tuple[int, ...]) -> None:
+        """Make buffers for an input shape, and warm the engine up on it: the first call may compile and allocate."""
+        profile = self._engine.get_tensor_profile_shape(self._input, 0)
+        check_shape(self._input, shape, tuple(profile[0]), tuple(profile[2]))
+        self.close()
+        if not self._context.set_input_shape(self._input, shape):
+            raise EngineError(f"input {self._input!r}: the engine refused the shape {list(shape)}.")
+        for name in (self._input, *self._outputs):
+            size = tuple(self._context.get_tensor_shape(name))
+            if any(length < 0 for length in size):
+                raise EngineError(f"output {name!r}: its size {list(size)} depends on the data, which is not supported.")
+            buffer = self._device.buffer(size, self._trt.nptype(self._engine.get_tensor_dtype(name)))
+            self._context.set_tensor_address(name, buffer.address)
+            self._buffers[name] = buffer
+        self._launch()
+        self._device.synchronize()
+        self._shape = shape
+        if self._driver is not None:
+            self._graph = self._captured_launch()
+
+    def _captured_launch(self) -> CudaGraph | None:
+        try:
+            return CudaGraph(self._driver, self._device.stream, self._enqueue)
+        except EngineError as error:
+            _log.warning("Engine calls are launched one by one: %s", error)
+            return None
+
+    def _launch(self) -> None:
+        if self._graph is not None:
+            self._graph.launch()
+        elif not self._enqueue():
+            raise EngineError(f"the engine failed to run: {last(self._messages)}")
+
+    def _enqueue(self) -> bool:
+        return bool(self._context.execute_async_v3(self._device.stream))
+
+
+def check_shape(name: str, shape: Sequence[int], smallest: Sequence[int], largest: Sequence[int]) -> None:
+    """Refuse an input outside the engine's optimization profile.
+
+    Args:
+        name: of the input.
+        shape: of the array given.
+        smallest: sizes of the profile.
+        largest: sizes of the profile.
+
+    Raises:
+        EngineError: says which sizes the engine takes.
+    """
+    fits = len(shape) == len(smallest) and all(
+        low <= size <= high for size, low, high in zip(shape, smallest, largest, strict=True)
+    )
+    if not fits:
+        takes = [low if low == high else f"{low} to {high}" for low, high in zip(smallest, largest, strict=True)]
+        raise EngineError(
+            f"input {name!r} takes [{', '.join(map(str, takes))}], got {list(shape)}. Give it batches of that size, or build "
+            "the engine with another min_batch and max_batch."
+        )
+
+
+def _make_context(loaded: LoadedEngine, cuda_graph: bool, cache_file: Path | None) -> tuple[Any, Any]:
+    """An execution context, and the runtime cache that it fills."""
+    engine = loaded.engine
+    if not loaded.runtime.is_rtx:
+        return _ready(loaded, engine.create_execution_context()), None
+    trt, cache = loaded.runtime.module, None
+    config = engine.create_runtime_config()
+    config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE if cuda_graph else trt.CudaGraphStrategy.DISABLED
+    # Compile for the shape at hand before answering, not in the background while it is being measured.
+    config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+    if cache_file is not None:
+        cache = config.create_runtime_cache()
+        if cache_file.is_file() and not cache.deserialize(cache_file.read_bytes()):
+            _log.warning("%s belongs to another GPU, driver or version: it is written anew.", cache_file)
+        config.set_runtime_cache(cache)
+    return _ready(loaded, engine.create_execution_context(config)), cache
+
+
+def _ready(loaded: LoadedEngine, context: Any) -> Any:
+    if context is None:
+        raise EngineError(f"the engine cannot be made ready to run, does it fit into the GPU's memory? {last(loaded.messages)}")
+    return context

@@ -1,0 +1,1 @@
+"""The gate: what is proven before a file is written."""

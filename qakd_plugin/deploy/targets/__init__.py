@@ -1,0 +1,1 @@
+"""What each target changes of the canonical file."""

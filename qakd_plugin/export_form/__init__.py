@@ -1,0 +1,1 @@
+"""A trained student as plain torch: toolkits make it, deploy reads it."""

@@ -1,0 +1,1 @@
+"""From a float model to a prepared model, and from a prepared model to learned quantizers."""

@@ -1,0 +1,219 @@
+"""``use_quantizers``: learned quantizers in the place of a toolkit's own, inside its own structure."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import QakdError, UnsupportedQuantizerError
+from ..placement.calibration import RangeObserver, best_weight_clip, observe_inputs
+from ..placement.placement import within
+from ..placement.targets import TARGETS, Target
+from ..quantizers import QuantizerConfig
+from ..quantizers.qparams import QParams
+from ..tasks.batches import default_batch
+from ..toolkits import Adapter, Quantizer, adapter_for
+
+_log = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def use_quantizers(
+    prepared_model: nn.Module,
+    config: QuantizerConfig,
+    keep: Sequence[str] = (),
+    calibration_batches: Iterable[object] | None = None,
+    *,
+    target: Target = "tensorrt",
+) -> nn.Module:
+    """Let LSQ, PACT, DoReFa or EWGS quantizers work in the place of the toolkit's own.
+
+    The toolkit's structure stays: its way to save, restore, copy and convert the model goes on working, and quantizers that
+    were swapped can be swapped again, or back with :func:`restore_quantizers`. Numbers of bits that ``config`` leaves at None
+    stay as prepared, so the first and last layer and residual adds keep the 8 bits that :func:`prepare` gave them; numbers
+    that are given hold for every quantizer that is not kept.
+
+    Args:
+        prepared_model: prepared and calibrated by a supported toolkit; changed in place.
+        config: LSQ(...), PACT(...), DoReFa(...) or EWGS(...).
+        keep: names or patterns ("conv1", "layer4.*") of layers or quantizers that stay as they are.
+        calibration_batches: several batches as the loader yields them. Ranges of activations whose number of bits changes
+            come from all of them, and so does whether an activation can be negative. They pass through a copy in eval mode.
+            Without them, ranges and signs are the toolkit's.
+        target: as in :func:`prepare`, for activations that get 8 bits here; those that have codes 0..255 keep them.
+
+    Returns:
+        ``prepared_model``.
+
+    Raises:
+        NotPreparedError: no toolkit prepared the model, or a range was never calibrated.
+        UnsupportedQuantizerError: a quantizer is asymmetric, or dynamic.
+        QakdError: a pattern of ``keep`` matches nothing, nothing is left to swap, the quantizer is not defined for the bits, or
+            the target is unknown.
+    """
+    if target not in TARGETS:
+        raise QakdError(f"target={target!r} is unknown: use one of {list(TARGETS)}.")
+    adapter = adapter_for(prepared_model)
+    chosen = _chosen(adapter, prepared_model, keep)
+    old = {quantizer.fqn: adapter.qparams(quantizer) for quantizer in chosen}
+    for quantizer in chosen:
+        _require_symmetric(quantizer, old[quantizer.fqn])
+    bits = {quantizer.fqn: _bits(quantizer, old[quantizer.fqn], config) for quantizer in chosen}
+    changed = [q for q in chosen if q.role == "activation" and bits[q.fqn] != old[q.fqn].bits]
+    observed = _observe(adapter, prepared_model, changed, calibration_batches)
+    # All rules are made before the first is installed: an error leaves the model as it was.
+    plans = []
+    for quantizer in chosen:
+        params = old[quantizer.fqn]
+        if quantizer.role == "weight":
+            per_tensor = not (config.per_channel or params.block)
+            axis = None if per_tensor else 0 if params.block else params.axis or 0  # blocks are rows
+            rule = config.weight_rule(bits[quantizer.fqn], axis, params.block)
+            clip = _weight_clip(quantizer, *rule.levels, axis=axis, block=params.block)
+        else:
+            observer = observed.get(quantizer.fqn)
+            unsigned = _is_unsigned(params, bits[quantizer.fqn], observer, target)
+            rule = config.activation_rule(bits[quantizer.fqn], unsigned)
+            clip = _activation_clip(params, observer, rule.codes[1])
+        plans.append((quantizer, rule, clip))
+    _announce(config, old, bits, observed, changed)
+    for quantizer, rule, clip in plans:
+        adapter.install(prepared_model, quantizer, rule, clip)
+    for quantizer in adapter.quantizers(prepared_model):
+        if quantizer.weight is not None and adapter.learned(quantizer) is not None:
+            quantizer.module(quantizer.weight())  # scales that follow the weight are set
+    return prepared_model
+
+
+def restore_quantizers(prepared_model: nn.Module, keep: Sequence[str] = ()) -> nn.Module:
+    """Put the toolkit's own quantizers back, with the ranges that were learned: the model computes the same.
+
+    Weights that DoReFa, PACT or EWGS quantize are stored as they were quantized, because the toolkit's quantizer can clip and
+    round only.
+
+    Args:
+        prepared_model: with quantizers that :func:`use_quantizers` put in; changed in place.
+        keep: names or patterns of layers or quantizers that stay as they are.
+
+    Raises:
+        NotPreparedError: no toolkit prepared the model.
+        QakdError: no quantizer of it was swapped.
+    """
+    adapter = adapter_for(prepared_model)
+    learned = [q for q in _chosen(adapter, prepared_model, keep) if adapter.learned(q) is not None]
+    if not learned:
+        raise QakdError(f"prepared_model ({type(prepared_model).__name__}) holds no quantizer of use_quantizers to take back.")
+    for quantizer in learned:
+        adapter.uninstall(prepared_model, quantizer)
+    return prepared_model
+
+
+def _chosen(adapter: Adapter, model: nn.Module, keep: Sequence[str]) -> list[Quantizer]:
+    """Quantizers that no pattern names, neither by themselves nor by all the layers that read them."""
+    quantizers = adapter.quantizers(model)
+    names = {name for q in quantizers for name in (q.fqn, *q.layers)}
+    for pattern in keep:
+        if not any(within(name, pattern) for name in names):
+            layers = sorted({layer for q in quantizers for layer in q.layers})
+            raise QakdError(f"keep: {pattern!r} matches no quantizer or layer; layers are called, e.g., {layers[:4]}.")
+
+    def kept(quantizer: Quantizer) -> bool:
+        return any(
+            within(quantizer.fqn, pattern) or (quantizer.layers and all(within(name, pattern) for name in quantizer.layers))
+            for pattern in keep
+        )
+
+    chosen = [quantizer for quantizer in quantizers if not kept(quantizer)]
+    if not chosen:
+        raise QakdError(f"nothing is left to swap: keep={list(keep)} matches all {len(quantizers)} quantizers.")
+    return chosen
+
+
+def _require_symmetric(quantizer: Quantizer, params: QParams) -> None:
+    if not params.symmetric:
+        raise UnsupportedQuantizerError(
+            f"{quantizer.fqn}: asymmetric (zero point {int(params.zero_point.flatten()[0])}); learned quantizers have zero "
+            "point 0. Prepare the model with a symmetric configuration (qakd_plugin.prepare makes one), or keep this one."
+        )
+    if quantizer.role == "activation" and params.scale.numel() != 1:
+        raise UnsupportedQuantizerError(
+            f"{quantizer.fqn}: has {params.scale.numel()} scales; learned activation quantizers have one per tensor. "
+            "Prepare the model with per-tensor activations, or keep this one."
+        )
+
+
+def _bits(quantizer: Quantizer, params: QParams, config: QuantizerConfig) -> int:
+    wanted = config.weight_bits if quantizer.role == "weight" else config.activation_bits
+    return params.bits if wanted is None else wanted
+
+
+def _weight_clip(quantizer: Quantizer, low: float, high: float, shift: float, *, axis: int | None, block: int | None) -> Tensor:
+    assert quantizer.weight is not None
+    weight = quantizer.weight().float()
+    if block:  # the last block of a row may be filled up with zeros
+        weight = F.pad(weight, (0, -weight.shape[1] % block)).reshape(-1, block)
+    clip = best_weight_clip(weight, low, high, axis, shift)
+    # A channel of zeros has no range; its codes are zero whatever the scale is.
+    spare = clip.max() if bool((clip > 0).any()) else torch.ones((), device=clip.device)
+    return torch.where(clip > 0, clip, spare)
+
+
+def _is_unsigned(params: QParams, bits: int, observer: RangeObserver | None, target: Target) -> bool:
+    """Whether an activation gets codes from 0 on. TensorRT takes signed bytes only."""
+    if bits == 8 and target == "tensorrt":
+        return params.quant_min == 0 and params.quant_max > 127
+    return params.quant_min == 0 or (observer is not None and observer.minimum >= 0)
+
+
+def _activation_clip(params: QParams, observer: RangeObserver | None, highest: int) -> Tensor:
+    clip = params.scale.reshape(()) * params.quant_max
+    best = 0.0 if observer is None else observer.best_clip(highest)
+    return torch.full_like(clip, best) if best > 0 else clip
+
+
+def _observe(
+    adapter: Adapter, model: nn.Module, changed: Sequence[Quantizer], batches: Iterable[object] | None
+) -> dict[str, RangeObserver]:
+    if batches is None or not changed:
+        return {}
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    images = [default_batch(batch)[0].to(device) for batch in batches]
+    if not images:
+        raise QakdError("calibration_batches is empty: ranges need at least one batch, and are better with several.")
+    # A copy: what observing asks for, and what passes through the model leave behind, is no business of the model's.
+    observed = copy.deepcopy(model)
+    adapter.set_mode(observed, False)
+    adapter.freeze_ranges(observed, True)
+    adapter.set_fake_quant(observed, False)
+    return observe_inputs(observed, {q.fqn: observed.get_submodule(q.fqn) for q in changed}, images, {})
+
+
+def _announce(
+    config: QuantizerConfig,
+    old: dict[str, QParams],
+    bits: dict[str, int],
+    observed: dict[str, RangeObserver],
+    changed: Sequence[Quantizer],
+) -> None:
+    lowered = [name for name in old if bits[name] < old[name].bits]
+    mixed = len({params.bits for params in old.values()}) > 1
+    if lowered and mixed:
+        _log.warning(
+            "%s: %d quantizers work with fewer bits than they were prepared with, among them %s. Leave weight_bits and "
+            "activation_bits at None to keep the bits of each, or name layers in keep=(...).",
+            type(config).__name__,
+            len(lowered),
+            ", ".join(lowered[:4]),
+        )
+    if changed and not observed:
+        _log.warning(
+            "%s: %d activation quantizers change their number of bits without calibration_batches: ranges and signs are the "
+            "toolkit's. Pass several batches.",
+            type(config).__name__,
+            len(changed),
+        )

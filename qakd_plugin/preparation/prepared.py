@@ -1,0 +1,129 @@
+"""For who has not prepared a model yet: call the toolkit with a configuration that deploys well."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import NotPreparedError, QakdError
+from ..placement.attention import open_attention
+from ..placement.targets import TARGETS, Target
+from ..tasks.batches import default_batch
+from ..toolkits import ADAPTERS, Adapter, Precision, adapter_for
+
+
+def prepare(
+    model: nn.Module,
+    calibration_batches: Iterable[object],
+    toolkit: str = "modelopt",
+    weight_bits: int = 8,
+    activation_bits: int = 8,
+    keep: Sequence[str] = (),
+    *,
+    target: Target = "tensorrt",
+) -> nn.Module:
+    """Prepare a float model for quantization-aware training with a configuration that deploys well.
+
+    Weights are symmetric per channel, activations symmetric per tensor; below 8 bits activations that a ReLU made non-negative
+    get an unsigned grid. The first and the last layer stay at 8 bits. A quantizer goes behind every convolution that feeds a
+    residual add, a concatenation or a pooling, because ONNX Runtime runs it in floating point otherwise. Ranges minimize the
+    squared error over all calibration batches. ``nn.MultiheadAttention`` becomes a module of the same name whose four
+    projections are linear layers (:func:`qakd_plugin.placement.attention.open_attention`), or they would stay in floating
+    point; such a model, saved by ModelOpt, comes back with
+    :func:`qakd_plugin.toolkits.modelopt.adapter.restore_modelopt`.
+
+    Args:
+        model: the float model; it is not changed.
+        calibration_batches: batches as the loader yields them (x, (x, y), a dict ...); several, since all ranges come from
+            them.
+        toolkit: "modelopt"; "pt2e" (torchao; the model then takes images of this one size); "torchao" (``QATConfig``: weights
+            of linear layers only; activations and convolutions stay in floating point, and scales follow the weights);
+            "torch_ao" (FX graph mode); "torch_ao_eager" (adds and concatenations must be written with ``FloatFunctional``).
+        weight_bits: 2 to 8.
+        activation_bits: 2 to 8.
+        keep: names or patterns ("fc", "layer1.*") of modules that stay in floating point.
+        target: "tensorrt": every target takes the model. "onnxruntime" or "openvino" (the same): TensorRT does not, because
+            8-bit activations that cannot be negative get codes 0..255 in the place of 0..127: a grid twice as fine, and no
+            clamp behind each ReLU. (Quantizers in front of a ReLU stay signed: ModelOpt's behind a convolution that an add, a
+            concatenation or a pooling reads, eager mode's of layers that are not fused with it. With "torchao", which leaves
+            activations alone, this changes nothing.)
+
+    Returns:
+        A prepared copy in eval mode, with calibrated ranges: post-training quantization, and the starting point of ``distill``.
+
+    Raises:
+        QakdError: an argument is out of range, a pattern of ``keep`` matches nothing, or there is no calibration batch.
+        NotPreparedError: the model is prepared already.
+        MissingPackageError: the toolkit is not installed.
+    """
+    adapter, precision = _asked(toolkit, weight_bits, activation_bits, keep, target)
+    _require_float(model)
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    batches = [_images(batch, index).to(device) for index, batch in enumerate(calibration_batches)]
+    if not batches:
+        raise QakdError("calibration_batches is empty: ranges need at least one batch, and are better with several.")
+    return adapter.prepare(open_attention(model), batches, precision)
+
+
+def configuration(
+    model: nn.Module,
+    toolkit: str = "modelopt",
+    weight_bits: int = 8,
+    activation_bits: int = 8,
+    keep: Sequence[str] = (),
+    *,
+    target: Target = "tensorrt",
+) -> Any:
+    """The configuration that :func:`prepare` uses, for who calls the toolkit themselves. Calibration is theirs, too.
+
+    Args:
+        model: the float model; it is not changed.
+        toolkit: as in :func:`prepare`.
+        weight_bits: 2 to 8.
+        activation_bits: 2 to 8; 8 for torch.ao.
+        keep: names or patterns of modules that stay in floating point.
+        target: as in :func:`prepare`; "tensorrt" for torch.ao.
+
+    Returns:
+        - "modelopt": the dict for ``mtq.quantize``;
+        - "pt2e": the Quantizer for ``prepare_qat_pt2e``;
+        - "torchao": pairs (``QATConfig``, ``filter_fn``) to call ``quantize_`` with, one after the other;
+        - "torch_ao": the QConfigMapping for ``prepare_qat_fx(..., backend_config=get_tensorrt_backend_config())``;
+        - "torch_ao_eager": a QConfig for each named module, to assign as its ``qconfig`` before ``prepare_qat``.
+
+    Raises:
+        QakdError: as :func:`prepare`, or the toolkit has no configuration for fewer than 8 activation bits, or for ``target``.
+        MissingPackageError: the toolkit is not installed.
+    """
+    adapter, precision = _asked(toolkit, weight_bits, activation_bits, keep, target)
+    return adapter.configuration(model, precision)
+
+
+def _asked(toolkit: str, weight_bits: int, activation_bits: int, keep: Sequence[str], target: str) -> tuple[Adapter, Precision]:
+    adapter = next((adapter for adapter in ADAPTERS if adapter.name == toolkit), None)
+    if adapter is None:
+        raise QakdError(f"toolkit={toolkit!r} is unknown: use one of {[adapter.name for adapter in ADAPTERS]}.")
+    for name, bits in (("weight_bits", weight_bits), ("activation_bits", activation_bits)):
+        if not 2 <= bits <= 8:
+            raise QakdError(f"{name}={bits} is out of range: 2 to 8 bits can be prepared.")
+    if target not in TARGETS:
+        raise QakdError(f"target={target!r} is unknown: use one of {list(TARGETS)}.")
+    return adapter, Precision(weight_bits, activation_bits, tuple(keep), unsigned_bytes=target != "tensorrt")
+
+
+def _require_float(model: nn.Module) -> None:
+    try:
+        adapter = adapter_for(model)
+    except NotPreparedError:
+        return
+    raise NotPreparedError(f"model is prepared by {adapter.name} already: pass the float model, or call distill with this one.")
+
+
+def _images(batch: object, index: int) -> Tensor:
+    x, _ = default_batch(batch)
+    if not bool(torch.isfinite(x).all()):
+        raise QakdError(f"calibration_batches: batch {index} holds NaN or infinite values.")
+    return x

@@ -1,0 +1,1 @@
+"""What runs a file or a module; imports no torch but for modules of torch."""

@@ -1,0 +1,1 @@
+"""What goes into a network, what comes out of it, and how it is measured."""

@@ -1,0 +1,151 @@
+"""What this package needs to know of a quantization toolkit, and nothing more.
+
+An adapter knows one toolkit. It knows nothing of losses, methods, ONNX or runtimes: those see a prepared model through
+:class:`Adapter` alone, so that a new toolkit is one new file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from torch import Tensor, nn
+
+from ..errors import NotPreparedError
+from ..quantizers import Rule
+from ..quantizers.qparams import QParams
+
+__all__ = ["Adapter", "Precision", "QParams", "Quantizer", "Role", "require_no_negative", "require_no_zero_gamma", "weight_of"]
+
+Role = Literal["weight", "activation"]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What a float model is to be prepared for; see :func:`qakd_plugin.prepare`.
+
+    Attributes:
+        weight_bits: of all layers but the first and the last, which take 8.
+        activation_bits: likewise, of their inputs.
+        keep: names or patterns of modules that stay in floating point.
+        unsigned_bytes: let 8-bit activations that cannot be negative take codes 0..255, which TensorRT cannot.
+    """
+
+    weight_bits: int = 8
+    activation_bits: int = 8
+    keep: tuple[str, ...] = ()
+    unsigned_bytes: bool = False
+
+    def is_unsigned(self, bits: int, non_negative: bool) -> bool:
+        """Whether an activation gets an unsigned grid: below 8 bits half of a signed one would be lost."""
+        return non_negative and (bits < 8 or self.unsigned_bytes)
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """One active quantizer of a prepared model.
+
+    Attributes:
+        fqn: its dotted name in the model.
+        module: the toolkit's quantizer.
+        role: what it quantizes.
+        layers: dotted names of the weighted layers that read what it puts out; empty where none does, or none is known.
+        layer: whose weight it quantizes; None for activations.
+        weight: that weight as the quantizer would see it now (BatchNorm folded in where the toolkit does that).
+    """
+
+    fqn: str
+    module: nn.Module
+    role: Role
+    layers: tuple[str, ...] = ()
+    layer: nn.Module | None = None
+    weight: Callable[[], Tensor] | None = None
+
+
+def weight_of(layer: nn.Module) -> Callable[[], Tensor]:
+    """Reads a layer's weight parameter, detached, whenever it is called."""
+
+    def weight() -> Tensor:
+        parameter = layer._parameters["weight"]
+        assert parameter is not None
+        return parameter.detach()
+
+    return weight
+
+
+def require_no_zero_gamma(name: str, gamma: Tensor, function: str) -> None:
+    """Refuse a BatchNorm whose gamma is 0 in some channel, where a toolkit fuses it and divides by gamma.
+
+    Raises:
+        NotPreparedError: names the layer and the channel.
+    """
+    zero = (gamma == 0).nonzero().flatten()
+    if len(zero):
+        raise NotPreparedError(
+            f"{name}: its BatchNorm has gamma = 0 in channel {int(zero[0])} (zero_init_residual?), and {function} divides by "
+            "it. Train the model first, set such gammas to a small number (1e-3), or use toolkit='modelopt'."
+        )
+
+
+def require_no_negative(name: str, minimum: float) -> None:
+    """Refuse an unsigned quantizer that saw a negative value, although the network's graph says that there is none.
+
+    Raises:
+        NotPreparedError: names the quantizer.
+    """
+    if minimum < 0:
+        raise NotPreparedError(
+            f"{name}: an unsigned grid was chosen for it, because what it reads comes from a ReLU or the like, but it saw "
+            f"{minimum:.3g} in calibration. Is a tensor changed in place behind its ReLU? Write that operation out of place."
+        )
+
+
+class Adapter(Protocol):
+    """One toolkit. Adapters are stateless: everything is read from the model."""
+
+    name: str
+    """The name ``prepare(toolkit=...)`` takes: "modelopt", "pt2e", "torch_ao", ..."""
+
+    def detect(self, model: nn.Module) -> bool:
+        """Whether this toolkit prepared the model. Never imports a toolkit that is not loaded already."""
+
+    def quantizers(self, model: nn.Module) -> list[Quantizer]:
+        """Every enabled quantizer once, in the order of ``named_modules``, also while :meth:`set_fake_quant` has it off."""
+
+    def qparams(self, quantizer: Quantizer) -> QParams:
+        """The numbers the forward pass uses now. Raises NotPreparedError when no range was calibrated."""
+
+    def set_fake_quant(self, model: nn.Module, enabled: bool) -> None:
+        """Switch every quantizer that :meth:`quantizers` lists off (the float model) or on again, and no other."""
+
+    def freeze_ranges(self, model: nn.Module, frozen: bool) -> None:
+        """Stop (or let go on) whatever updates ranges during forward passes."""
+
+    def set_mode(self, model: nn.Module, training: bool) -> None:
+        """``model.train(training)`` as the toolkit wants it done."""
+
+    def configuration(self, model: nn.Module, precision: Precision) -> Any:
+        """What :meth:`prepare` hands to the toolkit; see :func:`qakd_plugin.configuration`."""
+
+    def prepare(self, model: nn.Module, batches: Sequence[Tensor], precision: Precision) -> nn.Module:
+        """A prepared and calibrated copy of a float model, in eval mode; see :func:`qakd_plugin.prepare`."""
+
+    def install(self, model: nn.Module, quantizer: Quantizer, rule: Rule, clip: Tensor) -> None:
+        """Let a learned quantizer work in the place of the toolkit's own.
+
+        Args:
+            model: that holds it.
+            quantizer: from :meth:`quantizers`.
+            rule: what the learned one computes.
+            clip: for :meth:`Rule.install`; () per tensor, (C,) per channel of ``rule.axis``, or one per block, row by row.
+        """
+
+    def uninstall(self, model: nn.Module, quantizer: Quantizer) -> None:
+        """Put the toolkit's own quantizer back, with the learned numbers, and weights as they were quantized if need be."""
+
+    def learned(self, quantizer: Quantizer) -> Rule | None:
+        """The rule of a quantizer that was installed, or None."""
+
+    def export_form(self, model: nn.Module) -> nn.Module:
+        """A copy in eval mode that computes the same with stored integer weights and ``qakd::qdq`` / ``qakd::dq`` only."""

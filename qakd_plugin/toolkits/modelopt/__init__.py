@@ -1,0 +1,1 @@
+"""Models prepared by NVIDIA ModelOpt."""

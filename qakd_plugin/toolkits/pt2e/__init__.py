@@ -1,0 +1,1 @@
+"""Models prepared by torchao's PT2E flow."""

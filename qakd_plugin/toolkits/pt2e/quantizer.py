@@ -1,0 +1,303 @@
+"""A quantizer for torchao's PT2E flow whose models deploy well: static, zero point 0.
+
+Import this module only where torchao is installed; :mod:`qakd_plugin.toolkits.pt2e.adapter` does so on first use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+from torchao.quantization.pt2e.fake_quantize import FakeQuantize
+from torchao.quantization.pt2e.observer import MovingAverageMinMaxObserver, MovingAveragePerChannelMinMaxObserver
+from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
+
+from ...errors import QakdError
+from ...placement.placement import Placement, outermost, within
+from ..adapter import Precision
+from .adapter import CONVOLUTIONS, TRANSPOSED, WEIGHTED, from_inputs, layer_name
+
+_aten = torch.ops.aten
+_RELUS = {
+    _aten.relu.default,
+    _aten.relu_.default,
+    _aten.relu6.default,
+    _aten.relu6_.default,
+    _aten.hardtanh.default,
+    _aten.hardtanh_.default,
+}
+_NON_NEGATIVE = {_aten.sigmoid.default, _aten.hardsigmoid.default, _aten.softmax.int, _aten.softplus.default}
+_SIGN_KEEPING = {
+    _aten.max_pool1d.default,
+    _aten.max_pool2d.default,
+    _aten.max_pool3d.default,
+    _aten.avg_pool1d.default,
+    _aten.avg_pool2d.default,
+    _aten.avg_pool3d.default,
+    _aten.adaptive_avg_pool1d.default,
+    _aten.adaptive_avg_pool2d.default,
+    _aten.adaptive_avg_pool3d.default,
+    _aten.mean.dim,
+    _aten.flatten.using_ints,
+    _aten.view.default,
+    _aten.reshape.default,
+    _aten.permute.default,
+    _aten.transpose.int,
+    _aten.cat.default,
+    _aten.dropout.default,
+    _aten.add.Tensor,
+    _aten.add_.Tensor,
+}
+_GRID_KEEPING = {
+    _aten.max_pool1d.default,
+    _aten.max_pool2d.default,
+    _aten.max_pool3d.default,
+    _aten.flatten.using_ints,
+    _aten.view.default,
+    _aten.reshape.default,
+    _aten.permute.default,
+    _aten.transpose.int,
+    _aten.dropout.default,
+    _aten.dropout_.default,
+    _aten.relu.default,
+    _aten.relu_.default,
+}
+_ADDS = {_aten.add.Tensor, _aten.add_.Tensor}
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What one convolution or linear layer takes."""
+
+    weight_bits: int
+    activation_bits: int
+    non_negative: bool
+
+
+class SymmetricQuantizer(Quantizer):  # type: ignore[misc]
+    """For ``prepare_qat_pt2e``: weights symmetric per channel, activations per tensor, zero point 0 throughout.
+
+    The first and the last layer take 8 bits. Without a placement every convolution and linear layer has its input and weight
+    quantized, and both inputs of every residual add are, so that the convolutions before it run in integers; below 8 bits, what
+    a ReLU made non-negative gets an unsigned grid.
+
+    Integers in, integers out: an add whose operands are quantized to 8 bits wherever they are read is quantized as well, behind
+    its ReLU. So are all sums of a residual network, and none of a transformer, whose norms read them in floating point.
+
+    Example::
+
+        graph = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
+        prepared = prepare_qat_pt2e(graph, SymmetricQuantizer())
+
+    Args:
+        placement: from :func:`qakd_plugin.placement.placement.place_quantizers` of the float model, which also
+            looks at what follows a convolution; None to go by the exported graph alone.
+        weight_bits: 2 to 8, of all layers but the first and the last.
+        activation_bits: likewise, of their inputs.
+        keep: names or patterns of modules that stay in floating point; for use without a placement, which has its own.
+        unsigned_bytes: let 8-bit activations that cannot be negative take codes 0..255, which TensorRT cannot.
+
+    Raises:
+        QakdError: the bits are out of range, or (in ``annotate``) nothing is left to quantize.
+    """
+
+    def __init__(
+        self,
+        placement: Placement | None = None,
+        weight_bits: int = 8,
+        activation_bits: int = 8,
+        *,
+        keep: Sequence[str] = (),
+        unsigned_bytes: bool = False,
+    ) -> None:
+        for name, bits in (("weight_bits", weight_bits), ("activation_bits", activation_bits)):
+            if not 2 <= bits <= 8:
+                raise QakdError(f"{name}={bits} is out of range: 2 to 8 bits can be prepared.")
+        self.placement = placement
+        self.precision = Precision(weight_bits, activation_bits, tuple(keep), unsigned_bytes)
+
+    def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
+        dynamic = from_inputs(model)
+        calls = [node for node in model.graph.nodes if node.target in WEIGHTED and node.args[1] not in dynamic]
+        positive = _positive(model.graph)
+        layers = self._placed(calls) if self.placement is not None else self._all(calls, model.graph, positive)
+        if not layers:
+            raise QakdError("the exported graph holds no convolution or linear layer to quantize.")
+        adds = {node for node in model.graph.nodes if node.target in _ADDS and _adds_activations(node, dynamic)}
+        if self.placement is not None:
+            outputs = self._ends(model.graph, self.placement)
+        else:
+            outputs = _operands(adds, set(layers))
+        outputs, on_grid = _with_sums(model.graph, adds, set(layers), outputs)
+        for node, layer in layers.items():
+            has_one = layer.activation_bits == 8 and node.args[0] in on_grid
+            source = None if has_one else self._activation_spec(layer.activation_bits, layer.non_negative)
+            # The order matters: torchao takes the first entry for the input and the second for the weight.
+            inputs = {node.args[0]: source, node.args[1]: weight_spec(layer.weight_bits, 1 if node.target in TRANSPOSED else 0)}
+            node.meta["quantization_annotation"] = QuantizationAnnotation(input_qspec_map=inputs, _annotated=True)
+        for node in adds if self.placement is None else ():
+            inputs = {source: self._activation_spec(8, source in positive) for source in node.args[:2] if source not in on_grid}
+            node.meta["quantization_annotation"] = QuantizationAnnotation(input_qspec_map=inputs, _annotated=True)
+        for node in outputs:
+            annotation = node.meta.setdefault("quantization_annotation", QuantizationAnnotation(_annotated=True))
+            annotation.output_qspec = self._activation_spec(8, node in positive)
+        return model
+
+    def _activation_spec(self, bits: int, non_negative: bool) -> QuantizationSpec:
+        return activation_spec(bits, signed=not self.precision.is_unsigned(bits, non_negative))
+
+    def validate(self, model: fx.GraphModule) -> None:
+        """Nothing to do: whatever :meth:`annotate` writes is supported."""
+
+    def _placed(self, calls: Iterable[fx.Node]) -> dict[fx.Node, _Layer]:
+        placement = self.placement
+        assert placement is not None
+        layers = {}
+        for node in calls:
+            name = layer_name(node)
+            if name not in placement.layers:
+                continue
+            edge = name in placement.edges
+            bits = 8 if edge else self.precision.activation_bits
+            layers[node] = _Layer(8 if edge else self.precision.weight_bits, bits, name in placement.unsigned)
+        return layers
+
+    def _all(self, calls: Sequence[fx.Node], graph: fx.Graph, positive: set[fx.Node]) -> dict[fx.Node, _Layer]:
+        """Every layer but those kept in floating point, by the exported graph alone."""
+        chosen = [node for node in calls if not any(within(layer_name(node), pattern) for pattern in self.precision.keep)]
+        edges = outermost(list(graph.nodes), set(chosen))
+        layers = {}
+        for node in chosen:
+            bits = 8 if node in edges else self.precision.activation_bits
+            layers[node] = _Layer(8 if node in edges else self.precision.weight_bits, bits, node.args[0] in positive)
+        return layers
+
+    @staticmethod
+    def _ends(graph: fx.Graph, placement: Placement) -> set[fx.Node]:
+        """The nodes whose outputs the placement wants quantized: behind the ReLU, where one follows."""
+        wanted = {output.name: output.clamp for output in placement.outputs}
+        ends = set()
+        for node in graph.nodes:
+            if node.target not in {*CONVOLUTIONS, *TRANSPOSED, _aten.batch_norm.default} or layer_name(node) not in wanted:
+                continue
+            end = node
+            if wanted[layer_name(node)] is not None:
+                (user,) = node.users
+                end = user if user.target in _RELUS else node
+            ends.add(end)
+        return ends
+
+
+def weight_spec(bits: int, axis: int = 0) -> QuantizationSpec:
+    """Symmetric per output channel, following the weight without delay.
+
+    Args:
+        bits: 2 to 8; eight use -127..127, so that any sign can be folded in.
+        axis: of the output channels.
+    """
+    limit = 2 ** (bits - 1)
+    return QuantizationSpec(
+        dtype=torch.int8,
+        observer_or_fake_quant_ctr=FakeQuantize.with_args(
+            observer=MovingAveragePerChannelMinMaxObserver, averaging_constant=1.0, ch_axis=axis
+        ),
+        quant_min=-127 if bits == 8 else -limit,
+        quant_max=limit - 1,
+        qscheme=torch.per_channel_symmetric,
+        ch_axis=axis,
+    )
+
+
+def activation_spec(bits: int, *, signed: bool = True) -> QuantizationSpec:
+    """Per tensor with zero point 0.
+
+    Args:
+        bits: 2 to 8.
+        signed: False for a tensor that is never negative, where an affine observer always finds zero point 0.
+    """
+    limit = 2 ** (bits - 1)
+    return QuantizationSpec(
+        dtype=torch.int8 if signed else torch.uint8,
+        observer_or_fake_quant_ctr=FakeQuantize.with_args(observer=MovingAverageMinMaxObserver),
+        quant_min=-limit if signed else 0,
+        quant_max=limit - 1 if signed else 2 * limit - 1,
+        qscheme=torch.per_tensor_symmetric if signed else torch.per_tensor_affine,
+    )
+
+
+def _operands(adds: set[fx.Node], layers: set[fx.Node]) -> set[fx.Node]:
+    """Operands of residual adds that are read by residual adds and quantized layers alone: one quantizer serves all of them."""
+    operands = {operand for add in adds for operand in add.args[:2] if isinstance(operand, fx.Node)}
+    return {node for node in operands if node.op == "call_function" and set(_readers(node)) <= adds | layers}
+
+
+def _with_sums(
+    graph: fx.Graph, adds: set[fx.Node], layers: set[fx.Node], outputs: set[fx.Node]
+) -> tuple[set[fx.Node], set[fx.Node]]:
+    """Quantize the sums of quantized tensors, too, but not what quantized layers alone read, nor what the model returns.
+
+    Args:
+        graph: of the float model.
+        adds: its residual adds.
+        layers: convolutions and linear layers that quantize their input, if it is not.
+        outputs: nodes whose output is to be quantized to 8 bits.
+
+    Returns:
+        ``outputs`` with those sums (behind the ReLU, where one follows), and all nodes that lie on the grid of one of them.
+    """
+    outputs = set(outputs)
+    on_grid: set[fx.Node] = set()
+    for node in graph.nodes:
+        operands = node.all_input_nodes
+        if node in outputs or (node.target in _GRID_KEEPING and operands[0] in on_grid):
+            on_grid.add(node)
+        elif node in adds and on_grid.issuperset(operands):
+            readers = _readers(node)
+            end = readers[0] if len(readers) == 1 and readers[0].target in _RELUS else node
+            readers = _readers(end)
+            if not layers.issuperset(readers) and all(reader.op != "output" for reader in readers):
+                outputs.add(end)
+                if end is node:
+                    on_grid.add(node)
+    return outputs, on_grid
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """Who reads the numbers of a tensor: asking for its shape is not reading."""
+    return [user for user in node.users if user.target is not _aten.sym_size.int]
+
+
+def _positive(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes that are never negative."""
+    positive: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.target in {_aten.hardtanh.default, _aten.hardtanh_.default}:
+            holds = len(node.args) > 1 and node.args[1] >= 0
+        elif node.target in _SIGN_KEEPING:
+            sources = [source for source in node.all_input_nodes if _is_tensor(source)]
+            # Of adds only those of two tensors: a scalar or a factor (alpha) may be negative.
+            holds = set(sources) <= positive and (node.target not in _ADDS or (len(sources) == 2 and not node.kwargs))
+        else:
+            holds = node.target in _RELUS or node.target in _NON_NEGATIVE
+        if holds:
+            positive.add(node)
+    return positive
+
+
+def _adds_activations(node: fx.Node, dynamic: set[fx.Node]) -> bool:
+    """Whether both operands are different feature maps of one shape: a residual add."""
+    first, second = node.args[:2]
+    return (
+        isinstance(first, fx.Node)
+        and isinstance(second, fx.Node)
+        and first is not second
+        and {first, second} <= dynamic
+        and all(_is_tensor(operand) and operand.meta["val"].is_floating_point() for operand in (first, second))
+        and first.meta["val"].ndim == second.meta["val"].ndim >= 2
+    )
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)

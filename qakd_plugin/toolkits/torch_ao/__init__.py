@@ -1,0 +1,1 @@
+"""Models prepared by torch.ao, FX and eager."""

@@ -1,0 +1,163 @@
+"""The batches of an epoch, shared among processes so that no sample is lost and none counts twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from accelerate.data_loader import DataLoaderStateMixin
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+
+from ..._common.rng_state import samplers_of
+from ...errors import QakdError
+from .processes import Processes
+
+
+class Shards:
+    """One process's share of each joined batch.
+
+    A joined batch is as many consecutive batches of the loader as there are processes; each takes one. What is left at the end
+    of the loader is divided anew, as evenly as can be. A process for which nothing is left gets a sample of another to compute
+    on, and :attr:`counts` is False: it must have no weight in any mean.
+
+    Of a DataLoader each process reads its own share only, in the order that the first process's sampler drew. Other iterables
+    are run through by every process and must yield the same everywhere.
+
+    Args:
+        loader: the whole loader, the same in all processes.
+        processes: of this run, more than one.
+    """
+
+    def __init__(self, loader: Iterable[Any], processes: Processes) -> None:
+        self.loader, self.processes = loader, processes
+        self.counts = True
+        # A subclass may iterate in its own way, and an IterableDataset has no indices to share.
+        by_index = type(loader) is DataLoader and loader.batch_sampler is not None
+        self._own = None
+        if by_index and not isinstance(loader.dataset, IterableDataset):  # type: ignore[attr-defined]
+            self._indices = _SharedIndices(loader.batch_sampler, processes)  # type: ignore[attr-defined]
+            options = {name: getattr(loader, name) for name in _KEPT_OPTIONS if hasattr(loader, name)}
+            self._own = DataLoader(loader.dataset, batch_sampler=self._indices, **options)  # type: ignore[attr-defined]
+
+    def __len__(self) -> int:
+        return -(-len(self.loader) // self.processes.count)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Any]:
+        self.counts = True
+        if self._own is None:
+            yield from self._from_groups()
+            return
+        for number, batch in enumerate(self._own):
+            self.counts = number not in self._indices.fillers
+            yield batch
+
+    def _from_groups(self) -> Iterator[Any]:
+        batches, count = iter(self.loader), self.processes.count
+        while group := list(islice(batches, count)):
+            if len(group) == count:
+                self.counts = True
+                yield group[self.processes.index]
+            else:
+                yield self._part(group)
+
+    def _part(self, group: list[Any]) -> Any:
+        try:
+            start, end, self.counts = _bounds(sum(map(_size, group)), self.processes)
+            return _cut(group, start, end)
+        except TypeError as problem:
+            raise QakdError(
+                f"loader: its last {len(group)} batches cannot be divided among {self.processes.count} processes, because they "
+                f"hold more than tensors ({problem}). Give it a length that the number of processes divides, or use a "
+                "DataLoader over a map-style data set."
+            ) from problem
+
+
+def shared(loader: Iterable[Any], processes: Processes) -> Iterable[Any]:
+    """The batches that this process works on.
+
+    Args:
+        loader: as the user passed it. One with a DistributedSampler is shared out already and taken as it is.
+        processes: of this run.
+
+    Raises:
+        QakdError: accelerate has shared it out: a share of a share would leave most samples out.
+    """
+    if processes.count > 1 and isinstance(loader, DataLoaderStateMixin):
+        raise QakdError(
+            "loader (or val_loader) came from accelerator.prepare and is shared out already. Pass the DataLoader that it was "
+            "made of: distill shares it out itself, so that no sample is lost and none counts twice."
+        )
+    if processes.count == 1 or any(isinstance(sampler, DistributedSampler) for sampler in samplers_of(loader)):
+        return loader
+    return Shards(loader, processes)
+
+
+class _SharedIndices:
+    """A batch sampler with this process's part of what the first process's draws."""
+
+    def __init__(self, batches: Iterable[Any], processes: Processes) -> None:
+        self.batches, self.processes = batches, processes
+        self.fillers: set[int] = set()
+
+    def __len__(self) -> int:
+        return -(-len(self.batches) // self.processes.count)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        drawn = self.processes.on_main(lambda: [list(batch) for batch in self.batches])
+        count, index = self.processes.count, self.processes.index
+        self.fillers = set()
+        for number, start in enumerate(range(0, len(drawn), count)):
+            group = drawn[start : start + count]
+            if len(group) == count:
+                yield group[index]
+                continue
+            joined = [item for batch in group for item in batch]
+            first, end, counts = _bounds(len(joined), self.processes)
+            if not counts:
+                self.fillers.add(number)
+            yield joined[first:end]
+
+
+def _bounds(size: int, processes: Processes) -> tuple[int, int, bool]:
+    """This process's part of so many samples, and whether it is one: if there is none, it borrows the first sample."""
+    start, end = (size * number // processes.count for number in (processes.index, processes.index + 1))
+    return (start, end, True) if end > start else (0, 1, False)
+
+
+def _size(batch: Any) -> int:
+    """How many samples a batch holds, by the first tensor in it."""
+    if isinstance(batch, Tensor):
+        return len(batch)
+    if isinstance(batch, Mapping):
+        batch = list(batch.values())
+    if isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) > 0:
+        return _size(batch[0])
+    raise TypeError(type(batch).__name__)
+
+
+def _cut(batches: Sequence[Any], start: int, end: int) -> Any:
+    """Samples of batches laid end to end, in the form of a batch. Raises TypeError for a part that is no tensor."""
+    first = batches[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(batches))[start:end]
+    if isinstance(first, Mapping):
+        return {key: _cut([batch[key] for batch in batches], start, end) for key in first}
+    if isinstance(first, tuple | list):
+        return [_cut(parts, start, end) for parts in zip(*batches, strict=True)]
+    raise TypeError(type(first).__name__)
+
+
+_KEPT_OPTIONS = (
+    "num_workers",
+    "collate_fn",
+    "pin_memory",
+    "timeout",
+    "worker_init_fn",
+    "multiprocessing_context",
+    "generator",
+    "prefetch_factor",
+    "persistent_workers",
+)

@@ -1,0 +1,141 @@
+"""Optimizers and their schedule: AdamW or another, linear warm-up, half a cosine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Container, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from ..errors import QakdError
+from ..quantizers.base import PREFIX
+from ..toolkits import Adapter
+from ..toolkits.adapter import Role
+
+MakeOptimizer: TypeAlias = Callable[..., torch.optim.Optimizer]
+"""Called with parameter groups and ``lr=``: ``torch.optim.AdamW``, ``partial(torch.optim.SGD, momentum=0.9)``."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Numbers of a run; see :func:`qakd_plugin.distill`."""
+
+    lr: float = 1e-3
+    quantizer_lr: float = 1e-3
+    activation_quantizer_lr: float | None = None
+    teacher_lr: float = 1e-4
+    weight_decay: float = 1e-4
+    grad_clip: float | None = 1.0
+    warmup: float = 0.05
+    mixed_precision: str = "no"
+    accumulate: int = 1
+    ema: float | None = None
+    recalibrate_batches: int = 0
+    patience: int | None = None
+    optimizer: MakeOptimizer = field(default=torch.optim.AdamW, repr=False)  # its repr may hold an address
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup < 1:
+            raise QakdError(f"warmup={self.warmup} must be a share of all steps, not a number of them: 0.05, or 0 for none.")
+        if self.grad_clip is not None and not self.grad_clip > 0:
+            raise QakdError(f"grad_clip={self.grad_clip} must be positive, or None for no clipping.")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise QakdError(f"ema={self.ema} must lie between 0 and 1, e.g. 0.999, or be None.")
+        if self.recalibrate_batches < 0:
+            raise QakdError(f"recalibrate_batches={self.recalibrate_batches} must not be negative.")
+        if self.patience is not None and self.patience < 1:
+            raise QakdError(f"patience={self.patience} must be 1 at least, or None.")
+
+
+def quantizer_parameters(adapter: Adapter, model: nn.Module, role: Role | None = None) -> dict[int, nn.Parameter]:
+    """Trained parameters that belong to quantizers (of one role), by id."""
+    quantizers = [quantizer for quantizer in adapter.quantizers(model) if role in (None, quantizer.role)]
+    return {id(p): p for quantizer in quantizers for p in quantizer.module.parameters() if p.requires_grad}
+
+
+def student_optimizer(adapter: Adapter, model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    """Groups: weights, biases and norms without decay, and parameters of quantizers with rates of their own and no decay.
+
+    With Adam's step the rate of quantizers is a relative change per step. Ours are logarithms or ratios already; a scale that a
+    toolkit learns as it is gets the rate times its size.
+    """
+    of_weights = quantizer_parameters(adapter, model, "weight")
+    of_activations = {key: p for key, p in quantizer_parameters(adapter, model, "activation").items() if key not in of_weights}
+    weights = [p for p in model.parameters() if p.requires_grad and id(p) not in of_weights | of_activations]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in weights if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in weights if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    rate = settings.quantizer_lr
+    relative = {id(p) for name, p in model.named_parameters() if name.rpartition(".")[2].startswith(PREFIX)}
+    groups += _quantizer_groups(of_weights, relative, rate)
+    groups += _quantizer_groups(
+        of_activations, relative, rate if settings.activation_quantizer_lr is None else settings.activation_quantizer_lr
+    )
+    return settings.optimizer([group for group in groups if group["params"]], lr=settings.lr)
+
+
+def _quantizer_groups(parameters: dict[int, nn.Parameter], relative: set[int], rate: float) -> list[dict[str, Any]]:
+    groups: list[dict[str, Any]] = [{"params": [p for key, p in parameters.items() if key in relative], "lr": rate}]
+    for key, parameter in parameters.items():
+        if key not in relative:
+            size = float(parameter.detach().abs().mean()) or 1.0
+            groups.append({"params": [parameter], "lr": rate * size})
+    return [{**group, "weight_decay": 0.0} for group in groups]
+
+
+def teacher_optimizer(teacher: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    """The same kind for a teacher that learns too."""
+    group = {"params": list(teacher.parameters()), "weight_decay": settings.weight_decay}
+    return settings.optimizer([group], lr=settings.teacher_lr)
+
+
+def optimizer_name(make: MakeOptimizer) -> str:
+    """The same text in every process, for checkpoints and trackers: "AdamW", "SGD(momentum=0.9)"."""
+    if isinstance(make, partial):
+        options = ", ".join(f"{name}={value!r}" for name, value in sorted(make.keywords.items()))
+        return f"{optimizer_name(make.func)}({options})"
+    return getattr(make, "__qualname__", type(make).__qualname__)
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], of_quantizers: Container[int], limit: float | None) -> float:
+    """Clip the gradients of weights, and apart from them those of quantizers, to a norm each.
+
+    Apart, because the gradient of a clipping range is a sum over all activations, and would drown those of weights.
+
+    Args:
+        parameters: with or without gradients.
+        of_quantizers: ids of those that belong to quantizers.
+        limit: largest norm; None only measures.
+
+    Returns:
+        The norm of all gradients before clipping.
+    """
+    parts: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+    for parameter in parameters:
+        parts[id(parameter) in of_quantizers].append(parameter)
+    largest = math.inf if limit is None else limit
+    norms = [nn.utils.clip_grad_norm_(part, largest) for part in parts if part]
+    return float(torch.linalg.vector_norm(torch.stack(norms)))
+
+
+def cosine_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup: float) -> torch.optim.lr_scheduler.LambdaLR:
+    """Linear warm-up over a share of all steps, then half a cosine down to 0.
+
+    Args:
+        optimizer: whose learning rates are the peaks.
+        steps: of the whole run.
+        warmup: share of them with a rising rate.
+    """
+    rising = round(warmup * steps)
+
+    def factor(step: int) -> float:
+        if step < rising:
+            return (step + 1) / (rising + 1)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rising) / max(1, steps - rising))))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -1,0 +1,199 @@
+"""Checks before the first training step, and the search for what went wrong after a bad one. Each message says what to do."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import NotPreparedError, QakdError, TrainingError, UnsupportedQuantizerError
+from ..preparation.feasibility import export_problems
+from ..toolkits import Adapter
+
+_log = logging.getLogger(__name__)
+
+
+def check_quantizers(adapter: Adapter, model: nn.Module) -> None:
+    """At least one weight quantizer; ranges calibrated, finite and positive.
+
+    Raises:
+        NotPreparedError: names the quantizer.
+    """
+    quantizers = adapter.quantizers(model)
+    roles = [quantizer.role for quantizer in quantizers]
+    if "weight" not in roles:
+        raise NotPreparedError(
+            f"prepared_model ({type(model).__name__}, {adapter.name}) has no enabled weight quantizer: there is nothing to "
+            "train for. Enable weight quantization in the toolkit's configuration, or use qakd_plugin.prepare."
+        )
+    if "activation" not in roles:
+        _log.warning(
+            "prepared_model quantizes weights only (%d quantizers, none for activations): layers will compute in floating "
+            "point. If that is not meant, look at the configuration: prepare_qat_fx, for one, silently drops symmetric "
+            "activations without backend_config=get_tensorrt_backend_config().",
+            len(quantizers),
+        )
+    for quantizer in quantizers:
+        try:
+            scale = adapter.qparams(quantizer).scale
+        except UnsupportedQuantizerError as problem:
+            if quantizer.role == "weight":
+                raise
+            _log.warning("%s It can be trained with, but not exported.", problem)
+            continue
+        if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+            raise NotPreparedError(
+                f"{quantizer.fqn}: its scale must be finite and positive, got "
+                f"{float(scale.min()):.3g}..{float(scale.max()):.3g}. "
+                "Calibrate again on real batches."
+            )
+
+
+def check_trainable(adapter: Adapter, model: nn.Module) -> None:
+    """Some weight must require a gradient, not only parameters of quantizers.
+
+    Raises:
+        TrainingError: otherwise.
+    """
+    of_quantizers = {id(p) for quantizer in adapter.quantizers(model) for p in quantizer.module.parameters()}
+    if not any(p.requires_grad for p in model.parameters() if id(p) not in of_quantizers):
+        raise TrainingError(
+            f"none of prepared_model's weights requires a gradient ({type(model).__name__}): it looks like a copy of a frozen "
+            "teacher. Call prepared_model.requires_grad_(True) before distill."
+        )
+
+
+def check_first_batch(student: nn.Module, student_logits: Tensor, teacher_logits: Tensor | None, x: Tensor) -> None:
+    """Input and output of the student are finite, and both networks know the same classes.
+
+    Raises:
+        TrainingError: names the input or the first layer with a NaN.
+        QakdError: the numbers of classes differ.
+    """
+    require_finite_input(x, 0)
+    if not bool(torch.isfinite(student_logits).all()):
+        raise TrainingError(f"prepared_model puts out NaN or infinite logits on the first batch. {blame(student, x)}")
+    if student_logits.ndim != 2:
+        raise QakdError(f"prepared_model must put out logits (N, C), got shape {tuple(student_logits.shape)}.")
+    if teacher_logits is not None and teacher_logits.shape != student_logits.shape:
+        raise QakdError(
+            f"teacher and prepared_model must know the same classes: the teacher puts out {tuple(teacher_logits.shape)}, the "
+            f"student {tuple(student_logits.shape)} for the same batch."
+        )
+
+
+@torch.no_grad()
+def check_separate(student: nn.Module, teacher: nn.Module) -> None:
+    """Student and teacher must not hold the same tensors, or training one trains the other.
+
+    Raises:
+        QakdError: they do; names a parameter.
+    """
+    trained = {p.data_ptr(): name for name, p in student.named_parameters() if p.requires_grad and p.numel()}
+    for name, parameter in teacher.named_parameters():
+        if parameter.numel() and parameter.data_ptr() in trained:
+            raise QakdError(
+                f"teacher: its {name!r} is the same tensor as {trained[parameter.data_ptr()]!r} of prepared_model, so that "
+                "training would change the teacher. Prepare a copy: copy.deepcopy(model) goes into torch.export.export, "
+                "mtq.quantize, quantize_ or prepare_qat_fx, which work in place or share tensors."
+            )
+
+
+def check_against_teacher(adapter: Adapter, student: nn.Module, teacher: nn.Module, teacher_logits: Tensor, x: Tensor) -> None:
+    """Warn where the student without fake quantization is not the teacher although it has all its weights.
+
+    This catches what a toolkit changes silently: ``prepare_qat_pt2e`` sets the eps of every BatchNorm to 1e-5.
+
+    Args:
+        adapter: of the student's toolkit.
+        student: in eval mode with frozen ranges.
+        teacher: any network; one with other weights is not compared.
+        teacher_logits: (N, C) its output for ``x`` in eval mode.
+        x: a batch.
+    """
+    if not _has_weights_of(student, teacher):
+        return
+    adapter.set_fake_quant(student, False)
+    try:
+        unquantized = student(x)
+    finally:
+        adapter.set_fake_quant(student, True)
+    spread = float(teacher_logits.max() - teacher_logits.min()) or 1.0
+    deviation = float((unquantized - teacher_logits).abs().max()) / spread
+    if deviation > _SAME_NETWORK:
+        _log.warning(
+            "With fake quantization off, prepared_model is not the teacher although all weights are equal: logits differ by "
+            "%.2g of their range. Preparing changed the network. prepare_qat_pt2e does so where a BatchNorm has another eps "
+            "than 1e-5 (add eps - 1e-5 to its running_var before torch.export, or use qakd_plugin.prepare); else look for "
+            "operators that the toolkit replaced.",
+            deviation,
+        )
+
+
+_SAME_NETWORK = 1e-3
+"""Logits of one network computed in two orders differ by about 1e-6 of their range."""
+
+
+def _has_weights_of(student: nn.Module, teacher: nn.Module) -> bool:
+    """Whether each weight of the teacher with more than one dimension is one of the student's, value by value."""
+    own: dict[torch.Size, list[Tensor]] = {}
+    for parameter in student.parameters():
+        own.setdefault(parameter.shape, []).append(parameter)
+    weights = [parameter for parameter in teacher.parameters() if parameter.ndim > 1]
+    return bool(weights) and all(any(torch.equal(weight, p) for p in own.get(weight.shape, [])) for weight in weights)
+
+
+@torch.no_grad()
+def check_exportable(adapter: Adapter, student: nn.Module, x: Tensor) -> None:
+    """Warn, before the first epoch and not after the last, of targets that cannot take the model.
+
+    Args:
+        adapter: of the student's toolkit.
+        student: in eval mode.
+        x: a batch.
+    """
+    for reason, targets in export_problems(adapter, student, x).items():
+        _log.warning("prepared_model cannot be exported for %s: %s", " and ".join(targets), reason)
+
+
+def require_finite_input(x: Tensor, batch: int) -> None:
+    """Raise TrainingError, with the batch's number, for NaN or infinite images."""
+    if not bool(torch.isfinite(x).all()):
+        bad = (~torch.isfinite(x)).flatten(1).any(1).nonzero().flatten().tolist()
+        raise TrainingError(f"loader: batch {batch} holds NaN or infinite values in samples {bad[:8]}. Clean the data.")
+
+
+@torch.no_grad()
+def blame(model: nn.Module, x: Tensor) -> str:
+    """One sentence: the first module whose output is not finite for ``x`` although its input is."""
+    found: list[tuple[str, nn.Module]] = []
+
+    def hook(name: str) -> Any:
+        def look(module: nn.Module, args: Any, output: Any) -> None:
+            inputs = [a for a in args if isinstance(a, Tensor) and a.is_floating_point()]
+            clean = all(bool(torch.isfinite(a).all()) for a in inputs)
+            if not found and clean and isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
+                found.append((name, module))
+
+        return look
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules() if name]
+    try:
+        model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not found:
+        return "No single layer turns finite numbers into NaN on this batch."
+    name, module = found[0]
+    gamma = getattr(getattr(module, "bn", None), "weight", None)
+    if isinstance(gamma, Tensor) and bool((gamma == 0).any()):
+        channel = int((gamma == 0).nonzero()[0])
+        return (
+            f"{name} ({type(module).__name__}) is where it begins: its BatchNorm has gamma = 0 in channel {channel} "
+            "(zero_init_residual?), and the fused layer divides by it. Set such gammas to a small number, 1e-3, before "
+            "preparing."
+        )
+    return f"{name} ({type(module).__name__}) is where it begins."

@@ -1,0 +1,311 @@
+"""Running engines: everything but the GPU itself, which is stood in for by arrays at real addresses."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qakd_plugin.deploy.engine.bindings import Runtime, cuda_driver
+from qakd_plugin.deploy.engine.cuda import Buffer, CudaGraph, open_device
+from qakd_plugin.deploy.engine.manifest import LoadedEngine
+from qakd_plugin.deploy.engine.runner import EngineRunner, EngineSession, check_shape
+from qakd_plugin.errors import EngineError, MissingPackageError
+
+SMALLEST, LARGEST = (1, 3), (8, 3)
+no_gpu = pytest.mark.skipif(cuda_driver() is not None, reason="there is a GPU")
+
+
+class HostDevice:
+    """A device whose GPU memory is other host memory; ``queue`` lists what was asked for, in order."""
+
+    stream = 42
+
+    def __init__(self) -> None:
+        self.queue: list[str] = []
+
+    def buffer(self, shape: tuple[int, ...], dtype: Any) -> Buffer:
+        device = np.zeros(shape, dtype)
+        return Buffer(np.zeros(shape, dtype), device.ctypes.data, device)
+
+    def upload(self, buffer: Buffer) -> None:
+        self.queue.append("upload")
+        buffer.owner[...] = buffer.host
+
+    def download(self, buffer: Buffer) -> None:
+        self.queue.append("download")
+        buffer.host[...] = buffer.owner
+
+    def mark(self) -> int:
+        self.queue.append("mark")
+        return len(self.queue)
+
+    def elapsed_ms(self, start: int, end: int) -> float:
+        return float(end - start)
+
+    def synchronize(self) -> None:
+        self.queue.append("synchronize")
+
+    def close(self) -> None:
+        self.queue.append("close")
+
+
+class Affine:
+    """Engine and context at once, as far as a session uses them: puts out 2 x + 1 and the sum of x."""
+
+    num_io_tensors = 3
+
+    def __init__(self, device: HostDevice, fails: bool = False) -> None:
+        self.device, self.fails, self.addresses, self.shape = device, fails, dict[str, int](), (0, 3)
+
+    def get_tensor_name(self, index: int) -> str:
+        return ("x", "y", "total")[index]
+
+    def get_tensor_mode(self, name: str) -> str:
+        return "in" if name == "x" else "out"
+
+    def get_tensor_dtype(self, name: str) -> Any:
+        return np.float32
+
+    def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
+        return [SMALLEST, SMALLEST, LARGEST]
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self.shape = shape
+        return True
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return (self.shape[0], 1) if name == "total" else self.shape
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self.addresses[name] = address
+        return True
+
+    def execute_async_v3(self, stream: int) -> bool:
+        assert stream == self.device.stream
+        self.device.queue.append("execute")
+        if self.fails:
+            return False
+        x = self._at("x")
+        self._at("y")[...] = 2 * x + 1
+        self._at("total")[...] = x.sum(axis=1, keepdims=True)
+        return True
+
+    def _at(self, name: str) -> np.ndarray[Any, Any]:
+        shape = self.get_tensor_shape(name)
+        numbers = (ctypes.c_float * int(np.prod(shape))).from_address(self.addresses[name])
+        return np.ctypeslib.as_array(numbers).reshape(shape)
+
+
+def make_session(fails: bool = False, driver: Any = None) -> tuple[EngineSession, HostDevice]:
+    device = HostDevice()
+    engine = Affine(device, fails)
+    module = SimpleNamespace(TensorIOMode=SimpleNamespace(INPUT="in"), nptype=lambda dtype: dtype)
+    loaded = LoadedEngine(engine, Runtime("tensorrt", module), ["out of luck"], {})
+    return EngineSession(loaded, engine, device, driver), device
+
+
+def images(batch: int, seed: int = 0) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(seed).normal(size=(batch, 3)).astype(np.float32)
+
+
+def test_the_first_output_is_what_the_engine_computes_for_each_batch_size() -> None:
+    session, _ = make_session()
+    for batch in (1, 8, 8, 3):
+        x = images(batch, seed=batch)
+        np.testing.assert_allclose(session.run(x), 2 * x + 1, rtol=1e-6)
+
+
+def test_an_output_is_not_overwritten_by_the_next_call() -> None:
+    session, _ = make_session()
+    first, second = images(4, seed=1), images(4, seed=2)
+    output = session.run(first)
+    session.run(second)
+    np.testing.assert_allclose(output, 2 * first + 1, rtol=1e-6)
+
+
+def test_buffers_are_made_and_warmed_up_once_for_a_shape() -> None:
+    session, device = make_session()
+    session.run(images(2))
+    assert device.queue == ["execute", "synchronize", "upload", "execute", "download", "download", "synchronize"]
+    device.queue.clear()
+    session.run(images(2))
+    assert device.queue == ["upload", "execute", "download", "download", "synchronize"]
+
+
+def test_parts_are_timed_between_their_own_marks() -> None:
+    session, device = make_session()
+    session.run(images(2))
+    device.queue.clear()
+    times = session.time(images(2))
+    assert device.queue == ["mark", "upload", "mark", "execute", "mark", "download", "download", "mark", "synchronize"]
+    assert (times.upload_ms, times.compute_ms, times.download_ms) == (2.0, 2.0, 3.0)
+
+
+def test_wider_floats_are_converted_and_other_numbers_refused() -> None:
+    session, _ = make_session()
+    x = images(2).astype(np.float64)
+    np.testing.assert_allclose(session.run(x), 2 * x + 1, rtol=1e-6)
+    with pytest.raises(EngineError, match="input 'x' takes float32, got complex64"):
+        session.run(x.astype(np.complex64))
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (9, 3), (4, 2), (4, 3, 1), (3,)])
+def test_shapes_outside_the_profile_are_refused_and_the_session_goes_on(shape: tuple[int, ...]) -> None:
+    session, _ = make_session()
+    with pytest.raises(EngineError, match=r"input 'x' takes \[1 to 8, 3\], got"):
+        session.run(np.zeros(shape, np.float32))
+    session.run(images(4))
+
+
+def test_the_whole_profile_is_taken() -> None:
+    check_shape("x", SMALLEST, SMALLEST, LARGEST)
+    check_shape("x", LARGEST, SMALLEST, LARGEST)
+
+
+def test_a_failing_engine_says_what_the_library_said() -> None:
+    session, _ = make_session(fails=True)
+    with pytest.raises(EngineError, match="failed to run: out of luck"):
+        session.run(images(1))
+
+
+class GraphDriver:
+    """The driver's graph functions: a captured function is kept and run at each launch."""
+
+    def __init__(self, **statuses: int) -> None:
+        self.statuses, self.called = statuses, list[str]()
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        def function(*arguments: Any) -> int:
+            self.called.append(name)
+            status = self.statuses.get(name, 0)
+            made = {"cuStreamEndCapture": 1, "cuGraphInstantiateWithFlags": 0}.get(name)
+            if made is not None and not status:
+                arguments[made]._obj.value = 1  # what ctypes.byref points at: the new handle
+            return status
+
+        return function
+
+
+def test_a_captured_engine_is_launched_as_a_graph() -> None:
+    driver = GraphDriver()
+    session, device = make_session(driver=driver)
+    session.run(images(2))
+    assert session.captured
+    assert device.queue.count("execute") == 2, "once to warm up, once while it is captured"
+    assert driver.called == [
+        "cuStreamBeginCapture_v2",
+        "cuStreamEndCapture",
+        "cuGraphInstantiateWithFlags",
+        "cuGraphDestroy",
+        "cuGraphLaunch",
+    ]
+    session.run(images(2))
+    assert driver.called[-1] == "cuGraphLaunch"
+    assert device.queue.count("execute") == 2
+    session.run(images(3))
+    assert driver.called[-1] == "cuGraphLaunch"
+    assert driver.called.count("cuGraphExecDestroy") == 1, "the graph of the former shape is freed"
+
+
+@pytest.mark.parametrize("function", ["cuStreamBeginCapture_v2", "cuStreamEndCapture", "cuGraphInstantiateWithFlags"])
+def test_an_engine_that_cannot_be_captured_is_launched_call_by_call(function: str, caplog: pytest.LogCaptureFixture) -> None:
+    session, _ = make_session(driver=GraphDriver(**{function: 900}))
+    x = images(2)
+    np.testing.assert_allclose(session.run(x), 2 * x + 1, rtol=1e-6)
+    assert not session.captured
+    assert "launched one by one" in caplog.text
+    assert "900" in caplog.text
+
+
+def test_capture_ends_also_when_the_captured_function_fails() -> None:
+    driver = GraphDriver()
+
+    def fails() -> bool:
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        CudaGraph(driver, 1, fails)  # type: ignore[arg-type]
+    assert driver.called[-1] == "cuStreamEndCapture"
+    with pytest.raises(EngineError, match="cannot be captured"):
+        CudaGraph(driver, 1, lambda: False)  # type: ignore[arg-type]
+    assert driver.called[-1] == "cuGraphDestroy"
+
+
+def test_engines_with_several_inputs_are_refused() -> None:
+    class TwoInputs(Affine):
+        def get_tensor_mode(self, name: str) -> str:
+            return "out" if name == "total" else "in"
+
+    device = HostDevice()
+    module = SimpleNamespace(TensorIOMode=SimpleNamespace(INPUT="in"), nptype=lambda dtype: dtype)
+    engine = TwoInputs(device)
+    with pytest.raises(EngineError, match=r"inputs \['x', 'y'\]: one was expected"):
+        EngineSession(LoadedEngine(engine, Runtime("tensorrt", module), [], {}), engine, device)
+
+
+def test_the_time_to_load_an_engine_counts_neither_imports_nor_the_start_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    def taking(seconds: float, result: Any) -> Callable[..., Any]:
+        def step(*_: Any) -> Any:
+            nonlocal now
+            now += seconds
+            return result
+
+        return step
+
+    device = HostDevice()
+    engine = Affine(device)
+    module = SimpleNamespace(TensorIOMode=SimpleNamespace(INPUT="in"), nptype=lambda dtype: dtype)
+    library = Runtime("tensorrt", module)
+    loaded = LoadedEngine(engine, library, [], {"float_type": "float32"})
+    steps = {
+        "read_manifest": taking(0.0, {"runtime": {"name": "tensorrt"}}),
+        "load_runtime": taking(8.0, library),
+        "open_device": taking(4.0, device),
+        "load_engine": taking(0.002, loaded),
+        "_make_context": taking(0.001, (engine, None)),
+        "cuda_driver": taking(0.0, None),
+        "time": SimpleNamespace(perf_counter=lambda: now),
+    }
+    for name, step in steps.items():
+        monkeypatch.setattr(f"qakd_plugin.deploy.engine.runner.{name}", step)
+    assert EngineRunner("net.engine").load_ms == pytest.approx(3.0)
+
+
+@no_gpu
+def test_without_a_gpu_the_runner_says_what_is_missing(tmp_path: Any) -> None:
+    with pytest.raises(EngineError, match="needs an NVIDIA GPU and its driver"):
+        open_device()
+    with pytest.raises((EngineError, MissingPackageError), match=r"none\.engine\.json cannot be read"):
+        EngineRunner(tmp_path / "none.engine")
+
+
+@pytest.mark.parametrize(
+    ("interface", "names"),
+    [
+        ("Runtime", ["deserialize_cuda_engine"]),
+        (
+            "ICudaEngine",
+            ["num_io_tensors", "get_tensor_name", "get_tensor_mode", "get_tensor_dtype", "get_tensor_profile_shape"],
+        ),
+        ("ICudaEngine", ["create_runtime_config", "create_execution_context", "create_engine_inspector"]),
+        ("IExecutionContext", ["set_input_shape", "get_tensor_shape", "set_tensor_address", "execute_async_v3"]),
+        ("IRuntimeConfig", ["cuda_graph_strategy", "dynamic_shapes_kernel_specialization_strategy"]),
+        ("IRuntimeConfig", ["create_runtime_cache", "set_runtime_cache"]),
+        ("IRuntimeCache", ["serialize", "deserialize"]),
+        ("CudaGraphStrategy", ["WHOLE_GRAPH_CAPTURE", "DISABLED"]),
+        ("DynamicShapesKernelSpecializationStrategy", ["EAGER"]),
+        ("EngineInspector", ["execution_context", "get_engine_information"]),
+        ("LayerInformationFormat", ["JSON"]),
+    ],
+)
+def test_what_the_runner_calls_is_in_the_installed_bindings(interface: str, names: list[str]) -> None:
+    """They cannot be called without a GPU, but a name that is not there would be found only on one."""
+    bindings = pytest.importorskip("tensorrt_rtx_bindings")
+    assert [name for name in names if not hasattr(getattr(bindings, interface), name)] == []

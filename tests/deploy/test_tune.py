@@ -1,0 +1,125 @@
+"""A tuned file computes the same bits; what is chosen is what was measured."""
+
+import json
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+from qdq_graphs import UINT8, QdqGraph, residual_net
+
+from qakd_plugin import ExportError, QakdError, export_onnx, tune_for_host
+from qakd_plugin.bench.census import census
+from qakd_plugin.cli import main
+from qakd_plugin.deploy.canonical.graph import constant, stored_codes, weight_dequantizers
+from qakd_plugin.deploy.engine.precheck import inspect_onnx
+from qakd_plugin.deploy.tuning import eligible_layers, shifted
+
+
+def _run(path, images, *, optimize):
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if not optimize:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return onnxruntime.InferenceSession(path, options).run(None, {"input": images})[0]
+
+
+@pytest.fixture(params=[8, 4])
+def file(request, tmp_path, make_student, digits):
+    images = digits.test[0][:16]
+    exported = export_onnx(make_student("modelopt", request.param), images, tmp_path / "s.onnx", target="onnxruntime")
+    return exported.path, images.numpy()
+
+
+def test_shifted_weights_are_the_same_numbers_on_the_same_kernels(file, tmp_path):
+    path, images = file
+    model = ir.load(path)
+    layers = eligible_layers(model)
+    assert len(layers) == 9  # all convolutions; the linear layer is none
+    ir.save(shifted(model, layers), tmp_path / "shifted.onnx")
+    changed = {node.name: node for node in weight_dequantizers(ir.load(tmp_path / "shifted.onnx").graph)}
+    for node in weight_dequantizers(model.graph):
+        zero_point = constant(changed[node.name].inputs[2])
+        np.testing.assert_array_equal(stored_codes(changed[node.name]).astype(int) - zero_point.min(), stored_codes(node))
+    assert sum(bool(constant(node.inputs[2]).any()) for node in changed.values()) == len(layers)
+    assert census(tmp_path / "shifted.onnx").integer == census(path).integer == 10
+    for optimize in (False, True):
+        first, second = (_run(name, images, optimize=optimize) for name in (path, tmp_path / "shifted.onnx"))
+        np.testing.assert_array_equal(first, second)
+
+
+def test_a_file_is_written_and_recorded_only_where_it_gains(file, tmp_path):
+    path, images = file
+    out = tmp_path / "tuned.onnx"
+    always = tune_for_host(path, out, samples=images, calls=5, minimum_gain=-100.0)
+    assert always.path == out
+    assert always.layers
+    assert always.eligible == 9
+    np.testing.assert_array_equal(_run(out, images, optimize=True), _run(path, images, optimize=True))
+    record = json.loads(out.with_suffix(".tuning.json").read_text())
+    assert record["layers"] == list(always.layers)
+    assert record["tuned_ms"] == always.tuned_ms
+    out.unlink()
+    never = tune_for_host(path, out, samples=images, calls=5, minimum_gain=1.0)
+    assert (never.path, never.layers) == (path, ())
+    assert "Nothing gained" in str(never)
+    assert not out.exists()
+    assert json.loads(out.with_suffix(".tuning.json").read_text())["layers"] == []
+
+
+def test_a_file_with_its_weights_elsewhere_is_tuned_to_a_whole_one(file, tmp_path):
+    path, images = file
+    (tmp_path / "split").mkdir()
+    split, out = tmp_path / "split" / "s.onnx", tmp_path / "tuned.onnx"
+    onnx.save(onnx.load(path), split, save_as_external_data=True, size_threshold=0, location="weights.bin")
+    assert tune_for_host(split, out, samples=images, calls=2, minimum_gain=-100.0).path == out
+    (tmp_path / "split" / "weights.bin").unlink()
+    np.testing.assert_array_equal(_run(out, images, optimize=True), _run(path, images, optimize=True))
+
+
+def test_on_the_command_line(file, tmp_path, capsys):
+    path, _ = file
+    assert main(["tune", str(path), "--out", str(tmp_path / "tuned.onnx"), "--calls", "3"]) == 0
+    assert "ms" in capsys.readouterr().out
+    assert main(["tune", str(tmp_path / "none.onnx"), "--out", str(tmp_path / "tuned.onnx")]) == 1
+    assert "none.onnx" in capsys.readouterr().err
+
+
+def test_grouped_convolutions_and_full_codes_are_left_alone(tmp_path):
+    graph = QdqGraph(("batch", 8, 16, 16))
+    x = graph.quantize("input", "in", dtype=UINT8)
+    for name, group in (("plain", 1), ("grouped", 2), ("depthwise", 8), ("full", 1)):
+        x = graph.quantize(graph.conv(x, name, (8, 8), group=group), f"{name}.out", dtype=UINT8)
+    path = graph.save(tmp_path / "s.onnx", x, rank=4)
+    model = ir.load(path)
+    for node in weight_dequantizers(model.graph):
+        zero = ir.Value(name=f"{node.name}.zero", const_value=ir.tensor(np.zeros(8, np.int8), name=f"{node.name}.zero"))
+        model.graph.register_initializer(zero)
+        node.resize_inputs(3)
+        node.replace_input_with(2, zero)
+    full = model.graph.initializers["full.weight.codes"]
+    codes = full.const_value.numpy().copy()
+    codes.flat[0] = -128
+    full.const_value = ir.tensor(codes, name=full.name)
+    assert eligible_layers(model) == ("plain/Conv",)
+
+
+def test_tensorrt_refuses_a_tuned_file_by_name(file, tmp_path):
+    path, _ = file
+    tune_for_host(path, tmp_path / "tuned.onnx", calls=2, minimum_gain=-100.0)
+    with pytest.raises(QakdError, match=r"zero point|unsigned"):
+        inspect_onnx(tmp_path / "tuned.onnx")
+
+
+def test_bad_input_is_named(file, tmp_path):
+    path, images = file
+    with pytest.raises(ExportError, match="no quantized convolution in ONNX Runtime's form"):
+        tune_for_host(residual_net(tmp_path / "trt.onnx"), tmp_path / "tuned.onnx")
+    with pytest.raises(ExportError, match=r"samples: expected float32 \(N, 1, 32, 32\)"):
+        tune_for_host(path, tmp_path / "tuned.onnx", samples=images[:, :, :8])
+    with pytest.raises(ExportError, match="N of 64 at least"):
+        tune_for_host(path, tmp_path / "tuned.onnx", samples=images, batch=64)
+    with pytest.raises(ExportError, match=r"none\.onnx"):
+        tune_for_host(tmp_path / "none.onnx", tmp_path / "tuned.onnx")
+    assert not (tmp_path / "tuned.onnx").exists()

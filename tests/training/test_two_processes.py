@@ -1,0 +1,233 @@
+"""Two processes do what one does with the joined batch: the same weights to float tolerance, the same ranges, nothing twice."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate.data_loader import prepare_data_loader
+from test_resume import _log, _results
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
+from training_server import BATCHES, Server
+
+from qakd_plugin import QakdError, distill
+from qakd_plugin.training.distributed.shards import Shards, shared
+
+ALIKE = {"norm": False, "noise": False, "lr": 1e-3}
+"""Without BatchNorm, which normalizes with the share of each process, and without random augmentation."""
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = Server()
+    yield server
+    server.close()
+
+
+def _run(server, out, processes, **order):
+    codes = server.run(out, processes=processes, **order)
+    assert codes == [0] * processes, _log(out)
+    return _results(out, {"processes": processes})
+
+
+def _require_equal_ranks(results):
+    first, second = results
+    assert first["history"] == second["history"]
+    for part in ("student", "teacher"):
+        different = [name for name, value in first[part].items() if not torch.equal(value, second[part][name])]
+        assert not different, part
+
+
+@pytest.mark.parametrize("samples", [32 * BATCHES, 32 * BATCHES - 11, 32 * BATCHES + 1])
+@pytest.mark.parametrize(
+    ("method", "toolkit", "quantizers"),
+    [("SQAKD", "modelopt", "LSQ"), ("QKD", "modelopt", "own"), ("QKD", "pt2e", "own"), ("SQAKD", "pt2e", "LSQ")],
+)
+def test_two_processes_give_the_weights_of_one_with_the_joined_batch(method, toolkit, quantizers, samples, server, tmp_path):
+    order = {"method": method, "toolkit": toolkit, "quantizers": quantizers, "samples": samples, **ALIKE}
+    expected = _run(server, tmp_path / "one", 1, **order)[0]
+    found = _run(server, tmp_path / "two", 2, **order)
+    _require_equal_ranks(found)
+    for part in ("student", "teacher"):
+        for name, value in expected[part].items():
+            assert torch.allclose(found[0][part][name].float(), value.float(), rtol=0, atol=2e-4), (
+                name
+            )  # 1e-7; more after a tie
+    for row, other in zip(found[0]["history"], expected["history"], strict=True):
+        assert row.keys() == other.keys()
+        numbers = row.keys() - {"phase"}
+        assert all(row[name] == pytest.approx(other[name], abs=2e-2 if "agreement" in name else 2e-3) for name in numbers)
+
+
+def test_two_processes_accumulate_average_and_share_cached_logits_as_one_does(server, tmp_path):
+    order = {"method": "SQAKD", "toolkit": "modelopt", "quantizers": "LSQ", **ALIKE}
+    results = []
+    for processes in (1, 2):
+        options = {"accumulate": 2, "ema": 0.9, "cache_teacher": str(tmp_path / f"logits-{processes}.pt")}
+        results.append(_run(server, tmp_path / str(processes), processes, options=options, **order))
+    (expected,), found = results
+    _require_equal_ranks(found)
+    for name, value in expected["student"].items():
+        assert torch.allclose(found[0]["student"][name].float(), value.float(), rtol=0, atol=2e-4), name
+    sizes = [len(torch.load(tmp_path / f"logits-{processes}.pt", weights_only=True)["logits"]) for processes in (1, 2)]
+    assert sizes == [32 * BATCHES] * 2
+
+
+@pytest.mark.parametrize(
+    ("method", "toolkit", "quantizers"), [("QKD", "pt2e", "own"), ("SQAKD", "pt2e", "EWGS"), ("QKD", "modelopt", "LSQ")]
+)
+def test_weights_statistics_and_ranges_are_equal_on_all_ranks(method, toolkit, quantizers, server, tmp_path):
+    """With BatchNorm, observers that go on in training, EWGS's delta, and noise of each process's own."""
+    _require_equal_ranks(_run(server, tmp_path, 2, method=method, toolkit=toolkit, quantizers=quantizers))
+
+
+def test_a_bad_batch_in_one_process_stops_both(server, tmp_path):
+    assert server.run(tmp_path, processes=2, poison=150) == [1, 1], _log(tmp_path)
+    errors = [(tmp_path / f"error-{rank}.txt").read_text() for rank in range(2)]
+    assert all(error.startswith("TrainingError: ") for error in errors), errors
+    assert sum("loader: batch" in error for error in errors) == 1
+    assert sum("loss is nan at step" in error and "phase 'distill'" in error for error in errors) == 1
+
+
+# -- the shares of a loader
+
+
+class _Processes:
+    """Processes as a loader sees them, without any: all have drawn the same order."""
+
+    def __init__(self, index, count=2):
+        self.index, self.count = index, count
+
+    def on_main(self, work):
+        torch.manual_seed(4)
+        return work()
+
+
+def _shares(loader, index):
+    """What each process is given, batch by batch, and which of it counts."""
+    shards = Shards(loader, _Processes(index))
+    found = [(batch[0].flatten().tolist(), shards.counts) for batch in shards]
+    assert len(found) == len(shards)
+    return found
+
+
+@pytest.mark.parametrize("size", [64, 63, 57, 49, 48, 33])
+@pytest.mark.parametrize("kind", ["by index", "workers", "list"])
+def test_no_sample_is_lost_and_none_counts_twice(kind, size):
+    loader = DataLoader(TensorDataset(torch.arange(size)), 8, shuffle=kind != "list", num_workers=kind == "workers")
+    loader = list(loader) if kind == "list" else loader
+    shares = [_shares(loader, index) for index in range(2)]
+    counted = [number for share in shares for batch, counts in share if counts for number in batch]
+    assert sorted(counted) == list(range(size))
+    assert len(shares[0]) == len(shares[1])
+    assert all(batch for share in shares for batch, _ in share)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_batches_that_cannot_be_divided_are_named(processes):
+    batches = [(torch.ones(4), ["names", "of", "four", "images"])] * 5
+    shards = Shards(batches, _Processes(0, processes))
+    with pytest.raises(QakdError, match=r"loader: its last \d batches cannot be divided among"):
+        list(shards)
+
+
+def test_a_loader_that_accelerate_shared_out_is_refused():
+    loader = prepare_data_loader(DataLoader(TensorDataset(torch.arange(8)), 2), num_processes=2, process_index=1)
+    with pytest.raises(QakdError, match=r"accelerator\.prepare"):
+        shared(loader, _Processes(1))
+
+
+def test_accelerates_own_precision_does_not_replace_ours(server, tmp_path):
+    order = {"method": "SQAKD", "toolkit": "modelopt", "quantizers": "LSQ", **ALIKE}
+    plain = _run(server, tmp_path / "plain", 1, **order)[0]
+    under = _run(server, tmp_path / "bf16", 1, environment={"ACCELERATE_MIXED_PRECISION": "bf16"}, **order)[0]
+    assert plain["history"] == under["history"]
+
+
+def test_a_loader_that_is_shared_out_already_is_taken_as_it_is():
+    dataset = TensorDataset(torch.arange(8))
+    mine = DistributedSampler(dataset, num_replicas=2, rank=1)
+    batches = BatchSampler(mine, 2, drop_last=False)
+    for loader in (
+        DataLoader(dataset, 2, sampler=mine),
+        DataLoader(dataset, batch_sampler=batches),
+        DataLoader(dataset, batch_size=None, sampler=batches),
+    ):
+        assert shared(loader, _Processes(1)) is loader
+
+
+# -- refused
+
+
+@pytest.mark.parametrize(
+    ("order", "text"),
+    [
+        ({"accelerate_first": True}, "2 processes were started, but accelerate knows of 1.*cpu=True"),
+        ({"environment": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}}, "launched for FSDP.*torchrun"),
+    ],
+    ids=["each for itself", "FSDP"],
+)
+def test_processes_that_would_not_train_together_are_refused(order, text, server, tmp_path):
+    assert server.run(tmp_path, processes=2, **order) == [1, 1]
+    error = (tmp_path / "error-0.txt").read_text()
+    assert re.match(f"QakdError: .*{text}", error), error
+
+
+def test_a_wrapped_network_is_refused(make_student, teacher, batches):
+    with pytest.raises(QakdError, match=r"prepared_model is wrapped in DataParallel.*prepared_model\.module"):
+        distill(nn.DataParallel(make_student()), teacher, batches, epochs=1)
+    with pytest.raises(QakdError, match="teacher is wrapped in DataParallel"):
+        distill(make_student(), nn.DataParallel(teacher), batches, epochs=1)
+
+
+def test_a_sharded_network_is_refused(make_student, teacher, batches):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        student = fully_shard(make_student(), mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(QakdError, match="prepared_model is sharded"):
+            distill(student, teacher, batches, epochs=1)
+    finally:
+        dist.destroy_process_group()
+
+
+# -- as users launch it
+
+_SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+from training_server import Deaths, Trainings
+from qakd_plugin.errors import QakdError
+
+torch.set_num_threads(1)
+order = {"toolkit": "modelopt", "quantizers": "LSQ", "method": "QKD", "processes": 2, "norm": False, "noise": False, "lr": 1e-3}
+result = Trainings().run(order, Deaths(None, bytearray(8)))
+import torch.distributed as dist
+torch.save(result, Path(sys.argv[1]) / f"result-{dist.get_rank()}.pt")
+dist.destroy_process_group()
+"""
+
+
+def test_torchrun_gives_the_weights_of_one_process(server, tmp_path):
+    (tmp_path / "train.py").write_text(_SCRIPT)
+    paths = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent.parent)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "train.py"), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = _results(tmp_path, {"processes": 2})
+    _require_equal_ranks(found)
+    expected = _run(server, tmp_path / "one", 1, method="QKD", quantizers="LSQ", **ALIKE)[0]
+    for name, value in expected["student"].items():
+        assert torch.allclose(found[0]["student"][name].float(), value.float(), rtol=0, atol=2e-4), name
+    assert json.dumps(found[0]["history"]) == json.dumps(found[1]["history"])
