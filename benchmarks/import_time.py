@@ -2,8 +2,8 @@
 
     python benchmarks/import_time.py
 
-Each line is a process of its own; they take turns, after one round that is not counted and fills the file cache. The bar: ``import
-qakd_plugin`` and ``qakd --help`` take at most half a second more than ``import torch``.
+Each line is a process of its own; they take turns, after one round that is not counted and fills the file cache. The bar:
+``import qakd_plugin`` and ``qakd --help`` take at most half a second more than ``import torch``.
 """
 
 from __future__ import annotations
