@@ -1,7 +1,8 @@
-"""What networks put out: logits, or an object that holds them."""
+"""What networks output: any tree of tensors, each named by its path."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,9 +12,51 @@ from torch import Tensor, nn
 from .._common.module_mode import eval_mode
 from ..errors import QakdError
 
+SINGLE = "logits"
+"""Name of the output of a network that returns a tensor and nothing else."""
+
+
+def named_outputs(output: Any) -> dict[str, Tensor]:
+    """Every tensor in what a network returned, by its path: ``{"logits": ..}``, ``{"boxes.p3": ..}``, ``{"0": .., "1": ..}``.
+
+    Tuples and lists are named by position, mappings (Hugging Face's ``ModelOutput`` too) by key, named tuples and dataclasses
+    by field; a tensor alone is "logits". What holds no tensor (None, numbers, caches) is left out.
+    """
+    if isinstance(output, Tensor):
+        return {SINGLE: output}
+    found: dict[str, Tensor] = {}
+    _collect(output, "", found)
+    return found
+
+
+def _collect(value: Any, path: str, found: dict[str, Tensor]) -> None:
+    if isinstance(value, Tensor):
+        found[path] = value
+        return
+    for key, item in _children(value):
+        _collect(item, f"{path}.{key}" if path else key, found)
+
+
+def _children(value: Any) -> list[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        return [(str(key), item) for key, item in value.items()]
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return list(zip(value._fields, value, strict=True))
+    if isinstance(value, tuple | list):
+        return [(str(index), item) for index, item in enumerate(value)]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
+    return []
+
+
+def listed(outputs: Mapping[str, Tensor]) -> str:
+    """Names, shapes and dtypes, for messages."""
+    shown = [f"{name!r} {tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for name, t in outputs.items()]
+    return ", ".join(shown) or "no tensor"
+
 
 def logits_of(output: Any, name: str) -> Tensor:
-    """The logits in what a network puts out: a tensor, or an object or mapping that holds them under ``logits``.
+    """The logits in what a network outputs: a tensor, or an object or mapping that holds them under ``logits``.
 
     Raises:
         QakdError: there are none; ``name`` says whose output it was.
@@ -21,13 +64,18 @@ def logits_of(output: Any, name: str) -> Tensor:
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
     if not isinstance(logits, Tensor):
         raise QakdError(
-            f"{name} puts out {type(output).__name__} without logits. Wrap it in a module whose forward returns the tensor of "
+            f"{name} outputs {type(output).__name__} without logits: {listed(named_outputs(output))}. This needs a tensor of "
             "logits (N, C), or an output with a field of that name."
         )
     return logits
 
 
+def frozen_output(teacher: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What a teacher outputs in eval mode and without gradients; its modes are put back."""
+    with eval_mode(teacher), torch.no_grad():
+        return teacher(*args, **kwargs)
+
+
 def frozen_logits(teacher: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     """A teacher's logits in eval mode and without gradients; its modes are put back."""
-    with eval_mode(teacher), torch.no_grad():
-        return logits_of(teacher(*args, **kwargs), "teacher")
+    return logits_of(frozen_output(teacher, *args, **kwargs), "teacher")

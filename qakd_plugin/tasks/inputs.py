@@ -1,0 +1,98 @@
+"""What goes into a network: a tensor, several, or keywords; how it is called with them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten_with_path, tree_map_only
+
+from ..errors import QakdError
+
+Inputs: TypeAlias = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+"""One tensor; a tuple, whose items are positional arguments; a mapping of keywords; a list, which is one argument (the images
+of torchvision's detectors)."""
+
+
+def call(network: nn.Module, inputs: Inputs) -> Any:
+    """What ``network`` returns for ``inputs``."""
+    args, kwargs = arguments(inputs)
+    return network(*args, **kwargs)
+
+
+def arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
+
+
+def named_tensors(inputs: Inputs) -> dict[str, Tensor]:
+    """Every tensor in ``inputs`` by its path: "input" for a single one, keywords, or positions."""
+    if isinstance(inputs, Tensor):
+        return {"input": inputs}
+    leaves, _ = tree_flatten_with_path(dict(inputs) if isinstance(inputs, Mapping) else inputs)
+    return {".".join(_key(part) for part in path): leaf for path, leaf in leaves if isinstance(leaf, Tensor)}
+
+
+def to_device(inputs: Any, device: torch.device) -> Any:
+    """The same structure with all of its tensors on ``device``."""
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), inputs)
+
+
+def sample_count(inputs: Inputs) -> int:
+    """How many samples a batch holds: the length of a list, else the first dimension of the first tensor.
+
+    Raises:
+        QakdError: there is no tensor with a batch dimension.
+    """
+    if isinstance(inputs, list):
+        return len(inputs)
+    found = next((tensor for tensor in named_tensors(inputs).values() if tensor.ndim > 0), None)
+    if found is None:
+        raise QakdError(
+            f"loader: a batch holds no tensor with a batch dimension ({type(inputs).__name__}). Yield x, (x, y) or a mapping "
+            "of tensors, or pass batch_fn=lambda batch: (inputs, targets)."
+        )
+    return len(found)
+
+
+def first_samples(inputs: Any, count: int) -> Any:
+    """The same structure with at most ``count`` samples."""
+    if isinstance(inputs, list):
+        return inputs[:count]
+    return tree_map_only(Tensor, lambda tensor: tensor[:count] if tensor.ndim else tensor, inputs)
+
+
+def forward_names(network: nn.Module) -> tuple[list[str], bool]:
+    """Names of the arguments that ``network.forward`` takes, and whether it takes any others by keyword."""
+    parameters = inspect.signature(network.forward).parameters.values()
+    takes = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [p.name for p in parameters if p.kind in takes], any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def require_known(network: nn.Module, inputs: Inputs, name: str) -> None:
+    """Raise QakdError where ``network.forward`` cannot be called with ``inputs``; ``name`` says whose it is.
+
+    What a wrapper hides behind ``*args`` or ``**kwargs`` is not looked at.
+    """
+    args, kwargs = arguments(inputs)
+    try:
+        inspect.signature(network.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        given = ", ".join([*(f"argument {index}" for index in range(len(args))), *kwargs])
+        raise QakdError(
+            f"{name} ({type(network).__name__}) does not take the inputs {given} ({error}): its forward takes "
+            f"{', '.join(forward_names(network)[0]) or 'nothing'}. Pass batch_fn=lambda batch: (inputs, targets) with a "
+            "tensor, a tuple of positional arguments or a mapping of keywords."
+        ) from error
+
+
+def _key(part: Any) -> str:
+    for attribute in ("key", "idx", "name"):
+        if hasattr(part, attribute):
+            return str(getattr(part, attribute))
+    return str(part)
