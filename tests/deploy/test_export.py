@@ -27,15 +27,10 @@ from qakd_plugin.bench.census import census
 from qakd_plugin.deploy.canonical.graph import QUANTIZER_KEY, activation_quantizers, constant, read_onnx, scalar
 from qakd_plugin.deploy.canonical.write import export_canonical, to_proto
 from qakd_plugin.deploy.diagnosis import diagnose
-from qakd_plugin.deploy.parity.gate import (
-    agreement,
-    check_parity,
-    check_same_bits,
-    least_agreement,
-    run_labelled,
-    run_recorded,
-)
+from qakd_plugin.deploy.parity.gate import check_parity
 from qakd_plugin.deploy.parity.openvino import check_openvino
+from qakd_plugin.deploy.parity.recorded_codes import check_same_bits, run_labelled, run_recorded
+from qakd_plugin.deploy.parity.report import agreement, least_agreement
 from qakd_plugin.deploy.targets.openvino import drop_repeated_quantizers, to_openvino_form
 from qakd_plugin.runtimes.base import OpenVINORunner
 from qakd_plugin.runtimes.onnxruntime import session_options
@@ -181,7 +176,7 @@ def test_a_wrong_bias_of_the_last_layer_is_caught(make_student, digits):
     student, images = make_student(), digits.test[0][:16]
     file, form = _exported(student, images)
     form.head.bias[3] += 0.5
-    with pytest.raises(ParityError, match=r"^head: .*behind the last quantizer") as caught:
+    with pytest.raises(ParityError, match=r"^head: .*after the last quantizer") as caught:
         check_parity(file, form, student, images, fused=False)
     assert caught.value.layer == "head"
 
@@ -226,7 +221,7 @@ def test_a_wrong_bias_of_either_head_is_caught(head, where, two_heads):
     check_parity(file, form, student, images, fused=False)
     with torch.no_grad():
         (form if where == "file" else student).get_submodule(head).bias[0] += 0.1
-    with pytest.raises(ParityError, match=rf"^{head}: .*behind the last quantizer") as caught:
+    with pytest.raises(ParityError, match=rf"^{head}: .*after the last quantizer") as caught:
         check_parity(file, form, student, images, fused=False)
     assert caught.value.layer == head
 
