@@ -79,7 +79,7 @@ def _add_distill(commands: Any) -> None:
 def _distill(options: argparse.Namespace) -> None:
     import torch
 
-    from .._common.files import atomic_path
+    from .._common.files import write_atomic
     from ..training.distillation import distill
 
     recipe = _call(options.recipe)
@@ -93,8 +93,8 @@ def _distill(options: argparse.Namespace) -> None:
     model, teacher, loader = (recipe.pop(name) for name in ("prepared_model", "teacher", "loader"))
     result = distill(model, teacher, loader, checkpoint_dir=options.out, resume=options.resume, **recipe)
     path = options.out / "student.pt"
-    with atomic_path(path) as temporary:
-        torch.save({"state_dict": result.model.state_dict(), "quantizers": _grids(result.model)}, temporary)
+    content = {"state_dict": result.model.state_dict(), "quantizers": _grids(result.model)}
+    write_atomic(path, lambda file: torch.save(content, file))
     for name, value in result.metrics.items():
         print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
     print(path)

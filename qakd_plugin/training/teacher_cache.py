@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._common.files import atomic_path
+from .._common.files import write_atomic
 from ..errors import CheckpointError, QakdError
 from .checkpoint import load_plain
 from .distributed.processes import Processes
@@ -97,8 +97,7 @@ class TeacherCache:
         return teacher(x)
 
     def _write(self, content: dict[str, Any]) -> None:
-        with atomic_path(self.path, CheckpointError) as temporary:
-            torch.save(content, temporary)
+        write_atomic(self.path, lambda file: torch.save(content, file), CheckpointError)
         _log.info("%s: logits of %d samples.", self.path, len(content["samples"]))
 
     def _read(self) -> None:
