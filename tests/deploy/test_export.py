@@ -32,8 +32,8 @@ from qakd_plugin.deploy.parity.openvino import check_openvino
 from qakd_plugin.deploy.parity.recorded_codes import check_same_bits, run_labelled, run_recorded
 from qakd_plugin.deploy.parity.report import agreement, least_agreement
 from qakd_plugin.deploy.targets.openvino import drop_repeated_quantizers, to_openvino_form
-from qakd_plugin.runtimes.base import OpenVINORunner
 from qakd_plugin.runtimes.onnxruntime import session_options
+from qakd_plugin.runtimes.openvino import OpenVINORunner
 from qakd_plugin.toolkits import adapter_for
 
 TOOLKITS = ["modelopt", "torch_ao"]
