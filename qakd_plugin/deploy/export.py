@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .._common.files import write_atomic
 from ..errors import ExportError, UnsupportedQuantizerError
 from ..placement.targets import TARGETS, Target
-from ..preparation.description import target_problem
+from ..preparation.feasibility import target_problem
 from ..toolkits import Adapter, adapter_for
 from .canonical.graph import WEIGHT_KEY
 from .canonical.passes import quantizers_behind_relu, to_tensorrt_form

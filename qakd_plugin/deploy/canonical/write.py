@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
+import functools
 import os
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +17,7 @@ from ..._common.files import write_atomic
 from ..._common.module_mode import eval_mode
 from ...errors import ExportError
 from ...export_form import ops as ops  # registers qakd::qdq and qakd::dq
+from ...export_form.tracing import first_line, quiet, trace
 from ..targets.float16 import to_float16
 from .passes import DOMAIN, canonicalize
 
@@ -30,7 +27,8 @@ OPSET = 20
 zero points; see :func:`qakd_plugin.deploy.canonical.passes.raise_opset`."""
 
 
-def _register_operators() -> Opset:
+@functools.cache
+def _operators() -> Opset:
     """Our two operators cross the exporter as they are; :func:`canonicalize` turns them into ONNX's own."""
     schema, parameter = onnx.defs.OpSchema, onnx.defs.OpSchema.FormalParameter
     integer, text = schema.AttrType.INT, schema.AttrType.STRING
@@ -50,9 +48,6 @@ def _register_operators() -> Opset:
                 )
             )
     return Opset(DOMAIN, 1)
-
-
-_QAKD = _register_operators()
 
 
 def export_canonical(form: nn.Module, example: Tensor) -> ir.Model:
@@ -90,29 +85,11 @@ def export_float(model: nn.Module, example: Tensor, path: str | os.PathLike[str]
     return write_atomic(path, to_proto(exported).SerializeToString(), ExportError)
 
 
-def trace(model: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
-    """The graph of a model in eval mode, for any batch size.
-
-    Raises:
-        ExportError: torch.export cannot trace it.
-    """
-    # With a batch of one the exporter would take the batch dimension for a constant.
-    batch = example if example.shape[0] > 1 else torch.cat([example, example])
-    try:
-        with torch.no_grad(), _quiet():
-            return torch.export.export(model, (batch,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    except Exception as error:  # user code runs under the tracer: whatever it raises means "cannot be traced"
-        raise ExportError(
-            f"torch.export cannot trace the model: {_first_line(error)} Check that its forward takes one tensor and that "
-            "neither values nor the batch size steer its control flow."
-        ) from error
-
-
 def _export(model: nn.Module, example: Tensor) -> ir.Model:
     traced = trace(model, example)
     count = len(traced.graph_signature.user_outputs)
     try:
-        with _quiet():
+        with quiet():
             program = torch.onnx.export(
                 traced,
                 dynamo=True,
@@ -126,13 +103,9 @@ def _export(model: nn.Module, example: Tensor) -> ir.Model:
                 verbose=False,
             )
     except torch.onnx.errors.OnnxExporterError as error:
-        raise ExportError(f"the model cannot be written as ONNX: {_first_line(error.__cause__ or error)}") from error
+        raise ExportError(f"the model cannot be written as ONNX: {first_line(error.__cause__ or error)}") from error
     assert program is not None
     return program.model
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def to_proto(model: ir.Model) -> onnx.ModelProto:
@@ -143,22 +116,8 @@ def to_proto(model: ir.Model) -> onnx.ModelProto:
 
 
 def _translate_qdq(x: Any, scale: Any, zero_point: int, quant_min: int, quant_max: int, name: str) -> Any:
-    return _QAKD.QDQ(x, scale, zero_point=zero_point, quant_min=quant_min, quant_max=quant_max, name=name)
+    return _operators().QDQ(x, scale, zero_point=zero_point, quant_min=quant_min, quant_max=quant_max, name=name)
 
 
 def _translate_dq(codes: Any, scale: Any, axis: int, block: int, name: str) -> Any:
-    return _QAKD.DQ(codes, scale, axis=axis, block=block, name=name)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter reports its progress on stdout and logs every version conversion; its errors come as exceptions."""
-    logger = logging.getLogger("onnxscript")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+    return _operators().DQ(codes, scale, axis=axis, block=block, name=name)
