@@ -13,10 +13,11 @@ import copy
 import math
 
 import torch
-from qakd_plugin.backends import adapter_for
 from torch import Tensor, nn
 
-from qakd_plugin.deploy.parity import TIE_TOLERANCE, ParityReport, _run_prepared, _same, arrays, least_agreement
+from qakd_plugin.deploy.parity.gate import Reference, _in_toolkit, _same
+from qakd_plugin.deploy.parity.report import ParityReport, arrays, least_agreement
+from qakd_plugin.toolkits import adapter_for
 
 RARE = 1e-3
 """Share of codes that may lie on a tie. Sums of float32 differ by up to 1e-3 steps (see TIE_TOLERANCE), mostly by 1e-5, and
@@ -36,8 +37,9 @@ def require_same_but_for_ties(form: nn.Module, model: nn.Module, images: Tensor)
         ParityError: a code differs that does not lie on a tie, or logits differ with all ties settled alike.
         AssertionError: codes on ties are not rare.
     """
-    logits, codes = _run_prepared(model, form, images)
-    outcome, _ = _same(form, images, logits, codes, "the model", TIE_TOLERANCE, (), lambda names: {})
+    program = _in_toolkit(model, form, images)
+    names = [f"output {index}" for index in range(len(program.outputs))]
+    outcome, _ = _same(Reference(form, images, names, tail=()), program)
     assert outcome.ties <= RARE * outcome.compared, f"{outcome.ties} ties in {outcome.compared} codes"
 
 

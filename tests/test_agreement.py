@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 from agreement import decided, require_same_but_for_ties, ties_are_rare, tolerated_sqnr_db
-from qakd_plugin.backends import adapter_for
 
 from qakd_plugin import ParityError
-from qakd_plugin.deploy.parity import Agreement, ParityReport, agreement
+from qakd_plugin.deploy.parity.report import Agreement, ParityReport, agreement
+from qakd_plugin.toolkits import adapter_for
 
 
 @pytest.fixture(params=["modelopt", "pt2e", "torch_ao", "torch_ao_eager"])
