@@ -1,7 +1,7 @@
 """Tensors and facts about them in one safetensors file that shows when it is damaged.
 
-The header holds the SHA-256 of the whole file, taken while its own 64 digits are zeros: no bit of a tensor, a name or a fact can
-change without being noticed.
+The header holds the SHA-256 of the whole file, taken while its own 64 digits are zeros: no bit of a tensor, a name or a fact
+changes without being noticed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``{class_path: my_code.make_network, init_args: {width: 4}}`` in a YAML file: what ``my_code.make_network(width=4)`` returns."""
+"""``{class_path: my_code.network, init_args: {width: 4}}`` in a YAML file stands for what ``my_code.network(width=4)`` returns."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def named(hint: Any) -> str:
 def type_hints(function: Any) -> dict[str, Any]:
     """Annotations as types; those that cannot be evaluated are left out."""
     plain = inspect.unwrap(function)
-    hints = {}
+    hints: dict[str, Any] = {}
     for name, annotation in getattr(plain, "__annotations__", {}).items():
         alone = SimpleNamespace(__annotations__={name: annotation})
         with suppress(NameError, TypeError, AttributeError):  # names that only a type checker imports
@@ -188,7 +188,7 @@ def _is_plain(kind: Any) -> bool:
 
 
 def _is_class_of(target: Any, kind: Any) -> bool:
-    """Whether a callable of type ``kind`` returns what the class ``target`` makes: an optimizer, which gets its parameters later."""
+    """Whether a callable of type ``kind`` makes what the class ``target`` is: an optimizer, which gets its parameters later."""
     if get_origin(kind) is not collections.abc.Callable or not inspect.isclass(target):
         return False
     made = get_args(kind)[1]
@@ -208,9 +208,8 @@ def _accepted(target: Any, given: Mapping[str, Any], path: str, where: str, *, a
     }
     unknown = next((name for name in given if name not in usable), None)
     if unknown is not None and all(parameter.kind != inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
-        raise QakdError(
-            f"{where}: {path} takes no {unknown!r}{suggestion(str(unknown), usable)}; it takes {', '.join(usable) or 'nothing'}."
-        )
+        near = suggestion(str(unknown), usable)
+        raise QakdError(f"{where}: {path} takes no {unknown!r}{near}; it takes {', '.join(usable) or 'nothing'}.")
     missing = [name for name, one in usable.items() if one.default is inspect.Parameter.empty and name not in given]
     if missing and all_needed:
         raise QakdError(f"{where}: {path} needs {', '.join(missing)}: add init_args: {{{missing[0]}: ...}}.")

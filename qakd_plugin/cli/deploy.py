@@ -7,9 +7,8 @@ from typing import Annotated, Any
 
 from .._common.files import with_extension
 from ..deploy.engine.bindings import RUNTIMES
-from ..deploy.targets.weight_packing import WeightStorage
 from ..errors import QakdError
-from ..placement.targets import Target
+from ..placement.targets import Target, WeightStorage
 from .options import OneOf, PositiveInt
 from .recipes import Recipe, read_recipe
 
@@ -33,11 +32,13 @@ def export(
         float16: for tensorrt: write what is not quantized in FP16
         out: the ONNX file
     """
+    if weights is not None and not weights.is_file():
+        raise QakdError(f"--weights: {weights} does not exist.")
+    found = read_recipe(recipe, "export")
+    arguments = found.arguments("prepared_model", "example_input")
     from ..deploy.export import export_onnx
     from .student_file import load_student
 
-    found = read_recipe(recipe, "export")
-    arguments = found.arguments("prepared_model", "example_input")
     if "example_input" not in found.values:
         arguments["example_input"] = _first_images(found)
     if weights is not None:

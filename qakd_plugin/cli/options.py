@@ -35,9 +35,9 @@ class OneOf:
 class CommandParser(jsonargparse.ArgumentParser):  # type: ignore[misc]
     """Reads the command line of one command.
 
-    Positional parameters of the function are positional here too, several where they are lists. Keyword parameters are flags,
-    ``min_batch`` is ``--min-batch``; a bool needs no value, a list is a flag that may be repeated. Types, defaults and help come
-    from the signature and the docstring.
+    Positional parameters of the function are positional here too, several where they are lists. Keyword parameters are flags:
+    ``min_batch`` is ``--min-batch``, a bool needs no value, and the flag of a list may be repeated. Types, defaults and help
+    come from the signature and the docstring.
 
     Args:
         name: of the command.
@@ -124,8 +124,7 @@ def in_flags(message: str, flags: Mapping[str, str]) -> str:
     """
     for name, option in flags.items():
         message = re.sub(rf"\b{name}=True\b", option, message)
-        message = re.sub(rf"\b{name}=(?:'([^']*)'|\"([^\"]*)\")", lambda m, o=option: f"{o} {m[1] or m[2]}", message)
-        message = re.sub(rf"\b{name}(?:=(?=\S)|(?==$))", f"{option} ", message)
+        message = re.sub(rf"\b{name}=(['\"]?)([^\s'\"]+)\1", rf"{option} \2", message)
         words = rf"\b{name}\b" if "_" in name else rf"^{name}(?=:)"
         message = re.sub(words, option, message)
     return message

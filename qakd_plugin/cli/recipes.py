@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import get_loader
-from yaml import YAMLError
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from ..errors import QakdError
 from .class_paths import Builder, checked, fits, imported, named, type_hints

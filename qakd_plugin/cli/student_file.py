@@ -68,10 +68,8 @@ def load_student(model: nn.Module, path: Path) -> None:
         path: a file of :func:`write_student`, the ``student.pt`` of earlier versions, or a plain ``state_dict``.
 
     Raises:
-        QakdError: the file is missing or damaged, or does not fit the model; says what differs.
+        QakdError: the file cannot be read, is damaged, or does not fit the model; says what differs.
     """
-    if not path.is_file():
-        raise QakdError(f"--weights: {path} does not exist.")
     try:
         student = _read(path.read_bytes())
     except (CheckpointError, OSError) as error:
@@ -79,8 +77,8 @@ def load_student(model: nn.Module, path: Path) -> None:
     description = describe(model)
     if student.toolkit not in (None, description.toolkit):
         raise QakdError(
-            f"--weights: {path} does not fit the prepared model: it was trained with {student.toolkit}, and the recipe prepares "
-            f"with {description.toolkit}."
+            f"--weights: {path} does not fit the prepared model: it was trained with {student.toolkit}, and the recipe "
+            f"prepares with {description.toolkit}."
         )
     if student.grids:
         _check_grids(path, student.grids, _grids(model))

@@ -1,4 +1,7 @@
-"""Commands that run networks: distill, rank."""
+"""Commands that run networks: distill, rank.
+
+What takes seconds to import is imported after what the user wrote was read.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +23,12 @@ def distill(recipe: str, *, out: Path, epochs: PositiveInt | None = None, resume
         epochs: in place of the recipe's
         resume: go on from the newest checkpoint in --out
     """
+    arguments = read_recipe(recipe, "distill").arguments("prepared_model", "teacher", "loader")
     from accelerate import PartialState
 
     from ..training.distillation import distill as run
     from .student_file import write_student
 
-    found = read_recipe(recipe, "distill")
-    arguments = found.arguments("prepared_model", "teacher", "loader")
     if epochs is not None:
         arguments["epochs"] = epochs
     result = run(**arguments, checkpoint_dir=out, resume=resume)
@@ -61,14 +63,13 @@ def rank(
         search: also so many compositions of two operations
         out: figures; plots beside it
     """
+    arguments = read_recipe(recipe, "rank").arguments("teacher", "data")
     from rich.console import Console
 
     from ..augment.compositions import Search
     from ..augment.presentation import console_table, draw, write_records
     from ..augment.ranking import rank_augmentations
 
-    found = read_recipe(recipe, "rank")
-    arguments = found.arguments("teacher", "data")
     given = {"max_samples": max_samples, "labels": labels, "form": form}
     arguments |= {name: value for name, value in given.items() if value is not None}
     if exhaustive:
