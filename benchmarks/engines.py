@@ -45,7 +45,7 @@ from qakd_plugin.deploy.canonical.write import export_float
 from qakd_plugin.deploy.engine.bindings import gpu_capability
 from qakd_plugin.deploy.engine.precheck import inspect_onnx
 from qakd_plugin.deploy.engine.runner import EngineRunner
-from qakd_plugin.deploy.parity.gate import agreement
+from qakd_plugin.deploy.parity.report import agreement
 from qakd_plugin.errors import QakdError
 from qakd_plugin.placement.attention import open_attention
 from qakd_plugin.runtimes.host import environment, is_busy

@@ -21,8 +21,10 @@ from .canonical.graph import WEIGHT_KEY
 from .canonical.passes import quantizers_behind_relu, to_tensorrt_form
 from .canonical.write import export_canonical, to_proto
 from .engine.precheck import CONVOLUTIONS, PRODUCTS, stored_weight, weight_problem
-from .parity.gate import ParityReport, arrays, check_parity, check_same_bits
+from .parity.gate import check_parity
 from .parity.openvino import check_openvino
+from .parity.recorded_codes import check_same_bits
+from .parity.report import ParityReport, arrays
 from .targets.float16 import Float16Parity, check_float16, to_float16
 from .targets.onnxruntime import to_onnxruntime_form
 from .targets.openvino import drop_repeated_quantizers, to_openvino_form
@@ -108,7 +110,7 @@ def export_onnx(
     form = adapter.export_form(prepared_model).cpu()
     samples = example_input.detach().cpu().float()
     model = export_canonical(form, samples)
-    behind_relu = quantizers_behind_relu(model.graph)
+    after_relu = quantizers_behind_relu(model.graph)
     if target == "tensorrt":
         if weight_storage == "int4":
             model = to_tensorrt_form(model)
@@ -118,7 +120,7 @@ def export_onnx(
     else:
         model = to_openvino_form(model, weight_storage)
     evaluated = _evaluated(adapter, prepared_model)
-    parity = check_parity(model, form, evaluated, samples, fused=target == "onnxruntime", behind_relu=behind_relu)
+    parity = check_parity(model, form, evaluated, samples, fused=target == "onnxruntime", after_relu=after_relu)
     if target == "openvino":
         proven, model = model, drop_repeated_quantizers(model)
         if len(model.graph) < len(proven.graph):

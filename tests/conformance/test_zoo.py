@@ -154,7 +154,7 @@ def _deploy(student, images, folder):
     canonical = export_canonical(form, images)
     rewritten = to_onnxruntime_form(canonical)
     for file, fused in ((canonical, False), (rewritten, True)):
-        proof = check_parity(file, form, student, images, fused=fused, behind_relu=quantizers_behind_relu(canonical.graph))
+        proof = check_parity(file, form, student, images, fused=fused, after_relu=quantizers_behind_relu(canonical.graph))
         assert proof.runtime_deviation < 1e-5
         assert proof.toolkit_deviation < 1e-5
     assert not any(node.op_type == "BatchNormalization" for node in canonical.graph)

@@ -220,8 +220,8 @@ def _proven(plan: Plan, model: nn.Module, images: Tensor, target: str) -> tuple[
     check_parity(canonical, form, student, images, fused=False)
     rewritten = to_onnxruntime_form(canonical)
     moved = quantizers_behind_relu(canonical.graph)
-    assert check_parity(rewritten, form, student, images, fused=True, behind_relu=moved).activation_codes > 0
-    check_parity(to_openvino_form(canonical), form, student, images, fused=False, behind_relu=moved)
+    assert check_parity(rewritten, form, student, images, fused=True, after_relu=moved).activation_codes > 0
+    check_parity(to_openvino_form(canonical), form, student, images, fused=False, after_relu=moved)
     return canonical, rewritten
 
 

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from ...errors import ExportError, ParityError
 from ..canonical.graph import constant, weight_dequantizers
 from ..canonical.passes import quantizers_behind_relu
-from ..parity.gate import arrays, imposed_codes, largest_deviation, least_agreement, run_recorded
+from ..parity.imposed_codes import imposed_codes
+from ..parity.recorded_codes import run_recorded
+from ..parity.report import arrays, largest_deviation, least_agreement
 
 TIE_TOLERANCE = 0.45
 """How far from a tie, in steps, FP16 may round an activation the other way. A value and its scale are each off by up to 2^-11,
