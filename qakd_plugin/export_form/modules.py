@@ -63,7 +63,10 @@ class ActivationQDQ(nn.Module):
 
 
 class StoredWeight(nn.Module):
-    """Integer codes of a weight, and the scale they are multiplied with."""
+    """Integer codes of a weight, and the scale they are multiplied with.
+
+    Forwards of Hugging Face and timm ask a layer's weight for its dtype, device and shape: it answers as the weight would.
+    """
 
     codes: Tensor
     scale: Tensor
@@ -79,6 +82,21 @@ class StoredWeight(nn.Module):
 
     def forward(self) -> Tensor:
         return dq(self.codes, self.scale, self.axis, self.block, self.name)  # type: ignore[no-any-return]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weight that the codes stand for."""
+        return self.scale.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Likewise."""
+        return self.codes.device
+
+    @property
+    def shape(self) -> torch.Size:
+        """Likewise; a linear layer's may have further columns, which fill the last block."""
+        return self.codes.shape
 
     def extra_repr(self) -> str:
         return f"{self.bits} bits, shape {tuple(self.codes.shape)}"
