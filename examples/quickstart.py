@@ -11,10 +11,10 @@ import torch
 from rich.console import Console
 
 import qakd_plugin as qakd
+from qakd_plugin import export_float
 from qakd_plugin.bench import Candidate
 from qakd_plugin.demo.data import load
 from qakd_plugin.demo.net import DigitNet, train_float
-from qakd_plugin.deploy.canonical.write import export_float
 from qakd_plugin.report import console_table
 
 

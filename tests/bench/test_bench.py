@@ -22,7 +22,7 @@ from report_rows import ROW
 from scipy.stats import binomtest
 from torch import nn
 
-from qakd_plugin import EngineError, MissingPackageError, QakdError, benchmark, build_engine, export_onnx
+from qakd_plugin import EngineError, MissingPackageError, QakdError, benchmark, build_engine, export_float, export_onnx
 from qakd_plugin._common.cpu_features import has_bfloat16
 from qakd_plugin.bench import Candidate, measure
 from qakd_plugin.bench.accuracy import wilson_interval
@@ -32,7 +32,6 @@ from qakd_plugin.bench.measure import percentiles
 from qakd_plugin.bench.peak_memory import peak_rss_mib
 from qakd_plugin.bench.ratios import with_findings, with_speedups
 from qakd_plugin.deploy.canonical.graph import read_onnx
-from qakd_plugin.deploy.canonical.write import export_float
 from qakd_plugin.deploy.engine.bindings import gpu_capability
 from qakd_plugin.deploy.engine.manifest import sealed
 from qakd_plugin.deploy.engine.runner import EngineRunner, StageTimes

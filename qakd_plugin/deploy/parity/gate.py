@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 from ...errors import ParityError
 from ...export_form.modules import ActivationQDQ, StoredWeight
 from ...runtimes.onnxruntime import session_options, start_session
+from ..canonical.clamps import quantizers_after_relu
 from ..canonical.graph import (
     COARSE_KEY,
     QUANTIZER_KEY,
@@ -40,7 +41,6 @@ from ..canonical.graph import (
     stored_codes,
     weight_dequantizers,
 )
-from ..canonical.passes import quantizers_behind_relu
 
 Array = npt.NDArray[np.float32]
 
@@ -128,13 +128,13 @@ def check_parity(
         prepared: the prepared model, in eval mode with frozen ranges.
         samples: float32 (N, ...) inputs.
         fused: also check the file with the runtime's fusions on.
-        behind_relu: :func:`.passes.quantizers_behind_relu` of the canonical model, where ``file`` is another form of it.
+        behind_relu: :func:`.clamps.quantizers_after_relu` of the canonical model, where ``file`` is another form of it.
 
     Raises:
         ParityError: with the name of the first layer or quantizer that differs.
     """
     weight_codes = check_weight_codes(file, form)
-    behind_relu = quantizers_behind_relu(file.graph) if behind_relu is None else behind_relu
+    behind_relu = quantizers_after_relu(file.graph) if behind_relu is None else behind_relu
     runtime = "the exported file in ONNX Runtime"
     runtime_logits, codes = run_recorded(file, samples, optimize=False)
     behind = layers_behind_quantizers(file, form)
@@ -282,7 +282,7 @@ def check_weight_codes(file: ir.Model, form: nn.Module) -> int:
 
 
 def _coarse_channels(node: ir.Node) -> list[tuple[int, int]]:
-    """Output channels whose codes lost their lowest bits, with how many: see ``ort_form``."""
+    """Output channels whose codes lost their lowest bits, with how many: see :mod:`.targets.onnxruntime_bias`."""
     pairs = (entry.split(":") for entry in node.metadata_props.get(COARSE_KEY, "").split(",") if entry)
     return [(int(channel), int(bits)) for channel, bits in pairs]
 
