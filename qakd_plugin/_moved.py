@@ -42,7 +42,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "bench.contents": ("bench.file_facts",),
     "bench.environment": ("runtimes.host",),
     "bench.record": ("bench.rows",),
-    "bench.runners": ("runtimes.base",),
+    "bench.runners": ("bench.loading", "runtimes.base", "runtimes.onnxruntime", "runtimes.openvino"),
     "bench.scoring": ("bench.accuracy",),
     "bench.torch_runner": ("runtimes.pytorch",),
     "bench.turns": ("runtimes.interleaving",),

@@ -13,6 +13,8 @@ import jsonschema
 
 from ..deploy.diagnosis import Finding
 from ..errors import QakdError
+from ..runtimes.base import LayerTime as LayerTime
+from ..runtimes.host import Conditions as Conditions
 
 SCHEMA_VERSION = 2
 """2: a report may hold several runs, each with its environment; rows name their run. Version 1 had one."""
@@ -20,44 +22,6 @@ SCHEMA_VERSION = 2
 _DEEPEST = 32
 _LARGEST = 2**63
 """Bounds of what a report may nest and count: anything beyond comes from a damaged file."""
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """How quiet the machine was while a row was measured.
-
-    Attributes:
-        load_before: load average of the last minute, before; None where the system has none.
-        load_after: after; it counts the measurement itself.
-        other_cores: processor cores that other processes used meanwhile, on average.
-        clock_mhz: of the processor, after; None where it cannot be read.
-        gpu_celsius: of the first NVIDIA GPU, after; None where there is none.
-        busy: whether other work may have disturbed the figures.
-    """
-
-    load_before: float | None
-    load_after: float | None
-    other_cores: float
-    clock_mhz: int | None
-    gpu_celsius: int | None
-    busy: bool
-
-
-@dataclass(frozen=True)
-class LayerTime:
-    """One node of the graph that a runtime really ran, in a pass of its own with profiling on.
-
-    Attributes:
-        name: that the runtime gave it, mostly the layer's.
-        op: what it is.
-        precision: of what it reads (ONNX Runtime) or computes in (OpenVINO).
-        time_ms: median over the calls of the pass.
-    """
-
-    name: str
-    op: str
-    precision: str
-    time_ms: float
 
 
 @dataclass(frozen=True)

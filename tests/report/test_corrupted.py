@@ -18,7 +18,7 @@ from qakd_plugin.bench.rows import validate
 from qakd_plugin.deploy.engine.manifest import load_engine, read_manifest, verify_engine
 from qakd_plugin.errors import QakdError
 from qakd_plugin.report import read_report
-from qakd_plugin.runtimes.base import OnnxRuntimeRunner
+from qakd_plugin.runtimes.onnxruntime import OnnxRuntimeRunner
 
 pytest.importorskip("tensorrt_rtx_bindings")
 SECONDS = 5.0

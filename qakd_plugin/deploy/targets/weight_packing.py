@@ -8,7 +8,7 @@ DequantizeLinear``. Grids without a zero (DoReFa's codes are odd) get an Add as 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -16,11 +16,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from ...placement.targets import WeightStorage as WeightStorage
 from ..canonical.graph import cast, chain, constant, initializer, weight_dequantizers
 from ..canonical.passes import declare_opset
-
-WeightStorage = Literal["int8", "int4", "int2"]
-"""The narrowest type of weights beside quantized activations; for the others see :func:`.passes.pack_int4`."""
 
 Codes = npt.NDArray[np.int8]
 Factors = npt.NDArray[np.int32]
