@@ -1,4 +1,4 @@
-"""``{class_path: my_code.network, init_args: {width: 4}}`` in a YAML file stands for what ``my_code.network(width=4)`` returns."""
+"""``{class_path: my_code.network, init_args: {width: 4}}`` in YAML stands for what ``my_code.network(width=4)`` returns."""
 
 from __future__ import annotations
 

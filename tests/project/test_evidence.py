@@ -13,7 +13,7 @@ from scipy import stats
 from torch import nn
 
 from qakd_plugin.demo.net import DigitNet
-from qakd_plugin.deploy.parity import agreement
+from qakd_plugin.deploy.parity.report import agreement
 
 TINY = evidence.Size(images=256, epochs=1, seeds=2, teacher_images=512, teacher_epochs=1, test_images=100)
 
