@@ -41,7 +41,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "bench.comparison": ("bench.ratios",),
     "bench.contents": ("bench.file_facts",),
     "bench.environment": ("runtimes.host",),
-    "bench.record": ("bench.rows",),
+    "bench.record": ("bench.rows", "bench.schema"),
     "bench.runners": ("bench.loading", "runtimes.base", "runtimes.onnxruntime", "runtimes.openvino"),
     "bench.scoring": ("bench.accuracy",),
     "bench.torch_runner": ("runtimes.pytorch",),

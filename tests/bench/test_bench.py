@@ -422,6 +422,20 @@ def test_measuring_files_imports_no_torch(files):
     assert done.returncode == 0, done.stderr
 
 
+def test_importing_bench_and_report_loads_nothing_slow():
+    code = (
+        "import sys\n"
+        "import qakd_plugin.bench, qakd_plugin.report\n"
+        "slow = {'torch', 'onnx', 'onnxruntime', 'openvino', 'scipy', 'jinja2', 'pydantic', 'matplotlib', 'psutil'}\n"
+        "print(sorted(slow & set(sys.modules)))\n"
+        "from qakd_plugin.report import console_table, write_report\n"
+        "from qakd_plugin.bench import Candidate, benchmark\n"
+        "print(sorted({'torch', 'onnxruntime', 'openvino', 'scipy', 'jinja2', 'matplotlib'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["[]", "[]"]
+
+
 class Scaled(nn.Module):
     """Logits that depend on the input, and a weight, so that bfloat16 differs."""
 
