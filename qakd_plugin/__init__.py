@@ -51,7 +51,7 @@ _HOME = {
     "evaluate": "tasks.evaluation",
     "Settings": "training.optimizers",
     "EngineRunner": "deploy.engine.runner",
-    "restore_modelopt": "toolkits.modelopt.adapter",
+    "restore_modelopt": "toolkits.modelopt",
     "default_batch": "tasks.batches",
     "refresh_delta": "quantizers",
     "Candidate": "bench",
@@ -109,7 +109,7 @@ if TYPE_CHECKING:
     from .report import write_report as write_report
     from .tasks.batches import default_batch as default_batch
     from .tasks.evaluation import evaluate as evaluate
-    from .toolkits.modelopt.adapter import restore_modelopt as restore_modelopt
+    from .toolkits.modelopt import restore_modelopt as restore_modelopt
     from .training.attached import attach as attach
     from .training.distillation import DistillResult as DistillResult
     from .training.distillation import distill as distill

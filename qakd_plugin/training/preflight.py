@@ -39,7 +39,7 @@ def check_quantizers(adapter: Adapter, model: nn.Module) -> None:
         try:
             scale = adapter.qparams(quantizer).scale
         except UnsupportedQuantizerError as problem:
-            if quantizer.role == "weight":
+            if quantizer.role != "activation":
                 raise
             _log.warning("%s It can be trained with, but not exported.", problem)
             continue
