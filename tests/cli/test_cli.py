@@ -59,7 +59,9 @@ def recipe(tmp_path, monkeypatch):
 def test_distill_export_engine_bench_and_report_in_a_row(recipe, tmp_path, capsys):
     assert main(["distill", recipe, "--out", "run"]) == 0
     assert main(["export", recipe, "--weights", "run/student.safetensors", "--out", "s.onnx"]) == 0
-    assert main(["export", recipe, "--weights", "run/student.safetensors", "--out", "s.ort.onnx", "--target", "onnxruntime"]) == 0
+    assert (
+        main(["export", recipe, "--weights", "run/student.safetensors", "--out", "s.ort.onnx", "--target", "onnxruntime"]) == 0
+    )
     assert main(["engine", "s.onnx", "--runtime", "tensorrt_rtx", "--require-int8", "1"]) == 0
     bench = ["bench", "s.ort.onnx", "--loader", "my_recipe:batches", "--calls", "5", "--out", "r.html"]
     assert main([*bench, "--model", "net", "--profile-layers", "--batch", "1", "--batch", "2"]) == 0
