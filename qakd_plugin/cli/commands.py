@@ -98,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(name: str, arguments: Sequence[str]) -> int:
+    from .class_paths import RecipeError
     from .options import CommandParser, in_flags
 
     command = COMMANDS[name]
@@ -109,9 +110,15 @@ def _run(name: str, arguments: Sequence[str]) -> int:
     try:
         function(**values)
     except QakdError as error:
-        print(f"qakd: error: {in_flags(str(error), parser.flags | command.renamed)}", file=sys.stderr)
+        text = str(error) if isinstance(error, RecipeError) else in_flags(str(error), parser.flags | command.renamed)
+        print(f"qakd: error: {_one_line(text)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"\nqakd: stopped. {command.stopped}", file=sys.stderr)
         return 130
     return 0
+
+
+def _one_line(text: str) -> str:
+    """Without line breaks, and without what a terminal would obey: names come from files of others."""
+    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
