@@ -49,7 +49,7 @@ _HOME = {
     "export_float": "deploy.export",
     "diagnose": "deploy.diagnosis",
     "evaluate": "tasks.evaluation",
-    "Settings": "training.optimizers",
+    "Settings": "training.config",
     "EngineRunner": "deploy.engine.runner",
     "restore_modelopt": "toolkits.modelopt",
     "default_batch": "tasks.batches",
@@ -111,6 +111,7 @@ if TYPE_CHECKING:
     from .tasks.evaluation import evaluate as evaluate
     from .toolkits.modelopt import restore_modelopt as restore_modelopt
     from .training.attached import attach as attach
+    from .training.config import Settings as Settings
     from .training.distillation import DistillResult as DistillResult
     from .training.distillation import distill as distill
     from .training.features import Features as Features
@@ -118,7 +119,6 @@ if TYPE_CHECKING:
     from .training.methods import QAT as QAT
     from .training.methods import QKD as QKD
     from .training.methods import SQAKD as SQAKD
-    from .training.optimizers import Settings as Settings
 
 
 def __getattr__(name: str) -> Any:
