@@ -115,6 +115,15 @@ class Source:
             cut = labels[:count] if isinstance(labels, Tensor) else None
             yield Chunk(self.unit_range.unit(images[:count]), cut, seeds)
 
+    def _images(self, batch: Any) -> tuple[Tensor, Any]:
+        images, labels = self.batch_fn(batch)
+        if not isinstance(images, Tensor):
+            raise QakdError(
+                f"ranking augmentations is for images and classes: a batch holds {type(images).__name__} and no tensor of "
+                "images. Choose an augmentation yourself: augment=..."
+            )
+        return images, labels
+
     def _batches(self, draws: torch.Generator) -> Iterable[tuple[Tensor, Any]]:
         """(images, labels) of CHUNK images; the last has fewer."""
         if (dataset := _indexed(self.data)) is not None:
@@ -128,8 +137,8 @@ class Source:
                 num_workers=0 if given is None else given.num_workers,
                 generator=torch.Generator().manual_seed(self.seed),
             )
-            return (self.batch_fn(batch) for batch in loader)
-        split = (self.batch_fn(batch) for batch in self.data)
+            return (self._images(batch) for batch in loader)
+        split = (self._images(batch) for batch in self.data)
         if not isinstance(self.data, Sequence):
             return _rechunked(split)
         images, labels = _joined(list(split))

@@ -9,12 +9,16 @@ from torch import nn
 
 from .._common.optional import require
 from ..errors import QakdError
-from ..tasks.outputs import logits_of
+from ..tasks.matching import check_match
+from ..tasks.outputs import named_outputs
 from ..toolkits import adapter_for
-from ..training.attached import refuse_features, require_teacher, teacher_logits, unwrapped
+from ..training.attached import refuse_features, unwrapped
 from ..training.autocast import float32_quantizers
+from ..training.config import Settings
+from ..training.curvature import warn_of_no_refresh
 from ..training.methods import SQAKD, Method, require_labels, total_loss
-from ..training.optimizers import Settings, student_optimizer
+from ..training.optimizers import student_optimizer
+from ..training.teachers import require_teacher, taught_outputs
 
 _library = require("transformers", extra="transformers", purpose="train a prepared model with a Hugging Face Trainer")
 _Trainer: Any = _library.Trainer
@@ -55,11 +59,13 @@ class DistillationTrainer(_Trainer):  # type: ignore[misc]
         **options: Any,
     ) -> None:
         self.method = SQAKD() if method is None else method
+        self._checked = False
         self.adapter = adapter_for(model)
         phases = self.method.phases(100)
         require_teacher(self.method, phases, teacher)
         refuse_features(self.method, phases, "DistillationTrainer")
         self._require_supported(len(phases))
+        warn_of_no_refresh(self.adapter, model, "DistillationTrainer")
         (self.phase,) = phases
         self.quantizer_lr = quantizer_lr
         super().__init__(model, args, **options)
@@ -78,16 +84,18 @@ class DistillationTrainer(_Trainer):  # type: ignore[misc]
             LabelsRequiredError: the method reads labels and the batch holds none.
         """
         labels = inputs.get(self.label_names[0])
-        images = {name: value for name, value in inputs.items() if name not in self.label_names}
-        targets = require_labels(self.method, labels) if self.phase.needs_labels else None
-        logits = logits_of(model(**images), "model")
-        other = None
-        if self.phase.needs_teacher:
-            with self.accelerator.autocast():
-                other = teacher_logits(self.teacher, self.phase, (), images)
-        loss, _ = total_loss(self.phase.student, logits, other, targets)
+        own = {name: value for name, value in inputs.items() if name not in self.label_names}
+        if self.phase.needs_labels:
+            require_labels(self.method, labels)
+        outputs = named_outputs(model(**own))
+        with self.accelerator.autocast():
+            other = taught_outputs(self.teacher, self.phase, (), own)
+        if other is not None and self.phase.imitation is not None and not self._checked:
+            check_match(self.phase.imitation.matched(outputs, own), outputs, other, own, labels)
+            self._checked = True
+        loss, _ = total_loss(self.phase.student, outputs, other, labels, own)
         # A dictionary: of anything else the Trainer takes [1:] for the logits.
-        return (loss, {"logits": logits}) if return_outputs else loss
+        return (loss, {name: outputs[name] for name in ("logits",) if name in outputs} or outputs) if return_outputs else loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW in the groups of ``distill``, unless an optimizer was passed."""

@@ -11,19 +11,24 @@ from torch import Tensor, nn
 from .._common.module_mode import eval_mode
 from .._common.optional import require
 from ..errors import QakdError
-from ..tasks.batches import BatchFn, default_batch
+from ..tasks.batches import BatchFn, batch_splitter, default_batch
+from ..tasks.inputs import arguments, call
+from ..tasks.matching import check_match
+from ..tasks.outputs import named_outputs
 from ..toolkits import adapter_for
-from ..training.attached import refuse_features, require_teacher, teacher_logits
+from ..training.attached import refuse_features
 from ..training.autocast import float32_hooks
+from ..training.config import Settings
+from ..training.curvature import warn_of_no_refresh
 from ..training.methods import SQAKD, Method, Phase, require_labels, total_loss
 from ..training.optimizers import (
-    Settings,
     clip_gradients,
     cosine_schedule,
     quantizer_parameters,
     student_optimizer,
     teacher_optimizer,
 )
+from ..training.teachers import require_teacher, taught_outputs
 
 _library = require("lightning", extra="lightning", purpose="train a prepared model as a LightningModule")
 _LightningModule: Any = _library.LightningModule
@@ -70,6 +75,7 @@ class DistillationModule(_LightningModule):  # type: ignore[misc]
         phases = self.method.phases(100)  # only what they learn from; how long they are says the Trainer
         require_teacher(self.method, phases, teacher)
         refuse_features(self.method, phases, "DistillationModule")
+        warn_of_no_refresh(self.adapter, prepared_model, "DistillationModule")
         learns = any(phase.teacher for phase in phases)
         self.automatic_optimization = not learns
         if learns and teacher is not None:
@@ -78,6 +84,7 @@ class DistillationModule(_LightningModule):  # type: ignore[misc]
             self.__dict__["teacher"] = teacher
         self._epochs: list[Phase] = []
         self._phase: Phase | None = None
+        self._checked = False
         self._was_training = False
         self._float32: list[Any] = []
 
@@ -184,18 +191,23 @@ class DistillationModule(_LightningModule):  # type: ignore[misc]
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         phase = self._phase
         assert phase is not None
-        x, labels = self.batch_fn(batch)
-        targets = require_labels(self.method, labels) if phase.needs_labels else None
-        student = self.student(x)
-        other = teacher_logits(self.teacher, phase, (x,), {}) if phase.needs_teacher else None
-        loss, parts = total_loss(phase.student, student, other, targets)
+        inputs, targets = batch_splitter(self.batch_fn, self.student)(batch)
+        if phase.needs_labels:
+            require_labels(self.method, targets)
+        student = call(self.student, inputs)
+        other = taught_outputs(self.teacher, phase, *arguments(inputs))
+        if other is not None and phase.imitation is not None and not self._checked:
+            outputs = named_outputs(student)
+            check_match(phase.imitation.matched(outputs, inputs), outputs, other, inputs, targets)
+            self._checked = True
+        loss, parts = total_loss(phase.student, student, other, targets, inputs)
         self.log_dict({"train_loss": loss.detach(), **{f"train_{name}": value for name, value in parts.items()}})
         if self.automatic_optimization:
             return loss
         teacher_loss = None
         if phase.teacher:
             assert other is not None
-            teacher_loss, _ = total_loss(phase.teacher, other, student, targets)
+            teacher_loss, _ = total_loss(phase.teacher, other, student, targets, inputs)
             self.log("train_teacher_loss", teacher_loss.detach())
         self._step_by_hand(loss, teacher_loss)
         return None

@@ -6,13 +6,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import NotPreparedError, QakdError
 from ..placement.attention import open_attention
 from ..placement.targets import TARGETS, Target
-from ..tasks.batches import default_batch
-from ..toolkits import ADAPTERS, Adapter, Precision, adapter_for
+from ..tasks.batches import BatchFn, batch_splitter, default_batch
+from ..tasks.inputs import Inputs, named_tensors, to_device
+from ..toolkits import Adapter, Precision, adapter_for, adapter_named
 
 
 def prepare(
@@ -24,6 +25,7 @@ def prepare(
     keep: Sequence[str] = (),
     *,
     target: Target = "tensorrt",
+    batch_fn: BatchFn = default_batch,
 ) -> nn.Module:
     """Prepare a float model for quantization-aware training with a configuration that deploys well.
 
@@ -33,7 +35,7 @@ def prepare(
     squared error over all calibration batches. ``nn.MultiheadAttention`` becomes a module of the same name whose four
     projections are linear layers (:func:`qakd_plugin.placement.attention.open_attention`), or they would stay in floating
     point; such a model, saved by ModelOpt, comes back with
-    :func:`qakd_plugin.toolkits.modelopt.adapter.restore_modelopt`.
+    :func:`qakd_plugin.toolkits.modelopt.restore_modelopt`.
 
     Args:
         model: the float model; it is not changed.
@@ -50,6 +52,7 @@ def prepare(
             clamp behind each ReLU. (Quantizers in front of a ReLU stay signed: ModelOpt's behind a convolution that an add, a
             concatenation or a pooling reads, eager mode's of layers that are not fused with it. With "torchao", which leaves
             activations alone, this changes nothing.)
+        batch_fn: splits a batch into (inputs, targets), as in ``distill``.
 
     Returns:
         A prepared copy in eval mode, with calibrated ranges: post-training quantization, and the starting point of ``distill``.
@@ -59,10 +62,11 @@ def prepare(
         NotPreparedError: the model is prepared already.
         MissingPackageError: the toolkit is not installed.
     """
-    adapter, precision = _asked(toolkit, weight_bits, activation_bits, keep, target)
+    adapter, precision = _parse_request(toolkit, weight_bits, activation_bits, keep, target)
     _require_float(model)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    batches = [_images(batch, index).to(device) for index, batch in enumerate(calibration_batches)]
+    split = batch_splitter(batch_fn, model)
+    batches = [to_device(_inputs(split, batch, index), device) for index, batch in enumerate(calibration_batches)]
     if not batches:
         raise QakdError("calibration_batches is empty: ranges need at least one batch, and are better with several.")
     return adapter.prepare(open_attention(model), batches, precision)
@@ -98,14 +102,14 @@ def configuration(
         QakdError: as :func:`prepare`, or the toolkit has no configuration for fewer than 8 activation bits, or for ``target``.
         MissingPackageError: the toolkit is not installed.
     """
-    adapter, precision = _asked(toolkit, weight_bits, activation_bits, keep, target)
+    adapter, precision = _parse_request(toolkit, weight_bits, activation_bits, keep, target)
     return adapter.configuration(model, precision)
 
 
-def _asked(toolkit: str, weight_bits: int, activation_bits: int, keep: Sequence[str], target: str) -> tuple[Adapter, Precision]:
-    adapter = next((adapter for adapter in ADAPTERS if adapter.name == toolkit), None)
-    if adapter is None:
-        raise QakdError(f"toolkit={toolkit!r} is unknown: use one of {[adapter.name for adapter in ADAPTERS]}.")
+def _parse_request(
+    toolkit: str, weight_bits: int, activation_bits: int, keep: Sequence[str], target: str
+) -> tuple[Adapter, Precision]:
+    adapter = adapter_named(toolkit)
     for name, bits in (("weight_bits", weight_bits), ("activation_bits", activation_bits)):
         if not 2 <= bits <= 8:
             raise QakdError(f"{name}={bits} is out of range: 2 to 8 bits can be prepared.")
@@ -122,8 +126,9 @@ def _require_float(model: nn.Module) -> None:
     raise NotPreparedError(f"model is prepared by {adapter.name} already: pass the float model, or call distill with this one.")
 
 
-def _images(batch: object, index: int) -> Tensor:
-    x, _ = default_batch(batch)
-    if not bool(torch.isfinite(x).all()):
-        raise QakdError(f"calibration_batches: batch {index} holds NaN or infinite values.")
-    return x
+def _inputs(split: BatchFn, batch: object, index: int) -> Inputs:
+    inputs, _ = split(batch)
+    for tensor in named_tensors(inputs).values():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise QakdError(f"calibration_batches: batch {index} holds NaN or infinite values.")
+    return inputs

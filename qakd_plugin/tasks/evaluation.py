@@ -1,24 +1,38 @@
-"""Accuracy on a held-out split."""
+"""What is counted on a held-out split."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchmetrics import Metric
+from torchmetrics.aggregation import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from .._common.module_mode import eval_mode
 from ..errors import TrainingError
-from .batches import BatchFn
-from .outputs import frozen_logits, logits_of
+from .batches import BatchFn, batch_splitter
+from .inputs import Inputs, call, to_device
+from .matching import KL, Match, Matcher, agreed_labels, default_match
+from .metrics import AnyMetric, Counted, MetricFn, higher_is_better, monitored, outputs_and_targets
+from .outputs import Outputs, named_outputs
 
 
 @torch.no_grad()
 def evaluate(
-    student: nn.Module, teacher: nn.Module | None, loader: Iterable[Any], batch_fn: BatchFn, device: torch.device
+    student: nn.Module,
+    teacher: nn.Module | None,
+    loader: Iterable[Any],
+    batch_fn: BatchFn,
+    device: torch.device,
+    *,
+    match: Match | None = None,
+    metric: AnyMetric | None = None,
+    metric_fn: MetricFn = outputs_and_targets,
 ) -> dict[str, float]:
-    """Top-1 accuracy of both networks where the split has labels, and how often they agree.
+    """Top-1 accuracy of both networks where the split has class labels, and how often they agree; or the user's metric.
 
     Args:
         student: in eval mode, ranges frozen.
@@ -26,29 +40,117 @@ def evaluate(
         loader: held-out batches.
         batch_fn: splits a batch.
         device: of the networks.
+        match: which outputs are compared with the teacher's; None where one reading is possible.
+        metric: of torchmetrics, counted for both networks in the place of accuracy.
+        metric_fn: what it takes of outputs and targets.
+
+    Returns:
+        "val_accuracy" and "val_teacher_accuracy", or the metric's numbers likewise; with a teacher "val_agreement", the share
+        of labels (positions, where outputs have several) on which both agree, and "val_sqnr_db" of matched outputs that hold
+        values.
 
     Raises:
         TrainingError: there is nothing to compare with.
+        QakdError: the metric does not fit, or what is compared can be read in more than one way.
     """
-    metrics: dict[str, MulticlassAccuracy] = {}
-
-    def update(name: str, logits: Tensor, target: Tensor) -> None:
-        if name not in metrics:
-            metrics[name] = MulticlassAccuracy(logits.shape[1], average="micro").to(device)
-        metrics[name].update(logits, target)
-
+    split = batch_splitter(batch_fn, student)
+    counts = _Counts(device, metric, metric_fn)
     for batch in loader:
-        x, labels = batch_fn(batch)
-        x = x.to(device)
-        logits = logits_of(student(x), "student")
-        labelled = isinstance(labels, Tensor) and labels.ndim == 1
-        if labelled:
-            update("val_accuracy", logits, labels.to(device))
+        inputs, targets = split(batch)
+        inputs, targets = to_device(inputs, device), to_device(targets, device)
+        outputs = named_outputs(call(student, inputs))
+        expected = None
         if teacher is not None:
-            expected = frozen_logits(teacher, x)
-            update("val_agreement", logits, expected.argmax(1))
-            if labelled:
-                update("val_teacher_accuracy", expected, labels.to(device))
-    if not metrics:
-        raise TrainingError("val_loader yields neither labels nor, without a teacher, anything to compare with. Yield (x, y).")
-    return {name: float(metric.compute()) for name, metric in metrics.items()}
+            with eval_mode(teacher):
+                expected = named_outputs(call(teacher, inputs))
+        counts.add(outputs, expected, inputs, targets, match)
+    return counts.result()
+
+
+class _Counts:
+    """Metrics of both networks by name."""
+
+    def __init__(self, device: torch.device, metric: AnyMetric | None, metric_fn: MetricFn) -> None:
+        self._device, self._metric, self._metric_fn = device, metric, metric_fn
+        self._own: dict[str, Metric] = {}
+        self._users: dict[str, Counted] = {}
+        self._power: dict[str, list[float]] = {}
+
+    def add(self, outputs: Outputs, expected: Outputs | None, inputs: Inputs, targets: Any, match: Match | None) -> None:
+        """Count one batch."""
+        if self._metric is not None:
+            self._count("", outputs, targets)
+            if expected is not None:
+                self._count("teacher_", expected, targets)
+        if expected is None and self._metric is not None:
+            return
+        found: Match = default_match(outputs, inputs) if match is None else match
+        for name, matcher in found.items():
+            other = None if expected is None else expected[name]
+            if self._metric is None and len(found) == 1 and isinstance(matcher, KL):
+                self._accuracy(matcher, outputs[name], other, targets)
+            if other is not None:
+                self._compare(name if len(found) > 1 else "", matcher, outputs[name], other)
+
+    def result(self) -> dict[str, float]:
+        """All numbers."""
+        numbers = {name: float(metric.compute()) for name, metric in self._own.items()}
+        for prefix, counted in self._users.items():
+            numbers |= {f"val_{prefix}{name}": value for name, value in counted.compute().items()}
+        for name, (signal, noise) in self._power.items():
+            numbers[name] = (
+                float("inf") if noise == 0 else float(10 * torch.tensor(signal / noise, dtype=torch.float64).log10())
+            )
+        if not numbers:
+            raise TrainingError(
+                "val_loader yields neither labels nor, without a teacher, anything to compare with. Yield (x, y)."
+            )
+        return numbers
+
+    def _count(self, prefix: str, outputs: Outputs, targets: Any) -> None:
+        assert self._metric is not None
+        if prefix not in self._users:
+            self._users[prefix] = Counted(self._metric, self._metric_fn, self._device)
+        self._users[prefix].update(outputs, targets)
+
+    def _compare(self, name: str, matcher: Matcher, output: Tensor, expected: Tensor) -> None:
+        suffix = f"_{name}" if name else ""
+        own, others = agreed_labels(matcher, output), agreed_labels(matcher, expected)
+        if own is not None and others is not None:
+            same = self._own.setdefault(f"val_agreement{suffix}", MeanMetric().to(self._device))
+            same.update((own == others).float())
+            return
+        power = self._power.setdefault(f"val_sqnr_db{suffix}", [0.0, 0.0])
+        power[0] += float(expected.double().square().sum())
+        power[1] += float((output.double() - expected.double()).square().sum())
+
+    def _accuracy(self, matcher: KL, output: Tensor, expected: Tensor | None, targets: Any) -> None:
+        logits = output.movedim(matcher.dim, 1)
+        positions = logits.shape[:1] + logits.shape[2:]
+        if not (isinstance(targets, Tensor) and targets.shape == positions and not targets.is_floating_point()):
+            return
+        theirs = None if expected is None else expected.movedim(matcher.dim, 1)
+        for name, scores in (("val_accuracy", logits), ("val_teacher_accuracy", theirs)):
+            if scores is not None:
+                self._metric_of(name, logits.shape[1]).update(scores, targets)
+
+    def _metric_of(self, name: str, classes: int) -> Metric:
+        if name not in self._own:
+            self._own[name] = MulticlassAccuracy(classes, average="micro", ignore_index=-100).to(self._device)
+        return self._own[name]
+
+
+def value_of(row: Mapping[str, Any], metric: AnyMetric | None, monitor: str | None) -> float | None:
+    """What picks the best epoch, larger is better: the monitored number, else accuracy, agreement or SQNR; None without any."""
+    if metric is not None:
+        numbers = {name.removeprefix("val_"): value for name, value in row.items() if name.startswith("val_")}
+        own = {name: value for name, value in numbers.items() if not name.startswith(("teacher_", "agreement", "sqnr_db"))}
+        if not own:
+            return None
+        name = monitored(metric, monitor, own)
+        value = float(own[name])
+        return value if higher_is_better(metric, name) else -value
+    for key in ("val_accuracy", "val_agreement", "val_sqnr_db"):
+        if found := [value for name, value in row.items() if name == key or name.startswith(f"{key}_")]:
+            return float(sum(found) / len(found))
+    return None

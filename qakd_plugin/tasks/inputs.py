@@ -43,6 +43,11 @@ def to_device(inputs: Any, device: torch.device) -> Any:
     return tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), inputs)
 
 
+def device_of(inputs: Inputs) -> torch.device:
+    """Of the first tensor; the CPU where there is none."""
+    return next((tensor.device for tensor in named_tensors(inputs).values()), torch.device("cpu"))
+
+
 def sample_count(inputs: Inputs) -> int:
     """How many samples a batch holds: the length of a list, else the first dimension of the first tensor.
 
@@ -58,6 +63,16 @@ def sample_count(inputs: Inputs) -> int:
             "of tensors, or pass batch_fn=lambda batch: (inputs, targets)."
         )
     return len(found)
+
+
+def doubled(inputs: Any) -> Any:
+    """The same structure with every sample twice: what an exporter would take for a constant, a batch of one, is none then."""
+    return tree_map_only(Tensor, lambda tensor: torch.cat([tensor, tensor]) if tensor.ndim else tensor, inputs)
+
+
+def named(network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments by the names that ``network.forward`` gives them."""
+    return dict(inspect.signature(network.forward).bind(*args, **kwargs).arguments)
 
 
 def first_samples(inputs: Any, count: int) -> Any:

@@ -187,7 +187,7 @@ def default_match(outputs: Mapping[str, Tensor], inputs: Inputs) -> dict[str, Ma
     Raises:
         QakdError: more than one reading is possible; lists the outputs and shows the line to write.
     """
-    floats = {name: tensor for name, tensor in outputs.items() if tensor.is_floating_point()}
+    floats = {name: tensor for name, tensor in outputs.items() if tensor.is_floating_point() and tensor.ndim}
     name = "logits" if "logits" in floats else next(iter(floats)) if len(floats) == 1 else None
     matcher = None if name is None else _reading(floats[name], inputs)
     if name is None or matcher is None:
@@ -329,6 +329,21 @@ def matched_losses(
         name: matcher.loss(student[name], teacher[name], mask_of(name, matcher, student, teacher, inputs, targets))
         for name, matcher in match.items()
     }
+
+
+def agreement(match: Match, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Tensor | None:
+    """Share of labels on which both agree, (): a mean over samples, their positions, and outputs that hold labels.
+
+    None where no output holds any.
+    """
+    shares = []
+    for name, matcher in match.items():
+        ours, theirs = agreed_labels(matcher, student[name]), agreed_labels(matcher, teacher[name])
+        if ours is not None and theirs is not None:
+            same = ours == theirs
+            count = same.sum()
+            shares.append((count.float() if count.device.type == "mps" else count.double()) / same.numel())
+    return None if not shares else shares[0] if len(shares) == 1 else torch.stack(shares).mean()
 
 
 @dataclass(frozen=True)

@@ -46,8 +46,7 @@ class Counted:
     """
 
     def __init__(self, metric: AnyMetric, metric_fn: MetricFn, device: torch.device | str = "cpu", bootstraps: int = 0) -> None:
-        if not isinstance(metric, Metric | MetricCollection):
-            raise QakdError(f"metric must be a torchmetrics.Metric or MetricCollection, got {type(metric).__name__}.")
+        check_metric(metric)
         self._metric = _fresh(metric, device)
         self._copies = [_fresh(metric, device) for _ in range(bootstraps)]
         self._fn = metric_fn
@@ -112,6 +111,25 @@ class Counted:
                 f"metric: {type(metric).__name__} does not take {shapes} ({' '.join(str(error).split())[:200]}). "
                 "Say what it takes: metric_fn=lambda outputs, targets: (..., ...)."
             ) from error
+
+
+def check_metric(metric: object) -> None:
+    """Raise QakdError where it is none of torchmetrics'."""
+    if not isinstance(metric, Metric | MetricCollection):
+        raise QakdError(f"metric must be a torchmetrics.Metric or MetricCollection, got {type(metric).__name__}.")
+
+
+def monitored(metric: AnyMetric, monitor: str | None, numbers: Mapping[str, float]) -> str:
+    """Which of a metric's numbers picks the best epoch.
+
+    Raises:
+        QakdError: it is not there, or there are several and none was named.
+    """
+    if monitor is None and len(numbers) == 1:
+        return next(iter(numbers))
+    if monitor is None or monitor not in numbers:
+        raise QakdError(f"monitor={monitor!r}: say which number picks the best epoch; there are {', '.join(numbers)}.")
+    return monitor
 
 
 def higher_is_better(metric: AnyMetric, name: str) -> bool:

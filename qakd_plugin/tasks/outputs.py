@@ -16,6 +16,10 @@ SINGLE = "logits"
 """Name of the output of a network that returns a tensor and nothing else."""
 
 
+Outputs = Mapping[str, Tensor]
+"""What a network outputs, by path."""
+
+
 def named_outputs(output: Any) -> dict[str, Tensor]:
     """Every tensor in what a network returned, by its path: ``{"logits": ..}``, ``{"boxes.p3": ..}``, ``{"0": .., "1": ..}``.
 
@@ -46,7 +50,8 @@ def _children(value: Any) -> list[tuple[str, Any]]:
         return [(str(index), item) for index, item in enumerate(value)]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
-    return []
+    logits = getattr(value, SINGLE, None)
+    return [] if logits is None else [(SINGLE, logits)]
 
 
 def listed(outputs: Mapping[str, Tensor]) -> str:
@@ -70,12 +75,16 @@ def logits_of(output: Any, name: str) -> Tensor:
     return logits
 
 
-def frozen_output(teacher: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """What a teacher outputs in eval mode and without gradients; its modes are put back."""
-    with eval_mode(teacher), torch.no_grad():
-        return teacher(*args, **kwargs)
+def frozen_output(network: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What a network outputs in eval mode and without gradients; its modes are put back."""
+    with eval_mode(network), torch.no_grad():
+        return network(*args, **kwargs)
 
 
-def frozen_logits(teacher: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-    """A teacher's logits in eval mode and without gradients; its modes are put back."""
-    return logits_of(frozen_output(teacher, *args, **kwargs), "teacher")
+def logits_for(network: nn.Module, inputs: Tensor, name: str) -> Tensor:
+    """Call a network on images, and pick the logits.
+
+    Raises:
+        QakdError: there are no logits; ``name`` says whose output it was.
+    """
+    return logits_of(network(inputs), name)

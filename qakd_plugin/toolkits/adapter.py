@@ -6,6 +6,7 @@ An adapter knows one toolkit. It knows nothing of losses, methods, ONNX or runti
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -15,10 +16,29 @@ from torch import Tensor, nn
 from ..errors import NotPreparedError
 from ..quantizers import Rule
 from ..quantizers.qparams import QParams
+from ..tasks.inputs import Inputs
 
-__all__ = ["Adapter", "Precision", "QParams", "Quantizer", "Role", "require_no_negative", "require_no_zero_gamma", "weight_of"]
+__all__ = [
+    "Adapter",
+    "Precision",
+    "QParams",
+    "Quantizer",
+    "Role",
+    "loaded_class",
+    "require_no_negative",
+    "require_no_zero_gamma",
+    "weight_of",
+]
 
-Role = Literal["weight", "activation"]
+Role = Literal["weight", "activation", "internal"]
+"""What is quantized: a layer's weight, a tensor that enters or leaves a module, or one within a module, which no other module
+sees and no export form has."""
+
+
+def loaded_class(module: str, name: str) -> type[nn.Module] | None:
+    """A toolkit's class, if the toolkit is loaded: a model that it prepared cannot exist otherwise."""
+    loaded = sys.modules.get(module)
+    return None if loaded is None else getattr(loaded, name)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -50,7 +70,7 @@ class Quantizer:
         fqn: its dotted name in the model.
         module: the toolkit's quantizer.
         role: what it quantizes.
-        layers: dotted names of the weighted layers that read what it puts out; empty where none does, or none is known.
+        layers: dotted names of the weighted layers that read its output; empty where none does, or none is known.
         layer: whose weight it quantizes; None for activations.
         weight: that weight as the quantizer would see it now (BatchNorm folded in where the toolkit does that).
     """
@@ -97,7 +117,7 @@ def require_no_negative(name: str, minimum: float) -> None:
     if minimum < 0:
         raise NotPreparedError(
             f"{name}: an unsigned grid was chosen for it, because what it reads comes from a ReLU or the like, but it saw "
-            f"{minimum:.3g} in calibration. Is a tensor changed in place behind its ReLU? Write that operation out of place."
+            f"{minimum:.3g} in calibration. Is a tensor changed in place after its ReLU? Write that operation out of place."
         )
 
 
@@ -128,7 +148,7 @@ class Adapter(Protocol):
     def configuration(self, model: nn.Module, precision: Precision) -> Any:
         """What :meth:`prepare` hands to the toolkit; see :func:`qakd_plugin.configuration`."""
 
-    def prepare(self, model: nn.Module, batches: Sequence[Tensor], precision: Precision) -> nn.Module:
+    def prepare(self, model: nn.Module, batches: Sequence[Inputs], precision: Precision) -> nn.Module:
         """A prepared and calibrated copy of a float model, in eval mode; see :func:`qakd_plugin.prepare`."""
 
     def install(self, model: nn.Module, quantizer: Quantizer, rule: Rule, clip: Tensor) -> None:

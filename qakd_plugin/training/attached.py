@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,13 +12,34 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
 from ..errors import QakdError
-from ..tasks.outputs import frozen_logits, logits_of
+from ..tasks.inputs import forward_names
+from ..tasks.matching import check_match
+from ..tasks.outputs import Outputs, named_outputs
+from ..tasks.task_loss import TaskLoss, check_task_loss
 from ..toolkits import adapter_for
 from .autocast import float32_hooks
+from .curvature import warn_of_no_refresh
 from .features import FeatureTaps
-from .methods import SQAKD, Method, Phase, require_labels, total_loss
+from .methods import SQAKD, Method, Phase, require_labels, total_loss, with_task_loss
 from .preflight import check_separate
-from .teachers import one_teacher
+from .teachers import one_teacher, require_teacher, taught_outputs
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What the hook saw of the last batch."""
+
+    student: Outputs
+    teacher: Outputs | None
+    inputs: Any
+
+
+def _inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Arguments by the names that forward gives them, as masks are named; one tensor alone stays one."""
+    if len(args) == 1 and not kwargs:
+        return args[0]
+    names, _ = forward_names(module)
+    return dict(zip(names, args, strict=False)) | kwargs
 
 
 class Attached:
@@ -38,13 +60,13 @@ class Attached:
         self.parts: dict[str, Tensor] = {}
         self._phases = list(phases)
         self._index = 0
-        self._batch: tuple[Tensor, Tensor | None] | None = None
+        self._batch: _Seen | None = None
+        self._checked = False
         self._model = unwrapped(prepared_model)
         self._adapter = adapter_for(self._model)
         wanted = next((phase.features for phase in phases if phase.features is not None), None)
         self._taps = None
-        if wanted is not None:  # first: it refuses unknown layers, and no hook must stay behind
-            assert teacher is not None
+        if wanted is not None and teacher is not None:  # first: it refuses unknown layers, and no hook may be left
             self._taps = FeatureTaps(self._adapter, self._model, unwrapped(teacher), wanted)
         # On the wrapper where there is one: DistributedDataParallel hands on its own output, with its own backward pass.
         self._handles = [
@@ -79,28 +101,30 @@ class Attached:
         self._adapter.set_mode(self._model, False)
         self._adapter.freeze_ranges(self._model, True)
 
-    def loss(self, labels: Tensor | None = None) -> Tensor:
+    def loss(self, labels: Any = None) -> Tensor:
         """The student's loss on the last batch: a scalar to call ``backward`` on.
 
         It is a mean over the batch: divide it by the number of micro-batches that share one step of the optimizer.
 
         Args:
-            labels: (N,) or (N, C), where the phase reads them.
+            labels: (N,) or (N, C), or what ``task_loss`` and masks take, where the phase reads them.
 
         Raises:
             LabelsRequiredError: labels are needed and missing; names the method.
             QakdError: the model has not been called in training since the last loss.
         """
-        student, teacher = self._last()
-        targets = require_labels(self.method, labels) if any(t.needs_labels for t in self.phase.student) else None
-        loss, self.parts = total_loss(self.phase.student, student, teacher, targets)
+        seen = self._last()
+        if any(term.needs_labels for term in self.phase.student):
+            require_labels(self.method, labels)
+        self._check(seen, labels)
+        loss, self.parts = total_loss(self.phase.student, seen.student, seen.teacher, labels, seen.inputs)
         if self._taps is not None and self.phase.features is not None:
             loss = self._taps.added(loss, self.parts)
         if not self.phase.teacher:
             self._batch = None
         return loss
 
-    def teacher_loss(self, labels: Tensor | None = None) -> Tensor:
+    def teacher_loss(self, labels: Any = None) -> Tensor:
         """The teacher's loss on the last batch, while it learns too; call it after :meth:`loss`.
 
         Raises:
@@ -108,15 +132,15 @@ class Attached:
         """
         if not self.phase.teacher:
             raise QakdError(f"the teacher is frozen in phase {self.phase.name!r}: only kd.loss() belongs here.")
-        student, teacher = self._last()
-        assert teacher is not None
-        if not teacher.requires_grad:
+        seen = self._last()
+        if seen.teacher is None or not any(tensor.requires_grad for tensor in seen.teacher.values()):
             raise QakdError(
                 f"the teacher learns in phase {self.phase.name!r}, but none of its parameters requires a gradient. Call "
                 "teacher.requires_grad_(True) before the phase."
             )
-        targets = require_labels(self.method, labels) if any(t.needs_labels for t in self.phase.teacher) else None
-        loss, _ = total_loss(self.phase.teacher, teacher, student, targets)
+        if any(term.needs_labels for term in self.phase.teacher):
+            require_labels(self.method, labels)
+        loss, _ = total_loss(self.phase.teacher, seen.teacher, seen.student, labels, seen.inputs)
         self._batch = None
         return loss
 
@@ -137,15 +161,23 @@ class Attached:
     def _collect(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if not torch.is_grad_enabled():
             return
-        logits = logits_of(output, "prepared_model")
+        student = named_outputs(output)
         other = None
-        if self.phase.needs_teacher:
+        if self.phase.needs_teacher and student:
             # Wrappers move their inputs themselves; a hook sees them where the caller left them.
-            args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(logits.device), (args, kwargs))
-            other = teacher_logits(self.teacher, self.phase, args, kwargs)
-        self._batch = logits, other
+            device = next(iter(student.values())).device
+            args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(device), (args, kwargs))
+            other = taught_outputs(self.teacher, self.phase, args, kwargs)
+        self._batch = _Seen(student, other, _inputs(module, args, kwargs))
 
-    def _last(self) -> tuple[Tensor, Tensor | None]:
+    def _check(self, seen: _Seen, targets: Any) -> None:
+        """Once: what is compared can be compared."""
+        if not self._checked and seen.teacher is not None and self.phase.imitation is not None:
+            match = self.phase.imitation.matched(seen.student, seen.inputs)
+            check_match(match, seen.student, seen.teacher, seen.inputs, targets)
+            self._checked = True
+
+    def _last(self) -> _Seen:
         if self._batch is None:
             raise QakdError(
                 "call prepared_model(x) with gradients enabled before kd.loss(): there is no batch to take a loss on."
@@ -154,7 +186,11 @@ class Attached:
 
 
 def attach(
-    prepared_model: nn.Module, teacher: nn.Module | Sequence[nn.Module] | None, method: Method | None = None
+    prepared_model: nn.Module,
+    teacher: nn.Module | Sequence[nn.Module] | None,
+    method: Method | None = None,
+    *,
+    task_loss: TaskLoss | None = None,
 ) -> Attached:
     """Register a method's losses on a prepared model, for use in a loop of your own.
 
@@ -175,6 +211,8 @@ def attach(
             none. While it is frozen it runs in eval mode and without gradients, and its own mode is put back after each call.
             While it learns, its mode, its optimizer and, in data parallel training, its wrapper are yours.
         method: SQAKD() by default.
+        task_loss: what is learned from labels, as in ``distill``. With "model" call the model with its labels yourself; its
+            ``loss`` is taken.
 
     Returns:
         The handle; a context manager that detaches at the end.
@@ -184,12 +222,14 @@ def attach(
         QakdError: the method needs a teacher and there is none, or the teacher shares tensors with the model.
     """
     method = SQAKD() if method is None else method
-    phases = method.phases(100)  # how many epochs each has is up to the caller's loop
-    adapter_for(unwrapped(prepared_model))
+    check_task_loss(task_loss)
+    phases = with_task_loss(method.phases(100), task_loss)  # how many epochs each has is up to the caller's loop
+    adapter = adapter_for(unwrapped(prepared_model))
     teacher = one_teacher(teacher)
     require_teacher(method, phases, teacher)
     if teacher is not None:
         check_separate(prepared_model, teacher)
+    warn_of_no_refresh(adapter, unwrapped(prepared_model), "a loop of your own")
     return Attached(prepared_model, teacher, method, phases)
 
 
@@ -204,14 +244,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def require_teacher(method: Method, phases: Sequence[Phase], teacher: nn.Module | None) -> None:
-    """Raise QakdError where a phase needs a teacher and there is none."""
-    if teacher is None and any(phase.needs_teacher for phase in phases):
-        raise QakdError(
-            f"teacher=None, but {type(method).__name__} learns from a teacher. Pass a full-precision network, or use QAT()."
-        )
-
-
 def refuse_features(method: Method, phases: Sequence[Phase], bridge: str) -> None:
     """Raise QakdError where a method compares features, which a bridge to another library does not pick up."""
     if any(phase.features for phase in phases):
@@ -219,11 +251,3 @@ def refuse_features(method: Method, phases: Sequence[Phase], bridge: str) -> Non
             f"{type(method).__name__}(features=...): {bridge} compares logits only. Use qakd.distill or qakd.attach, or leave "
             "features out."
         )
-
-
-def teacher_logits(teacher: nn.Module | None, phase: Phase, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The teacher's logits: with gradients where it learns in this phase, in eval mode and without them otherwise."""
-    assert teacher is not None
-    if phase.teacher:
-        return logits_of(teacher(*args, **kwargs), "teacher")
-    return frozen_logits(teacher, *args, **kwargs)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from ..errors import LabelsRequiredError, QakdError
-from ..losses import cross_entropy, kl_divergence
+from ..tasks.inputs import named_tensors
+from ..tasks.matching import Match, Matcher, default_match, matched_losses, with_temperature
+from ..tasks.metrics import simplified
+from ..tasks.outputs import Outputs, named_outputs
+from ..tasks.task_loss import TaskLoss, default_task_loss, model_loss
 from .features import Features
 
 
@@ -29,39 +34,60 @@ class Term(Protocol):
 
     @property
     def needs_other(self) -> bool:
-        """Whether the other network's logits are read."""
+        """Whether the other network's outputs are read."""
 
-    def __call__(self, own: Tensor, other: Tensor | None, labels: Tensor | None) -> Tensor:
-        """Loss (N,) of the network with logits ``own``; ``other`` are the other network's, detached."""
+    def __call__(self, own: Outputs, other: Outputs | None, inputs: Any, targets: Any) -> Mapping[str, Tensor]:
+        """Losses, (N,) each or scalars, whose sum is the term; by name where there are several, else under "".
+
+        Args:
+            own: outputs of the network that learns, by path.
+            other: those of the other network, detached.
+            inputs: of the batch.
+            targets: of the batch, or None where no term reads them.
+        """
 
 
 @dataclass(frozen=True)
 class Imitation:
-    """``T^2 KL(other || own)``: learn from the other network."""
+    """Learn from the other network: ``T^2 KL(other || own)``, or what ``match`` says of each output."""
 
     temperature: float
     weight: float = 1.0
     name: str = "kl"
+    match: Match | None = None
     needs_labels: bool = False
     needs_other: bool = True
 
-    def __call__(self, own: Tensor, other: Tensor | None, labels: Tensor | None) -> Tensor:
+    def __call__(self, own: Outputs, other: Outputs | None, inputs: Any, targets: Any) -> Mapping[str, Tensor]:
         assert other is not None
-        return kl_divergence(own, other, self.temperature)
+        match = self.matched(own, inputs)
+        found = matched_losses(match, own, other, inputs, targets)
+        if len(found) == 1:
+            ((name, value),) = found.items()
+            return {"": value if match[name].weight == 1 else match[name].weight * value}
+        return {name: match[name].weight * value for name, value in found.items()}
+
+    def matched(self, own: Outputs, inputs: Any) -> dict[str, Matcher]:
+        """What is compared, each with a temperature."""
+        return with_temperature(default_match(own, inputs) if self.match is None else self.match, self.temperature)
 
 
 @dataclass(frozen=True)
 class Supervision:
-    """Cross-entropy: learn from labels."""
+    """Learn from labels: cross-entropy over the classes, or a loss of the user's."""
 
     weight: float = 1.0
     name: str = "ce"
+    task_loss: TaskLoss | None = None
     needs_labels: bool = True
     needs_other: bool = False
 
-    def __call__(self, own: Tensor, other: Tensor | None, labels: Tensor | None) -> Tensor:
-        assert labels is not None
-        return cross_entropy(own, labels)
+    def __call__(self, own: Outputs, other: Outputs | None, inputs: Any, targets: Any) -> Mapping[str, Tensor]:
+        if self.task_loss is None:
+            return {"": default_task_loss(own, inputs, targets)}
+        if self.task_loss == "model":
+            return {"": model_loss(own)}
+        return {"": self.task_loss(simplified(own), targets)}
 
 
 @dataclass(frozen=True)
@@ -90,6 +116,16 @@ class Phase:
     def needs_teacher(self) -> bool:
         return bool(self.teacher or self.features) or any(term.needs_other for term in self.student)
 
+    @property
+    def calls_with_labels(self) -> bool:
+        """Whether networks compute their own loss, and so are called with labels."""
+        return any(getattr(term, "task_loss", None) == "model" for term in (*self.student, *self.teacher))
+
+    @property
+    def imitation(self) -> Imitation | None:
+        """What the student learns from the teacher, or None."""
+        return next((term for term in self.student if isinstance(term, Imitation)), None)
+
 
 class Method(Protocol):
     """A training method: a frozen dataclass with its hyper-parameters."""
@@ -105,18 +141,22 @@ class SQAKD:
     Args:
         temperature: softens both predictions.
         features: layers whose inputs are compared as well; None as in the paper.
+        match: which outputs are compared, and how: ``{"out": qakd.KL(dim=1), "boxes": qakd.SmoothL1()}``; None where exactly
+            one reading is possible, see docs/tasks.md.
 
     Source: Zhao and Zhao, AISTATS 2024, arXiv 2403.11106.
     """
 
     temperature: float = 4.0
     features: Features | None = None
+    match: Match | None = None
 
     def __post_init__(self) -> None:
         _positive("temperature", self.temperature)
+        _check_match(self.match)
 
     def phases(self, epochs: int) -> tuple[Phase, ...]:
-        return (Phase("distill", epochs, (Imitation(self.temperature),), features=self.features),)
+        return (Phase("distill", epochs, (Imitation(self.temperature, match=self.match),), features=self.features),)
 
 
 @dataclass(frozen=True)
@@ -135,6 +175,7 @@ class KD:
         temperature: softens both predictions.
         alpha: weight of the teacher, 0 to 1.
         features: layers whose inputs are compared as well.
+        match: which outputs are compared, and how; see :class:`SQAKD`.
 
     Source: Hinton et al., arXiv 1503.02531.
     """
@@ -142,14 +183,16 @@ class KD:
     temperature: float = 4.0
     alpha: float = 0.5
     features: Features | None = None
+    match: Match | None = None
 
     def __post_init__(self) -> None:
         _positive("temperature", self.temperature)
+        _check_match(self.match)
         if not 0 <= self.alpha <= 1:
             raise QakdError(f"alpha={self.alpha} is out of range: the teacher's weight lies between 0 and 1.")
 
     def phases(self, epochs: int) -> tuple[Phase, ...]:
-        terms = (Imitation(self.temperature, weight=self.alpha), Supervision(weight=1 - self.alpha))
+        terms = (Imitation(self.temperature, weight=self.alpha, match=self.match), Supervision(weight=1 - self.alpha))
         return (Phase("distill", epochs, tuple(term for term in terms if term.weight > 0), features=self.features),)
 
 
@@ -163,6 +206,7 @@ class QKD:
         tutoring: epochs with labels and the frozen, trained teacher.
         temperature: softens predictions.
         features: layers whose inputs are compared as well, in the phases with a teacher.
+        match: which outputs are compared, and how; see :class:`SQAKD`.
 
     Numbers that are all at most 1 are fractions of ``distill``'s ``epochs``; otherwise they count epochs themselves, and
     ``epochs`` is not used.
@@ -175,9 +219,11 @@ class QKD:
     tutoring: float = 0.35
     temperature: float = 2.0
     features: Features | None = None
+    match: Match | None = None
 
     def __post_init__(self) -> None:
         _positive("temperature", self.temperature)
+        _check_match(self.match)
         lengths = self._lengths
         if min(lengths) < 0 or sum(lengths) <= 0:
             raise QakdError(f"QKD phases must not be negative and must not all be 0, got {lengths}.")
@@ -189,7 +235,7 @@ class QKD:
         return self.self_studying, self.co_studying, self.tutoring
 
     def phases(self, epochs: int) -> tuple[Phase, ...]:
-        both = (Supervision(), Imitation(self.temperature))
+        both = (Supervision(), Imitation(self.temperature, match=self.match))
         counts = _whole_epochs(self._lengths, epochs)
         phases = (
             Phase("self-studying", counts[0], (Supervision(),)),
@@ -206,21 +252,37 @@ def _whole_epochs(lengths: tuple[float, ...], epochs: int) -> list[int]:
     return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
 
+def with_task_loss(phases: tuple[Phase, ...], task_loss: TaskLoss | None) -> tuple[Phase, ...]:
+    """The same phases, with a loss of the user's in the place of the default wherever labels are learned from."""
+    if task_loss is None:
+        return phases
+
+    def terms(found: tuple[Term, ...]) -> tuple[Term, ...]:
+        return tuple(replace(term, task_loss=task_loss) if isinstance(term, Supervision) else term for term in found)
+
+    return tuple(replace(phase, student=terms(phase.student), teacher=terms(phase.teacher)) for phase in phases)
+
+
 def total_loss(
-    terms: tuple[Term, ...], own: Tensor, other: Tensor | None, labels: Tensor | None
+    terms: tuple[Term, ...], own: Any, other: Any, targets: Any, inputs: Any = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of one network on one batch: its mean over samples, and its parts, unweighted and detached.
 
     Args:
         terms: of a phase.
-        own: logits (N, C) of the network that learns.
-        other: logits (N, C) of the other network; they are detached here.
-        labels: (N,) or (N, C), or None where no term reads them.
+        own: what the network that learns outputs: logits, or any tree of tensors.
+        other: likewise, of the other network, or None; detached here.
+        targets: of the batch, or None where no term reads them.
+        inputs: of the batch, for masks.
     """
+    mine, others = named_outputs(own), None if other is None else _detached(named_outputs(other))
     total: Tensor | None = None
-    parts = {}
+    parts: dict[str, Tensor] = {}
     for term in terms:
-        value = term(own, None if other is None else other.detach(), labels).mean()
+        means = {name: value.mean() for name, value in term(mine, others, inputs, targets).items()}
+        value = sum(means.values()) if len(means) > 1 else next(iter(means.values()))
+        assert isinstance(value, Tensor)
+        parts |= {f"{term.name}_{name}": mean.detach() for name, mean in means.items() if name}
         parts[term.name] = value.detach()
         weighted = value if term.weight == 1 else term.weight * value
         total = weighted if total is None else total + weighted
@@ -228,19 +290,31 @@ def total_loss(
     return total, parts
 
 
-def require_labels(method: Method, labels: object) -> Tensor:
-    """Labels of a batch as a tensor.
+def _detached(outputs: Outputs) -> dict[str, Tensor]:
+    return {name: tensor.detach() for name, tensor in outputs.items()}
+
+
+def require_labels(method: Method, labels: Any) -> Any:
+    """Labels of a batch: a tensor, or a structure that holds some.
 
     Raises:
         LabelsRequiredError: there are none; names the method.
     """
-    if not isinstance(labels, Tensor):
+    if labels is None or isinstance(labels, str) or not named_tensors(labels):
         kind = "none" if labels is None else f"{type(labels).__name__}"
         raise LabelsRequiredError(
             f"{type(method).__name__} learns from labels, but the batch holds {kind}. Yield (x, y) with y an int64 tensor "
             "(N,), pass a batch_fn that finds the labels, or use SQAKD, which needs none."
         )
     return labels
+
+
+def _check_match(match: Match | None) -> None:
+    if match is not None and not (isinstance(match, Mapping) and match):
+        raise QakdError(f'match={match!r} must be a mapping from outputs to losses: match={{"logits": qakd.KL()}}.')
+    for name, matcher in (match or {}).items():
+        if not callable(getattr(matcher, "loss", None)):
+            raise QakdError(f"match: {name!r} is matched by {matcher!r}; use qakd.KL, BinaryKL, L2, L1, SmoothL1 or Cosine.")
 
 
 def _positive(name: str, value: float) -> None:

@@ -1,8 +1,9 @@
-"""Checks before the first training step, and the search for what went wrong after a bad one. Each message says what to do."""
+"""Checks before the first training step. Each message says what to do."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,12 @@ from torch import Tensor, nn
 
 from ..errors import NotPreparedError, QakdError, TrainingError, UnsupportedQuantizerError
 from ..preparation.feasibility import export_problems
+from ..tasks.inputs import Inputs, call
+from ..tasks.matching import check_match
+from ..tasks.outputs import Outputs, named_outputs
 from ..toolkits import Adapter
+from .divergence import blame, require_finite_input
+from .methods import Phase
 
 _log = logging.getLogger(__name__)
 
@@ -39,7 +45,7 @@ def check_quantizers(adapter: Adapter, model: nn.Module) -> None:
         try:
             scale = adapter.qparams(quantizer).scale
         except UnsupportedQuantizerError as problem:
-            if quantizer.role == "weight":
+            if quantizer.role != "activation":
                 raise
             _log.warning("%s It can be trained with, but not exported.", problem)
             continue
@@ -65,23 +71,32 @@ def check_trainable(adapter: Adapter, model: nn.Module) -> None:
         )
 
 
-def check_first_batch(student: nn.Module, student_logits: Tensor, teacher_logits: Tensor | None, x: Tensor) -> None:
-    """Input and output of the student are finite, and both networks know the same classes.
+def check_first_batch(student: nn.Module, outputs: Outputs, inputs: Inputs) -> None:
+    """Input and outputs of the student are finite.
 
     Raises:
         TrainingError: names the input or the first layer with a NaN.
-        QakdError: the numbers of classes differ.
     """
-    require_finite_input(x, 0)
-    if not bool(torch.isfinite(student_logits).all()):
-        raise TrainingError(f"prepared_model puts out NaN or infinite logits on the first batch. {blame(student, x)}")
-    if student_logits.ndim != 2:
-        raise QakdError(f"prepared_model must put out logits (N, C), got shape {tuple(student_logits.shape)}.")
-    if teacher_logits is not None and teacher_logits.shape != student_logits.shape:
-        raise QakdError(
-            f"teacher and prepared_model must know the same classes: the teacher puts out {tuple(teacher_logits.shape)}, the "
-            f"student {tuple(student_logits.shape)} for the same batch."
-        )
+    require_finite_input(inputs, 0)
+    for name, tensor in outputs.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise TrainingError(
+                f"prepared_model outputs NaN or infinite values ({name}) on the first batch. {blame(student, inputs)}"
+            )
+
+
+def check_taught(phases: Sequence[Phase], student: Outputs, teacher: Outputs, inputs: Inputs, targets: Any) -> None:
+    """What is compared can be compared: in eval mode, as far as outputs are there in it; the first step sees the rest.
+
+    Raises:
+        QakdError: see :func:`~qakd_plugin.tasks.matching.check_match`.
+    """
+    imitation = next((phase.imitation for phase in phases if phase.imitation is not None), None)
+    if imitation is None:
+        return
+    match = imitation.matched(student, inputs)
+    here = {name: matcher for name, matcher in match.items() if name in student and name in teacher}
+    check_match(here, student, teacher, inputs, targets)
 
 
 @torch.no_grad()
@@ -101,7 +116,7 @@ def check_separate(student: nn.Module, teacher: nn.Module) -> None:
             )
 
 
-def check_against_teacher(adapter: Adapter, student: nn.Module, teacher: nn.Module, teacher_logits: Tensor, x: Tensor) -> None:
+def check_against_teacher(adapter: Adapter, student: nn.Module, teacher: nn.Module, taught: Outputs, inputs: Inputs) -> None:
     """Warn where the student without fake quantization is not the teacher although it has all its weights.
 
     This catches what a toolkit changes silently: ``prepare_qat_pt2e`` sets the eps of every BatchNorm to 1e-5.
@@ -110,26 +125,33 @@ def check_against_teacher(adapter: Adapter, student: nn.Module, teacher: nn.Modu
         adapter: of the student's toolkit.
         student: in eval mode with frozen ranges.
         teacher: any network; one with other weights is not compared.
-        teacher_logits: (N, C) its output for ``x`` in eval mode.
-        x: a batch.
+        taught: its outputs for ``inputs`` in eval mode.
+        inputs: of a batch.
     """
     if not _has_weights_of(student, teacher):
         return
     adapter.set_fake_quant(student, False)
     try:
-        unquantized = student(x)
+        unquantized = named_outputs(call(student, inputs))
     finally:
         adapter.set_fake_quant(student, True)
-    spread = float(teacher_logits.max() - teacher_logits.min()) or 1.0
-    deviation = float((unquantized - teacher_logits).abs().max()) / spread
+    both = [(unquantized[name], expected) for name, expected in taught.items() if name in unquantized]
+    deviation = max((_deviation(*pair) for pair in both), default=0.0)
     if deviation > _SAME_NETWORK:
         _log.warning(
-            "With fake quantization off, prepared_model is not the teacher although all weights are equal: logits differ by "
+            "With fake quantization off, prepared_model is not the teacher although all weights are equal: outputs differ by "
             "%.2g of their range. Preparing changed the network. prepare_qat_pt2e does so where a BatchNorm has another eps "
             "than 1e-5 (add eps - 1e-5 to its running_var before torch.export, or use qakd_plugin.prepare); else look for "
             "operators that the toolkit replaced.",
             deviation,
         )
+
+
+def _deviation(own: Tensor, expected: Tensor) -> float:
+    """The largest difference over the range of the second; 0 where they cannot be compared."""
+    if own.shape != expected.shape or not expected.is_floating_point() or not expected.numel():
+        return 0.0
+    return float((own - expected).abs().max()) / (float(expected.max() - expected.min()) or 1.0)
 
 
 _SAME_NETWORK = 1e-3
@@ -146,54 +168,16 @@ def _has_weights_of(student: nn.Module, teacher: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def check_exportable(adapter: Adapter, student: nn.Module, x: Tensor) -> None:
+def check_exportable(adapter: Adapter, student: nn.Module, inputs: Inputs) -> None:
     """Warn, before the first epoch and not after the last, of targets that cannot take the model.
 
     Args:
         adapter: of the student's toolkit.
         student: in eval mode.
-        x: a batch.
+        inputs: of a batch; two samples of it are enough.
     """
-    for reason, targets in export_problems(adapter, student, x).items():
+    if not isinstance(inputs, Tensor):
+        _log.warning("prepared_model takes more than one tensor: it can be trained, but export_onnx takes networks of one.")
+        return
+    for reason, targets in export_problems(adapter, student, inputs[:2]).items():
         _log.warning("prepared_model cannot be exported for %s: %s", " and ".join(targets), reason)
-
-
-def require_finite_input(x: Tensor, batch: int) -> None:
-    """Raise TrainingError, with the batch's number, for NaN or infinite images."""
-    if not bool(torch.isfinite(x).all()):
-        bad = (~torch.isfinite(x)).flatten(1).any(1).nonzero().flatten().tolist()
-        raise TrainingError(f"loader: batch {batch} holds NaN or infinite values in samples {bad[:8]}. Clean the data.")
-
-
-@torch.no_grad()
-def blame(model: nn.Module, x: Tensor) -> str:
-    """One sentence: the first module whose output is not finite for ``x`` although its input is."""
-    found: list[tuple[str, nn.Module]] = []
-
-    def hook(name: str) -> Any:
-        def look(module: nn.Module, args: Any, output: Any) -> None:
-            inputs = [a for a in args if isinstance(a, Tensor) and a.is_floating_point()]
-            clean = all(bool(torch.isfinite(a).all()) for a in inputs)
-            if not found and clean and isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
-                found.append((name, module))
-
-        return look
-
-    handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules() if name]
-    try:
-        model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not found:
-        return "No single layer turns finite numbers into NaN on this batch."
-    name, module = found[0]
-    gamma = getattr(getattr(module, "bn", None), "weight", None)
-    if isinstance(gamma, Tensor) and bool((gamma == 0).any()):
-        channel = int((gamma == 0).nonzero()[0])
-        return (
-            f"{name} ({type(module).__name__}) is where it begins: its BatchNorm has gamma = 0 in channel {channel} "
-            "(zero_init_residual?), and the fused layer divides by it. Set such gammas to a small number, 1e-3, before "
-            "preparing."
-        )
-    return f"{name} ({type(module).__name__}) is where it begins."

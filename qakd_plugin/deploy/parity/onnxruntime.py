@@ -13,7 +13,7 @@ from ...errors import ExportError
 from ...runtimes.onnxruntime import session_options, start_session
 from .report import Array
 
-_NODE = re.compile(r"[Nn]ode(?: with name|:| \()\s*'?([^'\s)]+)")
+_NODE = re.compile(r"""(?:node with name |Name:|[Nn]ode[:,]? \()['"]?([^'",\s)]+)""")
 """How the runtime names the node that it cannot take, in the messages that name one."""
 
 
