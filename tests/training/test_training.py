@@ -137,7 +137,7 @@ def test_training_stops_when_the_last_phase_no_longer_helps(make_student, teache
         ({"patience": 2}, "patience needs val_loader"),
         ({"warmup": 2500}, "warmup=2500 must be a share"),
         ({"grad_clip": 0.0}, "grad_clip=0.0 must be positive"),
-        ({"method": QAT(), "cache_teacher": "x"}, "QAT asks no teacher"),
+        ({"method": QAT(), "cache_teacher": "x"}, "QAT needs no teacher"),
         ({"method": QKD(), "cache_teacher": "x"}, "QKD learns too"),
         ({"method": SQAKD(features=Features(["head"])), "cache_teacher": "x"}, "features need"),
     ],
