@@ -46,7 +46,7 @@ _HOME = {
     "build_engine": "deploy.engine.build",
     "benchmark": "bench",
     "write_report": "report",
-    "export_float": "deploy.canonical.write",
+    "export_float": "deploy.export",
     "diagnose": "deploy.diagnosis",
     "evaluate": "tasks.evaluation",
     "Settings": "training.optimizers",
@@ -78,11 +78,11 @@ if TYPE_CHECKING:
     from .augment.selector import CMISelector as CMISelector
     from .bench import Candidate as Candidate
     from .bench import benchmark as benchmark
-    from .deploy.canonical.write import export_float as export_float
     from .deploy.diagnosis import diagnose as diagnose
     from .deploy.engine.build import build_engine as build_engine
     from .deploy.engine.runner import EngineRunner as EngineRunner
     from .deploy.export import ExportedModel as ExportedModel
+    from .deploy.export import export_float as export_float
     from .deploy.export import export_onnx as export_onnx
     from .deploy.tuning import tune_for_host as tune_for_host
     from .errors import CheckpointError as CheckpointError

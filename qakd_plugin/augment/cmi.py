@@ -30,8 +30,8 @@ from scipy.stats import t as student_t
 from torch import Tensor
 
 from ..errors import QakdError
+from .choices import FORMS
 
-FORMS = ("centroid", "ce")
 DEFAULT_FORM = "ce"
 _ROWS = 4096
 """Predictions in float64 at a time: what a pass holds beside its sums."""

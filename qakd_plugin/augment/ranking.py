@@ -16,12 +16,12 @@ from .._common.rng_state import generators_of, undisturbed
 from ..errors import QakdError
 from ..tasks.batches import BatchFn, default_batch
 from .candidates import Candidate, Candidates, one_hot, resolve_candidates
+from .choices import LABELS
 from .cmi import DEFAULT_FORM, AugmentationScore, CmiStatistics, Figures, Jackknife, check_form
 from .compositions import Search, mixture
 from .data import CHUNK, Chunk, Source, Stats, UnitRange, require_dataset_labels
 
 _log = logging.getLogger(__name__)
-LABELS = ("dataset", "teacher")
 _GROWTH = 1.5
 """Of the subset from one look to the next."""
 _PARTNER = 20

@@ -1,8 +1,9 @@
-"""Learned quantizers on one form: LSQ, PACT, DoReFa, EWGS."""
+"""Learned quantizers: LSQ, PACT, DoReFa, EWGS."""
 
 from .base import QuantizerConfig, Rule, remove_tensors, rule_from_dict
+from .curvature import refresh_delta
 from .dorefa import DoReFa
-from .ewgs import EWGS, refresh_delta
+from .ewgs import EWGS
 from .lsq import LSQ
 from .pact import PACT
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -105,6 +106,12 @@ class Rule(ABC):
             block=self.block,
             code_step=self.code_step,
         )
+
+    def parameters(self, holder: nn.Module) -> list[nn.Parameter]:
+        """What is learned on ``holder``, as logarithms or ratios: a learning rate means a relative change."""
+        return [
+            parameter for name, parameter in holder._parameters.items() if parameter is not None and name.startswith(PREFIX)
+        ]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data from which :func:`rule_from_dict` makes the rule again."""
@@ -205,8 +212,13 @@ def check_bits(config: QuantizerConfig, lowest_weight_bits: int) -> None:
 
 
 def rule_from_dict(data: dict[str, Any]) -> Rule:
-    """The inverse of :meth:`Rule.as_dict`."""
-    fields = dict(data)
+    """The inverse of :meth:`Rule.as_dict`; equal data give the same rule, because toolkits ask in every forward pass."""
+    return _rule(tuple(data.items()))
+
+
+@cache
+def _rule(items: tuple[tuple[str, Any], ...]) -> Rule:
+    fields = dict(items)
     name = fields.pop("rule")
     made: Rule = _classes()[name](**fields)
     return made

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +10,8 @@ from torch import Tensor, nn
 
 from ..errors import QakdError
 from .base import DELTA, LOG_SCALE, PREFIX, ClippedActivation, Rule, check_bits
-from .dorefa import SymmetricGrid
-from .fake_quantize import discretize, probe
+from .fake_quantize import discretize
+from .symmetric_grid import SymmetricGrid
 
 LOG_INTERVAL, OFFSET = PREFIX + "log_interval", PREFIX + "offset"
 
@@ -53,7 +52,8 @@ class EWGS:
     """Element-wise gradient scaling with learned intervals.
 
     ``delta`` is the mean curvature of the loss over three standard deviations of its gradient, both with respect to the
-    discretized values of one quantizer; ``distill`` refreshes it with Hutchinson's estimator (:func:`refresh_delta`).
+    discretized values of one quantizer; ``distill`` refreshes it with Hutchinson's estimator
+    (:func:`qakd_plugin.quantizers.refresh_delta`).
 
     Args:
         weight_bits: 1 to 8; None keeps the bits each weight has.
@@ -86,50 +86,3 @@ class EWGS:
         return ClippedActivation(
             bits, method="EWGS", unsigned=unsigned, full_range=False, delta=self.delta, refresh_every=self.refresh_every
         )
-
-
-def refresh_delta(loss: Callable[[], Tensor], probes: int = 2) -> dict[int, float]:
-    """Set every EWGS quantizer's delta from the curvature of a loss, by Hutchinson's estimator.
-
-    ``delta = max(0, Tr(H) / N) / (3 std(g))`` with gradient g and Hessian H of the loss with respect to the quantizer's N
-    discretized values; ``Tr(H) = E[v^T H v]`` over random signs v, drawn for all quantizers at once.
-
-    Args:
-        loss: runs the network on one batch and returns a scalar.
-        probes: random vectors to average over.
-
-    Returns:
-        The new delta of every quantizer, by the ``id`` of its buffer; empty where the network has no EWGS quantizer.
-    """
-    with probe() as recorded, torch.enable_grad():
-        value = loss()
-    if not recorded:
-        return {}
-    points = [x for _, x in recorded]
-    gradients = torch.autograd.grad(value, points, create_graph=True, allow_unused=True)
-    used = [index for index, gradient in enumerate(gradients) if gradient is not None and gradient.requires_grad]
-    curvature = [0.0] * len(points)
-    for _ in range(probes):
-        signs = [torch.randint_like(points[index], 2) * 2 - 1 for index in used]
-        products = torch.autograd.grad(
-            [gradients[index] for index in used],
-            [points[index] for index in used],
-            grad_outputs=signs,
-            retain_graph=True,
-            allow_unused=True,
-        )
-        for index, sign, product in zip(used, signs, products, strict=True):
-            if product is not None:
-                curvature[index] += float((sign * product).mean()) / probes
-    found: dict[int, list[float]] = {}
-    buffers: dict[int, Tensor] = {}
-    for (buffer, _), gradient, trace in zip(recorded, gradients, curvature, strict=True):
-        buffers[id(buffer)] = buffer
-        spread = 0.0 if gradient is None or gradient.numel() < 2 else float(gradient.detach().std())
-        # A quantizer that is called several times takes the mean.
-        found.setdefault(id(buffer), []).append(max(0.0, trace) / (3 * spread) if spread > 0 else 0.0)
-    deltas = {key: sum(values) / len(values) for key, values in found.items()}
-    with torch.no_grad():
-        for key, delta in deltas.items():
-            buffers[key].fill_(delta)
-    return deltas

@@ -1,4 +1,4 @@
-"""The one quantizer form of SQAKD: clip, round, and a backward pass that knows the rounding error.
+"""The one quantizer of SQAKD: clip, round, and a backward pass that knows the rounding error.
 
 Forward ``x_q = R(clip(x))``; backward ``dL/dx_c = dL/dx_q + mu (x_c - x_q)``, where ``mu = 0`` is the straight-through
 estimator and ``mu = delta |dL/dx_q|`` is EWGS. LSQ, PACT, DoReFa and EWGS differ in what they clip and in which numbers they
@@ -10,12 +10,12 @@ Source: Zhao and Zhao, AISTATS 2024, arXiv 2403.11106; Lee et al., CVPR 2021, ar
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .curvature import recorded_calls
 
 _hardtanh_backward = torch.ops.aten.hardtanh_backward.default
 """``g`` where ``low < v < high``, else 0, in one pass over memory."""
@@ -35,7 +35,8 @@ def fake_quantize(
 ) -> Tensor:
     """``scale * (round(clamp(x / scale, low, high) + shift) - shift)``, and its gradients.
 
-    One function for all quantizers, written so that training keeps no tensor but input and output (see :class:`_Unchanged`).
+    One function for all quantizers, written so that training keeps no tensor but input and output, and keeps those where
+    activation checkpointing and offloading find them.
 
     Args:
         x: float32, any shape.
@@ -49,8 +50,9 @@ def fake_quantize(
             clipped do (PACT).
         decay: adds the gradient of ``decay / 2 * (high * scale)^2`` to that of ``scale`` (PACT).
     """
-    if _probes is not None and delta is not None:
-        return _probed(x, scale, low, high, shift, delta)
+    calls = recorded_calls()
+    if calls is not None and delta is not None:
+        return _twice_differentiable(x, scale, low, high, shift, delta, calls)
     return _FakeQuantize.apply(x, scale, low, high, shift, delta, gradient_scale, through_rounding, decay)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -69,17 +71,21 @@ class _FakeQuantize(torch.autograd.Function):
         decay: float,
     ) -> Tensor:
         out = _quantized(x, scale, low, high, shift)
-        ctx.save_for_backward(x, scale, delta)
+        # What reads the output may write over it, as nn.ReLU(inplace=True) and ``out += identity`` do in torchvision's
+        # networks, and autograd refuses a backward pass that needs a tensor which was changed. An alias with a version counter
+        # of its own is not refused, and the output's counter tells whether the alias still holds what was computed. Inference
+        # tensors count no versions and have no backward pass; a compiler would make one tensor of the two.
+        keeps = not (torch.compiler.is_compiling() or out.is_inference())
+        ctx.save_for_backward(x, scale, delta, out.data if keeps else None)
+        ctx.changes = _Changes(out) if keeps else None
         ctx.numbers = (low, high, shift, gradient_scale, through_rounding, decay)
-        ctx.out = _Unchanged(out)
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, scale, delta = ctx.saved_tensors
+        x, scale, delta, out = ctx.saved_tensors
         low, high, shift, gradient_scale, through_rounding, decay = ctx.numbers
-        out = ctx.out.take()
-        if out is None:
+        if out is None or ctx.changes.any():
             out = _quantized(x, scale, low, high, shift)
         g = gradient
         if delta is not None:
@@ -101,23 +107,16 @@ class _FakeQuantize(torch.autograd.Function):
         return g, grad_scale, None, None, None, None, None, None, None
 
 
-class _Unchanged:
-    """A tensor, as long as nobody has written to it.
-
-    What reads a quantizer's output may do so in place, as ``nn.ReLU(inplace=True)`` and ``out += identity`` do in torchvision's
-    networks. Autograd would refuse a backward pass that needs what was there before; computing it again costs little, and
-    keeping a copy in case would cost each layer a tensor.
-    """
+class _Changes:
+    """Whether somebody has written to a tensor since; asking does not keep its memory alive."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor: Tensor | None = None
-        if not tensor.is_inference():  # those count no versions, and have no backward pass
-            self.tensor, self.version = tensor.detach(), tensor._version
+        self.counter = tensor.detach()  # shares the version counter, and goes on sharing it without the memory
+        self.counter.data = tensor.new_empty(0)
+        self.version = self.counter._version
 
-    def take(self) -> Tensor | None:
-        """The tensor, once: it is let go with the other tensors of the backward pass."""
-        tensor, self.tensor = self.tensor, None
-        return tensor if tensor is not None and tensor._version == self.version else None
+    def any(self) -> bool:
+        return self.counter._version != self.version
 
 
 def _quantized(x: Tensor, scale: Tensor, low: float, high: float, shift: float) -> Tensor:
@@ -145,7 +144,7 @@ def _where_inside(g: Tensor, x: Tensor, scale: Tensor, low: float, high: float) 
 
 
 def discretize(v: Tensor, low: float, high: float, *, shift: float = 0.0, delta: Tensor | None = None) -> Tensor:
-    """The form alone, on codes: ``round(clamp(v, low, high) + shift) - shift``; arguments as :func:`fake_quantize`."""
+    """Clipping and rounding alone, on codes: ``round(clamp(v, low, high) + shift) - shift``; see :func:`fake_quantize`."""
     return fake_quantize(v, torch.ones((), dtype=v.dtype, device=v.device), low, high, shift=shift, delta=delta)
 
 
@@ -154,31 +153,12 @@ def lsq_gradient_scale(elements: int, high: float) -> float:
     return 1.0 / math.sqrt(max(elements, 1) * high)
 
 
-# -- curvature, for EWGS
-
-_probes: list[tuple[Tensor, Tensor]] | None = None
-
-
-@contextmanager
-def probe() -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Within the block, EWGS quantizers can be differentiated twice, and list their discretized values.
-
-    Yields:
-        (delta, x_q) of every call, in order: the buffer itself, and codes scaled to an interval of length 1.
-    """
-    global _probes
-    assert _probes is None, "probe() blocks cannot be nested"
-    _probes = []
-    try:
-        yield _probes
-    finally:
-        _probes = None
-
-
-def _probed(x: Tensor, scale: Tensor, low: float, high: float, shift: float, delta: Tensor) -> Tensor:
+def _twice_differentiable(
+    x: Tensor, scale: Tensor, low: float, high: float, shift: float, delta: Tensor, calls: list[tuple[Tensor, Tensor]]
+) -> Tensor:
+    """The same by the straight-through estimator, for :func:`qakd_plugin.quantizers.curvature.record_calls`."""
     v = torch.clamp(x / scale, low, high)
     codes = v + (torch.round(v.detach() + shift) - shift - v.detach())
     normalized = codes / (high - low)
-    assert _probes is not None
-    _probes.append((delta, normalized))
+    calls.append((delta, normalized))
     return normalized * ((high - low) * scale)

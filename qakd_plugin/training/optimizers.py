@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from ..errors import QakdError
-from ..quantizers.base import PREFIX
 from ..toolkits import Adapter
 from ..toolkits.adapter import Role
 
@@ -71,7 +70,8 @@ def student_optimizer(adapter: Adapter, model: nn.Module, settings: Settings) ->
         {"params": [p for p in weights if p.ndim <= 1], "weight_decay": 0.0},
     ]
     rate = settings.quantizer_lr
-    relative = {id(p) for name, p in model.named_parameters() if name.rpartition(".")[2].startswith(PREFIX)}
+    rules = ((adapter.learned(quantizer), quantizer.module) for quantizer in adapter.quantizers(model))
+    relative = {id(p) for rule, holder in rules if rule is not None for p in rule.parameters(holder)}
     groups += _quantizer_groups(of_weights, relative, rate)
     groups += _quantizer_groups(
         of_activations, relative, rate if settings.activation_quantizer_lr is None else settings.activation_quantizer_lr

@@ -18,11 +18,12 @@ import onnxruntime
 import psutil
 import pytest
 import torch
+from agreement import decided
 from qdq_graphs import INT4, QdqGraph, residual_net
 from report_rows import ROW
 from torch import nn
 
-from qakd_plugin import EngineError, MissingPackageError, QakdError, benchmark, build_engine, export_onnx
+from qakd_plugin import EngineError, MissingPackageError, QakdError, benchmark, build_engine, export_float, export_onnx
 from qakd_plugin._common.cpu_features import has_bfloat16
 from qakd_plugin.bench import Candidate, measure, peak_memory
 from qakd_plugin.bench.accuracy import wilson_interval
@@ -32,13 +33,13 @@ from qakd_plugin.bench.measure import percentiles
 from qakd_plugin.bench.peak_memory import peak_rss_mib
 from qakd_plugin.bench.ratios import with_findings, with_speedups
 from qakd_plugin.deploy.canonical.graph import read_onnx
-from qakd_plugin.deploy.canonical.write import export_float
 from qakd_plugin.deploy.engine.bindings import gpu_capability
 from qakd_plugin.deploy.engine.manifest import sealed
 from qakd_plugin.deploy.engine.runner import EngineRunner, StageTimes
 from qakd_plugin.deploy.targets.float16 import to_float16
 from qakd_plugin.runtimes import host as bench_environment
 from qakd_plugin.runtimes.host import BUSY_SHARE, Watch, environment
+from qakd_plugin.runtimes.onnxruntime import session_options, start_session
 
 bfloat16 = pytest.mark.skipif(not has_bfloat16(), reason="the processor has no bfloat16")
 linux = pytest.mark.skipif(not os.path.isfile("/proc/self/status"), reason="peak memory is read from Linux's /proc")
@@ -218,13 +219,15 @@ def test_an_output_that_is_no_list_of_logits_has_no_accuracy(shape, files, digit
         benchmark([files / "fp32.onnx"], digits.loader("test"))
 
 
-def test_accuracy_of_a_file_with_a_fixed_batch_counts_every_image_once(files, digits, tmp_path):
+def test_accuracy_of_a_file_with_a_fixed_batch_counts_every_image_once(files, digits, teacher, tmp_path):
     model = onnx.load(files / "fp32.onnx")
     for value in (model.graph.input[0], model.graph.output[0]):
         value.type.tensor_type.shape.dim[0].dim_value = 4
     onnx.save(model, tmp_path / "fixed.onnx")
     fixed = [tmp_path / "fixed.onnx"]
-    subset = [(digits.test[0][:90], digits.test[1][:90])]
+    with torch.no_grad():  # a label on a tie may be another in a batch of another size
+        clear = decided(teacher(digits.test[0]), 1e-4).nonzero().flatten()[:90]
+    subset = [(digits.test[0][clear], digits.test[1][clear])]
     (row,) = benchmark(fixed, subset, batch_sizes=(4,), calls=2)
     (free,) = benchmark([files / "fp32.onnx"], subset, batch_sizes=(4,), calls=2)
     assert (row.accuracy, row.samples) == (free.accuracy, 90)
@@ -450,9 +453,11 @@ def test_torch_modules_are_yardsticks_in_eager_and_compiled_form(digits):
     torch.manual_seed(0)
     module, threads = Scaled().train(), torch.get_num_threads()
     with torch.no_grad():
-        expected = (module.eval()(digits.test[0]).argmax(1) == digits.test[1]).float().mean().item()
+        logits = module.eval()(digits.test[0])
+    images, labels = (part[decided(logits, 1e-4)] for part in digits.test)  # compiled code adds in another order
+    expected = (logits[decided(logits, 1e-4)].argmax(1) == labels).float().mean().item()
     module.train()
-    rows = benchmark([Candidate(module, "FP32", "m")], digits.loader("test"), ("torch", "torch.compile"), calls=3)
+    rows = benchmark([Candidate(module, "FP32", "m")], [(images, labels)], ("torch", "torch.compile"), calls=3)
     precisions = ("float32", "bfloat16") if has_bfloat16() else ("float32",)
     assert [(r.runtime, r.precision) for r in rows] == [(r, p) for r in ("torch", "torch.compile") for p in precisions]
     assert [row.accuracy for row in rows if row.precision == "float32"] == pytest.approx([expected] * 2)
@@ -483,11 +488,8 @@ def test_a_reference_of_another_size_is_refused(files, digits):
 
 
 def test_agreement_and_sqnr_are_those_of_the_logits(files, digits):
-    session = onnxruntime.InferenceSession(str(files / "fp32.onnx"), providers=["CPUExecutionProvider"])
     reference, quantized = (
-        onnxruntime.InferenceSession(str(files / name), providers=["CPUExecutionProvider"]).run(
-            None, {session.get_inputs()[0].name: digits.test[0].numpy()}
-        )[0]
+        start_session(files / name, session_options(1)).run(None, {"input": digits.test[0].numpy()})[0]
         for name in ("fp32.onnx", "int8.onnx")
     )
     (row,) = benchmark([files / "int8.onnx"], digits.loader("test"), reference=reference, calls=2)

@@ -28,8 +28,7 @@ def full_disk() -> Iterator[None]:
 
 
 def test_what_the_block_raises_about_another_file_names_that_file(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"timing\.cache"), atomic_path(tmp_path / "net.engine") as temporary:
-        temporary.write_bytes(b"half")
+    with pytest.raises(FileNotFoundError, match=r"timing\.cache"), atomic_path(tmp_path / "net.engine"):
         (tmp_path / "timing.cache").read_bytes()
     assert not list(tmp_path.iterdir())
 
@@ -41,12 +40,8 @@ def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match=r"cannot write .*file/under: .*Choose a folder that can be written"):
         write_atomic(tmp_path / "file" / "under", b"", CheckpointError)
-    with (
-        pytest.raises(CheckpointError, match=r"cannot write .*gone: No such file"),
-        atomic_path(tmp_path / "gone", CheckpointError) as temporary,
-    ):
-        temporary.unlink()
-        temporary.open("rb")
+    with pytest.raises(CheckpointError, match=r"cannot write .*gone: No such file"):
+        write_atomic(tmp_path / "gone", Path.unlink, CheckpointError)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 

@@ -1,11 +1,15 @@
 """Every quantizer computes what its paper's formulas say, forward and backward."""
 
+import copy
 import math
+import threading
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
 
 from qakd_plugin import EWGS, LSQ, PACT, DoReFa, QakdError
 from qakd_plugin.quantizers import refresh_delta, remove_tensors, rule_from_dict
@@ -218,6 +222,65 @@ def test_what_follows_may_write_over_the_output(delta):
     assert torch.equal(quantized, fake_quantize(values, scale.detach(), -8, 7))
 
 
+class Quantized(nn.Module):
+    """Three layers whose weight and output are quantized, with ReLUs in place; ``outputs`` watches what quantizers return."""
+
+    def __init__(self, config):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(16, 16, bias=False) for _ in range(3))
+        self.of_weights, self.of_outputs = (nn.ModuleList(nn.Module() for _ in self.layers) for _ in range(2))
+        self.rules = config.weight_rule(4, 0, None), config.activation_rule(4, False)
+        for layer, of_weight, of_output in zip(self.layers, self.of_weights, self.of_outputs, strict=True):
+            nn.init.normal_(layer.weight, std=0.3, generator=generator)
+            self.rules[0].install(of_weight, torch.ones(16, 1))
+            self.rules[1].install(of_output, torch.tensor(2.0))
+        self.outputs = []
+
+    def forward(self, x):
+        for layer, of_weight, of_output in zip(self.layers, self.of_weights, self.of_outputs, strict=True):
+            x = self.rules[1](nn.functional.linear(x, self.rules[0](layer.weight, of_weight)), of_output)
+            self.outputs.append(StorageWeakRef(x.untyped_storage()))
+            x = x.relu_()
+        return x
+
+
+@pytest.mark.parametrize("config", [LSQ(), PACT(), DoReFa(), EWGS(delta=0.3)], ids=lambda c: type(c).__name__)
+def test_activation_checkpointing_frees_what_quantizers_keep_and_changes_no_gradient(config):
+    plain, x = Quantized(config), torch.randn(32, 16, generator=torch.Generator().manual_seed(1))
+    saving = copy.deepcopy(plain)
+    plain(x).square().sum().backward()
+    assert all(output.expired() for output in plain.outputs)  # nothing outlives the backward pass
+    out = checkpoint(saving, x, use_reentrant=False)
+    assert [output.expired() for output in saving.outputs] == [True, True, False]  # but the last, which is what came out
+    out.square().sum().backward()
+    gradients = [[parameter.grad for parameter in network.parameters()] for network in (plain, saving)]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_offloading_takes_everything_that_a_quantizer_keeps():
+    x, scale = torch.randn(64, requires_grad=True), torch.tensor(0.1, requires_grad=True)
+    taken = []
+
+    def take(tensor):
+        taken.append(tensor.numel())
+        return tensor.clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(take, lambda tensor: tensor):
+        out = fake_quantize(x, scale, -8, 7)
+        kept = StorageWeakRef(out.untyped_storage())
+        total = out.sum()
+    del out
+    assert kept.expired()
+    assert sorted(taken) == [1, 64, 64]  # scale, input and output
+    total.backward()
+    again = (x.detach().clone().requires_grad_(), scale.detach().clone().requires_grad_())
+    fake_quantize(*again, -8, 7).sum().backward()
+    expected = [tensor.grad for tensor in again]
+    assert torch.equal(x.grad, expected[0])
+    assert torch.equal(scale.grad, expected[1])
+
+
 @pytest.mark.parametrize("config", [LSQ(), PACT(), DoReFa(), EWGS()], ids=lambda c: type(c).__name__)
 def test_a_single_element_and_a_zero_are_quantized(config):
     for shape in ((1,), (1, 1), (2, 0)):
@@ -267,8 +330,11 @@ def test_scales_stay_positive_under_a_rate_that_is_far_too_high(config):
 def test_a_rule_is_plain_data_and_its_tensors_can_be_taken_off(config):
     for rule in (config.weight_rule(4, 0, None), config.activation_rule(4, False)):
         assert rule_from_dict(rule.as_dict()) == rule
+        assert rule_from_dict(rule.as_dict()) is rule_from_dict(rule.as_dict())  # made once, not in every forward pass
         holder = nn.Linear(2, 2)
         rule.install(holder, torch.ones(2, 1) if rule.axis == 0 else torch.tensor(1.0))
+        learned = {id(parameter) for parameter in holder.parameters()} - {id(holder.weight), id(holder.bias)}
+        assert {id(parameter) for parameter in rule.parameters(holder)} == learned
         remove_tensors(holder)
         assert set(dict(holder.named_parameters())) == {"weight", "bias"}
         assert not dict(holder.named_buffers())
@@ -285,6 +351,28 @@ def test_delta_is_the_curvature_over_three_deviations_of_the_gradient():
     trace, gradient = span**2 * h.mean(), span * h * quantized
     assert float(holder.qakd_delta) == pytest.approx(float(trace / (3 * gradient.std())), rel=1e-4)
     assert len(found) == 1
+
+
+def test_curvature_is_measured_in_one_thread_and_training_goes_on_in_another():
+    rule, holder = EWGS(delta=0.1).activation_rule(4, True), nn.Module()
+    rule.install(holder, torch.tensor(1.5))
+    x = torch.rand(8, 30, generator=torch.Generator().manual_seed(0))
+    gradients = []
+
+    def train():
+        values = x.clone().requires_grad_()
+        rule(values, holder).square().sum().backward()
+        gradients.append(values.grad)
+
+    def loss():
+        thread = threading.Thread(target=train)
+        thread.start()
+        thread.join()
+        return rule(x, holder).square().sum()
+
+    train()
+    assert len(refresh_delta(loss)) == 1
+    assert torch.equal(*gradients)
 
 
 def test_delta_is_zero_where_the_loss_is_concave_and_untouched_elsewhere():

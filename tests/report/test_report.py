@@ -3,6 +3,7 @@
 import base64
 import copy
 import hashlib
+import html
 import json
 import random
 import re
@@ -170,11 +171,7 @@ def test_names_with_dots_are_reports_of_their_own(tmp_path):
     ]
     assert [path.name for path in paths] == [f"{name}.html" for name in names]
     assert {path.name for path in tmp_path.iterdir()} == {f"{name}{end}" for name in names for end in (".html", ".md", ".json")}
-    assert [read_report(tmp_path / f"{name}.json")["title"] for name in names] == [
-        "resnet18.v2",
-        "resnet18.v3",
-        "mobilenet.html",
-    ]
+    assert [read_report(tmp_path / f"{name}.json")["title"] for name in names] == names
 
 
 def test_what_a_finished_document_cannot_take_is_refused(tmp_path):
@@ -300,9 +297,10 @@ def test_whatever_is_damaged_is_refused_or_shown(tmp_path):
 
 
 def test_bytes_that_are_damaged_are_refused_or_shown(tmp_path):
+    """How many of these are still reports depends on the machine that GOOD describes: none has to be."""
     draw, data, refused = random.Random(1), GOOD.encode(), []
     for _ in range(100):
-        damaged = bytearray(data[: draw.choice((len(data), draw.randrange(len(data))))])
+        damaged = bytearray(data)
         for _ in range(draw.randrange(1, 4)):
             damaged[draw.randrange(len(damaged))] = draw.randrange(256)
         (tmp_path / "r.json").write_bytes(damaged)
@@ -310,8 +308,32 @@ def test_bytes_that_are_damaged_are_refused_or_shown(tmp_path):
             render(read_report(tmp_path / "r.json"))
         except QakdError as error:
             refused.append(str(error))
-    assert 50 < len(refused) < 100
     assert all("r.json" in message for message in refused)
+
+
+def test_a_report_that_was_cut_off_is_refused_wherever_it_was(tmp_path):
+    draw, data = random.Random(1), GOOD.encode()
+    for size in (0, 1, len(data) - 1, *(draw.randrange(len(data)) for _ in range(50))):
+        (tmp_path / "r.json").write_bytes(data[:size])
+        with pytest.raises(QakdError, match=r"r\.json"):
+            read_report(tmp_path / "r.json")
+
+
+def _with_byte_in_a_note(byte):
+    return GOOD.encode().replace(b'"a note"', b'"a n' + byte + b'te"')
+
+
+@pytest.mark.parametrize("byte", [b"\x00", b"\x1f", b'"', b"\x80", b"\xff"])
+def test_a_byte_that_is_no_text_is_refused(byte, tmp_path):
+    (tmp_path / "r.json").write_bytes(_with_byte_in_a_note(byte))
+    with pytest.raises(QakdError, match=r"r\.json"):
+        read_report(tmp_path / "r.json")
+
+
+@pytest.mark.parametrize("byte", [b" ", b"0", b"A", b"<", b"&", b"~"])
+def test_a_byte_that_is_other_text_is_shown(byte, tmp_path):
+    (tmp_path / "r.json").write_bytes(_with_byte_in_a_note(byte))
+    assert f"a n{byte.decode()}te" in html.unescape(render(read_report(tmp_path / "r.json")))
 
 
 # -- several runs

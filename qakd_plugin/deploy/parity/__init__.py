@@ -2,4 +2,4 @@
 
 from ..._moved import forwarded
 
-__getattr__ = forwarded(__name__, "gate")
+__getattr__ = forwarded(__name__, "gate", "report", "weights", "recorded_codes", "imposed_codes", "layers")
