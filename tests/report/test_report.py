@@ -490,7 +490,7 @@ def test_training_is_drawn_whatever_its_history_holds():
     assert [(curve.name, curve.last) for curve in run.curves] == [("loss", 0.5), ("val_accuracy", 0.75)]
     assert run.augmentations == (("0", "cutmix", "cutmix 0.250, none -0.500"),)
     (scatter,) = run.rankings
-    assert [name for _, _, name, best, _ in scatter.points if best] == ["cutmix"]
+    assert [point.name for point in scatter.points if point.is_best] == ["cutmix"]
     for x1, y1, x2, y2 in scatter.diagonals:
         assert x1 < x2
         assert y1 > y2
