@@ -49,9 +49,9 @@ _HOME = {
     "export_float": "deploy.export",
     "diagnose": "deploy.diagnosis",
     "evaluate": "tasks.evaluation",
-    "Settings": "training.optimizers",
+    "Settings": "training.config",
     "EngineRunner": "deploy.engine.runner",
-    "restore_modelopt": "toolkits.modelopt.adapter",
+    "restore_modelopt": "toolkits.modelopt",
     "default_batch": "tasks.batches",
     "refresh_delta": "quantizers",
     "Candidate": "bench",
@@ -109,8 +109,9 @@ if TYPE_CHECKING:
     from .report import write_report as write_report
     from .tasks.batches import default_batch as default_batch
     from .tasks.evaluation import evaluate as evaluate
-    from .toolkits.modelopt.adapter import restore_modelopt as restore_modelopt
+    from .toolkits.modelopt import restore_modelopt as restore_modelopt
     from .training.attached import attach as attach
+    from .training.config import Settings as Settings
     from .training.distillation import DistillResult as DistillResult
     from .training.distillation import distill as distill
     from .training.features import Features as Features
@@ -118,7 +119,6 @@ if TYPE_CHECKING:
     from .training.methods import QAT as QAT
     from .training.methods import QKD as QKD
     from .training.methods import SQAKD as SQAKD
-    from .training.optimizers import Settings as Settings
 
 
 def __getattr__(name: str) -> Any:

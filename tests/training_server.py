@@ -164,6 +164,8 @@ class Trainings:
 
         def augment(images):
             deaths.reach("augment")
+            if str(order.get("fails")) == os.environ.get("RANK"):
+                raise ValueError("this image cannot be read")
             return (images + 0.05 * torch.randn_like(images)).clamp(0, 1) if order.get("noise", True) else images
 
         result = distill(

@@ -19,7 +19,7 @@ from qakd_plugin.deploy.targets.onnxruntime import to_onnxruntime_form
 from qakd_plugin.placement.attention import OpenAttention, open_attention
 from qakd_plugin.placement.placement import place_quantizers
 from qakd_plugin.toolkits import adapter_for
-from qakd_plugin.toolkits.modelopt.adapter import restore_modelopt
+from qakd_plugin.toolkits.modelopt import restore_modelopt
 
 RTX = "tensorrt_rtx"
 

@@ -26,8 +26,9 @@ from qakd_plugin import (
 )
 from qakd_plugin.losses import kl_divergence
 from qakd_plugin.toolkits import adapter_for
+from qakd_plugin.training.config import Settings
 from qakd_plugin.training.ema import Ema
-from qakd_plugin.training.optimizers import Settings, student_optimizer
+from qakd_plugin.training.optimizers import student_optimizer
 from qakd_plugin.training.teachers import MeanOfTeachers
 
 
@@ -139,7 +140,7 @@ def test_training_stops_when_the_last_phase_no_longer_helps(make_student, teache
         ({"patience": 2}, "patience needs val_loader"),
         ({"warmup": 2500}, "warmup=2500 must be a share"),
         ({"grad_clip": 0.0}, "grad_clip=0.0 must be positive"),
-        ({"method": QAT(), "cache_teacher": "x"}, "QAT asks no teacher"),
+        ({"method": QAT(), "cache_teacher": "x"}, "QAT needs no teacher"),
         ({"method": QKD(), "cache_teacher": "x"}, "QKD learns too"),
         ({"method": SQAKD(features=Features(["head"])), "cache_teacher": "x"}, "features need"),
     ],

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate.data_loader import prepare_data_loader
+from safetensors.torch import load_file
 from test_resume import _log, _results
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -18,7 +19,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 from training_server import BATCHES, Server
 
-from qakd_plugin import QakdError, distill
+from qakd_plugin import LabelsRequiredError, QakdError, distill
+from qakd_plugin.training.distributed.processes import Processes
 from qakd_plugin.training.distributed.shards import Shards, shared
 
 ALIKE = {"norm": False, "noise": False, "lr": 1e-3, "double": True}
@@ -87,7 +89,7 @@ def test_two_processes_accumulate_average_and_share_cached_logits_as_one_does(se
     (expected,), found = results
     _require_equal_ranks(found)
     _require_close(found[0]["student"], expected["student"])
-    sizes = [len(torch.load(tmp_path / f"logits-{processes}.pt", weights_only=True)["logits"]) for processes in (1, 2)]
+    sizes = [len(load_file(tmp_path / f"logits-{processes}.pt")["logits"]) for processes in (1, 2)]
     assert sizes == [32 * BATCHES] * 2
 
 
@@ -124,7 +126,7 @@ class _Processes:
 def _shares(loader, index):
     """What each process is given, batch by batch, and which of it counts."""
     shards = Shards(loader, _Processes(index))
-    found = [(batch[0].flatten().tolist(), shards.counts) for batch in shards]
+    found = [(batch[0].flatten().tolist(), counts) for batch, counts in shards]
     assert len(found) == len(shards)
     return found
 
@@ -171,7 +173,8 @@ def test_a_loader_that_is_shared_out_already_is_taken_as_it_is():
         DataLoader(dataset, batch_sampler=batches),
         DataLoader(dataset, batch_size=None, sampler=batches),
     ):
-        assert shared(loader, _Processes(1)) is loader
+        found = shared(loader, _Processes(1))
+        assert [batch[0].tolist() for batch, counts in found if counts] == [batch[0].tolist() for batch in loader]
 
 
 # -- refused
@@ -240,3 +243,30 @@ def test_torchrun_gives_the_weights_of_one_process(server, tmp_path):
     expected = _run(server, tmp_path / "one", 1, method="QKD", quantizers="own", **ALIKE)[0]
     _require_close(found[0]["student"], expected["student"])
     assert json.dumps(found[0]["history"]) == json.dumps(found[1]["history"])
+
+
+# -- errors
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_an_error_in_one_process_ends_both_with_its_message(victim, server, tmp_path):
+    """A user's augmentation fails in one process; the other would wait for it in the next sum over both."""
+    assert server.run(tmp_path, processes=2, fails=victim, limit=60) == [1, 1], _log(tmp_path)
+    errors = [(tmp_path / f"error-{rank}.txt").read_text() for rank in range(2)]
+    assert errors[victim] == "ValueError: this image cannot be read"
+    assert errors[1 - victim] == f"QakdError: process {victim} of 2 failed: ValueError: this image cannot be read"
+
+
+def test_an_error_of_the_package_keeps_its_class_everywhere():
+    class Two(Processes):
+        """The other of two processes."""
+
+        def __init__(self):
+            super().__init__()
+            self.count = 2
+
+        def gather(self, item):
+            return [item, (LabelsRequiredError, "no labels")]
+
+    with pytest.raises(LabelsRequiredError, match="process 1 of 2 failed: no labels"):
+        Two()._end(None)
