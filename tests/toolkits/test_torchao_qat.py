@@ -272,7 +272,9 @@ def test_a_shared_layer_is_exported_under_all_its_names(tmp_path):
     assert export_onnx(student, torch.randn(16, 64), tmp_path / "s.onnx").parity.runtime_deviation < 1e-6
 
 
-@pytest.mark.parametrize("config", [EWGS(per_channel=False), LSQ(per_channel=False), LSQ()], ids=["EWGS", "LSQ", "LSQ-channels"])
+@pytest.mark.parametrize(
+    "config", [EWGS(per_channel=False), LSQ(per_channel=False), LSQ()], ids=["EWGS", "LSQ", "LSQ-channels"]
+)
 def test_torchaos_own_quantizers_compute_what_was_learned(config):
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)), torch.randn(4, 8)
