@@ -1,4 +1,4 @@
-"""Does a metric of the teacher foretell which augmentation makes the best student?
+"""Does a metric of the teacher predict which augmentation makes the best student?
 
     python benchmarks/augmentation_study.py --processes 2 --out benchmarks/results/augmentation_study.json
     python benchmarks/augmentation_study.py --processes 16 --full       # sixteen candidates, five seeds, larger sets: for a GPU
@@ -181,7 +181,7 @@ def evaluate(regime: Regime, names: Sequence[str], seeds: int, folder: Path) -> 
         "accuracies": accuracies,
         "best": max(means, key=means.__getitem__),
         "best_over_none": max(means.values()) - means["none"],
-        # What a perfect metric could reach: one half of the seeds foretelling the other.
+        # What a perfect metric could reach: one half of the seeds predicting the other.
         "noise": _between_seeds(accuracies) if count > 1 else None,
         "records": figures,
         "metrics": by_metric,

@@ -38,14 +38,13 @@ from step_time import ResNet20, memory_mib
 from torch import Tensor, nn
 from zoo import Net, random_weights
 
-from qakd_plugin import build_engine, export_onnx, prepare
+from qakd_plugin import build_engine, export_float, export_onnx, prepare
 from qakd_plugin._common.files import write_atomic
 from qakd_plugin._common.optional import require
-from qakd_plugin.deploy.canonical.write import export_float
 from qakd_plugin.deploy.engine.bindings import gpu_capability
 from qakd_plugin.deploy.engine.precheck import inspect_onnx
 from qakd_plugin.deploy.engine.runner import EngineRunner
-from qakd_plugin.deploy.parity.gate import agreement
+from qakd_plugin.deploy.parity.report import agreement
 from qakd_plugin.errors import QakdError
 from qakd_plugin.placement.attention import open_attention
 from qakd_plugin.runtimes.host import environment, is_busy

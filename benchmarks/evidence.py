@@ -48,7 +48,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorData
 
 from qakd_plugin import EWGS, KD, LSQ, PACT, QAT, QKD, SQAKD, CMISelector, DoReFa, distill, export_onnx, prepare, use_quantizers
 from qakd_plugin._common.files import write_atomic
-from qakd_plugin.runtimes.base import make_runner
+from qakd_plugin.bench.loading import make_runner
 from qakd_plugin.runtimes.host import environment
 
 RESULTS = page_tables.RESULTS / "evidence.json"

@@ -154,14 +154,14 @@ def augmentation_claims(study: dict[str, Any]) -> list[Claim]:
     """Of Kur and Zhao, on the students of augmentation_study.py; means are over its regimes."""
     rows = [row["metrics"] for row in study["rows"]]
 
-    def foretells(text: str, source: str, metric: str) -> Claim:
+    def predicts(text: str, source: str, metric: str) -> Claim:
         single = tuple(Comparison(row[metric]["spearman"], row[metric]["spearman_p"]) for row in rows)
         return Claim(text, source, compare([found.estimate for found in single]), single, correlation=True)
 
     gains = [[row[metric]["over_none"] for row in rows] for metric in ("CMI - CE", "CMI - centroid")]
     return [
-        foretells("CMI minus cross-entropy foretells which augmentation makes the better student", "Kur and Zhao", "CMI - CE"),
-        foretells("CMI minus centroid divergence foretells it", "Kur and Zhao, the other form in their code", "CMI - centroid"),
+        predicts("CMI minus cross-entropy predicts which augmentation makes the better student", "Kur and Zhao", "CMI - CE"),
+        predicts("CMI minus centroid divergence predicts it", "Kur and Zhao, the other form in their code", "CMI - centroid"),
         Claim(
             "the augmentation so chosen beats none, by either form",
             "Kur and Zhao; published +1.0 to +5.9 over SQAKD",

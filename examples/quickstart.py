@@ -11,11 +11,8 @@ import torch
 from rich.console import Console
 
 import qakd_plugin as qakd
-from qakd_plugin.bench import Candidate
 from qakd_plugin.demo.data import load
 from qakd_plugin.demo.net import DigitNet, train_float
-from qakd_plugin.deploy.canonical.write import export_float
-from qakd_plugin.report import console_table
 
 
 def main(folder: Path = Path("runs/quickstart"), epochs: int = 5) -> None:
@@ -32,10 +29,11 @@ def main(folder: Path = Path("runs/quickstart"), epochs: int = 5) -> None:
     example = digits.test[0][:64]
     exported = qakd.export_onnx(result.model, example, folder / "student.onnx", target="onnxruntime")
     print(f"{exported.parity.weight_codes} weight codes equal, {exported.parity.ties_runtime} rounding ties")
-    float_file = export_float(teacher, example, folder / "fp32.onnx")
-    files = [Candidate(float_file, "FP32"), Candidate(exported, "SQAKD", toolkit="modelopt", weight_bits=4, activation_bits=4)]
+    float_file = qakd.export_float(teacher, example, folder / "fp32.onnx")
+    student_file = qakd.Candidate(exported, "SQAKD", toolkit="modelopt", weight_bits=4, activation_bits=4)
+    files = [qakd.Candidate(float_file, "FP32"), student_file]
     rows = qakd.benchmark(files, loader=digits.loader("test"))
-    Console().print(console_table(rows))
+    Console().print(qakd.console_table(rows))
     print(qakd.write_report(rows, folder / "report.html", title="Quickstart"))
 
 

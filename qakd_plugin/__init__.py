@@ -13,7 +13,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from . import _moved
+
 __version__ = "0.1.0"
+
+_moved.install()
 
 _HOME = {
     "distill": "training.distillation",
@@ -42,6 +46,16 @@ _HOME = {
     "build_engine": "deploy.engine.build",
     "benchmark": "bench",
     "write_report": "report",
+    "export_float": "deploy.export",
+    "diagnose": "deploy.diagnosis",
+    "evaluate": "tasks.evaluation",
+    "Settings": "training.config",
+    "EngineRunner": "deploy.engine.runner",
+    "restore_modelopt": "toolkits.modelopt",
+    "default_batch": "tasks.batches",
+    "refresh_delta": "quantizers",
+    "Candidate": "bench",
+    "console_table": "report",
     "QakdError": "errors",
     "NotPreparedError": "errors",
     "UnsupportedQuantizerError": "errors",
@@ -62,9 +76,13 @@ if TYPE_CHECKING:
     from .augment.cmi import cmi_score as cmi_score
     from .augment.ranking import rank_augmentations as rank_augmentations
     from .augment.selector import CMISelector as CMISelector
+    from .bench import Candidate as Candidate
     from .bench import benchmark as benchmark
+    from .deploy.diagnosis import diagnose as diagnose
     from .deploy.engine.build import build_engine as build_engine
+    from .deploy.engine.runner import EngineRunner as EngineRunner
     from .deploy.export import ExportedModel as ExportedModel
+    from .deploy.export import export_float as export_float
     from .deploy.export import export_onnx as export_onnx
     from .deploy.tuning import tune_for_host as tune_for_host
     from .errors import CheckpointError as CheckpointError
@@ -86,8 +104,14 @@ if TYPE_CHECKING:
     from .quantizers import LSQ as LSQ
     from .quantizers import PACT as PACT
     from .quantizers import DoReFa as DoReFa
+    from .quantizers import refresh_delta as refresh_delta
+    from .report import console_table as console_table
     from .report import write_report as write_report
+    from .tasks.batches import default_batch as default_batch
+    from .tasks.evaluation import evaluate as evaluate
+    from .toolkits.modelopt import restore_modelopt as restore_modelopt
     from .training.attached import attach as attach
+    from .training.config import Settings as Settings
     from .training.distillation import DistillResult as DistillResult
     from .training.distillation import distill as distill
     from .training.features import Features as Features

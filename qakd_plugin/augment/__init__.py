@@ -1,8 +1,34 @@
-"""Which augmentation to distill with: the teacher's contextual mutual information says."""
+"""Which augmentation to distill with: the teacher's contextual mutual information says.
 
-from .candidates import Candidate as Candidate
-from .candidates import default_candidates as default_candidates
-from .cmi import AugmentationScore as AugmentationScore
-from .cmi import CmiStatistics as CmiStatistics
-from .compositions import Search as Search
-from .ranking import Ranking as Ranking
+Names are imported when they are first used: the command line reads :mod:`.choices` without torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__all__ = ["AugmentationScore", "Candidate", "CmiStatistics", "Ranking", "Search", "default_candidates"]
+
+if TYPE_CHECKING:
+    from .candidates import Candidate as Candidate
+    from .candidates import default_candidates as default_candidates
+    from .cmi import AugmentationScore as AugmentationScore
+    from .cmi import CmiStatistics as CmiStatistics
+    from .compositions import Search as Search
+    from .ranking import Ranking as Ranking
+
+_HOME = {
+    "Candidate": "candidates",
+    "default_candidates": "candidates",
+    "AugmentationScore": "cmi",
+    "CmiStatistics": "cmi",
+    "Search": "compositions",
+    "Ranking": "ranking",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)

@@ -113,11 +113,10 @@ def score_all(tallies: Sequence[Tally], loader: Iterable[Any], keep: int) -> Arr
 
 def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     """95 % confidence interval of a proportion (Wilson, 1927)."""
-    z = 1.959963984540054
-    share = correct / total
-    center = (share + z**2 / (2 * total)) / (1 + z**2 / total)
-    half = z / (1 + z**2 / total) * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
-    return max(0.0, center - half), min(1.0, center + half)
+    from scipy.stats import binomtest  # takes longer to import than many a file to be measured
+
+    interval = binomtest(correct, total).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def _misfit(reference: Array, images: str, classes: int) -> QakdError:

@@ -66,7 +66,7 @@ class Candidate:
 def named_by_its_path(model: str | os.PathLike[str] | nn.Module) -> Candidate:
     """A candidate of what was given without one: its file's name stands for the method, and the model has no name.
 
-    Its bits are those that the file says (:func:`.contents.quantized_bits`): W8A8 wherever activations are quantized.
+    Its bits are those that the file says (:func:`.file_facts.quantized_bits`): W8A8 wherever activations are quantized.
     """
     if _is_module(model):
         return Candidate(model, method="FP32")

@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 
-from .._common.cpu_features import has_bfloat16
-from ..deploy.engine.runner import EngineRunner
+from ..deploy.engine.runner import EngineRunner, StageTimes
 from ..errors import QakdError
-from ..runtimes.base import FILE_RUNTIMES, MODULE_RUNTIMES, RUNTIMES, Array, OpenVINORunner, Runner, make_runner, node_times
-from ..runtimes.host import Watch
+from ..runtimes.base import FILE_RUNTIMES, Array, LayerTime, Runner
+from ..runtimes.host import Conditions, Watch
 from ..runtimes.interleaving import WARM_UP_CALLS, turns
+from ..runtimes.openvino import OpenVINORunner
 from .accuracy import IMAGES_AT_ONCE, Tally, score_all
 from .candidates import Candidate, named_by_its_path
 from .census import census, engine_layers
-from .file_facts import BatchLimits, batch_limits, float_type, input_sizes
+from .file_facts import batch_limits, input_sizes
+from .jobs import Job, jobs_of
+from .loading import make_runner, node_times
 from .peak_memory import peak_rss_mib
 from .ratios import with_findings, with_speedups
-from .rows import Conditions, LayerTime, Row
+from .rows import Row
 
 if TYPE_CHECKING:
     import os
 
     from torch import nn
+
+_log = logging.getLogger(__name__)
+_Found = TypeVar("_Found")
 
 CALLS_FOR_P90 = 64
 CALLS_FOR_P99 = 662
@@ -37,26 +43,6 @@ CALLS_FOR_P99 = 662
 
 _PROFILED_CALLS = 20
 _STAGED_CALLS = 64
-
-
-@dataclass
-class _Job:
-    """A candidate in a runtime and precision; ``score`` and ``layers`` (in integers, all) are found once, whatever batches and
-    threads are measured."""
-
-    candidate: Candidate
-    runtime: str
-    precision: str
-    score: dict[str, Any] | None = None
-    layers: tuple[int | None, int | None] | None = None
-
-
-@dataclass
-class _Timed:
-    job: _Job
-    runner: Runner
-    wall: list[float] = field(default_factory=list)
-    cpu: list[float] = field(default_factory=list)
 
 
 def benchmark(
@@ -104,63 +90,138 @@ def benchmark(
         raise QakdError("models is empty: name at least one ONNX file.")
     say = progress or (lambda _: None)
     candidates = [model if isinstance(model, Candidate) else named_by_its_path(model) for model in models]
-    jobs = _jobs(candidates, runtimes, batch_sizes)
-    images = _random_images(candidates) if loader is None else None
-    rows: list[tuple[Row, Candidate]] = []
+    jobs = jobs_of(candidates, runtimes, batch_sizes)
+    scored = _Scored(_random_images(candidates), [{}] * len(jobs)) if loader is None else None
+    layers: list[tuple[int | None, int | None]] = []
+    rows: list[Row] = []
     for count in threads:
-        with ExitStack() as stack:
-            timed = []
-            for job in jobs:
-                path = job.candidate.path
-                timed.append(_Timed(job, make_runner(path, job.runtime, count, job.precision)))
-                stack.callback(timed[-1].runner.close)
-            for one in timed:
-                if one.job.layers is None:
-                    one.job.layers = _count_layers(one.job.candidate, one.runner) or (None, None)
-            if loader is not None and images is None:
+        with _Session(jobs, count) as session:
+            layers = layers or session.count_layers()
+            if scored is None and loader is not None:
                 say(f"accuracy of {len(jobs)} candidates")
-                images = _score(timed, loader, reference, max([IMAGES_AT_ONCE, *batch_sizes]))
-            assert images is not None
+                scored = session.score(loader, reference, max([IMAGES_AT_ONCE, *batch_sizes]))
+            assert scored is not None
             for batch in batch_sizes:
                 say(f"latency of {len(jobs)} candidates, batch {batch}, {count} thread{'s' * (count > 1)}, interleaved")
-                fresh = [_Timed(one.job, one.runner) for one in timed]
-                conditions = _measure(fresh, images, batch, calls)
-                for one in fresh:
-                    rows.append((_row(one, images, batch, count, conditions, profile_layers), one.job.candidate))
-    compared = with_speedups([row for row, _ in rows])
-    return with_findings(compared, [candidate for _, candidate in rows])
+                timed = session.time(_batches(scored.images, batch), calls)
+                rows += session.rows(timed, scored.scores, layers, profile_layers)
+    return with_findings(with_speedups(rows), [job.candidate for job in jobs] * (len(rows) // len(jobs)))
 
 
-def _jobs(candidates: Sequence[Candidate], runtimes: Sequence[str], batch_sizes: Sequence[int]) -> list[_Job]:
-    """What will be measured; refuses what cannot be before anything is."""
-    unknown = [name for name in runtimes if name not in RUNTIMES]
-    if unknown:
-        raise QakdError(f"runtimes: {unknown[0]!r} is unknown: use {', '.join(map(repr, RUNTIMES))}.")
-    jobs = []
-    for candidate in candidates:
-        if candidate.file is not None and not candidate.file.is_file():
-            raise QakdError(f"models: {candidate.file} does not exist.")
-        if candidate.file is None and candidate.weight_bits < 32:
-            raise QakdError(f"models: {candidate.label}: modules are measured in floating point. Export a quantized one.")
-        wanted = [name for name in runtimes if name in candidate.runtimes and candidate.runtime in (None, name)]
-        if not wanted:
-            raise QakdError(
-                f"runtimes: {candidate.label} is measured in none of {list(runtimes)}: engines run in 'tensorrt', ONNX files "
-                "in 'onnxruntime' and 'openvino', torch modules in 'torch' and 'torch.compile'; name them all."
+@dataclass(frozen=True)
+class _Scored:
+    """What one pass over a loader gives: the images that latency is measured with, and the fields of each job's rows."""
+
+    images: Array
+    scores: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """Wall and processor time of each call of each job, in seconds, and how quiet the machine was.
+
+    ``batch`` is one of those that were computed, (N, ...).
+    """
+
+    wall: list[list[float]]
+    cpu: list[list[float]]
+    conditions: Conditions
+    batch: Array
+
+
+class _Session:
+    """All jobs, loaded with one number of threads, until the context ends."""
+
+    def __init__(self, jobs: Sequence[Job], threads: int) -> None:
+        self._jobs, self._threads = jobs, threads
+        self._runners: list[Runner] = []
+        self._loaded = ExitStack()
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:  # closes those before the one that does not load
+            for job in self._jobs:
+                runner = make_runner(job.candidate.path, job.runtime, self._threads, job.precision)
+                stack.callback(runner.close)
+                self._runners.append(runner)
+            self._loaded = stack.pop_all()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._loaded.close()
+
+    def count_layers(self) -> list[tuple[int | None, int | None]]:
+        """Convolutions and matrix products of each job: in integers, and all; None where that is not known."""
+        pairs = zip(self._jobs, self._runners, strict=True)
+        return [_count_layers(job.candidate, runner) or (None, None) for job, runner in pairs]
+
+    def score(self, loader: Iterable[Any], reference: Array | None, keep: int) -> _Scored:
+        """Accuracy of each job, and the first ``keep`` images."""
+        tallies = []
+        for job, runner in zip(self._jobs, self._runners, strict=True):
+            file = job.candidate.file
+            size = IMAGES_AT_ONCE if file is None else batch_limits(file).nearest(IMAGES_AT_ONCE)
+            tallies.append(Tally(job.candidate.label, runner, size, reference))
+        images = score_all(tallies, loader, keep)
+        return _Scored(images, [tally.score() for tally in tallies])
+
+    def time(self, batches: Sequence[Array], calls: int) -> _Timed:
+        """A few calls of each job per turn, in shuffled order.
+
+        The first call of a turn is not timed: it finds in the caches what the others left there, so that the time of a small
+        network would depend on how many others are measured beside it.
+        """
+        wall: list[list[float]] = [[] for _ in self._jobs]
+        cpu: list[list[float]] = [[] for _ in self._jobs]
+        for index in range(WARM_UP_CALLS):
+            for runner in self._runners:
+                runner.run(batches[index % len(batches)])
+        watch = Watch()
+        order, shuffle = list(zip(self._runners, wall, cpu, strict=True)), random.Random(0).shuffle
+        for turn in turns(calls):
+            shuffle(order)
+            for runner, wall_times, cpu_times in order:
+                runner.run(batches[turn[0] % len(batches)])
+                for index in turn:
+                    data = batches[index % len(batches)]
+                    wall_start, cpu_start = time.perf_counter(), time.process_time()
+                    runner.run(data)
+                    wall_times.append(time.perf_counter() - wall_start)
+                    cpu_times.append(time.process_time() - cpu_start)
+        return _Timed(wall, cpu, watch.conditions(), batches[0])
+
+    def rows(
+        self,
+        timed: _Timed,
+        scores: Sequence[dict[str, Any]],
+        layers: Sequence[tuple[int | None, int | None]],
+        profile_layers: bool,
+    ) -> list[Row]:
+        """One for each job, with what is measured besides: peak memory, copies of an engine, times of layers."""
+        each = zip(self._jobs, self._runners, timed.wall, timed.cpu, scores, layers, strict=True)
+        return [
+            Row(
+                model=job.candidate.model,
+                method=job.candidate.method,
+                toolkit=job.candidate.toolkit,
+                weight_bits=job.candidate.weight_bits,
+                activation_bits=job.candidate.activation_bits,
+                runtime=runner.runtime,
+                precision="int8" if job.candidate.activation_bits < 32 else runner.precision,
+                batch=len(timed.batch),
+                threads=self._threads,
+                load_ms=runner.load_ms,
+                file_mib=None if job.candidate.file is None else _size(job.candidate.file) / 2**20,
+                integer_layers=integer,
+                total_layers=total,
+                peak_rss_mib=_peak_memory(job, self._threads, timed.batch),
+                conditions=timed.conditions,
+                layers=_layer_times(job, self._threads, timed.batch) if profile_layers else (),
+                **_latency(wall, cpu, len(timed.batch)),
+                **_stages(job, runner, timed.batch),
+                **score,
             )
-        limits = BatchLimits(1, None) if candidate.file is None else batch_limits(candidate.file)
-        for batch in batch_sizes:
-            if not limits.takes(batch):
-                raise QakdError(f"batch_sizes: {candidate.label} takes batches of {limits}, {batch} was asked for.")
-        jobs += [_Job(candidate, runtime, precision) for runtime in wanted for precision in _precisions(candidate, runtime)]
-    return jobs
-
-
-def _precisions(candidate: Candidate, runtime: str) -> tuple[str, ...]:
-    if runtime == "onnxruntime":
-        return (float_type(candidate.existing),)
-    both = candidate.weight_bits == 32 and (runtime == "openvino" or runtime in MODULE_RUNTIMES) and has_bfloat16()
-    return ("float32", "bfloat16") if both else ("float32",)
+            for job, runner, wall, cpu, score, (integer, total) in each
+        ]
 
 
 def percentiles(samples: Sequence[float]) -> tuple[float, float | None, float | None]:
@@ -181,101 +242,67 @@ def _random_images(candidates: Sequence[Candidate]) -> Array:
     return np.random.default_rng(0).random((IMAGES_AT_ONCE, *fixed), dtype=np.float32)
 
 
-def _score(timed: Sequence[_Timed], loader: Iterable[Any], reference: Array | None, keep: int) -> Array:
-    """Fill in the jobs' scores; returns the first ``keep`` images."""
-    tallies = []
-    for one in timed:
-        file = one.job.candidate.file
-        size = IMAGES_AT_ONCE if file is None else batch_limits(file).nearest(IMAGES_AT_ONCE)
-        tallies.append(Tally(one.job.candidate.label, one.runner, size, reference))
-    images = score_all(tallies, loader, keep)
-    for one, tally in zip(timed, tallies, strict=True):
-        one.job.score = tally.score()
-    return images
-
-
-def _measure(timed: Sequence[_Timed], images: Array, batch: int, calls: int) -> Conditions:
-    """Fill in wall and processor time per call, in seconds: a few calls of each candidate per round, in shuffled order.
-
-    The first call of a turn is not timed: it finds in the caches what the others left there, so that the time of a small
-    network would depend on how many others are measured beside it.
-    """
-    batches = _batches(images, batch)
-    order, shuffle = list(timed), random.Random(0).shuffle
-    for index in range(WARM_UP_CALLS):
-        for one in order:
-            one.runner.run(batches[index % len(batches)])
-    watch = Watch()
-    for turn in turns(calls):
-        shuffle(order)
-        for one in order:
-            one.runner.run(batches[turn[0] % len(batches)])
-            for index in turn:
-                data = batches[index % len(batches)]
-                wall, cpu = time.perf_counter(), time.process_time()
-                one.runner.run(data)
-                one.wall.append(time.perf_counter() - wall)
-                one.cpu.append(time.process_time() - cpu)
-    return watch.conditions()
-
-
 def _batches(images: Array, batch: int) -> list[Array]:
     repeats = -(-batch // len(images))
     pool = np.concatenate([images] * repeats) if repeats > 1 else images
     return [np.ascontiguousarray(pool[start : start + batch]) for start in range(0, len(pool) - batch + 1, batch)]
 
 
-def _row(one: _Timed, images: Array, batch: int, threads: int, conditions: Conditions, profile_layers: bool) -> Row:
-    job, candidate, runner = one.job, one.job.candidate, one.runner
-    p50, p90, p99 = percentiles(one.wall)
-    data = _batches(images, batch)[0]
-    integer, total = job.layers or (None, None)
-    is_file = job.runtime in FILE_RUNTIMES
-    return Row(
-        model=candidate.model,
-        method=candidate.method,
-        toolkit=candidate.toolkit,
-        weight_bits=candidate.weight_bits,
-        activation_bits=candidate.activation_bits,
-        runtime=runner.runtime,
-        precision="int8" if candidate.activation_bits < 32 else runner.precision,
-        batch=batch,
-        threads=threads,
-        calls=len(one.wall),
-        p50_ms=p50 * 1e3,
-        p90_ms=None if p90 is None else p90 * 1e3,
-        p99_ms=None if p99 is None else p99 * 1e3,
-        cpu_ms=float(np.median(one.cpu)) * 1e3,
-        throughput=batch / p50,
-        load_ms=runner.load_ms,
-        file_mib=None if candidate.file is None else _size(candidate.file) / 2**20,
-        integer_layers=integer,
-        total_layers=total,
-        peak_rss_mib=peak_rss_mib(candidate.existing, job.runtime, job.precision, threads, data.shape) if is_file else None,
-        conditions=conditions,
-        layers=_layers(job, threads, data) if profile_layers and is_file else (),
-        **_stages(runner, data),
-        **(job.score or {}),
+def _latency(wall: Sequence[float], cpu: Sequence[float], batch: int) -> dict[str, Any]:
+    p50, p90, p99 = percentiles(wall)
+    return {
+        "calls": len(wall),
+        "p50_ms": p50 * 1e3,
+        "p90_ms": None if p90 is None else p90 * 1e3,
+        "p99_ms": None if p99 is None else p99 * 1e3,
+        "cpu_ms": float(np.median(cpu)) * 1e3,
+        "throughput": batch / p50,
+    }
+
+
+def _if_it_can(what: str, measured: Callable[[], _Found], otherwise: _Found) -> _Found:
+    """What was timed already stands, whatever happens to what is measured besides."""
+    try:
+        return measured()
+    except QakdError as error:
+        _log.warning("%s not known: %s", what, error)
+        return otherwise
+
+
+def _peak_memory(job: Job, threads: int, data: Array) -> float | None:
+    if job.runtime not in FILE_RUNTIMES:
+        return None
+    path = job.candidate.existing
+    return _if_it_can(
+        "peak memory is", lambda: peak_rss_mib(path, job.runtime, job.precision, threads, data.shape), otherwise=None
     )
 
 
-def _stages(runner: Runner, data: Array) -> dict[str, Any]:
+def _layer_times(job: Job, threads: int, data: Array) -> tuple[LayerTime, ...]:
+    if job.runtime not in FILE_RUNTIMES:
+        return ()
+    path, calls = job.candidate.existing, {"warm_up": WARM_UP_CALLS, "calls": _PROFILED_CALLS}
+    return _if_it_can(
+        "times of layers are",
+        lambda: tuple(node_times(path, job.runtime, threads, job.precision, data, **calls)),
+        otherwise=(),
+    )
+
+
+def _stages(job: Job, runner: Runner, data: Array) -> dict[str, Any]:
     """What an engine's copies and its computing take, apart, by events on the GPU; nothing elsewhere."""
     if not isinstance(runner, EngineRunner):
         return {}
-    times = [runner.time(data) for _ in range(_STAGED_CALLS)]
-    return {name: float(np.median([getattr(t, name) for t in times])) for name in ("upload_ms", "compute_ms", "download_ms")}
-
-
-def _layers(job: _Job, threads: int, data: Array) -> tuple[LayerTime, ...]:
-    found = node_times(
-        job.candidate.existing, job.runtime, threads, job.precision, data, warm_up=WARM_UP_CALLS, calls=_PROFILED_CALLS
+    times: list[StageTimes] = _if_it_can(
+        f"{job.candidate.label}: times of copies are",
+        lambda: [runner.time(data) for _ in range(_STAGED_CALLS)],
+        otherwise=[],
     )
-    return tuple(LayerTime(*node) for node in found)
+    names = ("upload_ms", "compute_ms", "download_ms") if times else ()
+    return {name: float(np.median([getattr(each, name) for each in times])) for name in names}
 
 
 def _count_layers(candidate: Candidate, runner: Runner) -> tuple[int, int] | None:
-    """Convolutions and matrix products: in integers, and all; None where that is not known."""
     if isinstance(runner, OpenVINORunner):
         return runner.count_layers()
     if isinstance(runner, EngineRunner):

@@ -2,7 +2,7 @@
 
     python -m qakd_plugin.bench.peak_memory model.onnx onnxruntime float32 1 1 3 224 224
 
-prints MiB for one thread and one image of 3x224x224. The process is fresh, because what another one allocated
+prints how many MiB it took with one thread and one image of 3x224x224. The process is fresh, because what another one allocated
 and gave back before would count as well.
 """
 
@@ -18,9 +18,12 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import QakdError
-from ..runtimes.base import make_runner
+from .loading import make_runner
 
 CALLS = 10
+TIMEOUT_S = 600.0
+"""A runtime that has neither loaded a file nor run it ten times by then hangs."""
+
 _STATUS = Path("/proc/self/status")
 
 
@@ -40,7 +43,7 @@ def peak_rss_mib(
         MiB, Python and the runtime's library included; None where the system does not tell (it is read from Linux's /proc).
 
     Raises:
-        QakdError: the process failed; carries the end of what it said.
+        QakdError: the process failed, took longer than :data:`TIMEOUT_S`, or said no figure; carries the end of what it said.
     """
     if _high_water_mib() is None:
         return None
@@ -48,10 +51,19 @@ def peak_rss_mib(
     root = str(Path(__file__).resolve().parents[2])
     known = os.environ.get("PYTHONPATH")
     environment = {**os.environ, "PYTHONPATH": root if not known else f"{root}{os.pathsep}{known}"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    about = f"{path}: running it in a process of its own failed in {runtime}"
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=TIMEOUT_S)
+    except OSError as error:
+        raise QakdError(f"{about}: it cannot be started: {error.strerror or error}.") from error
+    except subprocess.TimeoutExpired as error:
+        raise QakdError(f"{about}: it was not done after {TIMEOUT_S:.0f} seconds.") from error
     if done.returncode:
-        raise QakdError(f"{path}: running it in a process of its own failed in {runtime}: {done.stderr.strip()[-300:]}")
-    return float(done.stdout)
+        raise QakdError(f"{about}: {' '.join(done.stderr[-300:].split())}")
+    found = re.findall(r"^([0-9.]+) MiB$", done.stdout, re.MULTILINE)  # a runtime may print lines of its own
+    if len(found) != 1:
+        raise QakdError(f"{about}: expected one line with its memory, got {done.stdout[-300:]!r}.")
+    return float(found[0])
 
 
 def _main(arguments: Sequence[str]) -> None:
@@ -60,7 +72,7 @@ def _main(arguments: Sequence[str]) -> None:
     images = np.zeros([int(size) for size in shape], dtype=np.float32)
     for _ in range(CALLS):
         runner.run(images)
-    print(_high_water_mib())
+    print(f"{_high_water_mib()} MiB")
 
 
 def _high_water_mib() -> float | None:

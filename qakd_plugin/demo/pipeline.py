@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .._common.console import track
-from .._common.files import atomic_path
+from .._common.files import write_atomic
 from ..bench import Candidate, benchmark
 from ..bench.rows import Row
-from ..deploy.canonical.write import export_float
 from ..deploy.engine.build import build_engine
-from ..deploy.export import export_onnx
+from ..deploy.export import export_float, export_onnx
 from ..preparation.prepared import prepare
 from ..report import console_table, write_report
 from ..training.distillation import distill
@@ -119,8 +118,7 @@ def _teacher(path: Path, digits: Digits, epochs: int, seed: int) -> nn.Module:
             model.load_state_dict(saved["weights"])
             return model.eval()
     train_float(model, digits.loader("train", shuffle=True, seed=seed), epochs)
-    with atomic_path(path) as temporary:
-        torch.save({"trained": key, "weights": model.state_dict()}, temporary)
+    write_atomic(path, lambda file: torch.save({"trained": key, "weights": model.state_dict()}, file))
     return model
 
 

@@ -24,7 +24,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime
 
-from .._common.files import write_atomic
+from .._common.files import with_extension, write_atomic
 from ..errors import ExportError, ParityError
 from ..runtimes.host import environment
 from ..runtimes.interleaving import turns
@@ -132,7 +132,7 @@ def tune_for_host(
     )
     if gained:
         write_atomic(target, variants[best], ExportError)
-    write_atomic(target.with_suffix(".tuning.json"), json.dumps(tuning.as_dict(), indent=1) + "\n", ExportError)
+    write_atomic(with_extension(target, ".tuning.json"), json.dumps(tuning.as_dict(), indent=1) + "\n", ExportError)
     return tuning
 
 

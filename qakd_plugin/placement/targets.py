@@ -6,3 +6,6 @@ from typing import Literal, get_args
 
 Target = Literal["tensorrt", "onnxruntime", "openvino"]
 TARGETS: tuple[Target, ...] = get_args(Target)
+
+WeightStorage = Literal["int8", "int4", "int2"]
+"""The narrowest type in the file of weights beside quantized activations."""

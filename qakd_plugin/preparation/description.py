@@ -13,6 +13,7 @@ from ..errors import NotPreparedError, UnsupportedQuantizerError
 from ..placement.targets import TARGETS
 from ..quantizers.qparams import QParams
 from ..toolkits import Quantizer, adapter_for
+from .feasibility import target_problem
 
 
 @dataclass(frozen=True)
@@ -116,20 +117,6 @@ def describe(prepared_model: nn.Module) -> Description:
         except (NotPreparedError, UnsupportedQuantizerError) as problem:
             rows.append(_row(quantizer, kind, None, str(problem)))
     return Description(adapter.name, type(prepared_model).__name__, tuple(rows))
-
-
-def target_problem(quantizer: Quantizer, qparams: QParams, target: str) -> str | None:
-    """Why ``target`` cannot take a quantizer, or None."""
-    if quantizer.role == "weight" and not qparams.symmetric:
-        return "asymmetric weights: every target needs zero point 0"
-    if quantizer.role == "activation" and qparams.scale.numel() != 1:
-        return "activations need one scale per tensor"
-    if target == "tensorrt" and not qparams.symmetric:
-        zero_point = int(qparams.zero_point.flatten()[0])
-        return f"asymmetric (zero point {zero_point}): TensorRT takes zero point 0 only"
-    if target == "tensorrt" and qparams.quant_max > 127:
-        return f"codes up to {qparams.quant_max} do not fit TensorRT's signed 8 bits"
-    return None
 
 
 def _row(quantizer: Quantizer, kind: str, qparams: QParams | None, problem: str | None = None) -> QuantizerDescription:

@@ -1,14 +1,28 @@
-"""Whether a prepared model could be exported, asked before it is trained."""
+"""Whether a prepared model can be exported: what each target takes, asked before training and before exporting."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..deploy.canonical.write import trace
 from ..errors import QakdError
+from ..export_form.tracing import trace
 from ..placement.targets import TARGETS
-from ..toolkits import Adapter
-from .description import target_problem
+from ..quantizers.qparams import QParams
+from ..toolkits import Adapter, Quantizer
+
+
+def target_problem(quantizer: Quantizer, qparams: QParams, target: str) -> str | None:
+    """Why ``target`` cannot take a quantizer, or None."""
+    if quantizer.role == "weight" and not qparams.symmetric:
+        return "asymmetric weights: every target needs zero point 0"
+    if quantizer.role == "activation" and qparams.scale.numel() != 1:
+        return "activations need one scale per tensor"
+    if target == "tensorrt" and not qparams.symmetric:
+        zero_point = int(qparams.zero_point.flatten()[0])
+        return f"asymmetric (zero point {zero_point}): TensorRT takes zero point 0 only"
+    if target == "tensorrt" and qparams.quant_max > 127:
+        return f"codes up to {qparams.quant_max} do not fit TensorRT's signed 8 bits"
+    return None
 
 
 def export_problems(adapter: Adapter, model: nn.Module, example: Tensor) -> dict[str, list[str]]:

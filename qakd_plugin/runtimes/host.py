@@ -1,4 +1,4 @@
-"""The machine and the versions behind a measurement; no host names, users or paths."""
+"""The machine and the versions that a measurement was made with; no host names, users or paths."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import platform
 import shutil
 import subprocess
 import time
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import psutil
+from annotated_types import Ge, Le
 
 from .._common.cpu_features import TOLD, cpu_flags
-from ..bench.rows import Conditions
 
 _PACKAGES = (
     "qakd-plugin", "torch", "torchvision", "timm", "nvidia-modelopt", "torchao", "onnx", "onnx-ir", "onnxscript", "onnxruntime",
@@ -24,6 +25,30 @@ BUSY_LOAD = 0.5
 """Load average per core above which a measurement is marked as disturbed before it starts."""
 BUSY_SHARE = 0.1
 """Share of the processor that others may use during a measurement before it is marked as disturbed."""
+
+
+_Load = Annotated[float, Ge(0), Le(1e9)]
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """How quiet the machine was while a row was measured.
+
+    Attributes:
+        load_before: load average of the last minute, before; None where the system has none.
+        load_after: after; it counts the measurement itself.
+        other_cores: processor cores that other processes used meanwhile, on average.
+        clock_mhz: of the processor, after; None where it cannot be read.
+        gpu_celsius: of the first NVIDIA GPU, after; None where there is none.
+        busy: whether other work may have disturbed the figures.
+    """
+
+    load_before: _Load | None
+    load_after: _Load | None
+    other_cores: _Load
+    clock_mhz: int | None
+    gpu_celsius: int | None
+    busy: bool
 
 
 def environment() -> dict[str, Any]:

@@ -11,6 +11,6 @@ CALLS_PER_TURN = 5
 
 
 def turns(calls: int) -> Iterator[range]:
-    """Numbers of the timed calls of each turn: a candidate makes them one after the other, behind one that is not timed."""
+    """Numbers of the timed calls of each turn: a candidate makes them one after the other, after one that is not timed."""
     for start in range(0, calls, CALLS_PER_TURN):
         yield range(start, min(start + CALLS_PER_TURN, calls))

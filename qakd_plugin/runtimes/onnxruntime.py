@@ -1,4 +1,4 @@
-"""How ONNX Runtime is started here: proofs, measurements and tuning run with the same options.
+"""ONNX Runtime on the CPU: proofs, measurements and tuning start it with the same options.
 
 On x86 processors without VNNI, ``session.x64quantprecision`` is one of them: the kernels for unsigned activations and signed
 weights add pairs of products in 16 bits there, which saturate, and with it ONNX Runtime makes the weights unsigned, whose
@@ -9,11 +9,17 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .._common.cpu_features import adds_products_in_16_bits
-from .._common.optional import require
+from ..errors import QakdError
+from .base import Array, LayerTime, check_shape
+from .onnxruntime_profile import read_profile
 
 _log = logging.getLogger(__name__)
 
@@ -31,7 +37,8 @@ def session_options(threads: int = 0, *, fusions: bool = True, profile: Path | N
     Returns:
         ``onnxruntime.SessionOptions``.
     """
-    onnxruntime = require("onnxruntime", extra="all", purpose="run ONNX files")
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
@@ -56,7 +63,8 @@ def start_session(model: bytes | str | os.PathLike[str], options: Any) -> Any:
     Raises:
         Exception: ONNX Runtime cannot load it; its own exception types share no other base class.
     """
-    onnxruntime = require("onnxruntime", extra="all", purpose="run ONNX files")
+    import onnxruntime
+
     source = model if isinstance(model, bytes) else os.fspath(model)
     try:
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
@@ -71,3 +79,66 @@ def start_session(model: bytes | str | os.PathLike[str], options: Any) -> Any:
         )
         options.add_session_config_entry(_PRECISION, "0")
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+class OnnxRuntimeRunner:
+    """A file in ONNX Runtime. Fits :class:`.base.Runner`.
+
+    Args:
+        path: ONNX file.
+        threads: for one operator; operators run one after the other.
+        precision: of what is not quantized in the file, which this runtime follows; it is not read here.
+        profile: folder where each node's time is recorded, which slows it down; None to record nothing.
+
+    Raises:
+        QakdError: ONNX Runtime cannot load the file.
+    """
+
+    runtime = "onnxruntime"
+
+    def __init__(
+        self, path: str | os.PathLike[str], threads: int, precision: str = "float32", *, profile: Path | None = None
+    ) -> None:
+        options = session_options(threads, profile=None if profile is None else profile / "onnxruntime")
+        started = time.perf_counter()
+        try:
+            self._session = start_session(path, options)
+        except Exception as error:  # the runtime's own exception types share no base class but Exception
+            raise QakdError(f"{path}: ONNX Runtime cannot load it: {str(error)[:300]}") from error
+        self.load_ms = (time.perf_counter() - started) * 1e3
+        self.precision = precision
+        self._input = self._session.get_inputs()[0]
+
+    def run(self, images: Array) -> Array:
+        """One call."""
+        check_shape(self._input.name, self._input.shape, images)
+        return np.asarray(self._session.run(None, {self._input.name: images})[0])
+
+    def close(self) -> None:
+        """Let go of the session."""
+        del self._session
+
+    def end_profiling(self) -> Path:
+        """The file of what was recorded; the session records nothing any more."""
+        return Path(self._session.end_profiling())
+
+
+def node_times(
+    path: str | os.PathLike[str], threads: int, precision: str, images: Array, *, warm_up: int, calls: int
+) -> list[LayerTime]:
+    """Median time of each node that ONNX Runtime runs, in a session of its own that records them.
+
+    Args:
+        path: ONNX file.
+        threads: of the runtime.
+        precision: of what is not quantized.
+        images: (N, ...), one batch.
+        warm_up: calls that do not count.
+        calls: that do.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        runner = OnnxRuntimeRunner(path, threads, precision, profile=Path(folder))
+        for _ in range(warm_up + calls):
+            runner.run(images)
+        nodes = read_profile(runner.end_profiling())
+    return [LayerTime(node.name, node.operator, node.precision, node.median_ms(warm_up)) for node in nodes]

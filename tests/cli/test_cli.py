@@ -58,8 +58,10 @@ def recipe(tmp_path, monkeypatch):
 
 def test_distill_export_engine_bench_and_report_in_a_row(recipe, tmp_path, capsys):
     assert main(["distill", recipe, "--out", "run"]) == 0
-    assert main(["export", recipe, "--weights", "run/student.pt", "--out", "s.onnx"]) == 0
-    assert main(["export", recipe, "--weights", "run/student.pt", "--out", "s.ort.onnx", "--target", "onnxruntime"]) == 0
+    assert main(["export", recipe, "--weights", "run/student.safetensors", "--out", "s.onnx"]) == 0
+    assert (
+        main(["export", recipe, "--weights", "run/student.safetensors", "--out", "s.ort.onnx", "--target", "onnxruntime"]) == 0
+    )
     assert main(["engine", "s.onnx", "--runtime", "tensorrt_rtx", "--require-int8", "1"]) == 0
     bench = ["bench", "s.ort.onnx", "--loader", "my_recipe:batches", "--calls", "5", "--out", "r.html"]
     assert main([*bench, "--model", "net", "--profile-layers", "--batch", "1", "--batch", "2"]) == 0
@@ -75,7 +77,7 @@ def test_distill_export_engine_bench_and_report_in_a_row(recipe, tmp_path, capsy
     generations = json.loads((tmp_path / "s.engine.json").read_text())["capabilities"]
     same = "--useGpu" if generations == ["CURRENT"] else "--computeCapabilities=" + ",".join(name[2:] for name in generations)
     assert same in output, "the line builds the same engine"
-    for name in ("run/student.pt", "run/history.jsonl", "s.onnx", "s.engine", "s.engine.json", "r.html", "r.md"):
+    for name in ("run/student.safetensors", "run/history.jsonl", "s.onnx", "s.engine", "s.engine.json", "r.html", "r.md"):
         assert (tmp_path / name).is_file(), name
 
 
@@ -98,7 +100,7 @@ def test_rank_prints_the_table_and_draws_it(recipe, tmp_path, capsys):
     [
         (["distill", "nowhere:build", "--out", "x"], "cannot be imported"),
         (["distill", "nocolon", "--out", "x"], "MODULE:FUNCTION"),
-        (["rank", "my_recipe:build"], 'pass labels="teacher"'),
+        (["rank", "my_recipe:build"], "pass --labels teacher"),
         (["rank", "my_recipe:nothing"], "no teacher or no data"),
         (["export", "my_recipe:build", "--weights", "none.pt", "--out", "x.onnx"], "none.pt does not exist"),
         (["export", "my_recipe:no_batches", "--out", "x.onnx"], "a loader that is empty"),
@@ -125,7 +127,7 @@ def test_weights_of_another_grid_are_refused_by_the_name_of_the_quantizer(recipe
     assert changed != source.read_text()
     source.write_text(changed)
     sys.modules.pop("my_recipe")
-    assert main(["export", recipe, "--weights", "run/student.pt", "--out", "x.onnx"]) == 1
+    assert main(["export", recipe, "--weights", "run/student.safetensors", "--out", "x.onnx"]) == 1
     error = " ".join(capsys.readouterr().err.split())
     assert "was trained as toolkit, codes -127..127, and the recipe prepares toolkit, codes -8..7" in error
     assert not (tmp_path / "x.onnx").exists()

@@ -6,9 +6,8 @@ import onnx
 import pytest
 from qdq_graphs import INT4, UINT8, QdqGraph, residual_net
 
-from qakd_plugin import ExportError, export_onnx
+from qakd_plugin import ExportError, export_float, export_onnx
 from qakd_plugin.bench.census import census
-from qakd_plugin.deploy.canonical.write import export_float
 from qakd_plugin.deploy.diagnosis import NARROW, diagnose
 
 
@@ -151,6 +150,9 @@ def test_weights_in_other_files_are_read_from_the_files_own_folder(tmp_path, mon
     assert found("split.onnx") == found(whole)
     (tmp_path / "folder" / "weights.bin").rename(tmp_path / "weights.bin")
     with pytest.raises(ExportError, match=r"split\.onnx cannot be read: .*weights\.bin: No such file"):
+        diagnose(split)
+    (tmp_path / "folder" / "weights.bin").symlink_to(tmp_path / "weights.bin")
+    with pytest.raises(ExportError, match="outside the base directory"):
         diagnose(split)
     model = onnx.load(split, load_external_data=False)
     for tensor in model.graph.initializer:

@@ -153,7 +153,11 @@ def test_layers_that_the_plan_does_not_show_do_not_count_as_int8(built: Path, mo
 # The plan reader
 
 
-@pytest.mark.parametrize("plan", [b"", b"no plan", os.urandom(4096), b'  corrltn={ name="x" input={"a" "b" } }'])
+@pytest.mark.parametrize(
+    "plan",
+    [b"", b"no plan", random.Random(0).randbytes(4096), b'  corrltn={ name="x" input={"a" "b" } }'],
+    ids=["empty", "text", "random", "unbalanced"],
+)
 def test_a_plan_that_cannot_be_read_is_unknown(plan: bytes) -> None:
     assert read_plan(plan) is None
 
@@ -484,7 +488,11 @@ def test_dynamic_sizes_beside_the_batch_are_refused(shape: tuple[int | str, ...]
         build_engine(path, tmp_path / "net.engine", **ONE)
 
 
-@pytest.mark.parametrize("data", [b"", b"not an onnx file", b"\x08\x0a", os.urandom(2000)])
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"not an onnx file", b"\x08\x0a", random.Random(0).randbytes(2000)],
+    ids=["empty", "text", "no graph", "random"],
+)
 def test_files_that_are_no_onnx_are_refused(data: bytes, tmp_path: Path) -> None:
     path = tmp_path / "net.onnx"
     path.write_bytes(data)

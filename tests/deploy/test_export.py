@@ -9,6 +9,7 @@ import onnxruntime
 import pytest
 import torch
 import torchvision
+from agreement import ties_are_rare, tolerated_sqnr_db
 from torch import nn
 
 from qakd_plugin import (
@@ -27,30 +28,22 @@ from qakd_plugin.bench.census import census
 from qakd_plugin.deploy.canonical.graph import QUANTIZER_KEY, activation_quantizers, constant, read_onnx, scalar
 from qakd_plugin.deploy.canonical.write import export_canonical, to_proto
 from qakd_plugin.deploy.diagnosis import diagnose
-from qakd_plugin.deploy.parity.gate import (
-    agreement,
-    check_parity,
-    check_same_bits,
-    least_agreement,
-    run_labelled,
-    run_recorded,
-)
+from qakd_plugin.deploy.parity.gate import check_parity
+from qakd_plugin.deploy.parity.openvino import _run as run_in_openvino
 from qakd_plugin.deploy.parity.openvino import check_openvino
+from qakd_plugin.deploy.parity.recorded_codes import check_same_bits, run_labelled, run_recorded
+from qakd_plugin.deploy.parity.report import agreement, least_agreement
 from qakd_plugin.deploy.targets.openvino import drop_repeated_quantizers, to_openvino_form
-from qakd_plugin.runtimes.base import OpenVINORunner
-from qakd_plugin.runtimes.onnxruntime import session_options
+from qakd_plugin.runtimes.onnxruntime import session_options, start_session
+from qakd_plugin.runtimes.openvino import OpenVINORunner
 from qakd_plugin.toolkits import adapter_for
 
 TOOLKITS = ["modelopt", "torch_ao"]
 
 
 def _run(file, images, *, optimize):
-    """Of a path, or of the file's bytes."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    if not optimize:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return onnxruntime.InferenceSession(file, options).run(None, {"input": images.numpy()})[0]
+    """Of a path, or of the file's bytes; with the options that keep sums from saturating on processors where they would."""
+    return start_session(file, session_options(fusions=optimize)).run(None, {"input": images.numpy()})[0]
 
 
 @pytest.fixture(scope="module")
@@ -89,12 +82,14 @@ def test_a_trained_student_is_exported_exactly(toolkit, bits, tmp_path, make_stu
         assert proof.weight_codes == sum(p.numel() for p in student.parameters() if p.ndim > 1)
         assert proof.runtime_deviation < 1e-4
         assert proof.toolkit_deviation < 1e-4
-        assert proof.unfused.top1 == 1.0
+        assert ties_are_rare(proof)
+        least = tolerated_sqnr_db(student, images)
+        assert proof.unfused.sqnr_db > least
         with torch.no_grad():
             expected = student(images).numpy()
-        fused = _run(exported.path, images, optimize=target == "onnxruntime")
-        assert (fused.argmax(1) == expected.argmax(1)).mean() >= 0.995
-        print(toolkit, bits, target, proof, (fused.argmax(1) == expected.argmax(1)).mean())
+        deployed = _run(exported.path, images, optimize=target == "onnxruntime")
+        assert agreement(expected, deployed).sqnr_db > least
+        print(toolkit, bits, target, proof, least)
     counted = census(tmp_path / "onnxruntime.onnx")
     assert counted.integer == counted.total == 10
 
@@ -108,10 +103,9 @@ def test_torchvision_networks_are_exported_exactly(name, toolkit, bits, random_n
     proof = export_onnx(student, images, tmp_path / "student.onnx", target="onnxruntime").parity
     assert proof.runtime_deviation < 1e-4
     assert proof.toolkit_deviation < 1e-4
-    assert proof.unfused.top1 >= 0.99
-    assert proof.unfused.sqnr_db >= 25
-    # Single codes are rounded the other way, on ties only, and rarely.
-    assert proof.ties_runtime + proof.ties_toolkit < 1e-3 * proof.activation_codes
+    # Single codes are rounded the other way, on ties only, and rarely; in a random network the difference grows on its way.
+    assert ties_are_rare(proof)
+    assert proof.unfused.sqnr_db > tolerated_sqnr_db(student, images)
 
 
 def test_the_onnxruntime_form_is_bit_exact_without_fusions(tmp_path, make_student, digits):
@@ -181,7 +175,7 @@ def test_a_wrong_bias_of_the_last_layer_is_caught(make_student, digits):
     student, images = make_student(), digits.test[0][:16]
     file, form = _exported(student, images)
     form.head.bias[3] += 0.5
-    with pytest.raises(ParityError, match=r"^head: .*behind the last quantizer") as caught:
+    with pytest.raises(ParityError, match=r"^head: .*after the last quantizer") as caught:
         check_parity(file, form, student, images, fused=False)
     assert caught.value.layer == "head"
 
@@ -214,8 +208,11 @@ def test_every_output_is_exported_exactly(target, two_heads, tmp_path):
     session = onnxruntime.InferenceSession(exported.path, session_options(fusions=False))
     found = session.run(None, {"input": images.numpy()})
     assert least_agreement(expected, found) == exported.parity.unfused
-    assert exported.parity.unfused.sqnr_db > 60
-    assert exported.parity.openvino is None or exported.parity.openvino.sqnr_db > 30
+    proof = exported.parity
+    assert max(proof.runtime_deviation, proof.toolkit_deviation) < 1e-4
+    assert ties_are_rare(proof)
+    found_there = [one for one in (proof.unfused, proof.fused, proof.openvino) if one is not None]
+    assert min(one.sqnr_db for one in found_there) > tolerated_sqnr_db(student, images)
 
 
 @pytest.mark.parametrize("head", ["classes", "number"])
@@ -226,7 +223,7 @@ def test_a_wrong_bias_of_either_head_is_caught(head, where, two_heads):
     check_parity(file, form, student, images, fused=False)
     with torch.no_grad():
         (form if where == "file" else student).get_submodule(head).bias[0] += 0.1
-    with pytest.raises(ParityError, match=rf"^{head}: .*behind the last quantizer") as caught:
+    with pytest.raises(ParityError, match=rf"^{head}: .*after the last quantizer") as caught:
         check_parity(file, form, student, images, fused=False)
     assert caught.value.layer == head
 
@@ -236,7 +233,7 @@ def test_a_wrong_second_output_of_openvino_is_caught(two_heads):
     file, _ = _exported(student, images)
     with torch.no_grad():
         classes, number = (one.numpy() for one in student(images).values())
-    assert check_openvino(file, images, [classes, number]).sqnr_db > 30
+    assert check_openvino(file, images, [classes, number]).sqnr_db > tolerated_sqnr_db(student, images)
     with pytest.raises(ParityError, match="OpenVINO computes something else"):
         check_openvino(file, images, [classes, -number[::-1]])
 
@@ -349,15 +346,18 @@ def test_what_a_parameter_makes_negative_behind_a_relu_stays_negative(target, jo
         deployed = _run(exported.path, images, optimize=True)
     else:
         deployed = OpenVINORunner(exported.path, 1).run(images.numpy())
-    assert agreement(expected, _run(exported.path, images, optimize=False)).sqnr_db > 60
-    assert agreement(expected, deployed).sqnr_db > 40
+    least = tolerated_sqnr_db(student, images)
+    assert agreement(expected, _run(exported.path, images, optimize=False)).sqnr_db > least
+    assert agreement(expected, deployed).sqnr_db > least
     _, codes = run_recorded(read_onnx(exported.path), images, optimize=False)
     assert min(call.min() for call in codes["second.input_qdq"]) < -30
 
 
 def test_codes_that_no_relu_drops_are_missed_where_they_are_dropped(joined, tmp_path, monkeypatch):
     student, images = joined
-    monkeypatch.setattr("qakd_plugin.deploy.targets.onnxruntime._holds_no_negative", lambda value: constant(value) is not None)
+    monkeypatch.setattr(
+        "qakd_plugin.deploy.canonical.sign_analysis._holds_no_negative", lambda value: constant(value) is not None
+    )
     with pytest.raises(ParityError, match=r"^second\.input_qdq: .* quantize differently") as caught:
         export_onnx(student, images, tmp_path / "s.onnx", target="onnxruntime")
     assert caught.value.layer == "second.input_qdq"
@@ -378,10 +378,9 @@ def test_agreement_in_openvino_is_recorded(bits, tmp_path, make_student, digits)
     found = exported.parity.openvino
     with torch.no_grad():
         expected = student(images).numpy()
-    got = OpenVINORunner(exported.path, 1).run(images.numpy())
-    assert found.top1 == (got.argmax(1) == expected.argmax(1)).mean()
-    assert found.top1 >= 0.97
-    assert found.sqnr_db > 15
+    (got,) = run_in_openvino(read_onnx(exported.path), images)
+    assert found == agreement(expected, got)
+    assert found.sqnr_db > tolerated_sqnr_db(student, images)
     assert found.samples == 128
     assert exported.parity.fused is None
     assert export_onnx(student, images[:8], tmp_path / "t.onnx").parity.openvino is None
@@ -509,7 +508,7 @@ def test_a_file_that_openvino_computes_differently_is_refused_and_its_layer_name
     with torch.no_grad():
         reference = student(images).numpy()
     good = check_openvino(file, images, [reference])
-    assert good.top1 > 0.95
+    assert good.sqnr_db > tolerated_sqnr_db(student, images)
     with pytest.raises(ParityError, match=r"OpenVINO computes something else .* labels agree") as caught:
         check_openvino(file, images, [-reference])
     assert caught.value.layer == "logits"  # ONNX Runtime and OpenVINO agree on all codes of this file

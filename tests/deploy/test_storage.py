@@ -14,7 +14,7 @@ from qakd_plugin.deploy.canonical.graph import stored_codes, weight_dequantizers
 from qakd_plugin.deploy.diagnosis import diagnose
 from qakd_plugin.deploy.engine.precheck import inspect_onnx
 from qakd_plugin.deploy.targets.weight_packing import _grid, store_weights
-from qakd_plugin.runtimes.base import OpenVINORunner
+from qakd_plugin.runtimes.openvino import OpenVINORunner
 
 
 def _run(path, images, *, optimize):

@@ -224,7 +224,8 @@ def test_lightning_trains_bit_for_bit_like_a_hand_written_loop(toolkit, quantize
 
     x, y = digits.train[0][:192], digits.train[1][:192]
     loader = DataLoader(TensorDataset(x, y), batch_size=64)
-    by_hand, student, settings = prepared(toolkit, quantizers), prepared(toolkit, quantizers), Settings(lr=2e-3)
+    by_hand, student = prepared(toolkit, quantizers), prepared(toolkit, quantizers)
+    settings = Settings(lr=2e-3, grad_clip=0.1)  # which clips every step: the norm's last bit must be the same, too
     teacher, weights = copy.deepcopy(mentor), copy.deepcopy(mentor)
     _by_hand(by_hand, teacher, list(loader), 2, settings, [_imitate] * 2)
     module = DistillationModule(student, mentor, SQAKD(4.0), settings)
@@ -244,13 +245,12 @@ def test_lightning_walks_the_phases_of_qkd_and_trains_a_copy_of_the_teacher(tool
     from qakd_plugin.integrations.lightning import DistillationModule
 
     loader = DataLoader(TensorDataset(digits.train[0][:128], digits.train[1][:128]), batch_size=64)
-    by_hand, student, settings = prepared(toolkit), prepared(toolkit), Settings(lr=2e-3, teacher_lr=1e-3)
+    by_hand, student = prepared(toolkit), prepared(toolkit)
+    settings = Settings(lr=2e-3, teacher_lr=1e-3, grad_clip=0.1)
     teacher, weights = copy.deepcopy(mentor), copy.deepcopy(mentor)
     _by_hand(by_hand, teacher, list(loader), 3, settings, [_supervise, _both, _both], [None, _both, None], together=1)
-    module = DistillationModule(
-        student, mentor, QKD(1, 1, 1, temperature=2.0) if toolkit == "pt2e" else QKD(1 / 3, 1 / 3, 1 / 3)
-    )
-    module.settings = settings
+    method = QKD(1, 1, 1, temperature=2.0) if toolkit == "pt2e" else QKD(1 / 3, 1 / 3, 1 / 3)
+    module = DistillationModule(student, mentor, method, settings)
     _fit(module, loader, epochs=3)
     _assert_equal_state(by_hand, student)
     _assert_equal_state(teacher, module.teacher)
@@ -263,8 +263,8 @@ def test_lightning_ends_where_distill_ends(prepared, mentor, digits):
 
     loader = DataLoader(TensorDataset(*(part[:128] for part in digits.train)), batch_size=64)
     students, method = [prepared("torch_ao"), prepared("torch_ao")], QKD(1 / 3, 1 / 3, 1 / 3)
-    result = distill(students[0], mentor, loader, method=method, epochs=3)
-    module = DistillationModule(students[1], mentor, method)
+    result = distill(students[0], mentor, loader, method=method, epochs=3, grad_clip=0.1)
+    module = DistillationModule(students[1], mentor, method, Settings(grad_clip=0.1))
     _fit(module, loader, epochs=3)
     _assert_equal_state(*students)
     _assert_equal_state(result.teacher, module.teacher)
@@ -421,9 +421,9 @@ def test_hugging_face_accumulates_labelled_micro_batches_and_evaluates(prepared,
     assert _logged(trainer) == pytest.approx(expected, rel=1e-4)
     metrics = trainer.evaluate()
     student.eval()
-    with torch.no_grad():
-        accuracy = float((student(data.images).argmax(1) == data.labels).float().mean())
-    assert metrics["eval_accuracy"] == pytest.approx(accuracy)
+    with torch.no_grad():  # in the Trainer's batches: a label on a tie may be another in a batch of another size
+        answers = torch.cat([student(x).argmax(1) for x in data.images.split(trainer.args.eval_batch_size)])
+    assert metrics["eval_accuracy"] == pytest.approx(float((answers == data.labels).float().mean()))
 
 
 def test_hugging_face_trains_one_of_its_own_models(digits, batches, tmp_path):

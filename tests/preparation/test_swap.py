@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from agreement import require_same_but_for_ties, tolerated_sqnr_db
 from nets import Structures, trained
 from torch import nn
 
@@ -28,9 +29,11 @@ from qakd_plugin import (
     restore_quantizers,
     use_quantizers,
 )
+from qakd_plugin.deploy.parity.report import agreement
 from qakd_plugin.toolkits import adapter_for
 from qakd_plugin.training import trainer as loop
-from qakd_plugin.training.optimizers import Settings, student_optimizer
+from qakd_plugin.training.config import Settings
+from qakd_plugin.training.optimizers import student_optimizer
 
 TOOLKITS = ["modelopt", "pt2e", "torchao", "torch_ao", "torch_ao_eager"]
 QUANTIZERS = [LSQ(), PACT(), DoReFa(), EWGS()]
@@ -64,16 +67,16 @@ def test_there_and_back_computes_the_same(config, toolkit, student_of, float_net
     teacher = float_nets[toolkit == "torch_ao_eager"]
     use_quantizers(student, config)
     distill(student, teacher, [x for x, _ in batches[:2]], epochs=1, seed=0)
-    learned = _logits(student, images)
-    assert restore_quantizers(student) is student
     adapter = adapter_for(student)
+    adapter.freeze_ranges(student, True)
+    learned = adapter.export_form(student)
+    require_same_but_for_ties(learned, student, images)
+    assert restore_quantizers(student) is student
     assert all(adapter.learned(quantizer) is None for quantizer in adapter.quantizers(student))
     assert not [name for name, _ in student.named_parameters() if "qakd_" in name]
-    restored = _logits(student, images)
-    # Rounding ties fall one way in one arithmetic and the other way in the other; most samples have none.
-    close = (restored - learned).abs().amax(1) <= 1e-4 * float(learned.max() - learned.min())
-    assert float(close.float().mean()) >= 0.9
-    assert bool((restored.argmax(1) == learned.argmax(1)).float().mean() >= 0.98)
+    # Rounding ties fall one way in one arithmetic and the other way in the other.
+    adapter.freeze_ranges(student, True)
+    require_same_but_for_ties(learned, student, images)
     # And the toolkit's own quantizers go on from there.
     distill(student, teacher, [x for x, _ in batches[:1]], epochs=1, seed=0)
 
@@ -105,6 +108,12 @@ def test_modelopt_saves_and_restores_learned_quantizers(config, tmp_path, studen
     assert export_onnx(restored, images, tmp_path / "s.onnx").parity.toolkit_deviation < 1e-4
 
 
+def _require_close(converted, expected, student, images):
+    """Another program for the same student: codes on ties may be others, and nothing else."""
+    assert agreement(expected.numpy(), converted.numpy()).sqnr_db > tolerated_sqnr_db(student, images)
+    assert float((converted - expected).abs().median()) < 0.02 * float(expected.max() - expected.min())
+
+
 def test_torch_ao_converts_learned_quantizers(student_of, digits):
     from torch.ao.quantization.backend_config import get_tensorrt_backend_config
     from torch.ao.quantization.quantize_fx import convert_to_reference_fx
@@ -116,8 +125,7 @@ def test_torch_ao_converts_learned_quantizers(student_of, digits):
         reference = convert_to_reference_fx(copy.deepcopy(student), backend_config=get_tensorrt_backend_config())
     with torch.no_grad():
         converted = reference(images)
-    assert float((converted.argmax(1) == expected.argmax(1)).float().mean()) >= 0.98
-    assert float((converted - expected).abs().median()) < 0.02 * float(expected.max() - expected.min())
+    _require_close(converted, expected, student, images)
 
 
 def test_torch_ao_eager_converts_learned_quantizers(student_of):
@@ -145,8 +153,7 @@ def test_pt2e_converts_learned_quantizers(student_of, digits):
     expected = _logits(student, images)
     with torch.no_grad():
         converted = convert_pt2e(copy.deepcopy(student))(images)
-    assert float((converted.argmax(1) == expected.argmax(1)).float().mean()) >= 0.98
-    assert float((converted - expected).abs().median()) < 0.02 * float(expected.max() - expected.min())
+    _require_close(converted, expected, student, images)
 
 
 @pytest.mark.parametrize("bits", [8, 4])

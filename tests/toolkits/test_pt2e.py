@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from agreement import ties_are_rare
 from interruption import Stop, StopAt
 from torch import nn
 
@@ -55,7 +56,7 @@ def _prepare_alone(model, images, quantizer):
 
 
 def _is_close_proof(proof):
-    return proof.runtime_deviation < 1e-4 and proof.toolkit_deviation < 1e-4 and proof.unfused.top1 == 1.0
+    return proof.runtime_deviation < 1e-4 and proof.toolkit_deviation < 1e-4 and ties_are_rare(proof)
 
 
 class _Net(nn.Module):

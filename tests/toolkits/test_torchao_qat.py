@@ -93,12 +93,12 @@ def _check(student, images, folder):
     for target in ("tensorrt", "onnxruntime", "openvino"):
         proof = export_onnx(student, images, folder / f"{target}.onnx", target=target).parity
         assert max(proof.runtime_deviation, proof.toolkit_deviation) < 1e-5
-        assert proof.unfused.top1 == 1.0
+        assert proof.unfused.max_deviation < 1e-5  # no activation is quantized, so there are no ties
         assert proof.fused is None or proof.fused.max_deviation < 1e-5
     openvino = pytest.importorskip("openvino")
     exact = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
     result = openvino.Core().compile_model(str(folder / "openvino.onnx"), "CPU", exact)(images.numpy())[0]
-    np.testing.assert_array_equal(result.argmax(1), expected.argmax(1))
+    np.testing.assert_allclose(result, expected, rtol=0, atol=1e-5 * np.ptp(expected))
     return folder / "tensorrt.onnx"
 
 

@@ -119,9 +119,9 @@ def test_the_best_epoch_of_the_held_out_split_is_kept(make_student, teacher, dig
     accuracies = [row["val_accuracy"] for row in result.history]
     assert accuracies[-1] < 0.5 < max(accuracies)
     assert result.metrics["val_accuracy"] == max(accuracies)
-    images, labels = digits.validation
-    with torch.no_grad():
-        assert float((result.model(images).argmax(1) == labels).float().mean()) == pytest.approx(max(accuracies), abs=1e-6)
+    with torch.no_grad():  # in the same batches: a code on a tie may be another in a batch of another size
+        correct = [int((result.model(x).argmax(1) == y).sum()) for x, y in digits.loader("validation")]
+    assert sum(correct) / len(digits.validation[1]) == pytest.approx(max(accuracies), abs=1e-6)
 
 
 def test_augmentation_sees_unit_range_images(make_student, teacher, batches):

@@ -18,6 +18,7 @@ from ...errors import EngineError, MissingPackageError
 
 # The wheel of RTX's bindings has the second name; its meta package adds the first.
 _MODULES = {"tensorrt": ("tensorrt",), "tensorrt_rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
+RUNTIMES = tuple(_MODULES)
 _PIP = {"tensorrt": "pip install 'qakd-plugin[tensorrt]'", "tensorrt_rtx": "pip install 'qakd-plugin[tensorrt-rtx]'"}
 
 PORTABLE_CAPABILITIES = ("SM80", "SM86", "SM89", "SM120")

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..._common.optional import require
 from ...errors import ParityError
-from .gate import Agreement, Array, agreement, least_agreement, run_labelled, with_codes
+from .recorded_codes import run_labelled, with_codes
+from .report import Agreement, Array, agreement, least_agreement
 
 LOWEST_SQNR_DB = 3.0
 LOWEST_TOP1 = 0.9

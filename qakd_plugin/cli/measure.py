@@ -1,0 +1,115 @@
+"""Commands that measure and report: bench, report, demo."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+from .._common.files import with_extension
+from ..errors import QakdError
+from ..runtimes.base import FILE_RUNTIMES
+from .options import OneOf, PositiveInt
+from .recipes import resolve
+
+
+def bench(
+    models: list[Path],
+    *,
+    model: str = "",
+    runtime: list[Annotated[str, OneOf((*FILE_RUNTIMES, "tensorrt"))]] | None = None,
+    module: str | None = None,
+    batch: list[PositiveInt] | None = None,
+    threads: list[PositiveInt] | None = None,
+    calls: PositiveInt = 200,
+    loader: str | None = None,
+    profile_layers: bool = False,
+    out: Path = Path("report.html"),
+) -> None:
+    """Measure ONNX files and engines side by side and write a report.
+
+    Args:
+        models: ONNX files and engines of one network
+        model: name of the network, for the report
+        runtime: may be repeated; engines run in tensorrt (onnxruntime, and tensorrt where an engine is given)
+        module: MODULE:FUNCTION that returns a float torch module: rows of torch and torch.compile as yardsticks
+        batch: images per call; may be repeated (1)
+        threads: of the runtime; may be repeated (1)
+        calls: timed calls of each file
+        loader: MODULE:FUNCTION that returns batches (images, labels): accuracy through the runtime
+        profile_layers: also record time and precision of each layer, in a pass of its own
+        out: the HTML file; Markdown and JSON beside it
+    """
+    from rich.console import Console
+
+    from ..bench.candidates import named_by_its_path
+    from ..bench.measure import benchmark
+    from ..report import console_table, write_report
+
+    measured = list(models)
+    engines = [path for path in models if path.suffix == ".engine"]
+    runtimes = runtime or ["onnxruntime"] * (len(engines) < len(models)) + ["tensorrt"] * bool(engines)
+    if module:
+        measured.append(resolve(module)())
+        runtimes = [*runtimes, "torch", "torch.compile"]
+    rows = benchmark(
+        [replace(named_by_its_path(one), model=model) for one in measured],
+        resolve(loader)() if loader else None,
+        runtimes=runtimes,
+        batch_sizes=batch or (1,),
+        threads=threads or (1,),
+        calls=calls,
+        profile_layers=profile_layers,
+        progress=lambda line: print(line, file=sys.stderr),
+    )
+    path = write_report(rows, out)
+    Console().print(console_table(rows))
+    print(path)
+
+
+def report(json: list[Path], *, out: Path | None = None, title: str | None = None) -> None:
+    """Make HTML and Markdown of a report.json, or one of several: runs of several machines beside each other.
+
+    Args:
+        json: report.json
+        out: HTML file; beside the JSON file by default, needed with several
+        title: in place of the reports' own
+    """
+    from ..report import merge_reports, read_report, write_page, write_report
+
+    several = len(json) > 1
+    if out is None and several:
+        raise QakdError("--out is missing: name the HTML file of the merged report.")
+    document = merge_reports([read_report(path) for path in json], title)
+    page = with_extension(out or json[0], ".html")
+    written = [with_extension(page, extension) for extension in (".html", ".md", *[".json"] * several)]
+    lost = next((given for given in json for path in written if path.exists() and path.samefile(given)), None)
+    if lost is not None:
+        raise QakdError(
+            f"--out: {page} and the {' and '.join(path.suffix for path in written[1:])} beside it would replace {lost}, which "
+            "is one of the reports given. Name another file."
+        )
+    print(write_report(document, page) if several else write_page(document, page))
+
+
+def demo(
+    *,
+    out: Path = Path("runs/demo"),
+    epochs: PositiveInt = 12,
+    teacher_epochs: PositiveInt = 15,
+    calls: PositiveInt = 300,
+    seed: int = 0,
+) -> None:
+    """Run the whole pipeline on handwritten digits: train, distill, export, measure, report.
+
+    Args:
+        out: folder of everything it writes
+        epochs: of each student
+        teacher_epochs: of the teacher
+        calls: timed calls of each file
+        seed: of the split and of training
+    """
+    from ..demo.pipeline import run
+
+    run(out, epochs=epochs, teacher_epochs=teacher_epochs, seed=seed, calls=calls)

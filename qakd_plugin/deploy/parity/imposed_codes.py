@@ -1,0 +1,95 @@
+"""A program run with the integer codes that another one chose."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import ParityError
+from ...export_form.modules import ActivationQDQ
+from .recorded_codes import Codes
+
+
+class ImposedCodes:
+    """Outcome of a run with imposed codes: how many were compared, how many ties there were, the first mismatch.
+
+    Args:
+        tolerance: distance from a tie, in steps, within which a code may differ by one.
+    """
+
+    def __init__(self, tolerance: float) -> None:
+        self.tolerance = tolerance
+        self.compared = 0
+        self.ties = 0
+        self.mismatch: tuple[str, str] | None = None
+
+    def differs(self, name: str, detail: str) -> None:
+        """Remember the first quantizer that differs for another reason than a tie: all that follows may differ for it."""
+        if self.mismatch is None:
+            self.mismatch = (name, detail)
+
+    def raise_first(self, program: str, other: str) -> None:
+        """Raise ParityError for the first quantizer whose codes differ for another reason than a tie."""
+        if self.mismatch is not None:
+            name, detail = self.mismatch
+            raise ParityError(f"{name}: {program} and {other} quantize differently: {detail}.", name)
+
+
+@contextmanager
+def imposed_codes(form: nn.Module, codes: Codes, tolerance: float, after_relu: Collection[str] = ()) -> Iterator[ImposedCodes]:
+    """Within the block, every activation quantizer of ``form`` outputs the recorded codes in place of its own.
+
+    Those that the other program has ``after_relu`` may have their ReLU after them here: what it will take away stays.
+    """
+    outcome = ImposedCodes(tolerance)
+    calls: dict[str, int] = {}
+
+    def hook(name: str) -> object:
+        def impose(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+            assert isinstance(module, ActivationQDQ)
+            call = calls.get(name, 0)
+            calls[name] = call + 1
+            # Calls with one and the same input may be one in the other program.
+            given = torch.from_numpy(codes[name][min(call, len(codes[name]) - 1)])
+            return _impose(module, args[0], given, outcome, name, (f"{name}#{call}" if call else name) in after_relu)
+
+        return impose
+
+    handles = [
+        module.register_forward_hook(hook(name))  # type: ignore[arg-type]
+        for name, module in form.named_modules()
+        if isinstance(module, ActivationQDQ) and name in codes
+    ]
+    try:
+        yield outcome
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _impose(module: ActivationQDQ, x: Tensor, given: Tensor, outcome: ImposedCodes, name: str, after_relu: bool) -> Tensor:
+    zero_point = module.zero_point
+    exact = x / module.scale
+    own = torch.clamp(torch.round(exact) + zero_point, module.quant_min, module.quant_max) - zero_point
+    if given.shape != own.shape:
+        outcome.differs(name, f"codes of shape {tuple(given.shape)} and {tuple(own.shape)}")
+        return own * module.scale
+    # The codes that the ReLU of the other program took away: should there be none here, all that follows would differ.
+    given = torch.where((given == 0) & (own < 0), own, given) if after_relu else given
+    differ = own != given
+    outcome.compared += own.numel()
+    count = int(differ.sum())
+    if count:
+        distance = (exact[differ] - (own[differ] + given[differ]) / 2).abs()
+        steps = (own[differ] - given[differ]).abs()
+        if not (float(steps.max()) <= 1 and float(distance.max()) <= outcome.tolerance):
+            outcome.differs(
+                name,
+                f"{count} of {own.numel()} codes differ, by up to {float(steps.max()):.0f} steps, "
+                f"{float(distance.max()):.2g} steps away from a rounding tie",
+            )
+        outcome.ties += count
+    return given * module.scale

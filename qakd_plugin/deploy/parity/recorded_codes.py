@@ -1,0 +1,103 @@
+"""Which integer codes a program chose, at every call of every activation quantizer."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from ...errors import ParityError
+from ...export_form.modules import ActivationQDQ
+from ..canonical.graph import QUANTIZER_KEY, activation_quantizers, scalar
+from .onnxruntime import run
+from .report import Array, arrays
+
+Codes = dict[str, list[Array]]
+"""Integer codes, as floats, of every call of every activation quantizer, by name."""
+
+
+def run_recorded(file: ir.Model, samples: Tensor, *, optimize: bool) -> tuple[list[Array], Codes]:
+    """Outputs with or without the runtime's fusions, and the integer codes of every activation quantizer, by its calls.
+
+    Fused kernels output the codes that their quantizer would have, so reading them does not undo a fusion.
+    """
+    outputs, recorded = run_labelled(file, samples, optimize=optimize)
+    codes: Codes = {}
+    for labels, array in recorded:
+        for label in labels.split(","):
+            name, _, call = label.partition("#")
+            calls = codes.setdefault(name, [])
+            assert len(calls) == int(call or 0), f"calls of {name} are out of order"
+            calls.append(array)
+    return outputs, codes
+
+
+def run_labelled(file: ir.Model, samples: Tensor, *, optimize: bool) -> tuple[list[Array], list[tuple[str, Array]]]:
+    """As :func:`run_recorded`, for files from which quantizers were dropped too: codes with their labels, in order."""
+    tapped, taps = with_codes(file)
+    found = run(tapped, samples, fusions=optimize)
+    count = len(found) - len(taps)
+    return found[:count], [
+        (labels, codes - np.float32(zero)) for (labels, zero), codes in zip(taps, found[count:], strict=True)
+    ]
+
+
+def run_prepared(prepared: nn.Module, form: nn.Module, samples: Tensor) -> tuple[list[Array], Codes]:
+    """Outputs of the prepared model, and the codes of its activation quantizers under the export form's names."""
+    codes: Codes = {}
+
+    def hook(name: str, quantizer: ActivationQDQ) -> object:
+        def record(module: nn.Module, args: object, output: Tensor) -> None:
+            codes.setdefault(name, []).append(torch.round(output / quantizer.scale).numpy())
+
+        return record
+
+    handles = []
+    seen: set[int] = set()
+    for name, quantizer in form.named_modules():
+        if isinstance(quantizer, ActivationQDQ) and id(quantizer) not in seen:
+            seen.add(id(quantizer))
+            source = prepared.get_submodule(quantizer.source)
+            handles.append(source.register_forward_hook(hook(name, quantizer)))  # type: ignore[arg-type]
+    try:
+        with torch.no_grad():
+            outputs = arrays(prepared(samples))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return outputs, codes
+
+
+def with_codes(file: ir.Model) -> tuple[ir.Model, list[tuple[str, float]]]:
+    """A copy that also outputs the codes of every activation quantizer, and their labels and zero points."""
+    tapped = ir.serde.deserialize_model(ir.serde.serialize_model(file))
+    taps: list[tuple[str, float]] = []
+    for node in activation_quantizers(tapped.graph):
+        label = node.metadata_props.get(QUANTIZER_KEY)
+        if label is None:
+            continue
+        value = node.outputs[0]
+        clip = next((use.node for use in value.uses() if use.node.op_type == "Clip"), None)
+        value = value if clip is None else clip.outputs[0]
+        value.dtype = value.dtype or ir.DataType.INT8
+        tapped.graph.outputs.append(value)
+        taps.append((label, scalar(node.inputs[2] if len(node.inputs) > 2 else None, 0.0)))
+    return tapped, taps
+
+
+def check_same_bits(file: ir.Model, rewritten: ir.Model, samples: Tensor) -> None:
+    """Run a file and a rewrite of it, from which quantizers may have been dropped, without fusions: not one bit may differ.
+
+    Raises:
+        ParityError: names the first quantizer whose codes differ, or the output.
+    """
+    (outputs, codes), (others, kept) = (run_labelled(one, samples, optimize=False) for one in (file, rewritten))
+    known = dict(codes)
+    pairs = [(labels, known.get(labels), array) for labels, array in kept]
+    names = [value.name or "output" for value in file.graph.outputs]
+    pairs += zip(names, outputs, others, strict=True)
+    for labels, expected, array in pairs:
+        if expected is None or not np.array_equal(expected, array):
+            name = labels.partition(",")[0].partition("#")[0]
+            raise ParityError(f"{name}: the file computes other numbers than before quantizers were dropped from it.", name)

@@ -1,0 +1,67 @@
+"""The integer weight codes of a file are those of the trained model."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from torch import nn
+
+from ...errors import ParityError
+from ...export_form.modules import StoredWeight
+from ..canonical.graph import COARSE_KEY, WEIGHT_KEY, constant, stored_codes, weight_dequantizers
+
+
+def check_weight_codes(file: ir.Model, form: nn.Module) -> int:
+    """Compare every stored weight, up to the sign that BatchNorm folding gives a channel, and return how many codes they hold.
+
+    Raises:
+        ParityError: a code or a scale of the file is not the trained model's; names the layer.
+    """
+    stored = {name: module for name, module in form.named_modules() if isinstance(module, StoredWeight)}
+    compared = 0
+    for node in weight_dequantizers(file.graph):
+        name = node.metadata_props.get(WEIGHT_KEY, "")
+        layer = name.removesuffix(".weight") or "(root)"
+        weight = stored.pop(name, None)
+        if weight is None:
+            continue  # a layer that is called twice appears twice
+        codes, scale = stored_codes(node), constant(node.inputs[1])
+        assert scale is not None
+        trained = weight.codes.numpy().astype(np.int32)
+        for channel, bits in _coarse_channels(node):
+            trained[channel] = np.rint(trained[channel] / 2.0**bits)
+        problem = _codes_differ(codes.astype(np.int32), trained, 0 if weight.block else weight.axis)
+        if problem:
+            raise ParityError(f"{layer}: {problem} between the file and the trained model.", layer)
+        if weight.block and not np.array_equal(scale, weight.scale.numpy()):
+            raise ParityError(f"{layer}: the scales of its blocks differ between the file and the trained model.", layer)
+        if not np.all(np.isfinite(scale) & (scale > 0)):
+            raise ParityError(f"{layer}: the file holds a weight scale that is not finite and positive.", layer)
+        compared += codes.size
+    if stored:
+        layer = next(iter(stored)).removesuffix(".weight")
+        raise ParityError(f"{layer}: its stored weight is missing in the file.", layer)
+    return compared
+
+
+def _coarse_channels(node: ir.Node) -> list[tuple[int, int]]:
+    """Output channels whose codes lost their lowest bits, with how many: see :mod:`..targets.onnxruntime`."""
+    pairs = (entry.split(":") for entry in node.metadata_props.get(COARSE_KEY, "").split(",") if entry)
+    return [(int(channel), int(bits)) for channel, bits in pairs]
+
+
+def _codes_differ(codes: npt.NDArray[np.int32], trained: npt.NDArray[np.int32], axis: int) -> str | None:
+    """Codes of a channel, along ``axis``, may differ by a power of two and by a sign, or be all zero."""
+    if codes.shape != trained.shape:
+        return f"weight shapes differ ({codes.shape} and {trained.shape})"
+    codes, trained = np.moveaxis(codes, axis, 0), np.moveaxis(trained, axis, 0)
+    rows, reference = codes.reshape(len(codes), -1), trained.reshape(len(trained), -1)
+    largest, wanted = (np.abs(part).max(axis=1, initial=0, keepdims=True) for part in (rows, reference))
+    factor = np.where(wanted > 0, largest // np.maximum(wanted, 1), 1)
+    powers = (factor & (factor - 1) == 0).all(1)
+    same = powers & ((rows == reference * factor).all(1) | (rows == -reference * factor).all(1))
+    if same.all():
+        return None
+    channel = int(np.flatnonzero(~same)[0])
+    return f"integer weight codes differ, first in output channel {channel},"

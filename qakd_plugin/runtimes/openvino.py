@@ -1,0 +1,110 @@
+"""OpenVINO on the CPU."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import numpy as np
+
+from .._common.optional import require
+from ..errors import QakdError
+from .base import Array, LayerTime, check_shape, median_ms
+
+_PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
+_LAYERS = {"Convolution", "Deconvolution", "FullyConnected", "MatMul"}
+_NAMES = {"i8": "int8", "u8": "uint8", "f32": "float32", "bf16": "bfloat16", "f16": "float16", "fp32": "float32"}
+
+
+class OpenVINORunner:
+    """A file in OpenVINO. Fits :class:`.base.Runner`.
+
+    Args:
+        path: canonical ONNX file, or OpenVINO's own .xml.
+        threads: inference threads.
+        precision: "float32" pins it; "bfloat16" lets float layers use it where the processor can.
+        profile: record each node's time, which slows it down.
+
+    Raises:
+        QakdError: OpenVINO cannot load the file.
+        MissingPackageError: OpenVINO is not installed.
+    """
+
+    runtime = "openvino"
+
+    def __init__(
+        self, path: str | os.PathLike[str], threads: int, precision: str = "float32", *, profile: bool = False
+    ) -> None:
+        openvino = require("openvino", extra="openvino", purpose="measure in OpenVINO")
+        started = time.perf_counter()
+        core = openvino.Core()
+        try:
+            model = core.read_model(os.fspath(path))
+            self._compiled = core.compile_model(
+                model,
+                "CPU",
+                {
+                    "INFERENCE_NUM_THREADS": threads,
+                    "INFERENCE_PRECISION_HINT": _PRECISIONS[precision],
+                    "PERFORMANCE_HINT": "LATENCY",
+                    "PERF_COUNT": profile,
+                },
+            )
+        except RuntimeError as error:
+            raise QakdError(f"{path}: OpenVINO cannot load it: {str(error)[:300]}") from error
+        self.load_ms = (time.perf_counter() - started) * 1e3
+        self.precision = precision
+        self._request = self._compiled.create_infer_request()
+        tensor = self._compiled.inputs[0]
+        self._name = tensor.get_any_name()
+        self._shape = [dimension.get_length() if dimension.is_static else None for dimension in tensor.get_partial_shape()]
+
+    def run(self, images: Array) -> Array:
+        """One call."""
+        check_shape(self._name, self._shape, images)
+        return np.asarray(next(iter(self._request.infer([images]).values())))
+
+    def close(self) -> None:
+        """Let go of the compiled graph."""
+        del self._request, self._compiled
+
+    def count_layers(self) -> tuple[int, int]:
+        """Convolutions and matrix products of the compiled graph: those it computes in integers, and all."""
+        kinds = [
+            (info["layerType"].astype(str), info["runtimePrecision"].astype(str))
+            for info in (node.get_rt_info() for node in self._compiled.get_runtime_model().get_ordered_ops())
+        ]
+        found = [precision for kind, precision in kinds if kind in _LAYERS]
+        return sum(precision in {"i8", "u8"} for precision in found), len(found)
+
+    def events(self) -> list[Any]:
+        """What was recorded of the last call: nodes that were executed."""
+        return [entry for entry in self._request.get_profiling_info() if str(entry.status).endswith(".EXECUTED")]
+
+
+def node_times(
+    path: str | os.PathLike[str], threads: int, precision: str, images: Array, *, warm_up: int, calls: int
+) -> list[LayerTime]:
+    """Median time of each node that OpenVINO runs, in a runner of its own that records them.
+
+    Args:
+        path: canonical ONNX file, or OpenVINO's own .xml.
+        threads: of the runtime.
+        precision: of what is not quantized.
+        images: (N, ...), one batch.
+        warm_up: calls that do not count.
+        calls: that do.
+    """
+    runner = OpenVINORunner(path, threads, precision, profile=True)
+    kinds: dict[str, tuple[str, str]] = {}
+    times: dict[str, list[float]] = {}
+    for _ in range(warm_up):
+        runner.run(images)
+    for _ in range(calls):
+        runner.run(images)
+        for entry in runner.events():
+            kind = entry.exec_type.rpartition("_")[2].lower()  # "brgconv_avx512_amx_I8"
+            kinds[entry.node_name] = entry.node_type, _NAMES.get(kind, kind)
+            times.setdefault(entry.node_name, []).append(entry.real_time.total_seconds() * 1e3)
+    return [LayerTime(name, *kinds[name], median_ms(found)) for name, found in times.items()]
