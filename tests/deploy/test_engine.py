@@ -28,11 +28,12 @@ from qakd_plugin.deploy.engine.bindings import (
     gpu_capability,
     load_runtime,
 )
-from qakd_plugin.deploy.engine.build import attach_timing_cache, build_engine, input_shape, trtexec_command
+from qakd_plugin.deploy.engine.build import attach_timing_cache, build_engine
 from qakd_plugin.deploy.engine.layer_inspector import read_report
-from qakd_plugin.deploy.engine.manifest import FORMAT, load_engine, sealed, verify_engine
+from qakd_plugin.deploy.engine.manifest import FORMAT, SealedManifest, load_engine, sealed, verify_engine
 from qakd_plugin.deploy.engine.precheck import inspect_onnx
 from qakd_plugin.deploy.engine.rtx_plan import PlanLayer, count, read_plan
+from qakd_plugin.deploy.engine.trtexec import input_shape, trtexec_command
 from qakd_plugin.errors import EngineError, MissingPackageError
 
 pytest.importorskip("tensorrt_rtx_bindings")
@@ -295,6 +296,48 @@ def test_fields_of_the_wrong_type_are_refused(engine: Path) -> None:
         Path(f"{engine}.json").write_bytes(original)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"inputs": {"input": 3}},
+        {"profile": {"min": 8, "opt": 1, "max": 64}},
+        {"profile": {"min": "1", "opt": 8, "max": 64}},
+        {"convolutions": {"total": 5}},
+        {"matmuls": [1, 1]},
+        {"layers": [{"name": "a", "kind": "pool", "inputs": ["int8", "int8"]}]},
+        {"quantized": "yes"},
+        {"float_type": "bfloat16"},
+        {"onnx": None, "bytes": True},
+    ],
+)
+def test_a_sealed_manifest_with_entries_that_nothing_can_use_is_refused(engine: Path, changes: dict[str, Any]) -> None:
+    _edit_manifest(engine, **changes)
+    with pytest.raises(EngineError, match=f"net.engine.json is damaged: {list(changes)[-1]} missing or of the wrong type"):
+        verify_engine(engine)
+
+
+def test_manifests_of_former_and_later_versions_are_read_as_they_are(engine: Path) -> None:
+    manifest = json.loads(Path(f"{engine}.json").read_text())
+    former = {key: value for key, value in manifest.items() if key not in {"quantized", "seal"}}
+    for entries in (former, former | {"entry of a later version": [1]}):
+        Path(f"{engine}.json").write_text(json.dumps(sealed(entries)))
+        assert verify_engine(engine) == sealed(entries)
+
+
+def test_a_manifest_without_end_is_refused(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qakd_plugin.deploy.engine.manifest._LARGEST", 1 << 20)
+    with open(f"{engine}.json", "ab") as file:
+        file.truncate((1 << 20) + 1)
+    with pytest.raises(EngineError, match="more than 1 MiB: it is no manifest"):
+        verify_engine(engine)
+
+
+def test_the_schema_of_a_manifest_is_that_of_the_model() -> None:
+    schema = SealedManifest.model_json_schema()
+    assert set(schema["required"]) == {"sha256", "bytes", "runtime", "capabilities", "float_type", "seal"}
+    assert schema["$defs"]["Layer"]["properties"]["kind"]["enum"] == ["convolution", "matmul"]
+
+
 def test_an_engine_of_another_version_is_refused(engine: Path) -> None:
     _edit_manifest(engine, runtime={"name": RTX, "version": "0.1"})
     with pytest.raises(EngineError, match=r"built by tensorrt_rtx 0\.1, installed is .* Build it again"):
@@ -311,13 +354,13 @@ def test_an_engine_of_another_gpu_is_refused(engine: Path, monkeypatch: pytest.M
         load_engine(engine)
 
 
-def test_an_engine_of_a_runtime_that_is_not_installed_tells_how_to_install_it(engine: Path) -> None:
-    try:
-        load_runtime("tensorrt")
-    except MissingPackageError:
-        _edit_manifest(engine, runtime={"name": "tensorrt", "version": "10.3"})
-        with pytest.raises(MissingPackageError, match=r"pip install 'qakd-plugin\[tensorrt\]'"):
-            load_engine(engine)
+def test_an_engine_of_a_runtime_that_is_not_installed_tells_how_to_install_it(
+    engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)  # importing it fails from now on, installed or not
+    _edit_manifest(engine, runtime={"name": "tensorrt", "version": "10.3"})
+    with pytest.raises(MissingPackageError, match=r"pip install 'qakd-plugin\[tensorrt\]'"):
+        load_engine(engine)
 
 
 @pytest.mark.skipif(gpu_capability() is not None, reason="there is a GPU")
@@ -353,15 +396,17 @@ def test_building_engines_imports_no_torch() -> None:
 
 
 @pytest.mark.skipif(gpu_capability() is not None, reason="there is a GPU")
-def test_a_device_with_tensorrt_and_numpy_alone_comes_as_far_as_the_missing_gpu(engine: Path, tmp_path: Path) -> None:
+def test_a_device_with_tensorrt_numpy_and_pydantic_alone_comes_as_far_as_the_missing_gpu(engine: Path, tmp_path: Path) -> None:
     """An interpreter that sees these packages and nothing else of site-packages: as on an edge box without torch."""
     packages = tmp_path / "packages"
     packages.mkdir()
-    for name in ("numpy", "numpy.libs", "tensorrt_rtx_bindings", "tensorrt_rtx_libs", "qakd_plugin"):
+    pydantic = ("pydantic", "pydantic_core", "annotated_types", "typing_inspection", "typing_extensions")
+    for name in ("numpy", "numpy.libs", *pydantic, "tensorrt_rtx_bindings", "tensorrt_rtx_libs", "qakd_plugin"):
         found = importlib.util.find_spec(name)
-        place = Path(found.origin).parent if found and found.origin else Path(np.__file__).parent.parent / name
-        if place.is_dir():
-            (packages / name).symlink_to(place)
+        origin = Path(found.origin) if found and found.origin else Path(np.__file__).parent.parent / name / "__init__.py"
+        place = origin.parent if origin.name == "__init__.py" else origin
+        if place.exists():
+            (packages / place.name).symlink_to(place)
     code = f"""
 import sys
 sys.path.append({str(packages)!r})
