@@ -31,12 +31,11 @@ import torchvision
 from step_time import ResNet20, memory_mib
 from torch import Tensor, nn
 
-from qakd_plugin import export_onnx, prepare
+from qakd_plugin import export_float, export_onnx, prepare
 from qakd_plugin._common.cpu_features import has_amx
 from qakd_plugin._common.files import write_atomic
 from qakd_plugin.bench import Candidate, Row, benchmark
 from qakd_plugin.bench.census import census
-from qakd_plugin.deploy.canonical.write import export_float
 from qakd_plugin.deploy.diagnosis import diagnose
 from qakd_plugin.deploy.tuning import tune_for_host
 from qakd_plugin.report import console_table

@@ -38,10 +38,9 @@ from step_time import ResNet20, memory_mib
 from torch import Tensor, nn
 from zoo import Net, random_weights
 
-from qakd_plugin import build_engine, export_onnx, prepare
+from qakd_plugin import build_engine, export_float, export_onnx, prepare
 from qakd_plugin._common.files import write_atomic
 from qakd_plugin._common.optional import require
-from qakd_plugin.deploy.canonical.write import export_float
 from qakd_plugin.deploy.engine.bindings import gpu_capability
 from qakd_plugin.deploy.engine.precheck import inspect_onnx
 from qakd_plugin.deploy.engine.runner import EngineRunner

@@ -49,11 +49,11 @@ from small_nets import BATCH, Split
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from qakd_plugin import export_float
 from qakd_plugin._common.console import track
 from qakd_plugin._common.files import write_atomic
 from qakd_plugin.bench import Candidate, benchmark
 from qakd_plugin.bench.loading import make_runner
-from qakd_plugin.deploy.canonical.write import export_float
 from qakd_plugin.runtimes.base import FILE_RUNTIMES
 from qakd_plugin.runtimes.host import environment, is_busy
 

@@ -46,12 +46,12 @@ _HOME = {
     "build_engine": "deploy.engine.build",
     "benchmark": "bench",
     "write_report": "report",
-    "export_float": "deploy.canonical.write",
+    "export_float": "deploy.export",
     "diagnose": "deploy.diagnosis",
     "evaluate": "tasks.evaluation",
-    "Settings": "training.optimizers",
+    "Settings": "training.config",
     "EngineRunner": "deploy.engine.runner",
-    "restore_modelopt": "toolkits.modelopt.adapter",
+    "restore_modelopt": "toolkits.modelopt",
     "default_batch": "tasks.batches",
     "refresh_delta": "quantizers",
     "Candidate": "bench",
@@ -78,11 +78,11 @@ if TYPE_CHECKING:
     from .augment.selector import CMISelector as CMISelector
     from .bench import Candidate as Candidate
     from .bench import benchmark as benchmark
-    from .deploy.canonical.write import export_float as export_float
     from .deploy.diagnosis import diagnose as diagnose
     from .deploy.engine.build import build_engine as build_engine
     from .deploy.engine.runner import EngineRunner as EngineRunner
     from .deploy.export import ExportedModel as ExportedModel
+    from .deploy.export import export_float as export_float
     from .deploy.export import export_onnx as export_onnx
     from .deploy.tuning import tune_for_host as tune_for_host
     from .errors import CheckpointError as CheckpointError
@@ -109,8 +109,9 @@ if TYPE_CHECKING:
     from .report import write_report as write_report
     from .tasks.batches import default_batch as default_batch
     from .tasks.evaluation import evaluate as evaluate
-    from .toolkits.modelopt.adapter import restore_modelopt as restore_modelopt
+    from .toolkits.modelopt import restore_modelopt as restore_modelopt
     from .training.attached import attach as attach
+    from .training.config import Settings as Settings
     from .training.distillation import DistillResult as DistillResult
     from .training.distillation import distill as distill
     from .training.features import Features as Features
@@ -118,7 +119,6 @@ if TYPE_CHECKING:
     from .training.methods import QAT as QAT
     from .training.methods import QKD as QKD
     from .training.methods import SQAKD as SQAKD
-    from .training.optimizers import Settings as Settings
 
 
 def __getattr__(name: str) -> Any:

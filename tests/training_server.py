@@ -73,6 +73,11 @@ def trained_teacher(images, labels, norm=True):
     return net.eval()
 
 
+def _kind(order):
+    """Of all numbers in a run."""
+    return torch.float64 if order.get("double") else torch.float32
+
+
 def noisy(samples):
     """A batch, with noise that the loader's own process draws."""
     images, labels = default_collate(samples)
@@ -142,7 +147,7 @@ class Trainings:
         """Shuffled by a generator of its own, or by the global one; a joined batch has 32 images whatever the processes."""
         size = order.get("samples", 32 * BATCHES)
         own = torch.Generator().manual_seed(5) if order.get("generator", True) else None
-        images = self.images[:size].clone()
+        images = self.images[:size].to(_kind(order), copy=True)
         if "poison" in order:
             images[order["poison"]] = float("nan")
         dataset, workers = TensorDataset(images, self.labels[:size]), order.get("workers", 0)
@@ -152,13 +157,15 @@ class Trainings:
 
     def run(self, order, deaths):
         """One run, as ``order`` says; gives what is compared."""
-        teacher = self.teachers[order.get("norm", True)]
-        student = self.student(order["toolkit"], order["quantizers"], order.get("norm", True))
+        teacher = copy.deepcopy(self.teachers[order.get("norm", True)]).to(_kind(order))
+        student = self.student(order["toolkit"], order["quantizers"], order.get("norm", True)).to(_kind(order))
         torch.manual_seed(int(time.time()))  # nothing may depend on what was drawn before
-        held_out = DataLoader(TensorDataset(self.images[1500:1601], self.labels[1500:1601]), 32)
+        held_out = DataLoader(TensorDataset(self.images[1500:1601].to(_kind(order)), self.labels[1500:1601]), 32)
 
         def augment(images):
             deaths.reach("augment")
+            if str(order.get("fails")) == os.environ.get("RANK"):
+                raise ValueError("this image cannot be read")
             return (images + 0.05 * torch.randn_like(images)).clamp(0, 1) if order.get("noise", True) else images
 
         result = distill(

@@ -16,7 +16,7 @@ import qakd_plugin as qakd
 from qakd_plugin.demo.data import load
 from qakd_plugin.demo.net import DigitNet, train_float
 from qakd_plugin.integrations.lightning import DistillationModule
-from qakd_plugin.training.optimizers import Settings
+from qakd_plugin.training.config import Settings
 
 
 def main(epochs: int = 3, width: int = 8, toolkit: str = "modelopt") -> float:

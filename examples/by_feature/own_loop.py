@@ -11,7 +11,8 @@ import qakd_plugin as qakd
 from qakd_plugin.demo.data import load
 from qakd_plugin.demo.net import DigitNet, train_float
 from qakd_plugin.toolkits import adapter_for
-from qakd_plugin.training.optimizers import Settings, student_optimizer
+from qakd_plugin.training.config import Settings
+from qakd_plugin.training.optimizers import student_optimizer
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ import yaml
 
 from qakd_plugin import EWGS, KD, LSQ, PACT, QAT, QKD, SQAKD, DoReFa
 from qakd_plugin.errors import QakdError
-from qakd_plugin.training.optimizers import MakeOptimizer, Settings
+from qakd_plugin.training.config import MakeOptimizer, Settings
 
 
 @dataclass(frozen=True)

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import logging
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from .._common.arguments import positive_whole
 from .._common.module_mode import eval_mode
 from .._common.rng_state import generators_of, undisturbed
 from ..errors import QakdError
 from ..tasks.batches import BatchFn, default_batch
-from .candidates import Candidate, Candidates, one_hot, resolve_candidates
+from .candidates import Candidate, Candidates, resolve_candidates
 from .choices import LABELS
-from .cmi import DEFAULT_FORM, AugmentationScore, CmiStatistics, Figures, Jackknife, check_form
+from .cmi import DEFAULT_FORM, AugmentationScore, check_form
 from .compositions import Search, mixture
-from .data import CHUNK, Chunk, Source, Stats, UnitRange, require_dataset_labels
-
-_log = logging.getLogger(__name__)
-_GROWTH = 1.5
-"""Of the subset from one look to the next."""
-_PARTNER = 20
-"""CutMix mixes an image with the one so many places before it in its chunk: of the same jackknife block."""
+from .data import Source, Stats, UnitRange
+from .race import Race
 
 
 @dataclass(frozen=True)
@@ -132,8 +126,7 @@ def rank_augmentations(
         raise QakdError(f'labels={labels!r} is unknown: use "dataset" or "teacher".')
     if not 0 < confidence < 1:
         raise QakdError(f"confidence={confidence} must lie between 0 and 1.")
-    if max_samples is not None and max_samples < 1:
-        raise QakdError(f"max_samples={max_samples} must be positive, or None for all images.")
+    positive_whole("max_samples", max_samples, none=True)
     if search is not None and isinstance(data, Iterator):
         raise QakdError(
             "search reads the data twice, but data is an iterator: pass a Dataset, a DataLoader or a list of batches."
@@ -141,186 +134,12 @@ def rank_augmentations(
     found = resolve_candidates(candidates)
     composed = () if search is None else search.candidates(seed)
     source = Source(data, batch_fn, UnitRange(input_stats), seed, max_samples)
-    contest = _Contest(teacher, source, labels, check_form(form), confidence)
+    contest = Race(teacher, source, labels, check_form(form), confidence)
     with undisturbed(generators_of(data)), eval_mode(teacher), torch.no_grad():
-        runners = contest.run([*found, *composed], race=race)
+        entrants = contest.run([*found, *composed], losers_leave=race)
         if search is not None:
-            best = [runner.candidate for runner in contest.order(runners) if runner.candidate in composed]
-            runners += contest.score(mixture(best[: search.keep]), images=contest.order(runners)[0].count)
-    return contest.ranking(runners)
-
-
-class _Runner:
-    """A candidate in the race, with its statistics."""
-
-    def __init__(self, candidate: Candidate, form: str) -> None:
-        self.candidate, self.form = candidate, form
-        self.statistics: CmiStatistics | None = None
-        self.dropped = self.tied = False
-        self._cache: tuple[int, Figures, list[Figures]] | None = None
-
-    @property
-    def count(self) -> int:
-        return 0 if self.statistics is None else self.statistics.num_samples
-
-    def figures(self) -> tuple[float, list[float]]:
-        """The score, and the scores without each block."""
-        assert self.statistics is not None
-        if self._cache is None or self._cache[0] != self.count:
-            self._cache = (self.count, self.statistics.figures(), self.statistics.without_each_block())
-        return self._cache[1].score(self.form), [part.score(self.form) for part in self._cache[2]]
-
-    def corrected(self) -> float:
-        return Jackknife.of(*self.figures()).corrected
-
-    def behind(self, leader: _Runner) -> tuple[float, Jackknife]:
-        """How far its score lies below the leader's, on the same images."""
-        (own, own_parts), (top, top_parts) = self.figures(), leader.figures()
-        parts = [first - second for first, second in zip(top_parts, own_parts, strict=True)]
-        return top - own, Jackknife.of(top - own, parts)
-
-
-class _Contest:
-    """Scores candidates on the images of a source."""
-
-    def __init__(self, teacher: nn.Module, source: Source, labels: str, form: str, confidence: float) -> None:
-        self.teacher, self.source, self.labels = teacher, source, labels
-        self.form, self.confidence = form, confidence
-        self.forwards, self.classes = 0, 0
-        parameter = next(teacher.parameters(), None)
-        self.device = torch.device("cpu") if parameter is None else parameter.device
-
-    def run(self, candidates: Sequence[Candidate], *, race: bool) -> list[_Runner]:
-        """Score all candidates; with a race, losers leave early."""
-        runners = [_Runner(candidate, self.form) for candidate in candidates]
-        running, looks = list(runners), 0
-        goal, seen = 0, 0
-        for chunk in self.source.chunks():
-            self._score(chunk, running)
-            seen += len(chunk.images)
-            goal = goal or self._first_goal()
-            if race and seen >= goal and len(running) > 1 and seen != self.source.total:
-                looks += 1
-                running = self._look(running, looks, len(runners), seen)
-                goal = math.ceil(_GROWTH * seen)
-                if len(running) == 1:
-                    break
-        if not seen:
-            raise QakdError("data is empty: no image could be scored.")
-        if seen < self.classes:
-            _log.warning(
-                "Augmentations were scored on %d images of %d classes: centroids of fewer than one image per class say little. "
-                "Take more images.",
-                seen,
-                self.classes,
-            )
-        return runners
-
-    def score(self, candidate: Candidate, images: int) -> list[_Runner]:
-        """Score one more candidate on the first images."""
-        runner = _Runner(candidate, self.form)
-        for chunk in self.source.chunks():
-            if runner.count >= images:
-                break
-            self._score(chunk, [runner])
-        return [runner]
-
-    def _first_goal(self) -> int:
-        return max(CHUNK, CHUNK * math.ceil(2 * self.classes / CHUNK))
-
-    def _look(self, running: list[_Runner], look: int, candidates: int, seen: int) -> list[_Runner]:
-        """Who stays: all that may still win."""
-        leader = max(running, key=_Runner.corrected)
-        tail = (1 - self.confidence) / (look * (look + 1)) / (candidates - 1)
-        # The rest of a finite set can overturn less the smaller it is.
-        rest = 1.0 if self.source.total is None else math.sqrt(1 - seen / self.source.total)
-        stay = []
-        for runner in running:
-            _, difference = runner.behind(leader)
-            margin = difference.upper_quantile(tail) * difference.error * rest if difference.freedom else math.inf
-            runner.dropped = runner is not leader and difference.corrected > margin
-            if runner.dropped:
-                runner.tied = self._is_tied(runner, leader, candidates)
-            else:
-                stay.append(runner)
-        return stay
-
-    def _is_tied(self, runner: _Runner, leader: _Runner, candidates: int) -> bool:
-        """Whether the difference to the leader could be nothing, among so many candidates."""
-        if runner is leader:
-            return False
-        behind, difference = runner.behind(leader)
-        tail = (1 - self.confidence) / max(candidates - 1, 1)
-        return difference.freedom == 0 or behind <= difference.upper_quantile(tail) * difference.error
-
-    def order(self, runners: Sequence[_Runner]) -> list[_Runner]:
-        """The best first; who was given up comes after those who were not."""
-        return sorted(runners, key=lambda runner: (runner.dropped, -runner.figures()[0]))
-
-    def ranking(self, runners: Sequence[_Runner]) -> Ranking:
-        """Records of all runners."""
-        ordered = self.order(runners)
-        for runner in ordered:
-            if not runner.dropped:
-                runner.tied = self._is_tied(runner, ordered[0], len(ordered))
-        return Ranking(
-            tuple(self._record(runner) for runner in ordered),
-            tuple(runner.candidate for runner in ordered),
-            self.forwards,
-            self.classes,
-            self.confidence,
-        )
-
-    def _record(self, runner: _Runner) -> AugmentationScore:
-        assert runner.statistics is not None
-        record = runner.statistics.result(runner.candidate.name, self.form, self.confidence)
-        return replace(record, tied_with_best=runner.tied, dropped=runner.dropped)
-
-    # -- one chunk
-
-    def _score(self, chunk: Chunk, runners: Sequence[_Runner]) -> None:
-        images = chunk.images.to(self.device)
-        clean: Tensor | None = None
-        if self.labels == "teacher" or self.classes == 0:
-            clean = self._logits(images)
-            self.classes = clean.shape[1]
-        if self.labels == "teacher":
-            assert clean is not None
-            labels = clean.argmax(1)
-        else:
-            labels = require_dataset_labels(chunk.labels).to(self.device)
-        if any(runner.candidate.mix for runner in runners):
-            labels_for_mix = self._checked_one_hot(labels)
-        for runner in runners:
-            candidate = runner.candidate
-            if candidate.transform is None and candidate.mix is None:
-                clean = self._logits(images) if clean is None else clean
-                self._count(runner, clean, labels)
-                continue
-            targets = labels_for_mix if candidate.mix else labels
-            augmented, mixed = candidate(images, targets, seeds=chunk.seeds, partner=min(_PARTNER, len(images) - 1))
-            assert mixed is not None
-            self._count(runner, self._logits(augmented), mixed)
-
-    def _checked_one_hot(self, labels: Tensor) -> Tensor:
-        if not labels.is_floating_point() and not ((labels >= 0) & (labels < self.classes)).all():
-            wrong = labels[(labels < 0) | (labels >= self.classes)][0]
-            raise QakdError(f"label {int(wrong)} is out of range: the teacher knows classes 0..{self.classes - 1}.")
-        return one_hot(labels, self.classes)
-
-    def _count(self, runner: _Runner, logits: Tensor, targets: Tensor) -> None:
-        if runner.statistics is None:
-            device = "cpu" if logits.device.type == "mps" else logits.device  # which knows no float64
-            runner.statistics = CmiStatistics(self.classes, device=device)
-        try:
-            runner.statistics.update(logits, targets)
-        except QakdError as error:
-            raise QakdError(f"candidate {runner.candidate.name!r}: {error}") from error
-
-    def _logits(self, images: Tensor) -> Tensor:
-        self.forwards += len(images)
-        logits = self.teacher(self.source.unit_range.normalised(images))
-        if not isinstance(logits, Tensor) or logits.ndim != 2:
-            shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise QakdError(f"teacher must return logits (N, C), got {shape}.")
-        return logits.float()
+            best = [entrant.candidate for entrant in contest.order(entrants) if entrant.candidate in composed]
+            entrants += contest.score(mixture(best[: search.keep]), images=contest.order(entrants)[0].count)
+    ordered = contest.order(entrants)
+    candidates_in_order = tuple(entrant.candidate for entrant in ordered)
+    return Ranking(tuple(contest.records(ordered)), candidates_in_order, contest.forwards, contest.classes, confidence)

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
+from .._common.arguments import positive_whole
 from .._common.console import say
 from ..errors import CheckpointError, QakdError
 from ..tasks.batches import BatchFn
@@ -29,8 +29,8 @@ class CMISelector:
     Args:
         candidates: as for ``rank_augmentations``; None for the paper's sixteen.
         max_samples: images per candidate at most; None for all.
-        every: rank again every so many epochs, on other images and draws and, where it learns, with the teacher of then; None
-            ranks once, before training.
+        every: rank again every so many epochs, on other images and draws and, where it learns, with the teacher as it is then;
+            None ranks once, before training.
         form: "ce" or "centroid".
         labels: "dataset", "teacher", or "auto": the data set's where the method reads labels anyway, else the teacher's
             answers.
@@ -56,9 +56,7 @@ class CMISelector:
         if self.labels not in {"auto", "dataset", "teacher"}:
             raise QakdError(f'CMISelector: labels={self.labels!r} is unknown: use "auto", "dataset" or "teacher".')
         for name in ("max_samples", "every"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, int) and value > 0):
-                raise QakdError(f"CMISelector: {name}={value!r} must be a positive whole number or None.")
+            positive_whole(f"CMISelector: {name}", getattr(self, name), none=True)
         if not 0 < self.confidence < 1:
             raise QakdError(f"CMISelector: confidence={self.confidence} must lie between 0 and 1.")
 
@@ -83,7 +81,7 @@ class Augmentation(Protocol):
 
 
 class FixedAugmentation:
-    """A callable of the user's, on images taken to [0, 1] and normalised again behind it; or none.
+    """A callable of the user's, on images taken to [0, 1] and normalised again after it; or none.
 
     Args:
         transform: keeps shape and dtype of a batch; None changes nothing.
@@ -137,10 +135,18 @@ class SelectedAugmentation:
         loader: the whole training data, as the user passed them.
         batch_fn: splits a batch.
         input_stats: (mean, std) of normalised images.
+        agreed: gives every process what the first one passes; a single process keeps its own.
     """
 
-    def __init__(self, selector: CMISelector, loader: Iterable[Any], batch_fn: BatchFn, input_stats: Stats | None) -> None:
-        self.selector, self.loader, self.batch_fn = selector, loader, batch_fn
+    def __init__(
+        self,
+        selector: CMISelector,
+        loader: Iterable[Any],
+        batch_fn: BatchFn,
+        input_stats: Stats | None,
+        agreed: Callable[[list[Any]], list[Any]] = list,
+    ) -> None:
+        self.selector, self.loader, self.batch_fn, self._agreed = selector, loader, batch_fn, agreed
         self.unit_range = UnitRange(input_stats)
         self.chosen: Candidate | None = None
         self.classes = 0
@@ -178,8 +184,7 @@ class SelectedAugmentation:
         )
         # Processes score the same images, but a last bit may differ between devices: the first one decides.
         found: list[Any] = [_plain(ranking.candidates[0]), list(ranking.records), ranking.num_classes, ranking.explanation]
-        broadcast_object_list(found)
-        self._choose(*found)
+        self._choose(*self._agreed(found))
 
     def _choose(self, plain: dict[str, Any], records: list[AugmentationScore], classes: int, explanation: str) -> None:
         self.chosen = self._candidate(plain)

@@ -1,27 +1,27 @@
-"""One row of a report, and the schema of a whole one."""
+"""One row of a report: a file in a runtime, measured.
+
+The bounds of its fields are those that a report is checked with (:mod:`.schema`).
+"""
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from importlib import resources
-from typing import Any
+from typing import Annotated, Any
 
-import jsonschema
+from annotated_types import Ge, Gt, Le
 
 from ..deploy.diagnosis import Finding
-from ..errors import QakdError
 from ..runtimes.base import LayerTime as LayerTime
 from ..runtimes.host import Conditions as Conditions
 
-SCHEMA_VERSION = 2
-"""2: a report may hold several runs, each with its environment; rows name their run. Version 1 had one."""
-
-_DEEPEST = 32
-_LARGEST = 2**63
-"""Bounds of what a report may nest and count: anything beyond comes from a damaged file."""
+Bits = Annotated[int, Ge(1), Le(32)]
+Count = Annotated[int, Ge(0), Le(2**31)]
+Positive = Annotated[int, Ge(1), Le(2**31)]
+Milliseconds = Annotated[float, Ge(0), Le(1e9)]
+Mebibytes = Annotated[float, Ge(0), Le(1e9)]
+Share = Annotated[float, Ge(0), Le(1)]
+Ratio = Annotated[float, Ge(0), Le(1e16)]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Row:
         accuracy: top-1 of the deployed file through the runtime.
         accuracy_low: lower end of its 95 % interval (Wilson).
         accuracy_high: upper end.
-        samples: images behind the accuracy.
+        samples: images that the accuracy was counted on.
         agreement: share of images on which it agrees with the reference logits.
         sqnr_db: against the reference logits.
         integer_layers: convolutions and matrix products that the runtime computes in integers.
@@ -71,35 +71,35 @@ class Row:
     model: str
     method: str
     toolkit: str | None
-    weight_bits: int
-    activation_bits: int
+    weight_bits: Bits
+    activation_bits: Bits
     runtime: str
     precision: str
-    batch: int
-    threads: int
-    calls: int
-    p50_ms: float
-    p90_ms: float | None
-    p99_ms: float | None
-    cpu_ms: float
-    throughput: float
-    load_ms: float | None
-    file_mib: float | None
-    accuracy: float | None = None
-    accuracy_low: float | None = None
-    accuracy_high: float | None = None
-    samples: int = 0
-    agreement: float | None = None
-    sqnr_db: float | None = None
-    integer_layers: int | None = None
-    total_layers: int | None = None
-    speedup: float | None = None
-    speedup_over_best_float: float | None = None
-    upload_ms: float | None = None
-    compute_ms: float | None = None
-    download_ms: float | None = None
-    peak_rss_mib: float | None = None
-    run: int = 0
+    batch: Positive
+    threads: Positive
+    calls: Positive
+    p50_ms: Annotated[float, Ge(1e-6), Le(1e9)]
+    p90_ms: Milliseconds | None
+    p99_ms: Milliseconds | None
+    cpu_ms: Milliseconds
+    throughput: Annotated[float, Gt(0), Le(1e18)]
+    load_ms: Milliseconds | None
+    file_mib: Annotated[float, Gt(0), Le(1e9)] | None
+    accuracy: Share | None = None
+    accuracy_low: Share | None = None
+    accuracy_high: Share | None = None
+    samples: Count = 0
+    agreement: Share | None = None
+    sqnr_db: Annotated[float, Ge(-1e4), Le(1e4)] | None = None
+    integer_layers: Count | None = None
+    total_layers: Count | None = None
+    speedup: Ratio | None = None
+    speedup_over_best_float: Ratio | None = None
+    upload_ms: Milliseconds | None = None
+    compute_ms: Milliseconds | None = None
+    download_ms: Milliseconds | None = None
+    peak_rss_mib: Mebibytes | None = None
+    run: Count = 0
     conditions: Conditions | None = None
     findings: tuple[Finding, ...] = ()
     layers: tuple[LayerTime, ...] = ()
@@ -130,7 +130,7 @@ class Row:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Row:
-        """The row behind plain data that fits the schema."""
+        """The row of plain data that fits the schema."""
         values = dict(data)
         if values.get("conditions") is not None:
             values["conditions"] = Conditions(**values["conditions"])
@@ -152,59 +152,3 @@ def baselines(row: Row, rows: Iterable[Row]) -> tuple[Row | None, Row | None]:
     same = [other for other in floats if other.runtime == row.runtime and other.precision == "float32"]
     fp32, best = (min(group, key=lambda other: other.p50_ms, default=None) for group in (same, floats))
     return fp32, best
-
-
-def schema() -> dict[str, Any]:
-    """The JSON schema of ``report.json``."""
-    text = resources.files(__package__).joinpath("schema.json").read_text()
-    loaded: dict[str, Any] = json.loads(text)
-    return loaded
-
-
-def validate(document: Mapping[str, Any]) -> None:
-    """Check a report document.
-
-    Raises:
-        QakdError: names the place and what was expected.
-    """
-    _check_plain(document)
-    problem = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema()).iter_errors(document))
-    if problem is not None:
-        raise QakdError(f"report: {_place(problem.absolute_path)}: {problem.message[:300]}")
-    runs = len(document["runs"])
-    for index, row in enumerate(document["rows"]):
-        if row.get("run", 0) >= runs:
-            raise QakdError(f"report: rows/{index}/run: {row.get('run', 0)} was given, and the report has {runs} runs.")
-
-
-def _check_plain(document: Mapping[str, Any]) -> None:
-    """Refuse what JSON, HTML or arithmetic would choke on later: NaN, giant numbers, lone surrogates, deep nesting."""
-    waiting: list[tuple[tuple[Any, ...], Any]] = [((), document)]
-    while waiting:
-        place, value = waiting.pop()
-        problem = _problem(value, len(place))
-        if problem:
-            raise QakdError(f"report: {_place(place)}: {problem}")
-        if isinstance(value, dict):
-            waiting += [((*place, key), inner) for key, inner in value.items()]
-            waiting += [((*place, "a key"), key) for key in value]
-        elif isinstance(value, list | tuple):
-            waiting += [((*place, index), inner) for index, inner in enumerate(value)]
-
-
-def _place(path: Iterable[Any]) -> str:
-    return "/".join(str(part)[:40] for part in path) or "the document"
-
-
-def _problem(value: Any, depth: int) -> str | None:
-    if depth > _DEEPEST:
-        return f"nested more than {_DEEPEST} levels deep."
-    if isinstance(value, str):
-        return None if value.isascii() or value.encode(errors="replace").decode() == value else "text with a lone surrogate."
-    if value is None or isinstance(value, bool | dict | list | tuple):
-        return None
-    if not isinstance(value, int | float):
-        return f"{type(value).__name__} is no JSON type."
-    if isinstance(value, int):
-        return "a number beyond 2^63." if abs(value) > _LARGEST else None
-    return None if math.isfinite(value) else f"{value} is not a finite number."

@@ -1,4 +1,4 @@
-"""``{class_path: my_code.network, init_args: {width: 4}}`` in a YAML file stands for what ``my_code.network(width=4)`` returns."""
+"""``{class_path: my_code.network, init_args: {width: 4}}`` in YAML stands for what ``my_code.network(width=4)`` returns."""
 
 from __future__ import annotations
 
@@ -26,6 +26,10 @@ _PLAIN = (*_SCALARS, Path, os.PathLike)
 _CONTAINERS = (list, tuple, dict, collections.abc.Sequence, collections.abc.Mapping)
 
 
+class RecipeError(QakdError):
+    """Says what is wrong in a recipe, in the recipe's own words."""
+
+
 class Builder:
     """Makes objects of what a YAML file says. An alias (``*name``) is the object that its anchor (``&name``) stands before.
 
@@ -47,7 +51,7 @@ class Builder:
             where: of the node, for errors.
 
         Raises:
-            QakdError: a name cannot be imported, an argument is unknown or missing, or a value has the wrong type.
+            RecipeError: a name cannot be imported, an argument is unknown or missing, or a value has the wrong type.
         """
         if isinstance(node, dict) and "class_path" in node:
             if id(node) not in self._made:
@@ -60,18 +64,20 @@ class Builder:
             value = {key: self.build(entry, Any, f"{where}.{key}") for key, entry in node.items()}
         elif isinstance(node, list):
             value = [self.build(entry, Any, f"{where}[{index}]") for index, entry in enumerate(node)]
-        return checked(value, hint, where) if all(_is_plain(kind) for kind in _members(hint)) else value
+        return checked(value, hint, where) if is_plain(hint) else value
 
     def _called(self, node: dict[str, Any], hint: Any, where: str) -> Any:
         wrong = next((key for key in node if key not in _KEYS), None)
         if wrong is not None:
-            raise QakdError(f"{where}: unknown key {wrong!r} beside class_path{suggestion(str(wrong), _KEYS)}. Use {_KEYS[1]}.")
+            raise RecipeError(
+                f"{where}: unknown key {wrong!r} beside class_path{suggestion(str(wrong), _KEYS)}. Use {_KEYS[1]}."
+            )
         path, given = node["class_path"], node.get("init_args") or {}
         if not isinstance(path, str) or not isinstance(given, dict):
-            raise QakdError(f"{where}: expected class_path: an import path, and init_args: names and values, got {node!r}.")
+            raise RecipeError(f"{where}: expected class_path: an import path, and init_args: names and values, got {node!r}.")
         target = imported(path, where)
         if not callable(target):
-            raise QakdError(f"{where}: {path} is no function or class, but {type(target).__name__}.")
+            raise RecipeError(f"{where}: {path} is no function or class, but {type(target).__name__}.")
         makes_later = any(_is_class_of(target, kind) for kind in _members(hint))
         hints = _accepted(target, given, path, where, all_needed=not makes_later)
         arguments = {name: self.build(value, hints.get(name, Any), f"{where}.{name}") for name, value in given.items()}
@@ -82,18 +88,18 @@ class Builder:
         try:
             return target(**arguments)
         except QakdError as error:
-            raise type(error)(f"{where}: {error}") from error
+            raise RecipeError(f"{where}: {error}") from error
 
 
 def imported(path: str, where: str) -> Any:
     """What an import path such as ``torch.optim.SGD`` names; modules of the working directory count.
 
     Raises:
-        QakdError: nothing, or importing it fails.
+        RecipeError: nothing, or importing it fails.
     """
     parts = path.split(".")
     if len(parts) < 2 or not all(part.isidentifier() for part in parts):
-        raise QakdError(f"{where}: {path!r} cannot be imported: an import path looks like my_code.make_network.")
+        raise RecipeError(f"{where}: {path!r} cannot be imported: an import path looks like my_code.make_network.")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # to stay: what is imported may import from there as well
     for end in range(len(parts) - 1, 0, -1):
@@ -103,20 +109,22 @@ def imported(path: str, where: str) -> Any:
         except ImportError as error:
             if isinstance(error, ModuleNotFoundError) and error.name in _prefixes(parts):
                 continue  # a class in a module, perhaps
-            raise QakdError(f"{where}: {path!r} cannot be imported: {name}: {error}") from error
+            raise RecipeError(f"{where}: {path!r} cannot be imported: {name}: {error}") from error
         for part in parts[end:]:
             if not hasattr(found, part):
-                raise QakdError(f"{where}: {path!r} cannot be imported: {name} has no {part}{suggestion(part, dir(found))}.")
+                raise RecipeError(f"{where}: {path!r} cannot be imported: {name} has no {part}{suggestion(part, dir(found))}.")
             found = getattr(found, part)
         return found
-    raise QakdError(f"{where}: {path!r} cannot be imported: there is no module {parts[0]!r} here or among installed packages.")
+    raise RecipeError(
+        f"{where}: {path!r} cannot be imported: there is no module {parts[0]!r} here or among installed packages."
+    )
 
 
 def checked(value: Any, hint: Any, where: str) -> Any:
     """Plain data as the type that is wanted: numbers, text, and lists and mappings of them.
 
     Raises:
-        QakdError: it is of another type.
+        RecipeError: it is of another type.
     """
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=hint)
@@ -124,7 +132,7 @@ def checked(value: Any, hint: Any, where: str) -> Any:
         return parser.parse_object({"value": value}).value
     except ArgumentError as error:
         quoted = " (YAML reads no, off, yes and on as false and true: quote them)" if isinstance(value, bool) else ""
-        raise QakdError(f"{where}: expected {named(hint)}, got {value!r} ({type(value).__name__}).{quoted}") from error
+        raise RecipeError(f"{where}: expected {named(hint)}, got {value!r} ({type(value).__name__}).{quoted}") from error
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -137,7 +145,7 @@ def fits(value: Any, hint: Any) -> bool:
         return False
     try:
         checked(value, reduce(operator.or_, plain), "")
-    except QakdError:
+    except RecipeError:
         return False
     return True
 
@@ -179,8 +187,12 @@ def _members(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 
+def is_plain(hint: Any) -> bool:
+    """Whether YAML can say every value of this type."""
+    return all(_is_plain(kind) for kind in _members(hint))
+
+
 def _is_plain(kind: Any) -> bool:
-    """Whether YAML can say a value of this type."""
     origin = get_origin(kind)
     if origin in (Union, UnionType) or origin in _CONTAINERS:
         return all(part is Ellipsis or _is_plain(part) for part in get_args(kind))
@@ -209,10 +221,10 @@ def _accepted(target: Any, given: Mapping[str, Any], path: str, where: str, *, a
     unknown = next((name for name in given if name not in usable), None)
     if unknown is not None and all(parameter.kind != inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
         near = suggestion(str(unknown), usable)
-        raise QakdError(f"{where}: {path} takes no {unknown!r}{near}; it takes {', '.join(usable) or 'nothing'}.")
+        raise RecipeError(f"{where}: {path} takes no {unknown!r}{near}; it takes {', '.join(usable) or 'nothing'}.")
     missing = [name for name, one in usable.items() if one.default is inspect.Parameter.empty and name not in given]
     if missing and all_needed:
-        raise QakdError(f"{where}: {path} needs {', '.join(missing)}: add init_args: {{{missing[0]}: ...}}.")
+        raise RecipeError(f"{where}: {path} needs {', '.join(missing)}: add init_args: {{{missing[0]}: ...}}.")
     return type_hints(target.__init__ if inspect.isclass(target) else target)
 
 

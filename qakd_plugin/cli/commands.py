@@ -11,6 +11,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..errors import QakdError
 
@@ -98,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(name: str, arguments: Sequence[str]) -> int:
+    from .class_paths import RecipeError
     from .options import CommandParser, in_flags
 
     command = COMMANDS[name]
@@ -105,13 +107,26 @@ def _run(name: str, arguments: Sequence[str]) -> int:
     parser = CommandParser(name, command.text, function)
     if command.printed is not None:
         parser.add_printing_flag(*command.printed)
-    values = vars(parser.parse_args(arguments))
+    values = {name: _plain(value) for name, value in vars(parser.parse_args(arguments)).items()}
     try:
         function(**values)
     except QakdError as error:
-        print(f"qakd: error: {in_flags(str(error), parser.flags | command.renamed)}", file=sys.stderr)
+        text = str(error) if isinstance(error, RecipeError) else in_flags(str(error), parser.flags | command.renamed)
+        print(f"qakd: error: {_one_line(text)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"\nqakd: stopped. {command.stopped}", file=sys.stderr)
         return 130
     return 0
+
+
+def _plain(value: Any) -> Any:
+    """A number as a number: jsonargparse's own classes of int would go into checkpoints, which hold plain data only."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return int(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _one_line(text: str) -> str:
+    """Without line breaks, and without what a terminal would obey: names come from files of others."""
+    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))

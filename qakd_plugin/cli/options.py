@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
+from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
 
 import docstring_parser
 import jsonargparse
@@ -19,6 +19,7 @@ from jsonargparse.typing import PositiveInt
 
 _WORDS = (
     (r"Not of type PositiveInt: .*?'?(\S+?)'?( does not conform.*)?$", r"expected a positive whole number, got \1"),
+    (r"invalid PositiveInt value: '(.*)'$", r"expected a positive whole number, got \1"),
     (r"Expected an? <class '(?:\w+\.)*(\w+)'>. Got value:", r"expected \1, got"),
     (r"^argument (\S+):", r"\1:"),
 )
@@ -132,7 +133,7 @@ def in_flags(message: str, flags: Mapping[str, str]) -> str:
 
 def _item_type(annotation: Any) -> tuple[Any, bool]:
     """The type of a value, and whether there may be several."""
-    if get_origin(annotation) is UnionType:
+    if get_origin(annotation) in (Union, UnionType):
         (annotation,) = (kind for kind in get_args(annotation) if kind is not NoneType)
     if get_origin(annotation) is list:
         return get_args(annotation)[0], True

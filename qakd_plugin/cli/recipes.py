@@ -16,8 +16,7 @@ from typing import Any
 from jsonargparse import get_loader
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from ..errors import QakdError
-from .class_paths import Builder, checked, fits, imported, named, type_hints
+from .class_paths import Builder, RecipeError, checked, fits, imported, is_plain, named, type_hints
 from .options import suggestion
 
 APIS = {
@@ -54,15 +53,16 @@ class Recipe:
             *needed: that must be there, or something that stands in for them.
 
         Raises:
-            QakdError: one of them is missing, or cannot be made.
+            RecipeError: one of them is missing, or cannot be made.
         """
         own = api_parameters(self.command)
         keys = {key: key for key in own if key in self.values}
         keys |= {key: STAND_INS[key] for key in needed if key not in keys and STAND_INS.get(key) in self.values}
         missing = [f"no {key}" for key in needed if key not in keys]
         if missing:
-            raise QakdError(f"{self.source} has {' or '.join(missing)}, which qakd {self.command} needs.")
-        return {name: self.values[key] for name, key in keys.items()}
+            raise RecipeError(f"{self.source} has {' or '.join(missing)}, which qakd {self.command} needs.")
+        quick_first = sorted(keys, key=lambda name: not is_plain(own[name].annotation))  # to say what is wrong at once
+        return {name: self.values[keys[name]] for name in quick_first}
 
 
 def read_recipe(name: str, command: str) -> Recipe:
@@ -73,13 +73,13 @@ def read_recipe(name: str, command: str) -> Recipe:
         command: "distill", "rank" or "export".
 
     Raises:
-        QakdError: it cannot be read, or a key is unknown; names it.
+        RecipeError: it cannot be read, or a key is unknown; names it.
     """
     if Path(name).suffix in {".yaml", ".yml"}:
         return Recipe(name, _YamlValues(name, _load_yaml(Path(name)), command), command)
     values = resolve(name)()
     if not isinstance(values, dict):
-        raise QakdError(f"{name!r} must return a dict of keyword arguments, got {type(values).__name__}.")
+        raise RecipeError(f"{name!r} must return a dict of keyword arguments, got {type(values).__name__}.")
     return Recipe(name, values, command)
 
 
@@ -87,16 +87,16 @@ def resolve(name: str) -> Callable[[], Any]:
     """Import ``MODULE:FUNCTION``; modules of the working directory count.
 
     Raises:
-        QakdError: it cannot be imported, or is no function.
+        RecipeError: it cannot be imported, or is no function.
     """
     module, _, function = name.partition(":")
     if not function:
-        raise QakdError(f"{name!r} must be MODULE:FUNCTION, for example my_recipe:build, or a file that ends in .yaml.")
+        raise RecipeError(f"{name!r} must be MODULE:FUNCTION, for example my_recipe:build, or a file that ends in .yaml.")
     if module.endswith(".py"):
-        raise QakdError(f"{name!r} cannot be imported: name the module without .py, {module[:-3]}:{function}.")
+        raise RecipeError(f"{name!r} cannot be imported: name the module without .py, {module[:-3]}:{function}.")
     found = imported(f"{module}.{function}", name)
     if not callable(found):
-        raise QakdError(f"{name!r} is not a function.")
+        raise RecipeError(f"{name!r} is not a function.")
     return found  # type: ignore[no-any-return]
 
 
@@ -132,7 +132,7 @@ class _YamlValues(Mapping[str, Any]):
         node = self._tree[key]
         value = self._builder.build(node, hint, where)
         if not fits(value, hint):
-            raise QakdError(f"{where}: expected {named(hint)}, got {node!r} ({type(node).__name__}).")
+            raise RecipeError(f"{where}: expected {named(hint)}, got {node!r} ({type(node).__name__}).")
         return value
 
     def __iter__(self) -> Iterator[str]:
@@ -147,9 +147,11 @@ def _load_yaml(path: Path) -> dict[str, Any]:
         tree = get_loader("yaml")(path.read_text())
         json.dumps(tree, default=str)  # refuses what refers to itself
     except (OSError, YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise QakdError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}.") from error
+        raise RecipeError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(tree, dict):
-        raise QakdError(f"{path}: expected keys and values, got {type(tree).__name__}. qakd distill --print-config shows how.")
+        raise RecipeError(
+            f"{path}: expected keys and values, got {type(tree).__name__}. qakd distill --print-config shows how."
+        )
     return tree
 
 
@@ -162,5 +164,5 @@ def _check_keys(source: str, keys: list[str], command: str) -> None:
             return
     unknown = next(key for key in keys if key not in known)
     if unknown in BY_FLAG:
-        raise QakdError(f"{source}: {unknown} is given on the command line, as {BY_FLAG[unknown]}. Leave it out.")
-    raise QakdError(f"{source}: unknown key {unknown!r}{suggestion(str(unknown), known)}. Known are {', '.join(known)}.")
+        raise RecipeError(f"{source}: {unknown} is given on the command line, as {BY_FLAG[unknown]}. Leave it out.")
+    raise RecipeError(f"{source}: unknown key {unknown!r}{suggestion(str(unknown), known)}. Known are {', '.join(known)}.")

@@ -18,9 +18,8 @@ from .._common.console import track
 from .._common.files import write_atomic
 from ..bench import Candidate, benchmark
 from ..bench.rows import Row
-from ..deploy.canonical.write import export_float
 from ..deploy.engine.build import build_engine
-from ..deploy.export import export_onnx
+from ..deploy.export import export_float, export_onnx
 from ..preparation.prepared import prepare
 from ..report import console_table, write_report
 from ..training.distillation import distill

@@ -1,4 +1,4 @@
-"""``export_onnx``: a trained model becomes a file that provably computes the same."""
+"""``export_onnx``: a trained model becomes a file that provably computes the same; ``export_float``: its float baseline."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ import torch
 from torch import Tensor, nn
 
 from .._common.files import write_atomic
+from .._common.module_mode import eval_mode
 from ..errors import ExportError, UnsupportedQuantizerError
 from ..placement.targets import TARGETS, Target
 from ..preparation.feasibility import target_problem
 from ..toolkits import Adapter, adapter_for
-from .canonical.graph import WEIGHT_KEY
-from .canonical.passes import quantizers_behind_relu, to_tensorrt_form
+from .canonical.clamps import quantizers_after_relu
 from .canonical.write import export_canonical, to_proto
-from .engine.precheck import CONVOLUTIONS, PRODUCTS, stored_weight, weight_problem
+from .parity.float16 import Float16Parity, check_float16
 from .parity.gate import check_parity
 from .parity.openvino import check_openvino
 from .parity.recorded_codes import check_same_bits
 from .parity.report import ParityReport, arrays
-from .targets.float16 import Float16Parity, check_float16, to_float16
+from .targets.float16 import to_float16
 from .targets.onnxruntime import to_onnxruntime_form
 from .targets.openvino import drop_repeated_quantizers, to_openvino_form
+from .targets.tensorrt import check_weights, to_tensorrt_form
 from .targets.weight_packing import WeightStorage
 
 
@@ -71,7 +72,7 @@ def export_onnx(
     On x86 processors without VNNI, ONNX Runtime's integer kernels add pairs of products in 16 bits, which saturate, unless a
     session has ``session.x64quantprecision``. The gate sets it on such a processor; so should who runs the file on one.
 
-    Weights of at most 4 bits take 4 bits in the file. For ONNX Runtime and OpenVINO they stand behind a Cast that the runtime
+    Weights of at most 4 bits take 4 bits in the file. For ONNX Runtime and OpenVINO a Cast follows them that the runtime
     folds: outputs and speed are those of int8 codes. TensorRT has no such form: there this holds for linear layers, with a
     scale per channel or, where their activations stay in floating point, in blocks; all other weights take 8 bits. OpenVINO by
     default quantizes the activations of layers that have none on its own: set DYNAMIC_QUANTIZATION_GROUP_SIZE to 0 for the
@@ -88,7 +89,7 @@ def export_onnx(
             in floating point take INT4 with each of the three, where they have no more bits: all targets read it there.
         float16: for TensorRT: write what is not quantized, and all scales, in FP16. Strongly typed engines compute it as the
             file says, and INT8 layers beside FP32 ones lose to FP16 throughout. The gate then holds in two steps: exactly for
-            the float32 form, and within the tolerances of :mod:`qakd_plugin.deploy.targets.float16` for its conversion.
+            the float32 form, and within the tolerances of :mod:`qakd_plugin.deploy.parity.float16` for its conversion.
 
     Returns:
         The path (usable wherever a path is) and the parity report.
@@ -109,36 +110,52 @@ def export_onnx(
     _check_quantizers(adapter, prepared_model, target)
     form = adapter.export_form(prepared_model).cpu()
     samples = example_input.detach().cpu().float()
-    model = export_canonical(form, samples)
-    after_relu = quantizers_behind_relu(model.graph)
-    if target == "tensorrt":
-        if weight_storage == "int4":
-            model = to_tensorrt_form(model)
-        _check_weights(model)
-    elif target == "onnxruntime":
-        model = to_onnxruntime_form(model, weight_storage)
-    else:
-        model = to_openvino_form(model, weight_storage)
+    canonical = export_canonical(form, samples)
+    model = _for_target(canonical, target, weight_storage)
     evaluated = _evaluated(adapter, prepared_model)
+    after_relu = quantizers_after_relu(canonical.graph)
     parity = check_parity(model, form, evaluated, samples, fused=target == "onnxruntime", after_relu=after_relu)
     if target == "openvino":
         proven, model = model, drop_repeated_quantizers(model)
         if len(model.graph) < len(proven.graph):
             check_same_bits(proven, model, samples)
         parity = replace(parity, openvino=check_openvino(model, samples, arrays(evaluated(samples))))
-    conversion = check_float16(to_float16(model), form, samples) if float16 else None
+    conversion = None
+    if float16:
+        model = to_float16(model)
+        conversion = check_float16(model, form, samples)
     write_atomic(path, to_proto(model).SerializeToString(), ExportError)
     return ExportedModel(Path(path), target, parity, conversion)
 
 
-def _check_weights(model: ir.Model) -> None:
-    """Refuse combinations of weight and activation that TensorRT does not compute; the toolkits can train all of them."""
-    for node in model.graph:
-        problem = weight_problem(node) if node.op_type in CONVOLUTIONS | PRODUCTS else None
-        if problem is not None:
-            weight = stored_weight(node.inputs[1])
-            assert weight is not None
-            raise UnsupportedQuantizerError(f"{weight.metadata_props[WEIGHT_KEY]}: {problem}")
+def export_float(model: nn.Module, example: Tensor, path: str | os.PathLike[str], *, float16: bool = False) -> Path:
+    """Write a float model to ONNX with a dynamic batch dimension: the row every quantized one is compared with.
+
+    Args:
+        model: any float network; exported in eval mode, its own mode is put back.
+        example: float32 (N, ...), any batch size.
+        path: of the file.
+        float16: compute in FP16; inputs and outputs stay float32.
+
+    Raises:
+        ExportError: torch.export cannot trace the model, a weight is beyond FP16, it is larger than an ONNX file may be, or
+            the path cannot be written.
+    """
+    with eval_mode(model):
+        exported = export_canonical(model, example)
+    if float16:
+        exported = to_float16(exported)
+    return write_atomic(path, to_proto(exported).SerializeToString(), ExportError)
+
+
+def _for_target(canonical: ir.Model, target: Target, storage: WeightStorage) -> ir.Model:
+    if target == "onnxruntime":
+        return to_onnxruntime_form(canonical, storage)
+    if target == "openvino":
+        return to_openvino_form(canonical, storage)
+    model = to_tensorrt_form(canonical) if storage == "int4" else canonical
+    check_weights(model)
+    return model
 
 
 def _evaluated(adapter: Adapter, prepared: nn.Module) -> nn.Module:

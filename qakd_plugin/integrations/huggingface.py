@@ -11,10 +11,13 @@ from .._common.optional import require
 from ..errors import QakdError
 from ..tasks.outputs import logits_of
 from ..toolkits import adapter_for
-from ..training.attached import refuse_features, require_teacher, teacher_logits, unwrapped
+from ..training.attached import refuse_features, unwrapped
 from ..training.autocast import float32_quantizers
+from ..training.config import Settings
+from ..training.curvature import warn_of_no_refresh
 from ..training.methods import SQAKD, Method, require_labels, total_loss
-from ..training.optimizers import Settings, student_optimizer
+from ..training.optimizers import student_optimizer
+from ..training.teachers import require_teacher, teacher_logits
 
 _library = require("transformers", extra="transformers", purpose="train a prepared model with a Hugging Face Trainer")
 _Trainer: Any = _library.Trainer
@@ -60,6 +63,7 @@ class DistillationTrainer(_Trainer):  # type: ignore[misc]
         require_teacher(self.method, phases, teacher)
         refuse_features(self.method, phases, "DistillationTrainer")
         self._require_supported(len(phases))
+        warn_of_no_refresh(self.adapter, model, "DistillationTrainer")
         (self.phase,) = phases
         self.quantizer_lr = quantizer_lr
         super().__init__(model, args, **options)
@@ -81,10 +85,8 @@ class DistillationTrainer(_Trainer):  # type: ignore[misc]
         images = {name: value for name, value in inputs.items() if name not in self.label_names}
         targets = require_labels(self.method, labels) if self.phase.needs_labels else None
         logits = logits_of(model(**images), "model")
-        other = None
-        if self.phase.needs_teacher:
-            with self.accelerator.autocast():
-                other = teacher_logits(self.teacher, self.phase, (), images)
+        with self.accelerator.autocast():
+            other = teacher_logits(self.teacher, self.phase, (), images)
         loss, _ = total_loss(self.phase.student, logits, other, targets)
         # A dictionary: of anything else the Trainer takes [1:] for the logits.
         return (loss, {"logits": logits}) if return_outputs else loss

@@ -13,17 +13,19 @@ from .._common.optional import require
 from ..errors import QakdError
 from ..tasks.batches import BatchFn, default_batch
 from ..toolkits import adapter_for
-from ..training.attached import refuse_features, require_teacher, teacher_logits
+from ..training.attached import refuse_features
 from ..training.autocast import float32_hooks
+from ..training.config import Settings
+from ..training.curvature import warn_of_no_refresh
 from ..training.methods import SQAKD, Method, Phase, require_labels, total_loss
 from ..training.optimizers import (
-    Settings,
     clip_gradients,
     cosine_schedule,
     quantizer_parameters,
     student_optimizer,
     teacher_optimizer,
 )
+from ..training.teachers import require_teacher, teacher_logits
 
 _library = require("lightning", extra="lightning", purpose="train a prepared model as a LightningModule")
 _LightningModule: Any = _library.LightningModule
@@ -70,6 +72,7 @@ class DistillationModule(_LightningModule):  # type: ignore[misc]
         phases = self.method.phases(100)  # only what they learn from; how long they are says the Trainer
         require_teacher(self.method, phases, teacher)
         refuse_features(self.method, phases, "DistillationModule")
+        warn_of_no_refresh(self.adapter, prepared_model, "DistillationModule")
         learns = any(phase.teacher for phase in phases)
         self.automatic_optimization = not learns
         if learns and teacher is not None:
@@ -187,7 +190,7 @@ class DistillationModule(_LightningModule):  # type: ignore[misc]
         x, labels = self.batch_fn(batch)
         targets = require_labels(self.method, labels) if phase.needs_labels else None
         student = self.student(x)
-        other = teacher_logits(self.teacher, phase, (x,), {}) if phase.needs_teacher else None
+        other = teacher_logits(self.teacher, phase, (x,), {})
         loss, parts = total_loss(phase.student, student, other, targets)
         self.log_dict({"train_loss": loss.detach(), **{f"train_{name}": value for name, value in parts.items()}})
         if self.automatic_optimization:

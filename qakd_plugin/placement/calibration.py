@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from ..errors import NotPreparedError
+
 _BINS = 2048
 _CANDIDATES = 200
 _PIECE = 1 << 17
@@ -17,10 +19,12 @@ class RangeObserver:
     """Histogram of absolute values over any number of batches, in memory that does not grow with them.
 
     Args:
-        clamp: (0, upper bound) of a ReLU behind the quantizer: only what it lets through counts.
+        name: of what is observed, for messages.
+        clamp: (0, upper bound) of a ReLU after the quantizer: only what it lets through counts.
     """
 
-    def __init__(self, *, clamp: tuple[float, float] | None = None) -> None:
+    def __init__(self, name: str = "the observed tensor", *, clamp: tuple[float, float] | None = None) -> None:
+        self.name = name
         self.clamp = clamp
         self.maximum = 0.0
         self.minimum = float("inf")
@@ -29,13 +33,20 @@ class RangeObserver:
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
-        """Add one tensor of any shape."""
+        """Add one tensor of any shape.
+
+        Raises:
+            NotPreparedError: it holds NaN or infinite values.
+        """
         values = (x.abs() if self.clamp is None else x.clamp(*self.clamp)).detach().float().flatten()
         if values.numel() == 0:
             return
         top = float(values.max())
         if not top < float("inf"):
-            raise ValueError("the observed tensor is not finite")
+            raise NotPreparedError(
+                f"{self.name}: what is quantized there is not finite (NaN or infinite) on a calibration batch. Look for an "
+                "operation before it that overflows or divides by zero, or exclude this layer from quantization (keep=...)."
+            )
         self.maximum = max(self.maximum, top)
         self.minimum = min(self.minimum, float(x.min()))
         if top > self._limit:
@@ -75,15 +86,18 @@ def observe_inputs(
     batches: Iterable[Tensor],
     clamps: Mapping[str, tuple[float, float] | None],
 ) -> dict[str, RangeObserver]:
-    """Run batches through a model and watch what reaches some of its modules.
+    """Run batches through a model and watch what reaches some of its modules: their first argument.
 
     Args:
         model: that holds them.
         modules: by name.
         batches: inputs of the model.
         clamps: of those that stand in front of a ReLU, by name.
+
+    Raises:
+        NotPreparedError: names a module that something infinite or NaN reaches.
     """
-    observers = {name: RangeObserver(clamp=clamps.get(name)) for name in modules}
+    observers = {name: RangeObserver(name, clamp=clamps.get(name)) for name in modules}
     hooks = [
         module.register_forward_pre_hook(lambda _, args, observer=observers[name]: observer.observe(args[0]))
         for name, module in modules.items()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +13,9 @@ from torch import Tensor, nn
 
 from ..errors import QakdError, UnsupportedQuantizerError
 from ..placement.calibration import RangeObserver, best_weight_clip, observe_inputs
-from ..placement.placement import within
+from ..placement.layer_names import within
 from ..placement.targets import TARGETS, Target
-from ..quantizers import QuantizerConfig
+from ..quantizers import QuantizerConfig, Rule
 from ..quantizers.qparams import QParams
 from ..tasks.batches import default_batch
 from ..toolkits import Adapter, Quantizer, adapter_for
@@ -59,35 +60,64 @@ def use_quantizers(
     if target not in TARGETS:
         raise QakdError(f"target={target!r} is unknown: use one of {list(TARGETS)}.")
     adapter = adapter_for(prepared_model)
-    chosen = _chosen(adapter, prepared_model, keep)
-    old = {quantizer.fqn: adapter.qparams(quantizer) for quantizer in chosen}
-    for quantizer in chosen:
-        _require_symmetric(quantizer, old[quantizer.fqn])
-    bits = {quantizer.fqn: _bits(quantizer, old[quantizer.fqn], config) for quantizer in chosen}
-    changed = [q for q in chosen if q.role == "activation" and bits[q.fqn] != old[q.fqn].bits]
-    observed = _observe(adapter, prepared_model, changed, calibration_batches)
+    swaps = [_Swap.of(adapter, quantizer, config) for quantizer in _chosen(adapter, prepared_model, keep)]
+    observed = _observe(adapter, prepared_model, swaps, calibration_batches)
     # All rules are made before the first is installed: an error leaves the model as it was.
-    plans = []
-    for quantizer in chosen:
-        params = old[quantizer.fqn]
-        if quantizer.role == "weight":
-            per_tensor = not (config.per_channel or params.block)
-            axis = None if per_tensor else 0 if params.block else params.axis or 0  # blocks are rows
-            rule = config.weight_rule(bits[quantizer.fqn], axis, params.block)
-            clip = _weight_clip(quantizer, *rule.levels, axis=axis, block=params.block)
-        else:
-            observer = observed.get(quantizer.fqn)
-            unsigned = _is_unsigned(params, bits[quantizer.fqn], observer, target)
-            rule = config.activation_rule(bits[quantizer.fqn], unsigned)
-            clip = _activation_clip(params, observer, rule.codes[1])
-        plans.append((quantizer, rule, clip))
-    _announce(config, old, bits, observed, changed)
-    for quantizer, rule, clip in plans:
-        adapter.install(prepared_model, quantizer, rule, clip)
+    plans = [_plan(swap, config, observed.get(swap.quantizer.fqn), target) for swap in swaps]
+    _announce(config, swaps, bool(observed))
+    for plan in plans:
+        adapter.install(prepared_model, plan.quantizer, plan.rule, plan.clip)
     for quantizer in adapter.quantizers(prepared_model):
         if quantizer.weight is not None and adapter.learned(quantizer) is not None:
             quantizer.module(quantizer.weight())  # scales that follow the weight are set
     return prepared_model
+
+
+@dataclass(frozen=True)
+class _Swap:
+    """A quantizer that is to be swapped, the numbers it has, and the bits it will have."""
+
+    quantizer: Quantizer
+    old: QParams
+    bits: int
+
+    @classmethod
+    def of(cls, adapter: Adapter, quantizer: Quantizer, config: QuantizerConfig) -> _Swap:
+        old = adapter.qparams(quantizer)
+        _require_symmetric(quantizer, old)
+        wanted = config.weight_bits if quantizer.role == "weight" else config.activation_bits
+        return cls(quantizer, old, old.bits if wanted is None else wanted)
+
+    @property
+    def changes_activation(self) -> bool:
+        return self.quantizer.role == "activation" and self.bits != self.old.bits
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What :meth:`.Adapter.install` is told."""
+
+    quantizer: Quantizer
+    rule: Rule
+    clip: Tensor
+
+
+def _plan(swap: _Swap, config: QuantizerConfig, observer: RangeObserver | None, target: Target) -> _Plan:
+    quantizer, old = swap.quantizer, swap.old
+    if quantizer.role == "weight":
+        rule = config.weight_rule(swap.bits, _scale_axis(old, config.per_channel), old.block)
+        return _Plan(quantizer, rule, _weight_clip(quantizer, rule))
+    rule = config.activation_rule(swap.bits, _is_unsigned(swap, observer, target))
+    return _Plan(quantizer, rule, _activation_clip(old, observer, rule.codes[1]))
+
+
+def _scale_axis(old: QParams, per_channel: bool) -> int | None:
+    """The dimension of a weight with one scale per element; None for one scale in all."""
+    if old.block:
+        return 0  # of a weight whose rows are its blocks
+    if not per_channel:
+        return None
+    return 0 if old.axis is None else old.axis
 
 
 def restore_quantizers(prepared_model: nn.Module, keep: Sequence[str] = ()) -> nn.Module:
@@ -147,27 +177,23 @@ def _require_symmetric(quantizer: Quantizer, params: QParams) -> None:
         )
 
 
-def _bits(quantizer: Quantizer, params: QParams, config: QuantizerConfig) -> int:
-    wanted = config.weight_bits if quantizer.role == "weight" else config.activation_bits
-    return params.bits if wanted is None else wanted
-
-
-def _weight_clip(quantizer: Quantizer, low: float, high: float, shift: float, *, axis: int | None, block: int | None) -> Tensor:
+def _weight_clip(quantizer: Quantizer, rule: Rule) -> Tensor:
     assert quantizer.weight is not None
     weight = quantizer.weight().float()
-    if block:  # the last block of a row may be filled up with zeros
-        weight = F.pad(weight, (0, -weight.shape[1] % block)).reshape(-1, block)
-    clip = best_weight_clip(weight, low, high, axis, shift)
+    if rule.block:  # the last block of a row may be filled up with zeros
+        weight = F.pad(weight, (0, -weight.shape[1] % rule.block)).reshape(-1, rule.block)
+    low, high, shift = rule.levels
+    clip = best_weight_clip(weight, low, high, rule.axis, shift)
     # A channel of zeros has no range; its codes are zero whatever the scale is.
     spare = clip.max() if bool((clip > 0).any()) else torch.ones((), device=clip.device)
     return torch.where(clip > 0, clip, spare)
 
 
-def _is_unsigned(params: QParams, bits: int, observer: RangeObserver | None, target: Target) -> bool:
+def _is_unsigned(swap: _Swap, observer: RangeObserver | None, target: Target) -> bool:
     """Whether an activation gets codes from 0 on. TensorRT takes signed bytes only."""
-    if bits == 8 and target == "tensorrt":
-        return params.quant_min == 0 and params.quant_max > 127
-    return params.quant_min == 0 or (observer is not None and observer.minimum >= 0)
+    if swap.bits == 8 and target == "tensorrt":
+        return swap.old.quant_min == 0 and swap.old.quant_max > 127
+    return swap.old.quant_min == 0 or (observer is not None and observer.minimum >= 0)
 
 
 def _activation_clip(params: QParams, observer: RangeObserver | None, highest: int) -> Tensor:
@@ -177,8 +203,9 @@ def _activation_clip(params: QParams, observer: RangeObserver | None, highest: i
 
 
 def _observe(
-    adapter: Adapter, model: nn.Module, changed: Sequence[Quantizer], batches: Iterable[object] | None
+    adapter: Adapter, model: nn.Module, swaps: Sequence[_Swap], batches: Iterable[object] | None
 ) -> dict[str, RangeObserver]:
+    changed = [swap.quantizer.fqn for swap in swaps if swap.changes_activation]
     if batches is None or not changed:
         return {}
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
@@ -190,18 +217,13 @@ def _observe(
     adapter.set_mode(observed, False)
     adapter.freeze_ranges(observed, True)
     adapter.set_fake_quant(observed, False)
-    return observe_inputs(observed, {q.fqn: observed.get_submodule(q.fqn) for q in changed}, images, {})
+    return observe_inputs(observed, {fqn: observed.get_submodule(fqn) for fqn in changed}, images, {})
 
 
-def _announce(
-    config: QuantizerConfig,
-    old: dict[str, QParams],
-    bits: dict[str, int],
-    observed: dict[str, RangeObserver],
-    changed: Sequence[Quantizer],
-) -> None:
-    lowered = [name for name in old if bits[name] < old[name].bits]
-    mixed = len({params.bits for params in old.values()}) > 1
+def _announce(config: QuantizerConfig, swaps: Sequence[_Swap], observed: bool) -> None:
+    lowered = [swap.quantizer.fqn for swap in swaps if swap.bits < swap.old.bits]
+    changed = [swap for swap in swaps if swap.changes_activation]
+    mixed = len({swap.old.bits for swap in swaps}) > 1
     if lowered and mixed:
         _log.warning(
             "%s: %d quantizers work with fewer bits than they were prepared with, among them %s. Leave weight_bits and "

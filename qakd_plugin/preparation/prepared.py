@@ -12,7 +12,7 @@ from ..errors import NotPreparedError, QakdError
 from ..placement.attention import open_attention
 from ..placement.targets import TARGETS, Target
 from ..tasks.batches import default_batch
-from ..toolkits import ADAPTERS, Adapter, Precision, adapter_for
+from ..toolkits import Adapter, Precision, adapter_for, adapter_named
 
 
 def prepare(
@@ -33,7 +33,7 @@ def prepare(
     squared error over all calibration batches. ``nn.MultiheadAttention`` becomes a module of the same name whose four
     projections are linear layers (:func:`qakd_plugin.placement.attention.open_attention`), or they would stay in floating
     point; such a model, saved by ModelOpt, comes back with
-    :func:`qakd_plugin.toolkits.modelopt.adapter.restore_modelopt`.
+    :func:`qakd_plugin.toolkits.modelopt.restore_modelopt`.
 
     Args:
         model: the float model; it is not changed.
@@ -59,7 +59,7 @@ def prepare(
         NotPreparedError: the model is prepared already.
         MissingPackageError: the toolkit is not installed.
     """
-    adapter, precision = _asked(toolkit, weight_bits, activation_bits, keep, target)
+    adapter, precision = _parse_request(toolkit, weight_bits, activation_bits, keep, target)
     _require_float(model)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     batches = [_images(batch, index).to(device) for index, batch in enumerate(calibration_batches)]
@@ -98,14 +98,14 @@ def configuration(
         QakdError: as :func:`prepare`, or the toolkit has no configuration for fewer than 8 activation bits, or for ``target``.
         MissingPackageError: the toolkit is not installed.
     """
-    adapter, precision = _asked(toolkit, weight_bits, activation_bits, keep, target)
+    adapter, precision = _parse_request(toolkit, weight_bits, activation_bits, keep, target)
     return adapter.configuration(model, precision)
 
 
-def _asked(toolkit: str, weight_bits: int, activation_bits: int, keep: Sequence[str], target: str) -> tuple[Adapter, Precision]:
-    adapter = next((adapter for adapter in ADAPTERS if adapter.name == toolkit), None)
-    if adapter is None:
-        raise QakdError(f"toolkit={toolkit!r} is unknown: use one of {[adapter.name for adapter in ADAPTERS]}.")
+def _parse_request(
+    toolkit: str, weight_bits: int, activation_bits: int, keep: Sequence[str], target: str
+) -> tuple[Adapter, Precision]:
+    adapter = adapter_named(toolkit)
     for name, bits in (("weight_bits", weight_bits), ("activation_bits", activation_bits)):
         if not 2 <= bits <= 8:
             raise QakdError(f"{name}={bits} is out of range: 2 to 8 bits can be prepared.")

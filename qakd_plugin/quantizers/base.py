@@ -109,7 +109,9 @@ class Rule(ABC):
 
     def parameters(self, holder: nn.Module) -> list[nn.Parameter]:
         """What is learned on ``holder``, as logarithms or ratios: a learning rate means a relative change."""
-        return [parameter for name, parameter in holder._parameters.items() if parameter is not None and name.startswith(PREFIX)]
+        return [
+            parameter for name, parameter in holder._parameters.items() if parameter is not None and name.startswith(PREFIX)
+        ]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data from which :func:`rule_from_dict` makes the rule again."""

@@ -52,7 +52,8 @@ class EWGS:
     """Element-wise gradient scaling with learned intervals.
 
     ``delta`` is the mean curvature of the loss over three standard deviations of its gradient, both with respect to the
-    discretized values of one quantizer; ``distill`` refreshes it with Hutchinson's estimator (:func:`qakd_plugin.quantizers.refresh_delta`).
+    discretized values of one quantizer; ``distill`` refreshes it with Hutchinson's estimator
+    (:func:`qakd_plugin.quantizers.refresh_delta`).
 
     Args:
         weight_bits: 1 to 8; None keeps the bits each weight has.

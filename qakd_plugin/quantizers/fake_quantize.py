@@ -144,7 +144,7 @@ def _where_inside(g: Tensor, x: Tensor, scale: Tensor, low: float, high: float) 
 
 
 def discretize(v: Tensor, low: float, high: float, *, shift: float = 0.0, delta: Tensor | None = None) -> Tensor:
-    """Clipping and rounding alone, on codes: ``round(clamp(v, low, high) + shift) - shift``; arguments as :func:`fake_quantize`."""
+    """Clipping and rounding alone, on codes: ``round(clamp(v, low, high) + shift) - shift``; see :func:`fake_quantize`."""
     return fake_quantize(v, torch.ones((), dtype=v.dtype, device=v.device), low, high, shift=shift, delta=delta)
 
 

@@ -10,7 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ..bench.rows import SCHEMA_VERSION, Row, validate
+from ..bench.rows import Row
+from ..bench.schema import SCHEMA_VERSION, validate
 from ..errors import QakdError
 from ..runtimes.host import environment
 from .verdicts import warnings_of
@@ -29,7 +30,7 @@ def build_document(
     parity: Sequence[Mapping[str, Any]] = (),
     engines: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """Everything a report says, as plain data that fits the schema (``bench/schema.json``).
+    """Everything a report says, as plain data that fits the schema (:mod:`qakd_plugin.bench.schema`).
 
     Args:
         rows: from ``benchmark``.
@@ -69,7 +70,7 @@ def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a ``report.json`` of this schema version or of version 1.
 
     Returns:
-        The document in this version's form.
+        The document as this version has it.
 
     Raises:
         QakdError: the file is missing, unreadable, no JSON, or does not fit; says where.

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from ..bench.rows import Row
@@ -43,6 +42,8 @@ _PERCENT = {"accuracy", "agreement"}
 
 def render(document: Mapping[str, Any]) -> str:
     """The page of a document that fits the schema."""
+    import jinja2
+
     rows = rows_of(document)
     columns, names, best = shown_columns(rows), run_names(document), pareto(rows)
     style, script = _static("report.css"), _static("report.js")

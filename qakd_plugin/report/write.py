@@ -1,4 +1,4 @@
-"""Rows or a document -> HTML, Markdown and JSON."""
+"""A report's files: HTML, Markdown and JSON, of rows or of a document."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .._common.files import write_atomic
-from ..bench.rows import Row, validate
+from .._common.files import with_extension, write_atomic
+from ..bench.rows import Row
+from ..bench.schema import validate
+from ..errors import QakdError
 from .document import build_document
 from .markdown import markdown
 from .page import render
@@ -20,15 +22,19 @@ def write_report(rows: Sequence[Row] | Mapping[str, Any], path: str | os.PathLik
 
     Args:
         rows: from ``benchmark``, or a document from :func:`build_document`, :func:`read_report` or :func:`merge_reports`.
-        path: of the HTML file.
-        **details: see :func:`build_document`.
+        path: of the HTML file; its extension may be left out.
+        **details: see :func:`build_document`; for rows only, since a document holds them already.
 
     Returns:
         The path of the HTML file.
 
     Raises:
-        QakdError: the rows do not fit the schema, or the folder cannot be written.
+        QakdError: the rows do not fit the schema, details were given for a document, or the folder cannot be written.
     """
+    if isinstance(rows, Mapping) and details:
+        raise QakdError(
+            f"{', '.join(details)}: a document has them already. Give them to build_document, or change the document itself."
+        )
     document = dict(rows) if isinstance(rows, Mapping) else build_document(rows, **details)
     return _write(document, path, with_json=True)
 
@@ -38,7 +44,7 @@ def write_page(document: Mapping[str, Any], path: str | os.PathLike[str]) -> Pat
 
     Args:
         document: from :func:`build_document`, :func:`read_report` or :func:`merge_reports`.
-        path: of the HTML file.
+        path: of the HTML file; its extension may be left out.
 
     Returns:
         The path of the HTML file.
@@ -52,9 +58,9 @@ def write_page(document: Mapping[str, Any], path: str | os.PathLike[str]) -> Pat
 def _write(document: Mapping[str, Any], path: str | os.PathLike[str], *, with_json: bool) -> Path:
     """Nothing is written before all is made."""
     validate(document)
-    html = Path(path).with_suffix(".html")
+    html = with_extension(path, ".html")
     page, text = render(document), markdown(document)
     if with_json:
-        write_atomic(html.with_suffix(".json"), json.dumps(document, indent=1, allow_nan=False) + "\n")
-    write_atomic(html.with_suffix(".md"), text)
+        write_atomic(with_extension(html, ".json"), json.dumps(document, indent=1, allow_nan=False) + "\n")
+    write_atomic(with_extension(html, ".md"), text)
     return write_atomic(html, page)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from annotated_types import Ge, Le
 
 from ..errors import QakdError
 
@@ -53,7 +54,7 @@ class LayerTime:
     name: str
     op: str
     precision: str
-    time_ms: float
+    time_ms: Annotated[float, Ge(0), Le(1e9)]
 
 
 def median_ms(times: Sequence[float]) -> float:

@@ -10,9 +10,10 @@ import time
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import psutil
+from annotated_types import Ge, Le
 
 from .._common.cpu_features import TOLD, cpu_flags
 
@@ -24,6 +25,9 @@ BUSY_LOAD = 0.5
 """Load average per core above which a measurement is marked as disturbed before it starts."""
 BUSY_SHARE = 0.1
 """Share of the processor that others may use during a measurement before it is marked as disturbed."""
+
+
+_Load = Annotated[float, Ge(0), Le(1e9)]
 
 
 @dataclass(frozen=True)
@@ -39,9 +43,9 @@ class Conditions:
         busy: whether other work may have disturbed the figures.
     """
 
-    load_before: float | None
-    load_after: float | None
-    other_cores: float
+    load_before: _Load | None
+    load_after: _Load | None
+    other_cores: _Load
     clock_mhz: int | None
     gpu_celsius: int | None
     busy: bool

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
+from .._common.module_mode import eval_mode
 from ..errors import TrainingError
 from .batches import BatchFn
-from .outputs import frozen_logits, logits_of
+from .outputs import logits_for
 
 
 @torch.no_grad()
@@ -40,12 +41,13 @@ def evaluate(
     for batch in loader:
         x, labels = batch_fn(batch)
         x = x.to(device)
-        logits = logits_of(student(x), "student")
+        logits = logits_for(student, x, "student")
         labelled = isinstance(labels, Tensor) and labels.ndim == 1
         if labelled:
             update("val_accuracy", logits, labels.to(device))
         if teacher is not None:
-            expected = frozen_logits(teacher, x)
+            with eval_mode(teacher):
+                expected = logits_for(teacher, x, "teacher")
             update("val_agreement", logits, expected.argmax(1))
             if labelled:
                 update("val_teacher_accuracy", expected, labels.to(device))

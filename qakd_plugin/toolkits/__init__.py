@@ -1,26 +1,48 @@
-"""Toolkit adapters: what prepared this model, and how it is handled."""
+"""Toolkit adapters: what prepared this model, and how it is handled.
+
+Nothing of a toolkit is imported before a model that it prepared is met, or ``prepare`` is asked for it by name.
+"""
 
 from __future__ import annotations
 
+import importlib
+from dataclasses import dataclass
+from functools import cache
+
+import torch
 from torch import nn
 
-from ..errors import NotPreparedError
-from .adapter import Adapter, Precision, QParams, Quantizer, Role
-from .modelopt.adapter import ModelOptAdapter
-from .pt2e.adapter import PT2EAdapter
-from .torch_ao.eager import TorchAOEagerAdapter
-from .torch_ao.fx import TorchAOAdapter
-from .torchao_qat import TorchAOQATAdapter
+from ..errors import MissingPackageError, NotPreparedError, QakdError
+from .adapter import Adapter, Precision, QParams, Quantizer, Role, loaded_class
 
-__all__ = ["ADAPTERS", "Adapter", "Precision", "QParams", "Quantizer", "Role", "adapter_for"]
+__all__ = ["TOOLKITS", "Adapter", "Precision", "QParams", "Quantizer", "Role", "adapter_for", "adapter_named"]
 
-ADAPTERS: tuple[Adapter, ...] = (
-    ModelOptAdapter(),
-    PT2EAdapter(),
-    TorchAOQATAdapter(),
-    TorchAOAdapter(),
-    TorchAOEagerAdapter(),
-)
+
+@dataclass(frozen=True)
+class _Toolkit:
+    """Where an adapter and the class of its toolkit's quantizers are defined: module and name."""
+
+    adapter: tuple[str, str]
+    quantizer: tuple[str, str]
+
+
+_TABLE = {
+    "modelopt": _Toolkit(
+        (".modelopt.adapter", "ModelOptAdapter"),
+        ("modelopt.torch.quantization.nn.modules.tensor_quantizer", "TensorQuantizer"),
+    ),
+    "pt2e": _Toolkit((".pt2e.adapter", "PT2EAdapter"), ("torchao.quantization.pt2e.fake_quantize", "FakeQuantizeBase")),
+    "torchao": _Toolkit(
+        (".torchao_qat", "TorchAOQATAdapter"), ("torchao.quantization.qat.fake_quantizer", "FakeQuantizerBase")
+    ),
+    "torch_ao": _Toolkit((".torch_ao.fx", "TorchAOAdapter"), ("torch.ao.quantization.fake_quantize", "FakeQuantizeBase")),
+    "torch_ao_eager": _Toolkit(
+        (".torch_ao.eager", "TorchAOEagerAdapter"), ("torch.ao.quantization.fake_quantize", "FakeQuantizeBase")
+    ),
+}
+
+TOOLKITS = tuple(_TABLE)
+"""The names that ``prepare(toolkit=...)`` takes."""
 
 
 def adapter_for(model: nn.Module) -> Adapter:
@@ -29,10 +51,36 @@ def adapter_for(model: nn.Module) -> Adapter:
     Raises:
         NotPreparedError: no quantizer of a known toolkit was found in it.
     """
-    for adapter in ADAPTERS:
+    for name, toolkit in _TABLE.items():
+        quantizer = loaded_class(*toolkit.quantizer)
+        if quantizer is None or not any(isinstance(module, quantizer) for module in model.modules()):
+            continue
+        adapter = adapter_named(name)
         if adapter.detect(model):
             return adapter
     raise NotPreparedError(
-        f"prepared_model ({type(model).__name__}) holds no quantizer of {' or '.join(a.name for a in ADAPTERS)}: it looks "
+        f"prepared_model ({type(model).__name__}) holds no quantizer of {' or '.join(TOOLKITS)}: it looks "
         "like a float model. Prepare it with its toolkit first, or with qakd_plugin.prepare(model, calibration_batches)."
     )
+
+
+@cache
+def adapter_named(name: str) -> Adapter:
+    """The adapter that ``prepare(toolkit=name)`` uses.
+
+    Raises:
+        QakdError: there is none of this name.
+        MissingPackageError: PyTorch has the toolkit no more.
+    """
+    if name not in _TABLE:
+        raise QakdError(f"toolkit={name!r} is unknown: use one of {list(TOOLKITS)}.")
+    home, adapter = _TABLE[name].adapter
+    try:
+        module = importlib.import_module(home, __package__)
+    except ModuleNotFoundError as error:
+        raise MissingPackageError(
+            f"toolkit={name!r} needs {error.name}, which PyTorch {torch.__version__} does not have. Use toolkit='pt2e' or "
+            "'modelopt'."
+        ) from error
+    made: Adapter = getattr(module, adapter)()
+    return made

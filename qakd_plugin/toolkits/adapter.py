@@ -6,6 +6,7 @@ An adapter knows one toolkit. It knows nothing of losses, methods, ONNX or runti
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -16,9 +17,27 @@ from ..errors import NotPreparedError
 from ..quantizers import Rule
 from ..quantizers.qparams import QParams
 
-__all__ = ["Adapter", "Precision", "QParams", "Quantizer", "Role", "require_no_negative", "require_no_zero_gamma", "weight_of"]
+__all__ = [
+    "Adapter",
+    "Precision",
+    "QParams",
+    "Quantizer",
+    "Role",
+    "loaded_class",
+    "require_no_negative",
+    "require_no_zero_gamma",
+    "weight_of",
+]
 
-Role = Literal["weight", "activation"]
+Role = Literal["weight", "activation", "internal"]
+"""What is quantized: a layer's weight, a tensor that enters or leaves a module, or one within a module, which no other module
+sees and no export form has."""
+
+
+def loaded_class(module: str, name: str) -> type[nn.Module] | None:
+    """A toolkit's class, if the toolkit is loaded: a model that it prepared cannot exist otherwise."""
+    loaded = sys.modules.get(module)
+    return None if loaded is None else getattr(loaded, name)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -50,7 +69,7 @@ class Quantizer:
         fqn: its dotted name in the model.
         module: the toolkit's quantizer.
         role: what it quantizes.
-        layers: dotted names of the weighted layers that read what it puts out; empty where none does, or none is known.
+        layers: dotted names of the weighted layers that read its output; empty where none does, or none is known.
         layer: whose weight it quantizes; None for activations.
         weight: that weight as the quantizer would see it now (BatchNorm folded in where the toolkit does that).
     """
@@ -97,7 +116,7 @@ def require_no_negative(name: str, minimum: float) -> None:
     if minimum < 0:
         raise NotPreparedError(
             f"{name}: an unsigned grid was chosen for it, because what it reads comes from a ReLU or the like, but it saw "
-            f"{minimum:.3g} in calibration. Is a tensor changed in place behind its ReLU? Write that operation out of place."
+            f"{minimum:.3g} in calibration. Is a tensor changed in place after its ReLU? Write that operation out of place."
         )
 
 

@@ -1,25 +1,55 @@
-"""Switches of fake-quantizers with torch.ao's methods; torchao's PT2E took them over."""
+"""What adapters share: fake-quantizers with torch.ao's methods, which torchao's PT2E took over, and learned ones like them.
+
+Both toolkits have a class ``FakeQuantizeBase``; the classes are unrelated but look alike.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from ..errors import NotPreparedError, UnsupportedQuantizerError
+from ..placement.calibration import RangeObserver, observe_inputs
+from ..quantizers import Rule
+from .adapter import Adapter, Quantizer
+
+_PAUSED = "_qakd_paused"
 
 
-class FakeQuantizeSwitches(ABC):
-    """The part of an adapter that turns quantization and observers on and off."""
+def set_paused(quantizer: nn.Module, paused: bool) -> None:
+    """Remember that ``set_fake_quant`` switched a quantizer off, and not the user; nothing stays in a toolkit's state."""
+    if paused:
+        setattr(quantizer, _PAUSED, True)
+    else:
+        quantizer.__dict__.pop(_PAUSED, None)
+
+
+def is_paused(quantizer: nn.Module) -> bool:
+    """Whether ``set_fake_quant`` switched a quantizer off."""
+    return _PAUSED in quantizer.__dict__
+
+
+class FakeQuantizeAdapter(ABC):
+    """The part of an adapter that fake-quantizers with torch.ao's methods have in common."""
 
     @abstractmethod
+    def quantizer_class(self) -> Any:
+        """The toolkit's class ``FakeQuantizeBase``."""
+
     def fake_quantizers(self, model: nn.Module) -> list[Any]:
         """All of the toolkit's fake-quantizers, also those that the user switched off."""
+        return [module for module in model.modules() if isinstance(module, self.quantizer_class())]
 
     def set_fake_quant(self, model: nn.Module, enabled: bool) -> None:
         for q in self.fake_quantizers(model):
             if is_active(q):
                 q.enable_fake_quant(enabled)
-                q._qakd_paused = not enabled
+                set_paused(q, not enabled)
 
     def freeze_ranges(self, model: nn.Module, frozen: bool) -> None:
         for q in self.fake_quantizers(model):
@@ -31,7 +61,158 @@ class FakeQuantizeSwitches(ABC):
                 q.enable_observer(q._qakd_observed)
                 del q._qakd_observed
 
+    def install(self, model: nn.Module, quantizer: Quantizer, rule: Rule, clip: Tensor) -> None:
+        clip = per_channel(clip, rule, quantizer)
+        substitute(model, quantizer.module, learned_fake_quantize(self.quantizer_class(), rule, clip, quantizer.module))
+
+    def learned(self, quantizer: Quantizer) -> Rule | None:
+        return rule_of(quantizer.module)
+
 
 def is_active(fake_quantizer: Any) -> bool:
     """Whether a fake-quantizer is on, or was until ``set_fake_quant`` paused it: not one that the user switched off."""
-    return bool(fake_quantizer.fake_quant_enabled[0]) or getattr(fake_quantizer, "_qakd_paused", False)
+    return bool(fake_quantizer.fake_quant_enabled[0]) or is_paused(fake_quantizer)
+
+
+def require_calibrated(quantizer: Quantizer, toolkit: str) -> None:
+    """Refuse a fake-quantizer whose observer needs a tensor and has seen none.
+
+    Raises:
+        NotPreparedError: names the quantizer.
+    """
+    observer: Any = getattr(quantizer.module, "activation_post_process", None)
+    low, high = getattr(observer, "min_val", None), getattr(observer, "max_val", None)
+    if low is None or high is None:
+        return
+    if low.numel() == 0 or not bool(torch.all(torch.isfinite(low) & torch.isfinite(high))):
+        raise NotPreparedError(
+            f"{quantizer.fqn} has no calibrated range: its observer never saw a batch. Run the prepared model on several "
+            f"batches, or prepare it with qakd_plugin.prepare(model, calibration_batches, toolkit={toolkit!r})."
+        )
+
+
+@torch.no_grad()
+def observe_unquantized(
+    adapter: Adapter,
+    model: nn.Module,
+    watched: Mapping[str, nn.Module],
+    batches: Sequence[Tensor],
+    clamps: Mapping[str, tuple[float, float] | None],
+) -> dict[str, RangeObserver]:
+    """What reaches some quantizers (or the places of some) while all of them are off; arguments as ``observe_inputs``."""
+    adapter.set_fake_quant(model, False)
+    observers = observe_inputs(model, watched, batches, clamps)
+    adapter.set_fake_quant(model, True)
+    return observers
+
+
+@torch.no_grad()
+def set_range(fake_quantizer: Any, clip: Tensor) -> None:
+    """Give a fake-quantizer per tensor, whose observer goes on from there, a symmetric range, or one from 0 on."""
+    observer = fake_quantizer.activation_post_process
+    observer.min_val.resize_(()).copy_(-clip if observer.quant_min < 0 else 0)
+    observer.max_val.resize_(()).copy_(clip)
+    scale, zero_point = fake_quantizer.calculate_qparams()
+    fake_quantizer.scale.copy_(scale)
+    fake_quantizer.zero_point.copy_(zero_point)
+
+
+def per_channel(clip: Tensor, rule: Rule, quantizer: Quantizer) -> Tensor:
+    """A clipping range (C,) in the shape in which it broadcasts with the weight; one per tensor as it is."""
+    if rule.axis is None:
+        return clip
+    assert quantizer.weight is not None
+    return clip.reshape([-1 if dim == rule.axis else 1 for dim in range(quantizer.weight().ndim)])
+
+
+def learned_fake_quantize(base: Any, rule: Rule, clip: Tensor, original: nn.Module) -> nn.Module:
+    """A fake-quantizer of class ``base`` that carries out ``rule`` in the place of ``original``."""
+    made: nn.Module = _class(base)(rule, clip, original)
+    return made
+
+
+def rule_of(module: nn.Module) -> Rule | None:
+    """The rule of a learned fake-quantizer; None for the toolkit's own."""
+    rule = getattr(module, "rule", None)
+    return rule if isinstance(rule, Rule) else None
+
+
+def substitute(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put one quantizer in every place of another."""
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module is old:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, new)
+
+
+@cache
+def _class(base: Any) -> type[nn.Module]:
+    class LearnedFakeQuantize(base):  # type: ignore[misc]
+        """Fake-quantizes by a rule whose tensors it holds."""
+
+        def __init__(self, rule: Rule, clip: Tensor, original: Any) -> None:
+            super().__init__()
+            self.rule = rule
+            self.originals = [original]  # in a list: not a submodule, and not in the state
+            per_channel = rule.axis is not None
+            self.ch_axis = rule.axis if per_channel else -1
+            self.is_per_channel = per_channel
+            self.qscheme = torch.per_channel_symmetric if per_channel else torch.per_tensor_symmetric
+            self.dtype = original.dtype
+            self.is_dynamic = False
+            self.quant_min, self.quant_max = rule.codes
+            self.fake_quant_enabled.copy_(original.fake_quant_enabled)
+            self.register_buffer("zero_point", torch.zeros(clip.numel(), dtype=torch.int32, device=clip.device))
+            rule.install(self, clip)
+            self.train(original.training)
+
+        @property
+        def scale(self) -> Tensor:
+            return self.rule.scale(self).reshape(-1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.rule(x, self) if self.fake_quant_enabled[0] == 1 else x
+
+        def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+            """What the toolkit's ``convert`` asks for."""
+            if self.rule.transforms_weight:
+                raise UnsupportedQuantizerError(
+                    f"{type(self.rule).__name__} does more to a weight than clip and round, which the toolkit's convert cannot "
+                    "repeat. Call qakd_plugin.restore_quantizers(model) first: it stores the weights as they were quantized."
+                )
+            return self.scale, self.zero_point
+
+        def extra_repr(self) -> str:
+            return f"{self.rule}, scale={self.scale.mean():.4g}"
+
+    return LearnedFakeQuantize
+
+
+def restored_fake_quantize(learned: Any, fake_quantize: Any, fixed_observer: Any) -> nn.Module:
+    """The toolkit's own fake-quantizer with the numbers that were learned, which it keeps.
+
+    Args:
+        learned: from :func:`learned_fake_quantize`.
+        fake_quantize: the toolkit's class ``FakeQuantize``.
+        fixed_observer: the toolkit's class ``FixedQParamsObserver``.
+    """
+    rule: Rule = learned.rule
+    low, high = rule.codes
+    scale = learned.scale.detach().clone()
+    made = fake_quantize(
+        observer=fixed_observer,
+        quant_min=low,
+        quant_max=high,
+        scale=1.0,
+        zero_point=0,
+        dtype=torch.quint8 if high > 127 else torch.qint8,
+        qscheme=learned.qscheme,
+    ).to(scale.device)
+    made.ch_axis = learned.ch_axis
+    for module in (made, made.activation_post_process):
+        module.register_buffer("scale", scale.clone())
+        module.register_buffer("zero_point", torch.zeros_like(scale, dtype=torch.int32))
+    made.fake_quant_enabled.copy_(learned.fake_quant_enabled)
+    made.train(learned.training)
+    restored: nn.Module = made
+    return restored

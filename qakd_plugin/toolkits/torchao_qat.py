@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import sys
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -24,8 +23,8 @@ from ..errors import NotPreparedError, QakdError, UnsupportedQuantizerError
 from ..export_form.modules import QuantizedLayer, replace_modules, store_weight
 from ..placement.placement import place_quantizers
 from ..quantizers import Rule
-from .adapter import Precision, QParams, Quantizer, weight_of
-from .learned import rule_of
+from .adapter import Precision, QParams, Quantizer, loaded_class, weight_of
+from .fake_quantizers import is_paused, rule_of, set_paused
 
 _log = logging.getLogger(__name__)
 _WEIGHT = "weight_fake_quantizer"
@@ -86,7 +85,8 @@ class TorchAOQATAdapter:
     def set_fake_quant(self, model: nn.Module, enabled: bool) -> None:
         for quantizer in self.quantizers(model):
             q: Any = quantizer.module
-            q.enabled, q._qakd_paused = enabled, not enabled
+            q.enabled = enabled
+            set_paused(q, not enabled)
 
     def freeze_ranges(self, model: nn.Module, frozen: bool) -> None:
         """Nothing to do: ranges follow the weight, or are trained like one."""
@@ -141,9 +141,8 @@ class TorchAOQATAdapter:
         if rule.transforms_weight:
             layer.weight.copy_(q(layer.weight))
         qparams = self.qparams(quantizer)
-        scale = qparams.scale.reshape(
-            -1 if qparams.axis is not None else 1, 1 if qparams.block is None else qparams.scale.shape[-1]
-        )
+        columns = 1 if qparams.block is None else qparams.scale.shape[-1]
+        scale = qparams.scale.reshape(-1, columns).expand(layer.out_features, columns)  # torchao has one per channel at least
         config = _learned_config(rule)
         config.dtype = _dtype(max(qparams.quant_max, -qparams.quant_min - 1).bit_length() + 1)
         restored = qat.FakeQuantizerBase.from_config(config)
@@ -173,13 +172,12 @@ class TorchAOQATAdapter:
 
 def _quantizer_class(name: str) -> type[nn.Module] | None:
     """A class of torchao's quantizers, if they are loaded: a model that torchao prepared cannot exist otherwise."""
-    module = sys.modules.get("torchao.quantization.qat.fake_quantizer")
-    return None if module is None else getattr(module, name)  # type: ignore[no-any-return]
+    return loaded_class("torchao.quantization.qat.fake_quantizer", name)
 
 
 def _is_active(quantizer: Any) -> bool:
     """Whether a quantizer is on, or was until ``set_fake_quant`` paused it: not one that the user switched off."""
-    return getattr(quantizer, "enabled", True) or getattr(quantizer, "_qakd_paused", False)
+    return getattr(quantizer, "enabled", True) or is_paused(quantizer)
 
 
 def _learned_config(rule: Rule) -> Any:

@@ -11,13 +11,14 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
 from ..errors import QakdError
-from ..tasks.outputs import frozen_logits, logits_of
+from ..tasks.outputs import logits_of
 from ..toolkits import adapter_for
 from .autocast import float32_hooks
+from .curvature import warn_of_no_refresh
 from .features import FeatureTaps
 from .methods import SQAKD, Method, Phase, require_labels, total_loss
 from .preflight import check_separate
-from .teachers import one_teacher
+from .teachers import one_teacher, require_teacher, teacher_logits
 
 
 class Attached:
@@ -43,8 +44,7 @@ class Attached:
         self._adapter = adapter_for(self._model)
         wanted = next((phase.features for phase in phases if phase.features is not None), None)
         self._taps = None
-        if wanted is not None:  # first: it refuses unknown layers, and no hook must stay behind
-            assert teacher is not None
+        if wanted is not None and teacher is not None:  # first: it refuses unknown layers, and no hook may be left
             self._taps = FeatureTaps(self._adapter, self._model, unwrapped(teacher), wanted)
         # On the wrapper where there is one: DistributedDataParallel hands on its own output, with its own backward pass.
         self._handles = [
@@ -109,8 +109,7 @@ class Attached:
         if not self.phase.teacher:
             raise QakdError(f"the teacher is frozen in phase {self.phase.name!r}: only kd.loss() belongs here.")
         student, teacher = self._last()
-        assert teacher is not None
-        if not teacher.requires_grad:
+        if teacher is None or not teacher.requires_grad:
             raise QakdError(
                 f"the teacher learns in phase {self.phase.name!r}, but none of its parameters requires a gradient. Call "
                 "teacher.requires_grad_(True) before the phase."
@@ -185,11 +184,12 @@ def attach(
     """
     method = SQAKD() if method is None else method
     phases = method.phases(100)  # how many epochs each has is up to the caller's loop
-    adapter_for(unwrapped(prepared_model))
+    adapter = adapter_for(unwrapped(prepared_model))
     teacher = one_teacher(teacher)
     require_teacher(method, phases, teacher)
     if teacher is not None:
         check_separate(prepared_model, teacher)
+    warn_of_no_refresh(adapter, unwrapped(prepared_model), "a loop of your own")
     return Attached(prepared_model, teacher, method, phases)
 
 
@@ -204,14 +204,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def require_teacher(method: Method, phases: Sequence[Phase], teacher: nn.Module | None) -> None:
-    """Raise QakdError where a phase needs a teacher and there is none."""
-    if teacher is None and any(phase.needs_teacher for phase in phases):
-        raise QakdError(
-            f"teacher=None, but {type(method).__name__} learns from a teacher. Pass a full-precision network, or use QAT()."
-        )
-
-
 def refuse_features(method: Method, phases: Sequence[Phase], bridge: str) -> None:
     """Raise QakdError where a method compares features, which a bridge to another library does not pick up."""
     if any(phase.features for phase in phases):
@@ -219,11 +211,3 @@ def refuse_features(method: Method, phases: Sequence[Phase], bridge: str) -> Non
             f"{type(method).__name__}(features=...): {bridge} compares logits only. Use qakd.distill or qakd.attach, or leave "
             "features out."
         )
-
-
-def teacher_logits(teacher: nn.Module | None, phase: Phase, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The teacher's logits: with gradients where it learns in this phase, in eval mode and without them otherwise."""
-    assert teacher is not None
-    if phase.teacher:
-        return logits_of(teacher(*args, **kwargs), "teacher")
-    return frozen_logits(teacher, *args, **kwargs)

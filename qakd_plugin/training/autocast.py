@@ -1,9 +1,9 @@
-"""Quantizers compute in float32 whatever autocast does around them."""
+"""Autocast, and quantizers that compute in float32 whatever it does around them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +11,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..toolkits import Adapter
+from .config import MixedPrecision
+
+
+def autocast(precision: MixedPrecision, device: torch.device) -> AbstractContextManager[Any]:
+    """Forward passes within the block compute in ``precision``."""
+    return nullcontext() if precision == "no" else torch.autocast(device.type, dtype=torch.bfloat16)
 
 
 def float32_hooks(adapter: Adapter, model: nn.Module) -> list[RemovableHandle]:

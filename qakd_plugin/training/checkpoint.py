@@ -10,13 +10,17 @@ import hashlib
 import io
 import json
 import logging
+import os
+import platform
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from .._common.files import write_atomic
 from ..errors import CheckpointError
@@ -25,6 +29,7 @@ _log = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d{9})-([0-9a-f]{16})\.pt")
 _REMAINS = re.compile(r"\.(step-\d{9}-[0-9a-f]{16}\.pt|history\.jsonl)\..*\.tmp")
 _KEPT = 2
+_LOCK, _HOLDER = ".lock", ".lock-holder.json"
 
 
 class CheckpointStore:
@@ -38,6 +43,46 @@ class CheckpointStore:
     def __init__(self, folder: Path, fingerprint: dict[str, Any]) -> None:
         self.folder = folder
         self.fingerprint = fingerprint
+        self._lock = FileLock(folder / _LOCK)
+
+    def lock(self) -> None:
+        """Take the folder for this process, until :meth:`unlock` or its death: two runs would prune each other's files.
+
+        Raises:
+            CheckpointError: another run has it, or it cannot be written; names it.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
+        except Timeout as taken:
+            raise CheckpointError(
+                f"checkpoint_dir={self.folder} is in use by another run ({self._holder()}). Wait for its end, stop it, or "
+                "choose another folder."
+            ) from taken
+        except NotImplementedError:
+            _log.warning("%s is on a file system without locks: see to it that no other run writes there.", self.folder)
+            return
+        except OSError as problem:
+            reason = problem.strerror or problem
+            raise CheckpointError(f"cannot write {self.folder}: {reason}. Choose a folder that can be written.") from problem
+        holder = json.dumps({"pid": os.getpid(), "host": platform.node()})
+        write_atomic(self.folder / _HOLDER, holder, CheckpointError)
+
+    def unlock(self) -> None:
+        """Give the folder back; nothing of the lock is left in it."""
+        if not self._lock.is_locked:
+            return
+        for name in (_HOLDER, _LOCK):
+            with suppress(OSError):  # a system where what is open cannot be removed: the next run takes it over
+                (self.folder / name).unlink(missing_ok=True)
+        self._lock.release()
+
+    def _holder(self) -> str:
+        try:
+            found = json.loads((self.folder / _HOLDER).read_text())
+            return f"process {found['pid']} on {found['host']}"
+        except (OSError, ValueError, KeyError, TypeError):  # it has just begun, or has just ended
+            return "a process that has not said which"
 
     def begin(self) -> None:
         """Start a run of its own: nothing of an earlier one may be taken for its checkpoints.
@@ -136,8 +181,8 @@ class CheckpointStore:
 
     def _check(self, path: Path, found: dict[str, Any]) -> None:
         for key, expected in self.fingerprint.items():
-            if found.get(key) != expected:
-                there, here = _difference(found.get(key), expected)
+            if key in found and found[key] != expected:  # older versions wrote down less
+                there, here = _difference(found[key], expected)
                 raise CheckpointError(
                     f"{path}: the checkpoint belongs to another run: {key} is {there} there and {here} here. "
                     "Use another checkpoint_dir, or resume=False after moving the old files away."

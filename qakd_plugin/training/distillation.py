@@ -3,37 +3,42 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence, Sized
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import Any, ParamSpec
 
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from .._common.arguments import positive_whole
 from .._common.console import say
 from ..augment.data import Stats
-from ..augment.selector import Augmentation, CMISelector, FixedAugmentation, SelectedAugmentation
-from ..errors import QakdError, UnsupportedQuantizerError
+from ..augment.selector import CMISelector
+from ..errors import QakdError
 from ..preparation.description import describe
 from ..tasks.batches import BatchFn, default_batch
-from ..toolkits import Adapter, Quantizer, adapter_for
-from .attached import require_teacher
-from .autocast import float32_quantizers
+from ..toolkits import adapter_for
+from .assembly import Lesson, assembled
 from .checkpoint import CheckpointStore
-from .distributed.processes import Processes, process_index, require_whole
-from .methods import SQAKD, Method, Phase
-from .optimizers import MakeOptimizer, Settings, optimizer_name
+from .config import Checkpoints, Data, MakeOptimizer, MixedPrecision, Settings
+from .distributed.launch import require_whole
+from .distributed.processes import Processes
+from .fingerprint import fingerprint
+from .methods import SQAKD, Method
+from .optimizers import optimizer_name
 from .preflight import check_quantizers, check_separate, check_trainable
 from .teacher_cache import TeacherCache
-from .teachers import one_teacher
+from .teachers import one_teacher, require_teacher
 from .tracking import Tracking
 from .trainer import Trainer
 
 _log = logging.getLogger(__name__)
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,20 @@ class DistillResult:
     teacher: nn.Module | None
 
 
+def _one_way_to_set(function: Callable[P, DistillResult]) -> Callable[P, DistillResult]:
+    """Refuse ``settings=`` together with a keyword that it holds: which of them counts?"""
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **options: P.kwargs) -> DistillResult:
+        twice = [part.name for part in fields(Settings) if part.name in options]
+        if options.get("settings") is not None and twice:
+            raise QakdError(f"settings= holds {', '.join(twice)} already: pass them in it, Settings({twice[0]}=...), or alone.")
+        return function(*args, **options)
+
+    return checked
+
+
+@_one_way_to_set
 def distill(
     prepared_model: nn.Module,
     teacher: nn.Module | Sequence[nn.Module] | None,
@@ -67,7 +86,7 @@ def distill(
     checkpoint_every: int | None = None,
     resume: bool = False,
     seed: int | None = None,
-    mixed_precision: str = "no",
+    mixed_precision: MixedPrecision = "no",
     callbacks: Sequence[object] = (),
     batch_fn: BatchFn = default_batch,
     lr: float = 1e-3,
@@ -84,6 +103,7 @@ def distill(
     cache_teacher: str | os.PathLike[str] | None = None,
     trackers: Sequence[Any] | None = None,
     optimizer: MakeOptimizer = AdamW,
+    settings: Settings | None = None,
 ) -> DistillResult:
     """Train a model that a quantization toolkit has prepared, with the losses of a distillation method.
 
@@ -132,6 +152,8 @@ def distill(
             ``checkpoint_dir``, where it is installed.
         optimizer: an optimizer's class, or a ``functools.partial`` of one, called with parameter groups and ``lr=``. Rates of
             quantizers are relative changes per step with Adam's step only.
+        settings: ``lr`` to ``patience``, ``mixed_precision`` and ``optimizer`` as one object; then none of them is passed by
+            itself.
 
     Returns:
         The model, the history, final metrics.
@@ -143,11 +165,8 @@ def distill(
         CheckpointError: a checkpoint belongs to another run, cannot be written, or is there though ``resume`` is False.
         QakdError: another argument is wrong; names it.
     """
-    require_whole("prepared_model", prepared_model)
-    adapter = adapter_for(prepared_model)
-    method = SQAKD() if method is None else method
-    phases = method.phases(_positive_int("epochs", epochs))
-    settings = Settings(
+    lesson = _lesson(prepared_model, one_teacher(teacher), SQAKD() if method is None else method, epochs)
+    settings = settings or Settings(
         lr=lr,
         quantizer_lr=quantizer_lr,
         activation_quantizer_lr=activation_quantizer_lr,
@@ -155,133 +174,134 @@ def distill(
         weight_decay=weight_decay,
         grad_clip=grad_clip,
         warmup=warmup,
-        mixed_precision=_precision(mixed_precision),
-        accumulate=_positive_int("accumulate", accumulate),
+        mixed_precision=mixed_precision,
+        accumulate=accumulate,
         ema=ema,
         recalibrate_batches=recalibrate_batches,
         patience=patience,
         optimizer=optimizer,
     )
-    if patience is not None and val_loader is None:
-        raise QakdError("patience needs val_loader: held-out batches say whether an epoch is better.")
-    teacher = one_teacher(teacher)
+    data = Data(loader, val_loader, batch_fn, augment, input_stats)
+    checkpoints = Checkpoints.of(checkpoint_dir, checkpoint_every, resume)
+    _check(lesson, data, settings, cache_teacher)
+    run = _run(lesson, data, settings, checkpoints, seed, cache_teacher, trackers, callbacks)
+    with run as trainer:
+        trainer.train(resume=resume)
+    return _result(trainer)
+
+
+def _lesson(model: nn.Module, teacher: nn.Module | None, method: Method, epochs: int) -> Lesson:
+    """Both networks and the method, which fit together."""
+    require_whole("prepared_model", model)
+    adapter = adapter_for(model)
+    positive_whole("epochs", epochs)
+    phases = method.phases(epochs)
     require_whole("teacher", teacher)
     require_teacher(method, phases, teacher)
     if teacher is not None:
-        check_separate(prepared_model, teacher)
-    _require_length(loader)
-    check_quantizers(adapter, prepared_model)
-    check_trainable(adapter, prepared_model)
-    summary = describe(prepared_model).summary()
-    _log.info("%s", summary)
-    index = process_index()
-    if index == 0:
-        say(summary)
-    if seed is not None:
-        set_seed(seed + index)  # processes augment different images: not with the same draws
-    store = None
-    if checkpoint_dir is not None:
-        store = CheckpointStore(
-            Path(checkpoint_dir), _fingerprint(adapter, prepared_model, method, loader, epochs, settings, augment)
-        )
-    elif resume or checkpoint_every:
-        raise QakdError("resume and checkpoint_every need checkpoint_dir: say where checkpoints are.")
-    learns = any(phase.teacher for phase in phases)
-    if isinstance(augment, CMISelector):
-        _check_selector(teacher, cache_teacher)
-    cache = _teacher_cache(cache_teacher, teacher, method, phases, settings.mixed_precision)
-    network = copy.deepcopy(teacher).requires_grad_(True) if learns and teacher is not None else teacher
-    processes = Processes()
-    tracking = Tracking(
-        trackers,
-        None if checkpoint_dir is None else Path(checkpoint_dir),
-        {"toolkit": adapter.name, "method": repr(method), "epochs": epochs}
-        | vars(settings)
-        | {"optimizer": optimizer_name(optimizer)},
-    )
-    with tracking, float32_quantizers(adapter, prepared_model):
-        trainer = Trainer(
-            adapter,
-            prepared_model,
-            network,
-            processes=processes,
-            method=method,
-            phases=phases,
-            loader=loader,
-            val_loader=val_loader,
-            batch_fn=batch_fn,
-            augment=_augmentation(augment, loader, batch_fn, input_stats),
-            settings=settings,
-            cache=cache,
-            store=store,
-            checkpoint_every=checkpoint_every,
-            callbacks=(*callbacks, tracking),
-        )
-        trainer.run(resume=resume)
-    kept = trainer.history[trainer.best.epoch] if trainer.best.epoch >= 0 else trainer.history[-1]
-    return DistillResult(prepared_model, trainer.history, kept, network)
+        check_separate(model, teacher)
+    check_quantizers(adapter, model)
+    check_trainable(adapter, model)
+    return Lesson(adapter, model, teacher, method, phases)
 
 
-def _augmentation(
-    augment: Callable[[Tensor], Tensor] | CMISelector | None,
-    loader: Iterable[Any],
-    batch_fn: BatchFn,
-    input_stats: Stats | None,
-) -> Augmentation:
-    if isinstance(augment, CMISelector):
-        return SelectedAugmentation(augment, loader, batch_fn, input_stats)
-    return FixedAugmentation(augment, input_stats)
-
-
-def _check_selector(teacher: nn.Module | None, cache_teacher: object) -> None:
-    if teacher is None:
+def _check(lesson: Lesson, data: Data, settings: Settings, cache_teacher: str | os.PathLike[str] | None) -> None:
+    """Raise QakdError where options do not fit the lesson or each other."""
+    _require_length(data.loader)
+    if settings.patience is not None and data.val_loader is None:
+        raise QakdError("patience needs val_loader: held-out batches say whether an epoch is better.")
+    if isinstance(data.augment, CMISelector) and lesson.teacher is None:
         raise QakdError(
             "augment=CMISelector() asks the teacher which augmentation is best: pass a teacher, or another augment."
         )
     if cache_teacher is not None:
+        _check_cache(lesson, data, cache_teacher)
+
+
+def _check_cache(lesson: Lesson, data: Data, path: str | os.PathLike[str]) -> None:
+    name = type(lesson.method).__name__
+    if lesson.teacher is None or not any(phase.needs_teacher for phase in lesson.phases):
+        raise QakdError(f"cache_teacher={str(path)!r}, but {name} needs no teacher. Leave it out.")
+    if lesson.teacher_learns:
+        raise QakdError(f"cache_teacher: the teacher of {name} learns too, so its logits change. Leave it out.")
+    if any(phase.features for phase in lesson.phases):
+        raise QakdError("cache_teacher holds logits only; features need the teacher's forward pass. Leave one of them out.")
+    if isinstance(data.augment, CMISelector):
         raise QakdError("cache_teacher needs images that look the same in every epoch; augment=CMISelector() draws new ones.")
 
 
-def _fingerprint(
-    adapter: Adapter, model: nn.Module, method: Method, loader: Iterable[Any], epochs: int, settings: Settings, augment: object
-) -> dict[str, Any]:
-    return {
-        "toolkit": adapter.name,
-        "method": repr(method),
-        "epochs": epochs,
-        "settings": repr(settings),
-        "optimizer": optimizer_name(settings.optimizer),
-        "augmentation": getattr(augment, "__qualname__", type(augment).__qualname__),  # its repr may hold an address
-        "quantizers": [_quantizer_line(adapter, quantizer) for quantizer in adapter.quantizers(model)],
-        "parameters": [f"{name} {tuple(parameter.shape)}" for name, parameter in model.named_parameters()],
-        "loader length": len(loader),  # type: ignore[arg-type]
-    }
+@contextmanager
+def _run(
+    lesson: Lesson,
+    data: Data,
+    settings: Settings,
+    checkpoints: Checkpoints,
+    seed: int | None,
+    cache_teacher: str | os.PathLike[str] | None,
+    trackers: Sequence[Any] | None,
+    callbacks: Sequence[object],
+) -> Iterator[Trainer]:
+    """Processes, seeds, files and trackers, and the trainer that uses them."""
+    processes = Processes()
+    _announce(lesson, processes)
+    if seed is not None:
+        set_seed(seed + processes.index)  # processes augment different images: not with the same draws
+    store = _store(lesson, data, settings, checkpoints, seed)
+    tracking = _tracking(lesson, settings, checkpoints, trackers)
+    trainer = assembled(
+        _with_own_teacher(lesson),
+        data,
+        settings,
+        processes,
+        cache=_cache(lesson, settings, cache_teacher),
+        store=store,
+        checkpoint_every=checkpoints.every,
+        callbacks=(*callbacks, tracking),
+    )
+    with tracking, trainer as ready:
+        yield ready
 
 
-def _quantizer_line(adapter: Adapter, quantizer: Quantizer) -> str:
-    """Which quantizer it is; its numbers change in training."""
-    rule = adapter.learned(quantizer)
-    try:
-        qparams = adapter.qparams(quantizer)
-        codes = f", codes {qparams.quant_min}..{qparams.quant_max}"
-    except UnsupportedQuantizerError:  # a form that can be trained with, if not exported
-        codes = ""
-    return f"{quantizer.fqn} {quantizer.role}{codes}{'' if rule is None else f', {rule.method}'}"
+def _announce(lesson: Lesson, processes: Processes) -> None:
+    summary = describe(lesson.model).summary()
+    _log.info("%s", summary)
+    if processes.is_main:
+        say(summary)
 
 
-def _teacher_cache(
-    path: str | os.PathLike[str] | None, teacher: nn.Module | None, method: Method, phases: Sequence[Phase], precision: str
-) -> TeacherCache | None:
-    if path is None:
+def _cache(lesson: Lesson, settings: Settings, path: str | os.PathLike[str] | None) -> TeacherCache | None:
+    if path is None or lesson.teacher is None:
         return None
-    name = type(method).__name__
-    if teacher is None or not any(phase.needs_teacher for phase in phases):
-        raise QakdError(f"cache_teacher={str(path)!r}, but {name} asks no teacher. Leave it out.")
-    if any(phase.teacher for phase in phases):
-        raise QakdError(f"cache_teacher: the teacher of {name} learns too, so its logits change. Leave it out.")
-    if any(phase.features for phase in phases):
-        raise QakdError("cache_teacher holds logits only; features need the teacher's forward pass. Leave one of them out.")
-    return TeacherCache(path, teacher, precision)
+    return TeacherCache(path, lesson.teacher, settings.mixed_precision)
+
+
+def _store(
+    lesson: Lesson, data: Data, settings: Settings, checkpoints: Checkpoints, seed: int | None
+) -> CheckpointStore | None:
+    if checkpoints.folder is None:
+        return None
+    frozen = None if lesson.teacher_learns else lesson.teacher
+    facts = fingerprint(lesson.adapter, lesson.model, frozen, lesson.method, data, len(lesson.epochs), settings, seed)
+    return CheckpointStore(checkpoints.folder, facts)
+
+
+def _tracking(lesson: Lesson, settings: Settings, checkpoints: Checkpoints, trackers: Sequence[Any] | None) -> Tracking:
+    run = {"toolkit": lesson.adapter.name, "method": repr(lesson.method), "epochs": len(lesson.epochs)}
+    numbers = vars(settings) | {"optimizer": optimizer_name(settings.optimizer)}
+    return Tracking(trackers, checkpoints.folder, run | numbers)
+
+
+def _with_own_teacher(lesson: Lesson) -> Lesson:
+    """A teacher that learns is a copy: the one that was passed in stays as it is."""
+    if not lesson.teacher_learns or lesson.teacher is None:
+        return lesson
+    return replace(lesson, teacher=copy.deepcopy(lesson.teacher).requires_grad_(True))
+
+
+def _result(trainer: Trainer) -> DistillResult:
+    state = trainer.state
+    kept = state.history[state.best.epoch] if state.best.epoch >= 0 else state.history[-1]
+    return DistillResult(trainer.networks.model, state.history, kept, trainer.networks.teacher)
 
 
 def _require_length(loader: Iterable[Any]) -> None:
@@ -292,15 +312,3 @@ def _require_length(loader: Iterable[Any]) -> None:
         )
     if len(loader) == 0:
         raise QakdError("loader is empty: it holds no batch. Check the data set, the batch size and drop_last.")
-
-
-def _precision(value: str) -> str:
-    if value not in {"no", "bf16"}:
-        raise QakdError(f'mixed_precision={value!r} is unknown: use "no" or "bf16".')
-    return value
-
-
-def _positive_int(name: str, value: int) -> int:
-    if not (isinstance(value, int) and value > 0):
-        raise QakdError(f"{name}={value!r} must be a positive whole number.")
-    return value

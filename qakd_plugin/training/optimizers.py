@@ -3,51 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterable
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..errors import QakdError
 from ..toolkits import Adapter
 from ..toolkits.adapter import Role
-
-MakeOptimizer: TypeAlias = Callable[..., torch.optim.Optimizer]
-"""Called with parameter groups and ``lr=``: ``torch.optim.AdamW``, ``partial(torch.optim.SGD, momentum=0.9)``."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Numbers of a run; see :func:`qakd_plugin.distill`."""
-
-    lr: float = 1e-3
-    quantizer_lr: float = 1e-3
-    activation_quantizer_lr: float | None = None
-    teacher_lr: float = 1e-4
-    weight_decay: float = 1e-4
-    grad_clip: float | None = 1.0
-    warmup: float = 0.05
-    mixed_precision: str = "no"
-    accumulate: int = 1
-    ema: float | None = None
-    recalibrate_batches: int = 0
-    patience: int | None = None
-    optimizer: MakeOptimizer = field(default=torch.optim.AdamW, repr=False)  # its repr may hold an address
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.warmup < 1:
-            raise QakdError(f"warmup={self.warmup} must be a share of all steps, not a number of them: 0.05, or 0 for none.")
-        if self.grad_clip is not None and not self.grad_clip > 0:
-            raise QakdError(f"grad_clip={self.grad_clip} must be positive, or None for no clipping.")
-        if self.ema is not None and not 0 < self.ema < 1:
-            raise QakdError(f"ema={self.ema} must lie between 0 and 1, e.g. 0.999, or be None.")
-        if self.recalibrate_batches < 0:
-            raise QakdError(f"recalibrate_batches={self.recalibrate_batches} must not be negative.")
-        if self.patience is not None and self.patience < 1:
-            raise QakdError(f"patience={self.patience} must be 1 at least, or None.")
+from .config import MakeOptimizer, Settings
 
 
 def quantizer_parameters(adapter: Adapter, model: nn.Module, role: Role | None = None) -> dict[int, nn.Parameter]:
@@ -102,7 +67,7 @@ def optimizer_name(make: MakeOptimizer) -> str:
     return getattr(make, "__qualname__", type(make).__qualname__)
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], of_quantizers: Container[int], limit: float | None) -> float:
+def clip_gradients(parameters: Iterable[nn.Parameter], of_quantizers: Container[int], limit: float | None) -> Tensor:
     """Clip the gradients of weights, and apart from them those of quantizers, to a norm each.
 
     Apart, because the gradient of a clipping range is a sum over all activations, and would drown those of weights.
@@ -113,14 +78,15 @@ def clip_gradients(parameters: Iterable[nn.Parameter], of_quantizers: Container[
         limit: largest norm; None only measures.
 
     Returns:
-        The norm of all gradients before clipping.
+        () the norm of all gradients before clipping.
     """
     parts: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
     for parameter in parameters:
         parts[id(parameter) in of_quantizers].append(parameter)
     largest = math.inf if limit is None else limit
     norms = [nn.utils.clip_grad_norm_(part, largest) for part in parts if part]
-    return float(torch.linalg.vector_norm(torch.stack(norms)))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return norm
 
 
 def cosine_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup: float) -> torch.optim.lr_scheduler.LambdaLR:

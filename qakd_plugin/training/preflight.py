@@ -1,9 +1,8 @@
-"""Checks before the first training step, and the search for what went wrong after a bad one. Each message says what to do."""
+"""Checks before the first training step. Each message says what to do."""
 
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from ..errors import NotPreparedError, QakdError, TrainingError, UnsupportedQuantizerError
 from ..preparation.feasibility import export_problems
 from ..toolkits import Adapter
+from .divergence import blame, require_finite_input
 
 _log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def check_quantizers(adapter: Adapter, model: nn.Module) -> None:
         try:
             scale = adapter.qparams(quantizer).scale
         except UnsupportedQuantizerError as problem:
-            if quantizer.role == "weight":
+            if quantizer.role != "activation":
                 raise
             _log.warning("%s It can be trained with, but not exported.", problem)
             continue
@@ -74,12 +74,12 @@ def check_first_batch(student: nn.Module, student_logits: Tensor, teacher_logits
     """
     require_finite_input(x, 0)
     if not bool(torch.isfinite(student_logits).all()):
-        raise TrainingError(f"prepared_model puts out NaN or infinite logits on the first batch. {blame(student, x)}")
+        raise TrainingError(f"prepared_model outputs NaN or infinite logits on the first batch. {blame(student, x)}")
     if student_logits.ndim != 2:
-        raise QakdError(f"prepared_model must put out logits (N, C), got shape {tuple(student_logits.shape)}.")
+        raise QakdError(f"prepared_model must output logits (N, C), got shape {tuple(student_logits.shape)}.")
     if teacher_logits is not None and teacher_logits.shape != student_logits.shape:
         raise QakdError(
-            f"teacher and prepared_model must know the same classes: the teacher puts out {tuple(teacher_logits.shape)}, the "
+            f"teacher and prepared_model must know the same classes: the teacher outputs {tuple(teacher_logits.shape)}, the "
             f"student {tuple(student_logits.shape)} for the same batch."
         )
 
@@ -152,48 +152,7 @@ def check_exportable(adapter: Adapter, student: nn.Module, x: Tensor) -> None:
     Args:
         adapter: of the student's toolkit.
         student: in eval mode.
-        x: a batch.
+        x: a batch; two samples of it are enough.
     """
-    for reason, targets in export_problems(adapter, student, x).items():
+    for reason, targets in export_problems(adapter, student, x[:2]).items():
         _log.warning("prepared_model cannot be exported for %s: %s", " and ".join(targets), reason)
-
-
-def require_finite_input(x: Tensor, batch: int) -> None:
-    """Raise TrainingError, with the batch's number, for NaN or infinite images."""
-    if not bool(torch.isfinite(x).all()):
-        bad = (~torch.isfinite(x)).flatten(1).any(1).nonzero().flatten().tolist()
-        raise TrainingError(f"loader: batch {batch} holds NaN or infinite values in samples {bad[:8]}. Clean the data.")
-
-
-@torch.no_grad()
-def blame(model: nn.Module, x: Tensor) -> str:
-    """One sentence: the first module whose output is not finite for ``x`` although its input is."""
-    found: list[tuple[str, nn.Module]] = []
-
-    def hook(name: str) -> Any:
-        def look(module: nn.Module, args: Any, output: Any) -> None:
-            inputs = [a for a in args if isinstance(a, Tensor) and a.is_floating_point()]
-            clean = all(bool(torch.isfinite(a).all()) for a in inputs)
-            if not found and clean and isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
-                found.append((name, module))
-
-        return look
-
-    handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules() if name]
-    try:
-        model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not found:
-        return "No single layer turns finite numbers into NaN on this batch."
-    name, module = found[0]
-    gamma = getattr(getattr(module, "bn", None), "weight", None)
-    if isinstance(gamma, Tensor) and bool((gamma == 0).any()):
-        channel = int((gamma == 0).nonzero()[0])
-        return (
-            f"{name} ({type(module).__name__}) is where it begins: its BatchNorm has gamma = 0 in channel {channel} "
-            "(zero_init_residual?), and the fused layer divides by it. Set such gammas to a small number, 1e-3, before "
-            "preparing."
-        )
-    return f"{name} ({type(module).__name__}) is where it begins."

@@ -1,6 +1,8 @@
 """The teacher's logits on disk, for training data that look the same in every epoch.
 
 Rows are found by the content of a sample, so shuffling is free and an image that is not the one that was cached is noticed.
+The file is safetensors: ``samples`` (N, 16) uint8, the digest of each sample, and ``logits`` (N, C); its header says what they
+are of, with a digest of their bytes.
 """
 
 from __future__ import annotations
@@ -8,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import zipfile
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +21,23 @@ import torch
 from torch import Tensor, nn
 
 from .._common.files import write_atomic
+from .._common.tensor_file import pack, unpack
 from ..errors import CheckpointError, QakdError
 from .checkpoint import load_plain
 from .distributed.processes import Processes
+from .teachers import checksum
 
 _log = logging.getLogger(__name__)
 _DIGEST = 16
+_FORMAT, _VERSION = "qakd_plugin teacher logits", "2"
+"""Version 1 was a file of ``torch.save``, without a digest of its own; it is still read."""
+
+
+@dataclass(frozen=True)
+class _Content:
+    teacher: str
+    samples: Tensor
+    logits: Tensor
 
 
 class TeacherCache:
@@ -39,7 +54,7 @@ class TeacherCache:
 
     def __init__(self, path: str | os.PathLike[str], teacher: nn.Module, precision: str) -> None:
         self.path = Path(path)
-        self._checksum = f"{_checksum(teacher)} {precision}"
+        self._teacher = f"{checksum(teacher)} {precision}"
         self._rows: dict[bytes, int] = {}
         self._logits = torch.empty(0)
         self._missed = 0
@@ -59,16 +74,17 @@ class TeacherCache:
         """
         if self._rows:
             return
-        found: dict[bytes, Tensor] = {}
-        for x in batches:
-            found.update(zip(_digests(x), logits(x).cpu(), strict=True))
-        found = {key: row for part in processes.gather(found) for key, row in part.items()}
+
+        def share() -> tuple[dict[bytes, Tensor], list[float]]:
+            mine: dict[bytes, Tensor] = {}
+            for x in batches:
+                mine.update(zip(_digests(x), logits(x).cpu(), strict=True))
+            return mine, []
+
+        mine, _ = processes.together(share)
+        found = {key: row for part in processes.gather(mine) for key, row in part.items()}
         keys = np.frombuffer(b"".join(found), dtype=np.uint8).reshape(-1, _DIGEST)
-        content = {
-            "teacher": self._checksum,
-            "samples": torch.from_numpy(keys.copy()),
-            "logits": torch.stack([*found.values()]),
-        }
+        content = _Content(self._teacher, torch.from_numpy(keys.copy()), torch.stack([*found.values()]))
         processes.on_main(lambda: self._write(content))
         self._read()
 
@@ -76,8 +92,8 @@ class TeacherCache:
         """Begin to count samples that are not there."""
         self._missed = 0
 
-    def logits(self, x: Tensor, teacher: Callable[[Tensor], Tensor]) -> Tensor:
-        """The teacher's logits (N, C) for a batch; samples that are not in the file are computed.
+    def find(self, x: Tensor) -> Tensor | None:
+        """The teacher's logits (N, C) for a batch; None where some of its samples are not in the file and must be computed.
 
         Raises:
             QakdError: more samples are missing than the uneven end of an epoch explains.
@@ -94,37 +110,65 @@ class TeacherCache:
                 "or the augmentation changed, or the augmentation is random. Train without cache_teacher, seed the "
                 "augmentation by sample, or remove the file to make it anew."
             )
-        return teacher(x)
+        return None
 
-    def _write(self, content: dict[str, Any]) -> None:
-        write_atomic(self.path, lambda file: torch.save(content, file), CheckpointError)
-        _log.info("%s: logits of %d samples.", self.path, len(content["samples"]))
+    def _write(self, content: _Content) -> None:
+        tensors = {"samples": content.samples, "logits": content.logits}
+        facts = {"format": _FORMAT, "version": _VERSION, "teacher": content.teacher}
+        write_atomic(self.path, pack(tensors, facts), CheckpointError)
+        _log.info("%s: logits of %d samples.", self.path, len(content.samples))
 
     def _read(self) -> None:
         try:
-            content = load_plain(self.path, mmap=True)
+            content = _read_old(self.path) if zipfile.is_zipfile(self.path) else _read(self.path)
         except CheckpointError as error:
             raise CheckpointError(f"cache_teacher: {self.path} is no file of logits: {error}. Remove it.") from error
-        if not isinstance(content, dict) or content.keys() != {"teacher", "samples", "logits"}:
-            raise CheckpointError(f"cache_teacher: {self.path} is not a file of logits that this package wrote.")
-        if content["teacher"] != self._checksum:
+        if content.teacher != self._teacher:
             raise CheckpointError(
                 f"cache_teacher: {self.path} holds the logits of another teacher, or of one in another precision. Remove it, "
                 "or name another file."
             )
-        self._logits = content["logits"]
-        self._rows = {key.tobytes(): row for row, key in enumerate(content["samples"].numpy())}
+        self._logits = content.logits
+        self._rows = {key.tobytes(): row for row, key in enumerate(content.samples.numpy())}
+
+
+def _read(path: Path) -> _Content:
+    """A file of this version. The message of a CheckpointError is the reason alone."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"it cannot be read ({error})") from error
+    tensors, facts = unpack(data)
+    if facts.get("format") != _FORMAT or tensors.keys() != {"samples", "logits"}:
+        raise CheckpointError("this package did not write it")
+    if facts.get("version") != _VERSION:
+        raise CheckpointError(f"its version is {facts.get('version')}, and this package reads {_VERSION} and older ones")
+    return _content(facts.get("teacher"), tensors)
+
+
+def _read_old(path: Path) -> _Content:
+    """A file of version 1. The message of a CheckpointError is the reason alone."""
+    content = load_plain(path, mmap=True)
+    if not isinstance(content, dict) or content.keys() != {"teacher", "samples", "logits"}:
+        raise CheckpointError("this package did not write it")
+    return _content(content["teacher"], content)
+
+
+def _content(teacher: Any, tensors: dict[str, Any]) -> _Content:
+    samples, logits = tensors["samples"], tensors["logits"]
+    fits = (
+        isinstance(samples, Tensor)
+        and isinstance(logits, Tensor)
+        and samples.dtype == torch.uint8
+        and samples.shape == (len(logits), _DIGEST)
+        and logits.is_floating_point()
+        and logits.ndim == 2
+    )
+    if not (fits and isinstance(teacher, str)):
+        raise CheckpointError("what it holds are no digests (N, 16) and logits (N, C)")
+    return _Content(teacher, samples, logits)
 
 
 def _digests(x: Tensor) -> list[bytes]:
     samples: Any = x.detach().contiguous().cpu().flatten(1).view(torch.uint8).numpy()
     return [hashlib.blake2b(sample, digest_size=_DIGEST).digest() for sample in samples]
-
-
-def _checksum(network: nn.Module) -> str:
-    """SHA-256 of all parameters and buffers, their names and shapes."""
-    digest = hashlib.sha256(f"{type(network).__module__}.{type(network).__qualname__}".encode())
-    for name, tensor in network.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()

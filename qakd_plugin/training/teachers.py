@@ -1,14 +1,18 @@
-"""One teacher or several."""
+"""The network that teaches: one or several, frozen or learning too."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .._common.module_mode import eval_mode
 from ..errors import QakdError
 from ..tasks.outputs import logits_of
+from .methods import Method, Phase
 
 
 class MeanOfTeachers(nn.Module):
@@ -43,3 +47,38 @@ def one_teacher(teacher: nn.Module | Sequence[nn.Module] | None) -> nn.Module | 
     if not networks or not all(isinstance(network, nn.Module) for network in networks):
         raise QakdError(f"teacher must be a network, a sequence of networks or None, got {teacher!r}.")
     return networks[0] if len(networks) == 1 else MeanOfTeachers(networks)
+
+
+def require_teacher(method: Method, phases: Sequence[Phase], teacher: nn.Module | None) -> None:
+    """Raise QakdError where a phase needs a teacher and there is none."""
+    if teacher is None and any(phase.needs_teacher for phase in phases):
+        raise QakdError(
+            f"teacher=None, but {type(method).__name__} learns from a teacher. Pass a full-precision network, or use QAT()."
+        )
+
+
+def teacher_logits(teacher: nn.Module | None, phase: Phase, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """What the teacher says to a call in this phase; None in a phase that needs no teacher.
+
+    With gradients where it learns in this phase, in eval mode and without them otherwise.
+    """
+    if teacher is None or not phase.needs_teacher:
+        return None
+    if phase.teacher:
+        return logits_of(teacher(*args, **kwargs), "teacher")
+    return frozen_logits(teacher, *args, **kwargs)
+
+
+def frozen_logits(teacher: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    """A teacher's logits in eval mode and without gradients; its modes are put back."""
+    with eval_mode(teacher), torch.no_grad():
+        return logits_of(teacher(*args, **kwargs), "teacher")
+
+
+def checksum(network: nn.Module) -> str:
+    """SHA-256 of all parameters and buffers, their names, types and shapes."""
+    digest = hashlib.sha256(f"{type(network).__module__}.{type(network).__qualname__}".encode())
+    for name, tensor in network.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -23,7 +23,7 @@ from qdq_graphs import INT4, QdqGraph, residual_net
 from report_rows import ROW
 from torch import nn
 
-from qakd_plugin import EngineError, MissingPackageError, QakdError, benchmark, build_engine, export_onnx
+from qakd_plugin import EngineError, MissingPackageError, QakdError, benchmark, build_engine, export_float, export_onnx
 from qakd_plugin._common.cpu_features import has_bfloat16
 from qakd_plugin.bench import Candidate, measure, peak_memory
 from qakd_plugin.bench.accuracy import wilson_interval
@@ -33,7 +33,6 @@ from qakd_plugin.bench.measure import percentiles
 from qakd_plugin.bench.peak_memory import peak_rss_mib
 from qakd_plugin.bench.ratios import with_findings, with_speedups
 from qakd_plugin.deploy.canonical.graph import read_onnx
-from qakd_plugin.deploy.canonical.write import export_float
 from qakd_plugin.deploy.engine.bindings import gpu_capability
 from qakd_plugin.deploy.engine.manifest import sealed
 from qakd_plugin.deploy.engine.runner import EngineRunner, StageTimes
@@ -421,6 +420,20 @@ def test_measuring_files_imports_no_torch(files):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_importing_bench_and_report_loads_nothing_slow():
+    code = (
+        "import sys\n"
+        "import qakd_plugin.bench, qakd_plugin.report\n"
+        "slow = {'torch', 'onnx', 'onnxruntime', 'openvino', 'scipy', 'jinja2', 'pydantic', 'matplotlib', 'psutil'}\n"
+        "print(sorted(slow & set(sys.modules)))\n"
+        "from qakd_plugin.report import console_table, write_report\n"
+        "from qakd_plugin.bench import Candidate, benchmark\n"
+        "print(sorted({'torch', 'onnxruntime', 'openvino', 'scipy', 'jinja2', 'matplotlib'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["[]", "[]"]
 
 
 class Scaled(nn.Module):

@@ -81,7 +81,9 @@ def test_student_pt_of_earlier_versions_is_read_and_its_grids_are_compared(image
     other = make_student(images, seed=1)
     load_student(other, tmp_path / "student.pt")
     assert torch.equal(other.head.weight, student.head.weight)
-    with pytest.raises(QakdError, match=r"was trained as toolkit, codes -127..127, and the recipe prepares toolkit, codes -8..7"):
+    with pytest.raises(
+        QakdError, match=r"was trained as toolkit, codes -127..127, and the recipe prepares toolkit, codes -8..7"
+    ):
         load_student(make_student(images, weight_bits=4), tmp_path / "student.pt")
 
 
@@ -103,7 +105,9 @@ def test_a_plain_state_dict_in_either_format_is_taken_as_it_is(written, images, 
 def test_a_file_of_another_kind_is_refused(images, tmp_path):
     path = tmp_path / "logits.safetensors"
     path.write_bytes(pack({"logits": torch.ones(2)}, {"format": "teacher cache", "version": "1"}))
-    with pytest.raises(QakdError, match=r"a file of another kind \(teacher cache, version 1; qakd student, version 1 is read\)"):
+    with pytest.raises(
+        QakdError, match=r"a file of another kind \(teacher cache, version 1; qakd student, version 1 is read\)"
+    ):
         load_student(make_student(images), path)
 
 

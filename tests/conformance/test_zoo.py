@@ -12,14 +12,14 @@ from torch import nn
 
 from qakd_plugin import build_engine, describe, export_onnx, prepare
 from qakd_plugin.bench.census import census
-from qakd_plugin.deploy.canonical.passes import quantizers_behind_relu
+from qakd_plugin.deploy.canonical.clamps import quantizers_after_relu
 from qakd_plugin.deploy.canonical.write import export_canonical, to_proto
 from qakd_plugin.deploy.parity.gate import check_parity
 from qakd_plugin.deploy.targets.onnxruntime import to_onnxruntime_form
 from qakd_plugin.placement.attention import OpenAttention, open_attention
 from qakd_plugin.placement.placement import place_quantizers
 from qakd_plugin.toolkits import adapter_for
-from qakd_plugin.toolkits.modelopt.adapter import restore_modelopt
+from qakd_plugin.toolkits.modelopt import restore_modelopt
 
 RTX = "tensorrt_rtx"
 
@@ -154,7 +154,7 @@ def _deploy(student, images, folder):
     canonical = export_canonical(form, images)
     rewritten = to_onnxruntime_form(canonical)
     for file, fused in ((canonical, False), (rewritten, True)):
-        proof = check_parity(file, form, student, images, fused=fused, after_relu=quantizers_behind_relu(canonical.graph))
+        proof = check_parity(file, form, student, images, fused=fused, after_relu=quantizers_after_relu(canonical.graph))
         assert proof.runtime_deviation < 1e-5
         assert proof.toolkit_deviation < 1e-5
     assert not any(node.op_type == "BatchNormalization" for node in canonical.graph)

@@ -6,9 +6,8 @@ import onnx
 import pytest
 from qdq_graphs import INT4, UINT8, QdqGraph, residual_net
 
-from qakd_plugin import ExportError, export_onnx
+from qakd_plugin import ExportError, export_float, export_onnx
 from qakd_plugin.bench.census import census
-from qakd_plugin.deploy.canonical.write import export_float
 from qakd_plugin.deploy.diagnosis import NARROW, diagnose
 
 

@@ -11,8 +11,10 @@ from torch import nn
 
 from qakd_plugin import ExportError, ParityError, build_engine, export_onnx, prepare
 from qakd_plugin.deploy.canonical.graph import constant
-from qakd_plugin.deploy.canonical.write import export_canonical, export_float
-from qakd_plugin.deploy.targets.float16 import check_float16, to_float16
+from qakd_plugin.deploy.canonical.write import export_canonical
+from qakd_plugin.deploy.export import export_float
+from qakd_plugin.deploy.parity.float16 import check_float16
+from qakd_plugin.deploy.targets.float16 import to_float16
 from qakd_plugin.toolkits import adapter_for
 
 ONE = {"runtime": "tensorrt_rtx", "capabilities": ["SM86"]}

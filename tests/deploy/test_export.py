@@ -355,7 +355,9 @@ def test_what_a_parameter_makes_negative_behind_a_relu_stays_negative(target, jo
 
 def test_codes_that_no_relu_drops_are_missed_where_they_are_dropped(joined, tmp_path, monkeypatch):
     student, images = joined
-    monkeypatch.setattr("qakd_plugin.deploy.targets.onnxruntime._holds_no_negative", lambda value: constant(value) is not None)
+    monkeypatch.setattr(
+        "qakd_plugin.deploy.canonical.sign_analysis._holds_no_negative", lambda value: constant(value) is not None
+    )
     with pytest.raises(ParityError, match=r"^second\.input_qdq: .* quantize differently") as caught:
         export_onnx(student, images, tmp_path / "s.onnx", target="onnxruntime")
     assert caught.value.layer == "second.input_qdq"

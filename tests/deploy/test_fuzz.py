@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qakd_plugin import DoReFa, build_engine, prepare, use_quantizers
 from qakd_plugin.bench.census import census
-from qakd_plugin.deploy.canonical.passes import quantizers_behind_relu
+from qakd_plugin.deploy.canonical.clamps import quantizers_after_relu
 from qakd_plugin.deploy.canonical.write import export_canonical, to_proto
 from qakd_plugin.deploy.parity.gate import check_parity
 from qakd_plugin.deploy.targets.onnxruntime import to_onnxruntime_form
@@ -219,7 +219,7 @@ def _proven(plan: Plan, model: nn.Module, images: Tensor, target: str) -> tuple[
     adapter.freeze_ranges(student, True)
     check_parity(canonical, form, student, images, fused=False)
     rewritten = to_onnxruntime_form(canonical)
-    moved = quantizers_behind_relu(canonical.graph)
+    moved = quantizers_after_relu(canonical.graph)
     assert check_parity(rewritten, form, student, images, fused=True, after_relu=moved).activation_codes > 0
     check_parity(to_openvino_form(canonical), form, student, images, fused=False, after_relu=moved)
     return canonical, rewritten

@@ -341,6 +341,23 @@ def test_missing_or_bad_calibration_data_is_named(teacher):
         prepare(teacher, [torch.rand(2, 1, 32, 32), torch.full((2, 1, 32, 32), float("nan"))])
 
 
+@pytest.mark.parametrize("toolkit", ["modelopt", "pt2e", "torch_ao"])
+def test_a_layer_that_an_infinite_value_reaches_in_calibration_is_named(toolkit):
+    class Overflows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.second(torch.exp(1e3 * self.first(x)))
+
+    torch.manual_seed(0)
+    with pytest.raises(
+        NotPreparedError, match=r"^second\b.* not finite|input_fake_quant.* not finite|post_process.* not finite"
+    ):
+        prepare(Overflows(), [torch.rand(8, 4)], toolkit)
+
+
 def test_a_prepared_model_is_not_prepared_again(make_student, calibration):
     with pytest.raises(NotPreparedError, match="prepared by modelopt already"):
         prepare(make_student(), calibration)

@@ -32,7 +32,8 @@ from qakd_plugin import (
 from qakd_plugin.deploy.parity.report import agreement
 from qakd_plugin.toolkits import adapter_for
 from qakd_plugin.training import trainer as loop
-from qakd_plugin.training.optimizers import Settings, student_optimizer
+from qakd_plugin.training.config import Settings
+from qakd_plugin.training.optimizers import student_optimizer
 
 TOOLKITS = ["modelopt", "pt2e", "torchao", "torch_ao", "torch_ao_eager"]
 QUANTIZERS = [LSQ(), PACT(), DoReFa(), EWGS()]

@@ -124,13 +124,7 @@ def wheel(tmp_path_factory):
 def test_the_wheel_holds_the_package_and_its_data_only(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"qakd_plugin"}
-    for needed in (
-        "py.typed",
-        "report/assets/template.html",
-        "report/assets/report.css",
-        "report/assets/report.js",
-        "bench/schema.json",
-    ):
+    for needed in ("py.typed", "report/assets/template.html", "report/assets/report.css", "report/assets/report.js"):
         assert f"qakd_plugin/{needed}" in names
     modules = {name for name in names if name.endswith(".py")}
     assert modules == {str(path.relative_to(ROOT)) for path in (ROOT / "qakd_plugin").rglob("*.py")}

@@ -11,12 +11,14 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import chromium
+import jsonschema
 import pytest
 from markdown_it import MarkdownIt
 from report_rows import CONDITIONS, FINDING, LAYERS, ROW
 
 from qakd_plugin import QakdError, write_report
-from qakd_plugin.bench.rows import SCHEMA_VERSION, Row, schema, validate
+from qakd_plugin.bench.rows import Row
+from qakd_plugin.bench.schema import SCHEMA_VERSION, schema, validate
 from qakd_plugin.cli import main
 from qakd_plugin.report import build_document, console_table, merge_reports, read_report
 from qakd_plugin.report.charts import training_run
@@ -100,8 +102,54 @@ def hostile_document(text):
 # -- the document
 
 
-def test_the_row_and_its_schema_have_the_same_fields():
-    assert list(schema()["properties"]["rows"]["items"]["properties"]) == list(ROW.as_dict())
+def test_the_schema_that_others_read_judges_as_the_check_does():
+    """By another library, leaf by leaf; there, 1.0 is an integer, as in all of JSON Schema."""
+    judge = jsonschema.Draft202012Validator(schema())
+    judge.check_schema(schema())
+    original, counted = document(), {True: 0, False: 0}
+    assert judge.is_valid(json.loads(json.dumps(original)))
+    for place in leaves(original):
+        for odd in (None, -1, 0.5, 3, 2**40, True, "text", [], {}):
+            damaged = copy.deepcopy(original)
+            *outer, last = place
+            holder = damaged
+            for key in outer:
+                holder = holder[key]
+            holder[last] = odd
+            try:
+                validate(damaged)
+            except QakdError as error:
+                accepted = "the report has 1 runs" in str(error)  # of rows that name another run the schema knows nothing
+            else:
+                accepted = True
+            assert accepted == judge.is_valid(damaged), (place, odd)
+            counted[accepted] += 1
+    assert min(counted.values()) > 100
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda made: made["rows"][1].update(p50=1.0), "report: rows/1/p50: is no field that a report has."),
+        (lambda made: made["rows"][1].pop("p50_ms"), "report: rows/1/p50_ms: is missing."),
+        (
+            lambda made: made["rows"][0].update(accuracy=2),
+            "report: rows/0/accuracy: Input should be less than or equal to 1, got 2.",
+        ),
+        (lambda made: made.update(more=1), "report: more: is no field that a report has."),
+        (
+            lambda made: made["engines"][0]["convolutions"].update(int8="a\nb"),
+            "report: engines/0/convolutions/Layers/int8: Input should be a valid integer, got 'a\\nb'.",
+        ),
+        (lambda made: made["training"][0].update({("a", "b"): 1}), "report: training/0/a key: object is no JSON type."),
+    ],
+)
+def test_what_does_not_fit_is_said_in_one_line(change, message):
+    made = copy.deepcopy(document())
+    change(made)
+    with pytest.raises(QakdError) as caught:
+        validate(made)
+    assert str(caught.value) == message
 
 
 def test_a_report_survives_the_round_trip(tmp_path):
@@ -113,6 +161,27 @@ def test_a_report_survives_the_round_trip(tmp_path):
     again = write_report(read, tmp_path / "again.html")
     assert again.read_text() == path.read_text()
     assert "SQAKD W8A8" in path.with_suffix(".md").read_text()
+
+
+def test_names_with_dots_are_reports_of_their_own(tmp_path):
+    """6.10: the version of a network is no extension."""
+    names = ["resnet18.v2", "resnet18.v3", "mobilenet"]
+    paths = [
+        write_report(ROWS, tmp_path / f"{name}{end}", title=name) for name, end in zip(names, ("", "", ".html"), strict=True)
+    ]
+    assert [path.name for path in paths] == [f"{name}.html" for name in names]
+    assert {path.name for path in tmp_path.iterdir()} == {f"{name}{end}" for name in names for end in (".html", ".md", ".json")}
+    assert [read_report(tmp_path / f"{name}.json")["title"] for name in names] == [
+        "resnet18.v2",
+        "resnet18.v3",
+        "mobilenet.html",
+    ]
+
+
+def test_what_a_finished_document_cannot_take_is_refused(tmp_path):
+    with pytest.raises(QakdError, match=r"title, notes: .*build_document"):
+        write_report(document(), tmp_path / "r.html", title="x", notes=["n"])
+    assert not any(tmp_path.iterdir())
 
 
 VERSION_1 = {

@@ -595,6 +595,40 @@ def test_torchvision_is_exported_exactly(tmp_path):
     assert not {"BatchNormalization", "Div"} & {node.op_type for node in onnx.load(tmp_path / "s.onnx").graph.node}
 
 
+class ChangedInPlace(nn.Module):
+    """What a convolution reads is a ReLU's output, with a number subtracted from it in place, through a view or not."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+        self.first, self.second = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.first(x))
+        self.change(x)
+        return self.second(x).flatten(1)
+
+
+@pytest.mark.parametrize("change", [lambda x: x.flatten(2).sub_(1), lambda x: x[:, 1:3].mul_(-1), lambda x: x.sub_(1)])
+def test_an_input_that_is_changed_in_place_after_its_relu_gets_a_signed_grid(change):
+    from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
+
+    from qakd_plugin.toolkits.pt2e.quantizer import SymmetricQuantizer
+
+    torch.manual_seed(0)
+    x = torch.rand(2, 1, 8, 8)
+
+    def lowest_codes(change):
+        graph = torch.export.export(ChangedInPlace(change).eval(), (x,)).module()
+        prepared = prepare_qat_pt2e(graph, SymmetricQuantizer(unsigned_bytes=True))
+        prepared(x)
+        readers = {q.layers: q for q in adapter_for(prepared).quantizers(prepared) if q.role == "activation"}
+        return adapter_for(prepared).qparams(readers["second",]).quant_min
+
+    assert lowest_codes(lambda x: x.flatten(2).mul(-1)) == 0  # which changes nothing
+    assert lowest_codes(change) == -128
+
+
 def test_torchao_is_not_imported_unless_it_is_used():
     code = "import sys, qakd_plugin.toolkits.pt2e.adapter; assert not any(m.startswith('torchao') for m in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

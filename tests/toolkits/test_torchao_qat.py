@@ -13,7 +13,20 @@ import pytest
 import torch
 from torch import nn
 
-from qakd_plugin import SQAKD, NotPreparedError, QakdError, UnsupportedQuantizerError, describe, distill, export_onnx, prepare
+from qakd_plugin import (
+    EWGS,
+    LSQ,
+    SQAKD,
+    NotPreparedError,
+    QakdError,
+    UnsupportedQuantizerError,
+    describe,
+    distill,
+    export_onnx,
+    prepare,
+    restore_quantizers,
+    use_quantizers,
+)
 from qakd_plugin.deploy.engine.build import build_engine
 from qakd_plugin.toolkits import adapter_for
 
@@ -259,11 +272,22 @@ def test_a_shared_layer_is_exported_under_all_its_names(tmp_path):
     assert export_onnx(student, torch.randn(16, 64), tmp_path / "s.onnx").parity.runtime_deviation < 1e-6
 
 
+@pytest.mark.parametrize(
+    "config", [EWGS(per_channel=False), LSQ(per_channel=False), LSQ()], ids=["EWGS", "LSQ", "LSQ-channels"]
+)
+def test_torchaos_own_quantizers_compute_what_was_learned(config):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)), torch.randn(4, 8)
+    student = use_quantizers(prepare(model, [x], "torchao"), config)
+    learned = student(x)
+    torch.testing.assert_close(restore_quantizers(student)(x), learned)
+
+
 def test_torchao_is_not_imported_for_other_models() -> None:
     code = """
 import sys, torch
-from qakd_plugin.toolkits import ADAPTERS
-assert not any(adapter.detect(torch.nn.Linear(2, 2)) for adapter in ADAPTERS)
+from qakd_plugin.toolkits import TOOLKITS, adapter_named
+assert not any(adapter_named(name).detect(torch.nn.Linear(2, 2)) for name in TOOLKITS)
 assert "torchao" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

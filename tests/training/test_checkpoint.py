@@ -1,7 +1,10 @@
 """Checkpoints are whole, safe, and belong to their run."""
 
 import pickle
+import platform
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -157,3 +160,53 @@ def test_history_is_one_json_line_per_epoch(tmp_path, make_student, teacher, bat
     result = distill(make_student(), teacher, batches, epochs=2, checkpoint_dir=tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
     assert lines == result.history
+
+
+# -- two runs in one folder
+
+_HOLD = """
+import sys
+from pathlib import Path
+from qakd_plugin.training.checkpoint import CheckpointStore
+
+store = CheckpointStore(Path(sys.argv[1]), {})
+store.lock()
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that has the folder."""
+    process = subprocess.Popen([sys.executable, "-c", _HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"locked\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_second_run_in_one_folder_is_refused_and_names_the_first(holder, tmp_path, make_student, teacher, batches):
+    expected = rf"checkpoint_dir={tmp_path} is in use by another run \(process {holder.pid} on {platform.node()}\)"
+    with pytest.raises(CheckpointError, match=expected):
+        distill(make_student(), teacher, batches[:2], epochs=1, checkpoint_dir=tmp_path, resume=True)
+    assert not list(tmp_path.glob("step-*"))
+
+
+def test_a_run_that_is_killed_gives_its_folder_back(holder, tmp_path):
+    holder.kill()
+    holder.wait()
+    store = CheckpointStore(tmp_path, {})
+    store.lock()
+    store.unlock()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_is_refused_leaves_the_first_its_lock(tmp_path, store):
+    store.lock()
+    for _ in range(2):
+        other = CheckpointStore(tmp_path, {})
+        with pytest.raises(CheckpointError, match="in use"):
+            other.lock()
+        other.unlock()
+    store.unlock()

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate.data_loader import prepare_data_loader
+from safetensors.torch import load_file
 from test_resume import _log, _results
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -18,11 +19,16 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 from training_server import BATCHES, Server
 
-from qakd_plugin import QakdError, distill
+from qakd_plugin import LabelsRequiredError, QakdError, distill
+from qakd_plugin.training.distributed.processes import Processes
 from qakd_plugin.training.distributed.shards import Shards, shared
 
-ALIKE = {"norm": False, "noise": False, "lr": 1e-3}
-"""Without BatchNorm, which normalizes with the share of each process, and without random augmentation."""
+ALIKE = {"norm": False, "noise": False, "lr": 1e-3, "double": True}
+"""Without BatchNorm, which normalizes with the share of each process, and without random augmentation.
+
+In float64: two processes add in another order than one. In float32 that moves a few activations across a rounding tie, after
+which the runs part; how far is chance.
+"""
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +42,12 @@ def _run(server, out, processes, **order):
     codes = server.run(out, processes=processes, **order)
     assert codes == [0] * processes, _log(out)
     return _results(out, {"processes": processes})
+
+
+def _require_close(found, expected, within=1e-9):
+    """The same weights up to the order of sums, which in float64 is about 1e-16."""
+    for name, value in expected.items():
+        assert torch.allclose(found[name].double(), value.double(), rtol=0, atol=within), name
 
 
 def _require_equal_ranks(results):
@@ -53,31 +65,31 @@ def _require_equal_ranks(results):
 )
 def test_two_processes_give_the_weights_of_one_with_the_joined_batch(method, toolkit, quantizers, samples, server, tmp_path):
     order = {"method": method, "toolkit": toolkit, "quantizers": quantizers, "samples": samples, **ALIKE}
+    order["double"] = (toolkit, quantizers) != ("pt2e", "own")  # whose kernel takes scales in float32 only
+    # Learned quantizers compute in float32 whatever is around them: about 1e-6, and more after a code on a tie.
+    exact = (toolkit, quantizers) == ("modelopt", "own")
     expected = _run(server, tmp_path / "one", 1, **order)[0]
     found = _run(server, tmp_path / "two", 2, **order)
     _require_equal_ranks(found)
     for part in ("student", "teacher"):
-        for name, value in expected[part].items():
-            assert torch.allclose(found[0][part][name].float(), value.float(), rtol=0, atol=2e-4), (
-                name
-            )  # 1e-7; more after a tie
+        _require_close(found[0][part], expected[part], 1e-9 if exact else 2e-4)
     for row, other in zip(found[0]["history"], expected["history"], strict=True):
         assert row.keys() == other.keys()
         numbers = row.keys() - {"phase"}
-        assert all(row[name] == pytest.approx(other[name], abs=2e-2 if "agreement" in name else 2e-3) for name in numbers)
+        bounds = {name: 1e-9 if exact else 2e-2 if "agreement" in name else 2e-3 for name in numbers}
+        assert all(row[name] == pytest.approx(other[name], abs=bounds[name]) for name in numbers)
 
 
 def test_two_processes_accumulate_average_and_share_cached_logits_as_one_does(server, tmp_path):
-    order = {"method": "SQAKD", "toolkit": "modelopt", "quantizers": "LSQ", **ALIKE}
+    order = {"method": "SQAKD", "toolkit": "modelopt", "quantizers": "own", **ALIKE}
     results = []
     for processes in (1, 2):
         options = {"accumulate": 2, "ema": 0.9, "cache_teacher": str(tmp_path / f"logits-{processes}.pt")}
         results.append(_run(server, tmp_path / str(processes), processes, options=options, **order))
     (expected,), found = results
     _require_equal_ranks(found)
-    for name, value in expected["student"].items():
-        assert torch.allclose(found[0]["student"][name].float(), value.float(), rtol=0, atol=2e-4), name
-    sizes = [len(torch.load(tmp_path / f"logits-{processes}.pt", weights_only=True)["logits"]) for processes in (1, 2)]
+    _require_close(found[0]["student"], expected["student"])
+    sizes = [len(load_file(tmp_path / f"logits-{processes}.pt")["logits"]) for processes in (1, 2)]
     assert sizes == [32 * BATCHES] * 2
 
 
@@ -114,7 +126,7 @@ class _Processes:
 def _shares(loader, index):
     """What each process is given, batch by batch, and which of it counts."""
     shards = Shards(loader, _Processes(index))
-    found = [(batch[0].flatten().tolist(), shards.counts) for batch in shards]
+    found = [(batch[0].flatten().tolist(), counts) for batch, counts in shards]
     assert len(found) == len(shards)
     return found
 
@@ -146,7 +158,7 @@ def test_a_loader_that_accelerate_shared_out_is_refused():
 
 
 def test_accelerates_own_precision_does_not_replace_ours(server, tmp_path):
-    order = {"method": "SQAKD", "toolkit": "modelopt", "quantizers": "LSQ", **ALIKE}
+    order = {"method": "SQAKD", "toolkit": "modelopt", "quantizers": "LSQ", **ALIKE, "double": False}
     plain = _run(server, tmp_path / "plain", 1, **order)[0]
     under = _run(server, tmp_path / "bf16", 1, environment={"ACCELERATE_MIXED_PRECISION": "bf16"}, **order)[0]
     assert plain["history"] == under["history"]
@@ -161,7 +173,8 @@ def test_a_loader_that_is_shared_out_already_is_taken_as_it_is():
         DataLoader(dataset, batch_sampler=batches),
         DataLoader(dataset, batch_size=None, sampler=batches),
     ):
-        assert shared(loader, _Processes(1)) is loader
+        found = shared(loader, _Processes(1))
+        assert [batch[0].tolist() for batch, counts in found if counts] == [batch[0].tolist() for batch in loader]
 
 
 # -- refused
@@ -208,8 +221,8 @@ from training_server import Deaths, Trainings
 from qakd_plugin.errors import QakdError
 
 torch.set_num_threads(1)
-order = {"toolkit": "modelopt", "quantizers": "LSQ", "method": "QKD", "processes": 2, "norm": False, "noise": False, "lr": 1e-3}
-result = Trainings().run(order, Deaths(None, bytearray(8)))
+order = {"toolkit": "modelopt", "quantizers": "own", "method": "QKD", "processes": 2, "norm": False, "noise": False, "lr": 1e-3}
+result = Trainings().run({**order, "double": True}, Deaths(None, bytearray(8)))
 import torch.distributed as dist
 torch.save(result, Path(sys.argv[1]) / f"result-{dist.get_rank()}.pt")
 dist.destroy_process_group()
@@ -227,7 +240,33 @@ def test_torchrun_gives_the_weights_of_one_process(server, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     found = _results(tmp_path, {"processes": 2})
     _require_equal_ranks(found)
-    expected = _run(server, tmp_path / "one", 1, method="QKD", quantizers="LSQ", **ALIKE)[0]
-    for name, value in expected["student"].items():
-        assert torch.allclose(found[0]["student"][name].float(), value.float(), rtol=0, atol=2e-4), name
+    expected = _run(server, tmp_path / "one", 1, method="QKD", quantizers="own", **ALIKE)[0]
+    _require_close(found[0]["student"], expected["student"])
     assert json.dumps(found[0]["history"]) == json.dumps(found[1]["history"])
+
+
+# -- errors
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_an_error_in_one_process_ends_both_with_its_message(victim, server, tmp_path):
+    """A user's augmentation fails in one process; the other would wait for it in the next sum over both."""
+    assert server.run(tmp_path, processes=2, fails=victim, limit=60) == [1, 1], _log(tmp_path)
+    errors = [(tmp_path / f"error-{rank}.txt").read_text() for rank in range(2)]
+    assert errors[victim] == "ValueError: this image cannot be read"
+    assert errors[1 - victim] == f"QakdError: process {victim} of 2 failed: ValueError: this image cannot be read"
+
+
+def test_an_error_of_the_package_keeps_its_class_everywhere():
+    class Two(Processes):
+        """The other of two processes."""
+
+        def __init__(self):
+            super().__init__()
+            self.count = 2
+
+        def gather(self, item):
+            return [item, (LabelsRequiredError, "no labels")]
+
+    with pytest.raises(LabelsRequiredError, match="process 1 of 2 failed: no labels"):
+        Two()._end(None)

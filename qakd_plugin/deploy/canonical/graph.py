@@ -14,6 +14,9 @@ import onnx_ir as ir
 
 from ...errors import ExportError
 
+DOMAIN = "qakd"
+"""Domain of the operators that carry quantizers through the exporter."""
+
 QUANTIZER_KEY = "qakd.quantizer"
 """Node metadata: the dotted names, comma-separated, of the quantizers of the trained model that this node carries out."""
 
@@ -21,7 +24,8 @@ WEIGHT_KEY = "qakd.weight"
 """Node metadata of a weight's DequantizeLinear: the dotted name of its layer in the trained model."""
 
 COARSE_KEY = "qakd.coarse"
-"""Node metadata of a weight's DequantizeLinear: "channel:bits, ..." where codes lost their lowest bits, see ``ort_form``."""
+"""Node metadata of a weight's DequantizeLinear: "channel:bits, ..." where codes lost their lowest bits, see
+:mod:`qakd_plugin.deploy.targets.onnxruntime_bias`."""
 
 
 def read_onnx(path: str | os.PathLike[str]) -> ir.Model:
@@ -45,8 +49,16 @@ def read_onnx(path: str | os.PathLike[str]) -> ir.Model:
     return model
 
 
+def copied(model: ir.Model) -> ir.Model:
+    """A copy that shares nothing with the model.
+
+    ``Model.clone`` leaves both with the same type objects, which setting a value's dtype changes, and wants sorted nodes.
+    """
+    return ir.serde.deserialize_model(ir.serde.serialize_model(model))
+
+
 def constant(value: ir.Value | None) -> npt.NDArray[Any] | None:
-    """The array behind an initializer or Constant node, or None."""
+    """The array of an initializer or Constant node, or None."""
     if value is None:
         return None
     tensor = ir.convenience.get_const_tensor(value)
@@ -54,7 +66,7 @@ def constant(value: ir.Value | None) -> npt.NDArray[Any] | None:
 
 
 def scalar(value: ir.Value | None, default: float) -> float:
-    """The number behind a constant scalar input, ``default`` where the input is absent or not constant."""
+    """The number of a constant scalar input, ``default`` where the input is absent or not constant."""
     array = constant(value)
     return default if array is None else float(array.reshape(()))
 
@@ -62,14 +74,22 @@ def scalar(value: ir.Value | None, default: float) -> float:
 def identity(value: ir.Value | None) -> object:
     """Constants are the same when their numbers are, other values when they are one."""
     array = constant(value)
-    return value if array is None else (array.dtype.str, array.shape, array.tobytes())
+    return value if array is None else _bits(array)
+
+
+def _bits(array: npt.NDArray[Any]) -> tuple[str, tuple[int, ...], bytes]:
+    return array.dtype.name, array.shape, array.tobytes()
 
 
 def initializer(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
-    """The initializer ``name``, registered on first use."""
-    if name in graph.initializers:
-        return graph.initializers[name]
-    value = ir.Value(name=name, const_value=ir.tensor(array, name=name), shape=ir.Shape(array.shape))
+    """The initializer ``name``, registered on first use; ``name#1`` and so on where others have that name already."""
+    unique, count = name, 0
+    while (known := graph.initializers.get(unique)) is not None:
+        if identity(known) == _bits(array):
+            return known
+        count += 1
+        unique = f"{name}#{count}"
+    value = ir.Value(name=unique, const_value=ir.tensor(array, name=unique), shape=ir.Shape(array.shape))
     value.dtype = ir.DataType.from_numpy(array.dtype)
     graph.register_initializer(value)
     return value
@@ -122,7 +142,8 @@ def weight_dequantizers(graph: ir.Graph) -> Iterator[ir.Node]:
 
 
 def is_stored(dequantize: ir.Node) -> bool:
-    """Whether a DequantizeLinear reads stored integers, straight or through what ``storage`` puts between."""
+    """Whether a DequantizeLinear reads stored integers, straight or through what
+    :mod:`qakd_plugin.deploy.targets.weight_packing` puts between."""
     value = dequantize.inputs[0]
     while (node := producer(value, *_STORAGE)) is not None:
         value = node.inputs[0]

@@ -1,88 +1,102 @@
-"""Export form -> canonical ONNX: one path for every toolkit."""
+"""Export form -> canonical ONNX: int8, zero point 0, BatchNorm folded, nothing local left in the file; for every toolkit.
+
+The passes are exact: they change how the numbers are computed, never which numbers come out (float rounding aside).
+"""
 
 from __future__ import annotations
 
 import functools
-import os
-from pathlib import Path
+from collections.abc import Collection
 from typing import Any
 
 import onnx
 import onnx_ir as ir
 import torch
+from onnx_ir.passes import InPlacePass, PassError, Sequential
 from onnxscript.values import Opset
 from torch import Tensor, nn
 
-from ..._common.files import write_atomic
-from ..._common.module_mode import eval_mode
 from ...errors import ExportError
 from ...export_form import ops as ops  # registers qakd::qdq and qakd::dq
 from ...export_form.tracing import first_line, quiet, trace
-from ..targets.float16 import to_float16
-from .passes import DOMAIN, canonicalize
+from .batch_norm import FoldBatchNorm
+from .clamps import MergeClips, QuantizeAfterRelu
+from .cleanup import Clean
+from .graph import DOMAIN, is_weight_only
+from .int4 import PackInt4
+from .lowering import LowerQuantizers, NameNodes
+from .opset import OPSET, RaiseOpset
+from .quantizers import CarryThroughMaxPool, MergeEqualQuantizers
 
-OPSET = 20
-"""The newest opset before 21, where ONNX Runtime rejects int8 pairs with a zero point in front of MaxPool and Reshape
-(onnxruntime#25526); every TensorRT from 10.3 on reads it. Weights in blocks or in 4 bits raise it to 21, in a form without
-zero points; see :func:`qakd_plugin.deploy.canonical.passes.raise_opset`."""
+PASSES: tuple[InPlacePass, ...] = (
+    NameNodes(),  # first, so that all that follow can name what they make
+    LowerQuantizers(),  # from here on the graph is ONNX's own
+    FoldBatchNorm(),  # before clamps and quantizers are looked at, which follow the BatchNorm
+    QuantizeAfterRelu(),
+    MergeClips(),  # after it: it brings a ReLU and a quantizer's Clip together
+    CarryThroughMaxPool(),
+    MergeEqualQuantizers(),  # after everything that moves or makes quantizers
+    PackInt4(is_weight_only),
+    RaiseOpset(),  # after PackInt4, which may need it
+    Clean(),
+)
+"""From what the exporter writes to a canonical model, in this order."""
+
+_LARGEST_FILE = 2**31 - 1
+"""Bytes that protobuf can write."""
 
 
-@functools.cache
-def _operators() -> Opset:
-    """Our two operators cross the exporter as they are; :func:`canonicalize` turns them into ONNX's own."""
-    schema, parameter = onnx.defs.OpSchema, onnx.defs.OpSchema.FormalParameter
-    integer, text = schema.AttrType.INT, schema.AttrType.STRING
-    for name, codes, integers in (
-        ("QDQ", "tensor(float)", ("zero_point", "quant_min", "quant_max")),
-        ("DQ", "tensor(int8)", ("axis", "block")),
-    ):
-        if not onnx.defs.has(name, DOMAIN):
-            onnx.defs.register_schema(
-                schema(
-                    name,
-                    DOMAIN,
-                    1,
-                    inputs=[parameter("x", codes), parameter("scale", "tensor(float)")],
-                    outputs=[parameter("y", "tensor(float)")],
-                    attributes=[schema.Attribute(key, integer) for key in integers] + [schema.Attribute("name", text)],
-                )
-            )
-    return Opset(DOMAIN, 1)
+def canonicalize(model: ir.Model, *, without: Collection[type[InPlacePass]] = ()) -> ir.Model:
+    """Bring a freshly exported model into canonical form, in place.
+
+    Args:
+        model: as the exporter made it.
+        without: passes to leave out, to find the one that a difference comes from; the first two are always needed.
+
+    Raises:
+        ExportError: a pass does not take the model; names the node where the pass does.
+    """
+    try:
+        Sequential(*(one for one in PASSES if type(one) not in without))(model)
+    except PassError as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise ExportError(f"the model cannot be brought into canonical form: {first_line(cause)}") from error
+    return model
 
 
 def export_canonical(form: nn.Module, example: Tensor) -> ir.Model:
-    """Export an export form with a dynamic batch dimension and bring it into canonical form.
+    """Export a model with a dynamic batch dimension and bring it into canonical form.
 
     Args:
-        form: what an adapter's ``export_form`` returned.
+        form: what an adapter's ``export_form`` returned, or a float model, in eval mode.
         example: float32 (N, ...), any batch size.
 
     Returns:
         An onnx-ir model: input "input", outputs "logits" (or "output_0", ... when there are several).
 
     Raises:
-        ExportError: torch.export cannot trace the model.
+        ExportError: torch.export cannot trace the model, ONNX has no operator for a part of it, or it is larger than an ONNX
+            file may be.
     """
-    return canonicalize(_export(form, example))
+    model = canonicalize(_export(form, example))
+    _check_size(model)
+    return model
 
 
-def export_float(model: nn.Module, example: Tensor, path: str | os.PathLike[str], *, float16: bool = False) -> Path:
-    """Write a float model to ONNX with a dynamic batch dimension: the row every quantized one is compared with.
-
-    Args:
-        model: any float network; exported in eval mode, its own mode is put back.
-        example: float32 (N, ...), any batch size.
-        path: of the file.
-        float16: compute in FP16; inputs and outputs stay float32.
+def to_proto(model: ir.Model) -> onnx.ModelProto:
+    """Serialize, and let ONNX's own checker look at the result.
 
     Raises:
-        ExportError: torch.export cannot trace the model, a weight is beyond FP16, or the path cannot be written.
+        ExportError: it is not valid ONNX, or too large; names the node where the checker does.
     """
-    with eval_mode(model):
-        exported = canonicalize(_export(model, example))
-    if float16:
-        to_float16(exported)
-    return write_atomic(path, to_proto(exported).SerializeToString(), ExportError)
+    try:
+        proto: onnx.ModelProto = ir.serde.serialize_model(model)
+        onnx.checker.check_model(proto, full_check=False)
+    except Exception as error:  # the checker's exceptions and protobuf's share no other base class
+        raise ExportError(f"the model cannot be written as ONNX: {' '.join(str(error).split())[:300]}") from error
+    return proto
 
 
 def _export(model: nn.Module, example: Tensor) -> ir.Model:
@@ -108,11 +122,39 @@ def _export(model: nn.Module, example: Tensor) -> ir.Model:
     return program.model
 
 
-def to_proto(model: ir.Model) -> onnx.ModelProto:
-    """Serialize, and let ONNX's own checker look at the result."""
-    proto: onnx.ModelProto = ir.serde.serialize_model(model)
-    onnx.checker.check_model(proto, full_check=False)
-    return proto
+def _check_size(model: ir.Model) -> None:
+    sizes = {
+        name: value.const_value.nbytes for name, value in model.graph.initializers.items() if value.const_value is not None
+    }
+    if (total := sum(sizes.values())) > _LARGEST_FILE:
+        largest = max(sizes, key=lambda name: sizes[name])
+        raise ExportError(
+            f"the model takes {total / 2**30:.1f} GiB, and an ONNX file holds 2 GiB at most; its largest tensor is {largest} "
+            f"with {sizes[largest] / 2**30:.1f} GiB. Quantize more of its layers, or export a smaller model."
+        )
+
+
+@functools.cache
+def _operators() -> Opset:
+    """Our two operators cross the exporter as they are; :class:`LowerQuantizers` turns them into ONNX's own."""
+    schema, parameter = onnx.defs.OpSchema, onnx.defs.OpSchema.FormalParameter
+    integer, text = schema.AttrType.INT, schema.AttrType.STRING
+    for name, codes, integers in (
+        ("QDQ", "tensor(float)", ("zero_point", "quant_min", "quant_max")),
+        ("DQ", "tensor(int8)", ("axis", "block")),
+    ):
+        if not onnx.defs.has(name, DOMAIN):
+            onnx.defs.register_schema(
+                schema(
+                    name,
+                    DOMAIN,
+                    1,
+                    inputs=[parameter("x", codes), parameter("scale", "tensor(float)")],
+                    outputs=[parameter("y", "tensor(float)")],
+                    attributes=[schema.Attribute(key, integer) for key in integers] + [schema.Attribute("name", text)],
+                )
+            )
+    return Opset(DOMAIN, 1)
 
 
 def _translate_qdq(x: Any, scale: Any, zero_point: int, quant_min: int, quant_max: int, name: str) -> Any:

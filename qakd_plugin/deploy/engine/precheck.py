@@ -17,12 +17,10 @@ import onnx
 import onnx_ir as ir
 
 from ...errors import EngineError
-from ..canonical.graph import constant, is_quantized, is_stored, is_weight_only, producer, weight_dequantizers
+from ..canonical.graph import constant, is_stored, is_weight_only, producer, weight_dequantizers
+from ..targets.tensorrt import ADVICE, CONVOLUTIONS, PRODUCTS, stored_weight, weight_problem
 from .rtx_plan import Kind
 
-_ADVICE = "Export with target='tensorrt' from a symmetric configuration (qakd_plugin.prepare makes one)."
-CONVOLUTIONS = {"Conv", "ConvTranspose"}
-PRODUCTS = {"Gemm", "MatMul"}
 _LARGEST_SIZE = 2**31 - 1
 _CODES = {ir.DataType.INT8, ir.DataType.INT4, ir.DataType.FLOAT8E4M3FN}
 
@@ -152,14 +150,14 @@ def _check_node(node: ir.Node) -> None:
     elif node.op_type == "DequantizeLinear":
         codes = constant(node.inputs[0])
         if codes is None and is_stored(node):
-            raise EngineError(f"{node.name}: weights stored behind a Cast: TensorRT fails to build such a file. {_ADVICE}")
+            raise EngineError(f"{node.name}: weights stored behind a Cast: TensorRT fails to build such a file. {ADVICE}")
         _check_numbers(node)
         if codes is not None and codes.dtype == np.int32:
-            raise EngineError(f"{node.name}: a bias quantized to int32: TensorRT takes float biases. {_ADVICE}")
+            raise EngineError(f"{node.name}: a bias quantized to int32: TensorRT takes float biases. {ADVICE}")
         if node.inputs[0] is not None and node.inputs[0].dtype is not None:
             _check_codes(node, node.inputs[0].dtype)
     elif node.op_type == "DynamicQuantizeLinear":
-        raise EngineError(f"{node.name}: its range is measured at run time; TensorRT takes fixed scales. {_ADVICE}")
+        raise EngineError(f"{node.name}: its range is measured at run time; TensorRT takes fixed scales. {ADVICE}")
     elif node.op_type in CONVOLUTIONS | PRODUCTS:
         problem = weight_problem(node)
         if problem is not None:
@@ -170,19 +168,19 @@ def _check_numbers(node: ir.Node) -> None:
     scale = constant(node.inputs[1])
     zero_point = constant(node.inputs[2]) if len(node.inputs) > 2 else None
     if scale is None:
-        raise EngineError(f"{node.name}: its scale is computed by the graph; TensorRT takes constants. {_ADVICE}")
+        raise EngineError(f"{node.name}: its scale is computed by the graph; TensorRT takes constants. {ADVICE}")
     if not bool(np.all(np.isfinite(scale) & (scale > 0))):
-        raise EngineError(f"{node.name}: its scale must be finite and positive, got {scale.min()}. {_ADVICE}")
+        raise EngineError(f"{node.name}: its scale must be finite and positive, got {scale.min()}. {ADVICE}")
     if len(node.inputs) > 2 and node.inputs[2] is not None and zero_point is None:
-        raise EngineError(f"{node.name}: its zero point is computed by the graph; TensorRT takes 0 only. {_ADVICE}")
+        raise EngineError(f"{node.name}: its zero point is computed by the graph; TensorRT takes 0 only. {ADVICE}")
     if zero_point is not None and bool(np.any(zero_point.astype(np.float32) != 0)):
         worst = zero_point.flatten()[np.argmax(np.abs(zero_point.astype(np.float32)))]
-        raise EngineError(f"{node.name}: zero point {worst}; TensorRT takes 0 only. {_ADVICE}")
+        raise EngineError(f"{node.name}: zero point {worst}; TensorRT takes 0 only. {ADVICE}")
     stored = constant(node.inputs[0]) is not None or producer(node.inputs[0], "QuantizeLinear") is not None
     if scale.size > 1 and not stored and node.op_type == "DequantizeLinear":
-        raise EngineError(f"{node.name}: several scales for an activation; TensorRT takes one per tensor. {_ADVICE}")
+        raise EngineError(f"{node.name}: several scales for an activation; TensorRT takes one per tensor. {ADVICE}")
     if scale.size > 1 and node.op_type == "QuantizeLinear" and constant(node.inputs[0]) is None:
-        raise EngineError(f"{node.name}: several scales for an activation; TensorRT takes one per tensor. {_ADVICE}")
+        raise EngineError(f"{node.name}: several scales for an activation; TensorRT takes one per tensor. {ADVICE}")
 
 
 def _quantized_type(node: ir.Node) -> ir.DataType:
@@ -193,55 +191,9 @@ def _quantized_type(node: ir.Node) -> ir.DataType:
 
 def _check_codes(node: ir.Node, kind: ir.DataType) -> None:
     if kind in {ir.DataType.UINT8, ir.DataType.UINT4, ir.DataType.UINT16}:
-        raise EngineError(f"{node.name}: unsigned codes ({kind.name}): TensorRT reads them as signed ones. {_ADVICE}")
+        raise EngineError(f"{node.name}: unsigned codes ({kind.name}): TensorRT reads them as signed ones. {ADVICE}")
     if kind not in _CODES:
-        raise EngineError(f"{node.name}: codes of type {kind.name}; TensorRT takes INT8, INT4 weights and FP8. {_ADVICE}")
-
-
-def weight_problem(node: ir.Node) -> str | None:
-    """Why TensorRT cannot take the stored weight of a convolution or matrix product beside its activations, if it cannot.
-
-    These fail in TensorRT, or compute something else.
-    """
-    stored = stored_weight(node.inputs[1])
-    if stored is None:
-        return None
-    codes, scale = constant(stored.inputs[0]), constant(stored.inputs[1])
-    assert codes is not None
-    assert scale is not None
-    blocks = _blocks(stored, codes.shape, scale.shape)
-    both = is_quantized(node.inputs[0])
-    int4 = codes.dtype.name == "int4"
-    if node.op_type in CONVOLUTIONS and blocks > 1:
-        return f"a convolution's weights take one scale per channel, got blocks. {_ADVICE}"
-    if node.op_type in CONVOLUTIONS and int4 and both:
-        return "4-bit weights beside 8-bit activations: TensorRT has no such convolution. Store the codes as INT8."
-    if blocks > 1 and both:
-        return (
-            f"weights with {blocks} scales along the summed dimension beside quantized activations: TensorRT fails, or applies "
-            "the first scale to all. Take one scale per output channel (axis=0), leave this layer's input in floating point, "
-            "or export for another target."
-        )
-    if int4 and both and scale.size == 1:
-        return (
-            "one scale for all 4-bit weights beside 8-bit activations: TensorRT fails to build it. Take one scale per output "
-            "channel, or store the codes as INT8."
-        )
-    return None
-
-
-def _blocks(dequantize: ir.Node, codes: tuple[int, ...], scale: tuple[int, ...]) -> int:
-    """Number of scales along the blocked axis of a weight; 1 where it is not blocked."""
-    if not dequantize.attributes.get_int("block_size", 0) or len(scale) != len(codes):
-        return 1
-    return scale[dequantize.attributes.get_int("axis", 1) or 0]
-
-
-def stored_weight(value: ir.Value | None) -> ir.Node | None:
-    """The DequantizeLinear of stored codes behind a weight, if there is one."""
-    transpose = producer(value, "Transpose", "Reshape")
-    node = producer(value if transpose is None else transpose.inputs[0], "DequantizeLinear")
-    return node if node is not None and constant(node.inputs[0]) is not None else None
+        raise EngineError(f"{node.name}: codes of type {kind.name}; TensorRT takes INT8, INT4 weights and FP8. {ADVICE}")
 
 
 def _weight_layers(nodes: list[ir.Node]) -> Iterator[WeightLayer]:

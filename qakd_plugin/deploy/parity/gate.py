@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ParityError
-from ..canonical.passes import quantizers_behind_relu
+from ..canonical.clamps import quantizers_after_relu
 from .imposed_codes import ImposedCodes, imposed_codes
 from .layers import LayerOutputs, float_tail_layers, recorded_outputs, run_layers
 from .recorded_codes import Codes, run_prepared, run_recorded
@@ -98,14 +98,14 @@ def check_parity(
         prepared: the prepared model, in eval mode with frozen ranges.
         samples: float32 (N, ...) inputs.
         fused: also check the file with the runtime's fusions on.
-        after_relu: :func:`.passes.quantizers_behind_relu` of the canonical model, where ``file`` is another form of it.
+        after_relu: :func:`.clamps.quantizers_after_relu` of the canonical model, where ``file`` is another form of it.
 
     Raises:
         ParityError: with the name of the first layer, quantizer or output that differs.
         ExportError: ONNX Runtime cannot load or run the file.
     """
     weight_codes = check_weight_codes(file, form)
-    after_relu = quantizers_behind_relu(file.graph) if after_relu is None else after_relu
+    after_relu = quantizers_after_relu(file.graph) if after_relu is None else after_relu
     names = [value.name or "" for value in file.graph.outputs]
     reference = Reference(form, samples, names, float_tail_layers(file, form))
     plain = _in_file(file, samples, after_relu, fusions=False)

@@ -9,15 +9,15 @@ becomes
 
 The runtime fuses that clamp into the convolution. Tensors of both signs stay as they are.
 
-A 1x1 convolution with a stride, as in the shortcut of a residual block, reads only every so manyth position. The runtime picks
-those positions further up, and where no other layer reads the codes it does so between quantizing and dequantizing, after which
-it no longer sees an integer convolution. Picking them behind the dequantizer is the same, and it does:
+A 1x1 convolution with a stride, as in the shortcut of a residual block, reads one position in every few. The runtime picks
+those positions further up, and where no other layer reads the codes it does so between quantizing and dequantizing, after
+which it no longer sees an integer convolution. Picking them after the dequantizer is the same, and it does:
 
     Q -> DQ -> Conv(1x1, stride n)
 becomes
     Q -> DQ -> MaxPool(1x1, stride n) -> Conv(1x1)
 
-torch.ao FX repeats a quantizer behind every operator that only moves numbers. Quantizing what lies on the grid already changes
+torch.ao FX repeats a quantizer after every operator that only moves numbers. Quantizing what lies on the grid already changes
 nothing, but the runtime would do it each time; see :func:`drop_repeated_quantizers`.
 """
 
@@ -27,20 +27,22 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from ..canonical.graph import activation_quantizers, identity, initializer, only_consumer, producer, replace, scalar
-from .onnxruntime import absorbed_clamps, has_signed_codes, make_unsigned, non_negative_values
+from ..canonical.clamps import absorbed_clamps, has_signed_codes
+from ..canonical.graph import activation_quantizers, copied, identity, initializer, only_consumer, producer, replace, scalar
+from ..canonical.quantizers import make_unsigned
+from ..canonical.sign_analysis import non_negative_values
 from .weight_packing import WeightStorage, store_weights
 
 _MOVES = ("Concat", "Flatten", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
 
 
 def to_openvino_form(model: ir.Model, storage: WeightStorage = "int4") -> ir.Model:
-    """A copy of a canonical model in OpenVINO's form, weights stored as :func:`.storage.store_weights` does."""
-    model = ir.serde.deserialize_model(ir.serde.serialize_model(model))
+    """A copy of a canonical model in OpenVINO's form, weights stored as :func:`.weight_packing.store_weights` does."""
+    model = copied(model)
     graph = model.graph
-    positive = non_negative_values(graph)
+    non_negative = non_negative_values(graph)
     for quantize in list(activation_quantizers(graph)):
-        if quantize.inputs[0] in positive and has_signed_codes(quantize):
+        if quantize.inputs[0] in non_negative and has_signed_codes(quantize):
             _clamp_once(graph, quantize)
             make_unsigned(graph, quantize, 0)
     for node in list(graph):
@@ -58,7 +60,7 @@ def drop_repeated_quantizers(model: ir.Model) -> ir.Model:
     inputs are quantized. To be called on what :func:`to_openvino_form` returns, after parity has been checked, which asks for
     the codes of every quantizer.
     """
-    model = ir.serde.deserialize_model(ir.serde.serialize_model(model))
+    model = copied(model)
     for quantize in list(activation_quantizers(model.graph)):
         source, grid, low, high = _range(quantize)
         found = _moved_range(source)
@@ -131,6 +133,7 @@ def _picks_positions(conv: ir.Node) -> bool:
 
 
 def _pick_before(graph: ir.Graph, conv: ir.Node) -> None:
+    """Let a MaxPool pick the positions that a 1x1 convolution with a stride reads."""
     strides = conv.attributes.get_ints("strides")
     ones = [1] * len(strides)
     pool = ir.node("MaxPool", [conv.inputs[0]], {"kernel_shape": ones, "strides": strides}, name=f"{conv.name}/pick")

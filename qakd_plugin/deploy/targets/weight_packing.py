@@ -1,9 +1,9 @@
 """Weights of few bits take few bits in the file, and reach the runtime as the int8 codes that its kernels read.
 
 ``INT4 -> Cast(int8) -> DequantizeLinear``: ONNX Runtime and OpenVINO fold the Cast when they load the file, so outputs and
-speed are those of int8 codes. Without the Cast both compute in floating point. Codes that ``ort_form`` stored times a power of
-two are divided by it here and multiplied again behind the Cast, in int32: ``INT4 -> Cast(int32) -> Mul -> Cast(int8) ->
-DequantizeLinear``. Grids without a zero (DoReFa's codes are odd) get an Add as well.
+speed are those of int8 codes. Without the Cast both compute in floating point. Codes that :mod:`.onnxruntime_bias` stored
+times a power of two are divided by it here and multiplied again after the Cast, in int32: ``INT4 -> Cast(int32) -> Mul ->
+Cast(int8) -> DequantizeLinear``. Grids without a zero (DoReFa's codes are odd) get an Add as well.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from onnx_ir.passes import common
 
 from ...placement.targets import WeightStorage as WeightStorage
 from ..canonical.graph import cast, chain, constant, initializer, weight_dequantizers
-from ..canonical.passes import declare_opset
+from ..canonical.opset import declare_opset
 
 Codes = npt.NDArray[np.int8]
 Factors = npt.NDArray[np.int32]

@@ -1,1 +1,5 @@
 """Models prepared by NVIDIA ModelOpt."""
+
+from .registration import restore_modelopt
+
+__all__ = ["restore_modelopt"]

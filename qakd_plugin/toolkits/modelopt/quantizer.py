@@ -6,7 +6,7 @@ from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import Tensor
 from torch.nn import Parameter
 
-from .adapter import BACKEND, run_rule
+from .rule_backend import BACKEND, run_rule
 
 
 class LearnedTensorQuantizer(TensorQuantizer):  # type: ignore[misc]

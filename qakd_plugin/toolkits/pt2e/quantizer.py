@@ -15,41 +15,14 @@ from torchao.quantization.pt2e.observer import MovingAverageMinMaxObserver, Movi
 from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
 
 from ...errors import QakdError
-from ...placement.placement import Placement, outermost, within
+from ...placement.fx_graph import outermost
+from ...placement.layer_names import within
+from ...placement.placement import Placement
 from ..adapter import Precision
-from .adapter import CONVOLUTIONS, TRANSPOSED, WEIGHTED, from_inputs, layer_name
+from .graph import ADDS, CONVOLUTIONS, RELUS, TRANSPOSED, WEIGHTED, from_inputs, is_tensor, layer_name, readers
+from .sign_analysis import non_negative
 
 _aten = torch.ops.aten
-_RELUS = {
-    _aten.relu.default,
-    _aten.relu_.default,
-    _aten.relu6.default,
-    _aten.relu6_.default,
-    _aten.hardtanh.default,
-    _aten.hardtanh_.default,
-}
-_NON_NEGATIVE = {_aten.sigmoid.default, _aten.hardsigmoid.default, _aten.softmax.int, _aten.softplus.default}
-_SIGN_KEEPING = {
-    _aten.max_pool1d.default,
-    _aten.max_pool2d.default,
-    _aten.max_pool3d.default,
-    _aten.avg_pool1d.default,
-    _aten.avg_pool2d.default,
-    _aten.avg_pool3d.default,
-    _aten.adaptive_avg_pool1d.default,
-    _aten.adaptive_avg_pool2d.default,
-    _aten.adaptive_avg_pool3d.default,
-    _aten.mean.dim,
-    _aten.flatten.using_ints,
-    _aten.view.default,
-    _aten.reshape.default,
-    _aten.permute.default,
-    _aten.transpose.int,
-    _aten.cat.default,
-    _aten.dropout.default,
-    _aten.add.Tensor,
-    _aten.add_.Tensor,
-}
 _GRID_KEEPING = {
     _aten.max_pool1d.default,
     _aten.max_pool2d.default,
@@ -64,7 +37,6 @@ _GRID_KEEPING = {
     _aten.relu.default,
     _aten.relu_.default,
 }
-_ADDS = {_aten.add.Tensor, _aten.add_.Tensor}
 
 
 @dataclass(frozen=True)
@@ -120,23 +92,16 @@ class SymmetricQuantizer(Quantizer):  # type: ignore[misc]
 
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
         dynamic = from_inputs(model)
+        positive = non_negative(model.graph)
         calls = [node for node in model.graph.nodes if node.target in WEIGHTED and node.args[1] not in dynamic]
-        positive = _positive(model.graph)
         layers = self._placed(calls) if self.placement is not None else self._all(calls, model.graph, positive)
         if not layers:
             raise QakdError("the exported graph holds no convolution or linear layer to quantize.")
-        adds = {node for node in model.graph.nodes if node.target in _ADDS and _adds_activations(node, dynamic)}
-        if self.placement is not None:
-            outputs = self._ends(model.graph, self.placement)
-        else:
-            outputs = _operands(adds, set(layers))
-        outputs, on_grid = _with_sums(model.graph, adds, set(layers), outputs)
+        adds = {node for node in model.graph.nodes if node.target in ADDS and _adds_activations(node, dynamic)}
+        ends = _operands(adds, set(layers)) if self.placement is None else self._ends(model.graph, self.placement)
+        outputs, on_grid = _with_sums(model.graph, adds, set(layers), ends)
         for node, layer in layers.items():
-            has_one = layer.activation_bits == 8 and node.args[0] in on_grid
-            source = None if has_one else self._activation_spec(layer.activation_bits, layer.non_negative)
-            # The order matters: torchao takes the first entry for the input and the second for the weight.
-            inputs = {node.args[0]: source, node.args[1]: weight_spec(layer.weight_bits, 1 if node.target in TRANSPOSED else 0)}
-            node.meta["quantization_annotation"] = QuantizationAnnotation(input_qspec_map=inputs, _annotated=True)
+            self._annotate_layer(node, layer, on_grid)
         for node in adds if self.placement is None else ():
             inputs = {source: self._activation_spec(8, source in positive) for source in node.args[:2] if source not in on_grid}
             node.meta["quantization_annotation"] = QuantizationAnnotation(input_qspec_map=inputs, _annotated=True)
@@ -144,6 +109,13 @@ class SymmetricQuantizer(Quantizer):  # type: ignore[misc]
             annotation = node.meta.setdefault("quantization_annotation", QuantizationAnnotation(_annotated=True))
             annotation.output_qspec = self._activation_spec(8, node in positive)
         return model
+
+    def _annotate_layer(self, node: fx.Node, layer: _Layer, on_grid: set[fx.Node]) -> None:
+        has_one = layer.activation_bits == 8 and node.args[0] in on_grid
+        source = None if has_one else self._activation_spec(layer.activation_bits, layer.non_negative)
+        # The order matters: torchao takes the first entry for the input and the second for the weight.
+        inputs = {node.args[0]: source, node.args[1]: weight_spec(layer.weight_bits, 1 if node.target in TRANSPOSED else 0)}
+        node.meta["quantization_annotation"] = QuantizationAnnotation(input_qspec_map=inputs, _annotated=True)
 
     def _activation_spec(self, bits: int, non_negative: bool) -> QuantizationSpec:
         return activation_spec(bits, signed=not self.precision.is_unsigned(bits, non_negative))
@@ -185,7 +157,7 @@ class SymmetricQuantizer(Quantizer):  # type: ignore[misc]
             end = node
             if wanted[layer_name(node)] is not None:
                 (user,) = node.users
-                end = user if user.target in _RELUS else node
+                end = user if user.target in RELUS else node
             ends.add(end)
         return ends
 
@@ -230,7 +202,7 @@ def activation_spec(bits: int, *, signed: bool = True) -> QuantizationSpec:
 def _operands(adds: set[fx.Node], layers: set[fx.Node]) -> set[fx.Node]:
     """Operands of residual adds that are read by residual adds and quantized layers alone: one quantizer serves all of them."""
     operands = {operand for add in adds for operand in add.args[:2] if isinstance(operand, fx.Node)}
-    return {node for node in operands if node.op == "call_function" and set(_readers(node)) <= adds | layers}
+    return {node for node in operands if node.op == "call_function" and set(readers(node)) <= adds | layers}
 
 
 def _with_sums(
@@ -254,36 +226,13 @@ def _with_sums(
         if node in outputs or (node.target in _GRID_KEEPING and operands[0] in on_grid):
             on_grid.add(node)
         elif node in adds and on_grid.issuperset(operands):
-            readers = _readers(node)
-            end = readers[0] if len(readers) == 1 and readers[0].target in _RELUS else node
-            readers = _readers(end)
-            if not layers.issuperset(readers) and all(reader.op != "output" for reader in readers):
+            reading = readers(node)
+            end = reading[0] if len(reading) == 1 and reading[0].target in RELUS else node
+            if not layers.issuperset(readers(end)) and all(reader.op != "output" for reader in readers(end)):
                 outputs.add(end)
                 if end is node:
                     on_grid.add(node)
     return outputs, on_grid
-
-
-def _readers(node: fx.Node) -> list[fx.Node]:
-    """Who reads the numbers of a tensor: asking for its shape is not reading."""
-    return [user for user in node.users if user.target is not _aten.sym_size.int]
-
-
-def _positive(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes that are never negative."""
-    positive: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node.target in {_aten.hardtanh.default, _aten.hardtanh_.default}:
-            holds = len(node.args) > 1 and node.args[1] >= 0
-        elif node.target in _SIGN_KEEPING:
-            sources = [source for source in node.all_input_nodes if _is_tensor(source)]
-            # Of adds only those of two tensors: a scalar or a factor (alpha) may be negative.
-            holds = set(sources) <= positive and (node.target not in _ADDS or (len(sources) == 2 and not node.kwargs))
-        else:
-            holds = node.target in _RELUS or node.target in _NON_NEGATIVE
-        if holds:
-            positive.add(node)
-    return positive
 
 
 def _adds_activations(node: fx.Node, dynamic: set[fx.Node]) -> bool:
@@ -294,10 +243,6 @@ def _adds_activations(node: fx.Node, dynamic: set[fx.Node]) -> bool:
         and isinstance(second, fx.Node)
         and first is not second
         and {first, second} <= dynamic
-        and all(_is_tensor(operand) and operand.meta["val"].is_floating_point() for operand in (first, second))
+        and all(is_tensor(operand) and operand.meta["val"].is_floating_point() for operand in (first, second))
         and first.meta["val"].ndim == second.meta["val"].ndim >= 2
     )
-
-
-def _is_tensor(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), torch.Tensor)

@@ -18,17 +18,14 @@ from torch import Tensor, fx, nn
 
 from ..._common.module_mode import eval_mode
 from ...errors import QakdError
-from ...placement.placement import GRID_KEEPING, Placement, non_negative, place_quantizers
+from ...placement.fx_graph import GRID_KEEPING, called_module, only_reader
+from ...placement.placement import Placement, place_quantizers
+from ...placement.sign_analysis import non_negative
 from ..adapter import Precision
-from .fx import (
-    QAT_LAYERS,
-    TorchAOAdapter,
-    calibrate,
-    fixed_fake_quantize,
-    require_signed_bytes,
-    torch_ao_qconfig,
-    unsigned_byte,
-)
+from .calibration import calibrate
+from .configuration import fixed_fake_quantize, require_signed_bytes, torch_ao_qconfig, unsigned_byte
+from .fx import TorchAOAdapter
+from .qat_layers import QAT_LAYERS
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
@@ -62,12 +59,8 @@ class TorchAOEagerAdapter(TorchAOAdapter):
         """Configurations to assign as ``qconfig`` before ``prepare_qat``, by the names of modules."""
         require_signed_bytes(self.name, precision)
         placement = place_quantizers(model, precision.keep)
-        found: dict[str, Any] = {}
-        for name, module in model.named_modules():
-            bits = precision.weight_bits if name in placement.layers and name not in placement.edges else 8
-            if name in placement.layers or isinstance(module, FloatFunctional | QuantStub):
-                found[name] = torch_ao_qconfig(bits)
-        return found
+        found = ((name, _qconfig(name, module, placement, precision)) for name, module in model.named_modules())
+        return {name: qconfig for name, qconfig in found if qconfig is not None}
 
     def prepare(self, model: nn.Module, batches: Sequence[Tensor], precision: Precision) -> nn.Module:
         placement = place_quantizers(model, precision.keep)
@@ -75,12 +68,7 @@ class TorchAOEagerAdapter(TorchAOAdapter):
         prepared: nn.Module = copy.deepcopy(model).train()
         if plan.fusions:
             prepared = fuse_modules_qat(prepared, plan.fusions)
-        for name, module in prepared.named_modules():
-            # A fused layer stands where its convolution or linear layer stood, and holds it as a child.
-            layer = next((part for part in (name, name.rpartition(".")[0]) if part in placement.layers), None)
-            wanted = layer is not None or isinstance(module, FloatFunctional | QuantStub)
-            bits = precision.weight_bits if layer is not None and layer not in placement.edges else 8
-            module.qconfig = torch_ao_qconfig(bits) if wanted else None  # type: ignore[assignment]
+        _assign_qconfigs(prepared, placement, precision)
         prefix = ""
         if not any(isinstance(module, QuantStub) for module in model.modules()):
             prepared, prefix = QuantWrapper(prepared), "module."
@@ -88,26 +76,54 @@ class TorchAOEagerAdapter(TorchAOAdapter):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the toolkit announces its migration, and a default that changed years ago
             prepared = prepare_qat(prepared.train(), inplace=True)
-        for name in plan.between:
-            _quantize_output(prepared.get_submodule(prefix + name))
-        for name in plan.last:
-            _leave_in_float(prepared.get_submodule(prefix + name))
-        if precision.unsigned_bytes:
-            for name in [name for name, holds in plan.non_negative.items() if holds]:
-                holder: Any = prepared.get_submodule(prefix + name)
-                holder.activation_post_process = unsigned_byte(holder.activation_post_process)
-        low_bit: dict[str, tuple[int, int]] = {}
-        if precision.activation_bits < 8:
-            for name, unsigned in plan.only_read_by_inner_layers.items():
-                limit = 2 ** (precision.activation_bits - 1)
-                low, high = (0, 2 * limit - 1) if unsigned else (-limit, limit - 1)
-                quantizer = f"{prefix}{name}.activation_post_process"
-                low_bit[quantizer] = low, high
-                # A placeholder of the right grid; its range is calibrated below.
-                holder = prepared.get_submodule(prefix + name)
-                holder.activation_post_process = fixed_fake_quantize(1.0, low, high, batches[0].device)
-        calibrate(self, prepared.eval(), batches, low_bit)
+        network = prepared.get_submodule("module") if prefix else prepared
+        _finish_outputs(network, plan, precision)
+        low_bit = _use_low_bits(network, plan, precision.activation_bits, batches[0].device)
+        calibrate(self, prepared.eval(), batches, {prefix + name: codes for name, codes in low_bit.items()})
         return prepared
+
+
+def _qconfig(name: str, module: nn.Module, placement: Placement, precision: Precision) -> Any:
+    """What a module of this name takes; None where it stays in floating point."""
+    if name not in placement.layers:
+        return torch_ao_qconfig(8) if isinstance(module, FloatFunctional | QuantStub) else None
+    return torch_ao_qconfig(8 if name in placement.edges else precision.weight_bits)
+
+
+def _assign_qconfigs(fused: nn.Module, placement: Placement, precision: Precision) -> None:
+    """A fused layer stands where its convolution or linear layer stood, and holds it as a child."""
+    for name, module in fused.named_modules():
+        layer = next((part for part in (name, name.rpartition(".")[0]) if part in placement.layers), name)
+        module.qconfig = _qconfig(layer, module, placement, precision)
+
+
+def _finish_outputs(network: nn.Module, plan: _Plan, precision: Precision) -> None:
+    """Quantizers that the toolkit leaves out, and those that it should not have put in."""
+    for name in plan.between:
+        _quantize_output(network.get_submodule(name))
+    for name in plan.last:
+        _leave_in_float(network.get_submodule(name))
+    if precision.unsigned_bytes:
+        for name in [name for name, holds in plan.non_negative.items() if holds]:
+            holder: Any = network.get_submodule(name)
+            holder.activation_post_process = unsigned_byte(holder.activation_post_process)
+
+
+def _use_low_bits(network: nn.Module, plan: _Plan, bits: int, device: torch.device) -> dict[str, tuple[int, int]]:
+    """Let what inner layers alone read take fewer bits.
+
+    Returns:
+        Lowest and highest code of those quantizers, by name. They are placeholders: calibration puts others in their place.
+    """
+    low_bit: dict[str, tuple[int, int]] = {}
+    if bits == 8:
+        return low_bit
+    for name, unsigned in plan.only_read_by_inner_layers.items():
+        limit = 2 ** (bits - 1)
+        low, high = (0, 2 * limit - 1) if unsigned else (-limit, limit - 1)
+        network.get_submodule(name).activation_post_process = fixed_fake_quantize(1.0, low, high, device)
+        low_bit[f"{name}.activation_post_process"] = low, high
+    return low_bit
 
 
 class _Plan:
@@ -152,11 +168,10 @@ class _Plan:
         self._require_quantized_input(node)
         chain = [node]
         for kind in (nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d, nn.ReLU):
-            user = _only_user(chain[-1])
-            module = None if user is None or user.op != "call_module" else self.modules[str(user.target)]
+            reader = only_reader(chain[-1])
             # A ReLU that is called in several places cannot become part of one layer.
-            if user is not None and isinstance(module, kind) and self._calls[user.target] == 1:
-                chain.append(user)
+            if reader is not None and isinstance(self._module(reader), kind) and self._calls[reader.target] == 1:
+                chain.append(reader)
         if len(chain) > 1:
             self.fusions.append([str(member.target) for member in chain])
         if any(user.op == "output" for user in chain[-1].users):
@@ -175,18 +190,22 @@ class _Plan:
     def _readers(self, node: fx.Node) -> Iterator[fx.Node]:
         """What reads a value, looked at through operators that keep its grid."""
         for user in node.users:
-            module = self.modules.get(str(user.target)) if user.op == "call_module" else None
-            if isinstance(module, GRID_KEEPING) or user.target in _KEEP_GRID | _RELU:
+            if self._keeps_grid(user):
                 yield from self._readers(user)
             else:
                 yield user
 
+    def _module(self, node: fx.Node) -> nn.Module | None:
+        return called_module(node, self.modules)
+
+    def _keeps_grid(self, node: fx.Node) -> bool:
+        return isinstance(self._module(node), GRID_KEEPING) or node.target in _KEEP_GRID | _RELU
+
     def _require_quantized_input(self, layer: fx.Node) -> None:
         source = layer.all_input_nodes[0]
         while source not in self._quantized:
-            module = self.modules.get(str(source.target)) if source.op == "call_module" else None
-            keeps = isinstance(module, GRID_KEEPING) or source.target in _KEEP_GRID | _RELU
-            if module is not None and not keeps:
+            keeps = self._keeps_grid(source)
+            if self._module(source) is not None and not keeps:
                 self.between.append(str(source.target))
                 self._ends(source, str(source.target))
                 return
@@ -200,7 +219,7 @@ class _Plan:
 
 
 def _quantize_output(module: nn.Module) -> None:
-    """Give a module that the toolkit leaves alone a quantizer behind it, as the toolkit does."""
+    """Give a module that the toolkit leaves alone a quantizer on its output, as the toolkit does."""
     module.add_module("activation_post_process", torch_ao_qconfig(8).activation())
     _register_activation_post_process_hook(module)
 
@@ -211,8 +230,3 @@ def _leave_in_float(module: Any) -> None:
     The toolkit's convert asks an observer for the range.
     """
     module.activation_post_process = MovingAverageMinMaxObserver(dtype=torch.qint8, qscheme=torch.per_tensor_symmetric)
-
-
-def _only_user(node: fx.Node) -> fx.Node | None:
-    users = list(node.users)
-    return users[0] if len(users) == 1 else None

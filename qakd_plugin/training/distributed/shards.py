@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate.data_loader import DataLoaderStateMixin
@@ -16,12 +16,37 @@ from ...errors import QakdError
 from .processes import Processes
 
 
+class Shares(Protocol):
+    """Re-iterable, with a length: the batches that this process works on, and whether each counts."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[tuple[Any, bool]]: ...
+
+
+class Whole:
+    """All batches of a loader: those of a process that trains alone, or of a loader that is shared out already.
+
+    Args:
+        loader: as the user passed it.
+    """
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[tuple[Any, bool]]:
+        for batch in self.loader:
+            yield batch, True
+
+
 class Shards:
     """One process's share of each joined batch.
 
     A joined batch is as many consecutive batches of the loader as there are processes; each takes one. What is left at the end
     of the loader is divided anew, as evenly as can be. A process for which nothing is left gets a sample of another to compute
-    on, and :attr:`counts` is False: it must have no weight in any mean.
+    on, which does not count: it must have no weight in any mean.
 
     Of a DataLoader each process reads its own share only, in the order that the first process's sampler drew. Other iterables
     are run through by every process and must yield the same everywhere.
@@ -33,7 +58,6 @@ class Shards:
 
     def __init__(self, loader: Iterable[Any], processes: Processes) -> None:
         self.loader, self.processes = loader, processes
-        self.counts = True
         # A subclass may iterate in its own way, and an IterableDataset has no indices to share.
         by_index = type(loader) is DataLoader and loader.batch_sampler is not None
         self._own = None
@@ -45,28 +69,22 @@ class Shards:
     def __len__(self) -> int:
         return -(-len(self.loader) // self.processes.count)  # type: ignore[arg-type]
 
-    def __iter__(self) -> Iterator[Any]:
-        self.counts = True
+    def __iter__(self) -> Iterator[tuple[Any, bool]]:
         if self._own is None:
             yield from self._from_groups()
             return
         for number, batch in enumerate(self._own):
-            self.counts = number not in self._indices.fillers
-            yield batch
+            yield batch, number not in self._indices.fillers
 
-    def _from_groups(self) -> Iterator[Any]:
+    def _from_groups(self) -> Iterator[tuple[Any, bool]]:
         batches, count = iter(self.loader), self.processes.count
         while group := list(islice(batches, count)):
-            if len(group) == count:
-                self.counts = True
-                yield group[self.processes.index]
-            else:
-                yield self._part(group)
+            yield (group[self.processes.index], True) if len(group) == count else self._part(group)
 
-    def _part(self, group: list[Any]) -> Any:
+    def _part(self, group: list[Any]) -> tuple[Any, bool]:
         try:
-            start, end, self.counts = _bounds(sum(map(_size, group)), self.processes)
-            return _cut(group, start, end)
+            start, end, counts = _bounds(sum(map(_size, group)), self.processes)
+            return _cut(group, start, end), counts
         except TypeError as problem:
             raise QakdError(
                 f"loader: its last {len(group)} batches cannot be divided among {self.processes.count} processes, because they "
@@ -75,8 +93,8 @@ class Shards:
             ) from problem
 
 
-def shared(loader: Iterable[Any], processes: Processes) -> Iterable[Any]:
-    """The batches that this process works on.
+def shared(loader: Iterable[Any], processes: Processes) -> Shares:
+    """The batches that this process works on, each with whether it counts.
 
     Args:
         loader: as the user passed it. One with a DistributedSampler is shared out already and taken as it is.
@@ -91,8 +109,25 @@ def shared(loader: Iterable[Any], processes: Processes) -> Iterable[Any]:
             "made of: distill shares it out itself, so that no sample is lost and none counts twice."
         )
     if processes.count == 1 or any(isinstance(sampler, DistributedSampler) for sampler in samplers_of(loader)):
-        return loader
+        return Whole(loader)
     return Shards(loader, processes)
+
+
+def held_out(loader: Iterable[Any], processes: Processes) -> Iterable[Any]:
+    """Batches that this process evaluates, as often as it is asked: a share of them where each process gets one, else all."""
+    if isinstance(loader, Sized) and len(loader) >= processes.count:
+        return _Counting(shared(loader, processes))
+    return loader
+
+
+class _Counting:
+    """The batches that count."""
+
+    def __init__(self, shares: Shares) -> None:
+        self._shares = shares
+
+    def __iter__(self) -> Iterator[Any]:
+        return (batch for batch, counts in self._shares if counts)
 
 
 class _SharedIndices:

@@ -1,0 +1,34 @@
+"""Ranges of least squared error in the place of those of ModelOpt's max calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...placement.calibration import best_weight_clip
+from ...placement.placement import Placement
+from ..adapter import Adapter, require_no_negative
+from ..fake_quantizers import observe_unquantized
+from .configuration import output_name
+
+
+@torch.no_grad()
+def minimize_error(adapter: Adapter, model: nn.Module, batches: Sequence[Tensor], placement: Placement) -> None:
+    """Replace the ranges of max calibration by those with the least squared error over all batches."""
+    clamps = {output_name(output): output.clamp for output in placement.outputs}
+    quantizers = adapter.quantizers(model)
+    watched = {quantizer.fqn: quantizer.module for quantizer in quantizers if quantizer.role == "activation"}
+    observers = observe_unquantized(adapter, model, watched, batches, clamps)
+    for quantizer in quantizers:
+        q: Any = quantizer.module
+        if quantizer.fqn in observers:
+            if q.unsigned:
+                require_no_negative(quantizer.fqn, observers[quantizer.fqn].minimum)
+            q.amax = torch.full_like(q.amax, observers[quantizer.fqn].best_clip(int(q.maxbound)))
+            continue
+        assert quantizer.weight is not None
+        qparams = adapter.qparams(quantizer)
+        q.amax = best_weight_clip(quantizer.weight(), qparams.quant_min, qparams.quant_max, qparams.axis).reshape(q.amax.shape)

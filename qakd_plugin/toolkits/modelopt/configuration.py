@@ -1,0 +1,41 @@
+"""The configuration for ``mtq.quantize``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...placement.placement import OutputQuantizer, Placement
+from ..adapter import Precision
+
+
+def modelopt_config(placement: Placement, precision: Precision) -> dict[str, Any]:
+    """The configuration for ``mtq.quantize`` that :func:`qakd_plugin.prepare` uses.
+
+    Quantizers after a convolution are signed, whatever is wanted: they stand in front of the ReLU, and ModelOpt's unsigned
+    ones refuse negative values.
+    """
+    entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
+
+    def enable(name: str, **attributes: Any) -> None:
+        entries.append({"quantizer_name": name, "cfg": attributes, "enable": True})
+
+    for layer in placement.layers:
+        edge = layer in placement.edges
+        bits = 8 if edge else precision.weight_bits
+        enable(f"{layer}.weight_quantizer", num_bits=bits, axis=0, narrow_range=bits == 8)
+        bits = 8 if edge else precision.activation_bits
+        if bits < 8 or layer not in placement.covered:
+            enable(
+                f"{layer}.input_quantizer",
+                num_bits=bits,
+                axis=None,
+                unsigned=precision.is_unsigned(bits, layer in placement.unsigned),
+            )
+    for output in placement.outputs:
+        enable(output_name(output), num_bits=8, axis=None)
+    return {"quant_cfg": entries, "algorithm": "max"}
+
+
+def output_name(output: OutputQuantizer) -> str:
+    """ModelOpt's name of a quantizer that a placement wants."""
+    return f"{output.name}.{'input' if output.in_front else 'output'}_quantizer"

@@ -1,0 +1,61 @@
+"""Which classes ModelOpt takes, and models that it saved with more of them than it knows by itself."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import os
+from collections.abc import Iterable, Iterator
+
+from torch import nn
+
+from ..._common.optional import require
+from ...placement.attention import open_attention
+from ...placement.layer_names import WEIGHTED
+
+
+@contextlib.contextmanager
+def registered(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """Within the block ModelOpt takes the classes of all modules of these names.
+
+    By itself it leaves classes out that override the forward of PyTorch's layers, and activations. Only within the block: what
+    the user's own calls of ``mtq.quantize`` choose must not depend on whether this package ran before.
+    """
+    toolkit = require("modelopt.torch.quantization.nn", extra="modelopt", purpose="quantize a model")
+    registry, base = toolkit.QuantModuleRegistry, toolkit.QuantInputBase
+    added: list[type[nn.Module]] = []
+    try:
+        for name in names:
+            kind = type(model.get_submodule(name))
+            if kind not in registry:
+                parent = next((cls for cls in kind.__mro__ if issubclass(cls, WEIGHTED) and cls in registry), None)
+                registry.register({kind: f"{kind.__module__}.{kind.__qualname__}"})(registry[parent] if parent else base)
+                added.append(kind)
+        yield
+    finally:
+        for kind in added:
+            registry.unregister(kind)
+
+
+def restore_modelopt(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """Put what ``modelopt.torch.opt.save`` wrote of a model from :func:`qakd_plugin.prepare` back into its float model.
+
+    ``modelopt.torch.opt.restore`` does the same where the model holds neither ``nn.MultiheadAttention`` nor layers of classes
+    that are not PyTorch's own; it knows nothing of those.
+
+    Args:
+        model: the float model; it is not changed.
+        path: of the file.
+
+    Returns:
+        A prepared copy.
+    """
+    mto = require("modelopt.torch.opt", extra="modelopt", purpose="restore a model that it saved")
+    utils = require("modelopt.torch.utils", extra="modelopt", purpose="restore a model that it saved")
+    copied = copy.deepcopy(open_attention(model))
+    saved = utils.safe_load(path, map_location="cpu")["model_state_dict"]
+    names = {key.rpartition("_quantizer.")[0].rpartition(".")[0] for key in saved if "_quantizer." in key}
+    with contextlib.redirect_stdout(io.StringIO()), registered(copied, sorted(names - {""})):
+        restored: nn.Module = mto.restore(copied, path)
+    return restored.eval()

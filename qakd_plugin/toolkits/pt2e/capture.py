@@ -1,0 +1,111 @@
+"""From a float model to the graph that ``prepare_qat_pt2e`` takes, and what it has to be told before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ...errors import QakdError, UnsupportedQuantizerError
+from ..adapter import require_no_zero_gamma
+from .graph import BATCH_NORM, CONVOLUTIONS, TRANSPOSED, activation_name, attribute, from_inputs, is_quantizer, join, layer_name
+
+_EPS = 1e-5
+"""The only BatchNorm eps that ``prepare_qat_pt2e`` knows; it puts it in the place of any other."""
+
+
+def exported(network: nn.Module, batch: Tensor) -> fx.GraphModule:
+    """The graph of a float model in eval mode, for any batch size.
+
+    In eval mode, because whatever else a module does in training (stochastic depth, auxiliary heads) would become a fixed part
+    of the graph; BatchNorm and dropout can be switched later.
+    """
+    example = batch if batch.shape[0] > 1 else torch.cat([batch, batch])
+    try:
+        with torch.enable_grad(), _without_fast_path():
+            program = torch.export.export(network, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+            graph = program.module(check_guards=False)
+    except Exception as error:  # user code runs under the tracer: whatever it raises means "cannot be exported"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise QakdError(
+            f"torch.export cannot trace {type(network).__name__}, which toolkit='pt2e' needs: {reason} Check that its forward "
+            "takes one tensor and that neither values nor the batch size steer its control flow, or use toolkit='modelopt'."
+        ) from error
+    assert isinstance(graph, fx.GraphModule)
+    return graph
+
+
+@contextmanager
+def _without_fast_path() -> Iterator[None]:
+    """nn.MultiheadAttention as separate operators, not as the one that only inference knows."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@torch.no_grad()
+def unify_batch_norms(network: nn.Module) -> None:
+    """Give every BatchNorm the eps that prepare_qat_pt2e assumes, without changing what it computes in eval mode."""
+    for name, module in network.named_modules():
+        if not isinstance(module, _BatchNorm):
+            continue
+        if module.running_var is None or module.running_mean is None:
+            raise UnsupportedQuantizerError(
+                f"{name}: its BatchNorm has no running statistics (track_running_stats=False), so it cannot be folded. "
+                "Turn them on and run some batches in train mode, or use another normalization."
+            )
+        module.running_var += module.eps - _EPS
+        module.eps = _EPS
+        if module.weight is None or module.bias is None:  # the fused pattern needs both
+            module.weight = nn.Parameter(torch.ones_like(module.running_var), requires_grad=False)
+            module.bias = nn.Parameter(torch.zeros_like(module.running_mean), requires_grad=False)
+
+
+def refuse_zero_gammas(graph: fx.GraphModule) -> None:
+    for node in graph.graph.nodes:
+        if node.target is not BATCH_NORM or node.args[0].target not in CONVOLUTIONS | TRANSPOSED:
+            continue
+        require_no_zero_gamma(layer_name(node), attribute(graph, node.args[1].target), "prepare_qat_pt2e")
+
+
+def restore_momenta(prepared: fx.GraphModule, network: nn.Module) -> None:
+    """prepare_qat_pt2e gives every BatchNorm a momentum of 0.1."""
+    for node in prepared.graph.nodes:
+        if node.target is BATCH_NORM:
+            norm = network.get_submodule(str(node.args[3].target).rpartition(".")[0])
+            momentum = getattr(norm, "momentum", None)
+            node.update_arg(6, 0.1 if momentum is None else momentum)
+    prepared.recompile()
+
+
+def rename_quantizers(prepared: fx.GraphModule) -> None:
+    """Names that say where a quantizer is, in the place of ``activation_post_process_17``."""
+    dynamic = from_inputs(prepared)
+    names: dict[nn.Module, str] = {}
+    old = set()
+    for node in prepared.graph.nodes:
+        if not is_quantizer(prepared, node):
+            continue
+        module = prepared.get_submodule(node.target)
+        old.add(node.target)
+        if module not in names:
+            weight = node not in dynamic
+            layer = layer_name(next(iter(node.users)))
+            wanted = join(layer, "weight_fake_quant") if weight else activation_name(prepared, node, "fake_quant")
+            taken, count = set(names.values()), 0
+            name = wanted
+            while name in taken:
+                count += 1
+                name = f"{wanted}_{count}"
+            names[module] = name
+            prepared.add_submodule(name, module)
+        node.target = names[module]
+    prepared.recompile()
+    for name in old:
+        delattr(prepared, name)

@@ -1,0 +1,242 @@
+"""Puts a run together: everything that training needs is built, and checked on one batch, before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..augment.selector import Augmentation, CMISelector, FixedAugmentation, SelectedAugmentation
+from ..errors import TrainingError
+from ..tasks.evaluation import evaluate
+from ..tasks.outputs import logits_for
+from ..toolkits import Adapter
+from .autocast import autocast, float32_quantizers
+from .batches import Batches
+from .checkpoint import CheckpointStore
+from .config import Data, Settings
+from .deployed_view import DeployedView, evaluated
+from .distributed.processes import Processes
+from .distributed.shards import held_out
+from .ema import Ema
+from .methods import Method, Phase
+from .networks import Learner, Networks, on_device
+from .objective import Objective
+from .optimizers import cosine_schedule, quantizer_parameters, student_optimizer, teacher_optimizer
+from .preflight import check_against_teacher, check_exportable, check_first_batch
+from .run_state import RunState, Stateful
+from .teacher_cache import TeacherCache
+from .teachers import frozen_logits
+from .trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Who learns what from whom.
+
+    Attributes:
+        adapter: of the toolkit that prepared ``model``.
+        model: the student.
+        teacher: that was passed in; None where there is none.
+        method: its losses.
+        phases: of the method.
+    """
+
+    adapter: Adapter
+    model: nn.Module
+    teacher: nn.Module | None
+    method: Method
+    phases: Sequence[Phase]
+
+    @property
+    def teacher_learns(self) -> bool:
+        """Whether some phase trains the teacher."""
+        return any(phase.teacher for phase in self.phases)
+
+    @property
+    def epochs(self) -> list[Phase]:
+        """The phase of each epoch."""
+        return [phase for phase in self.phases for _ in range(phase.epochs)]
+
+
+@contextmanager
+def assembled(
+    lesson: Lesson,
+    data: Data,
+    settings: Settings,
+    processes: Processes,
+    *,
+    cache: TeacherCache | None,
+    store: CheckpointStore | None,
+    checkpoint_every: int | None,
+    callbacks: Sequence[object],
+) -> Iterator[Trainer]:
+    """A trainer that is ready to begin; at the end of the block hooks are off and networks are on the devices they came from.
+
+    Args:
+        lesson: its teacher is the run's own copy where it learns too.
+        data: to train and to validate with.
+        settings: numbers of the run.
+        processes: that train together.
+        cache: of the teacher's logits, or None; filled here.
+        store: where checkpoints go, or None.
+        checkpoint_every: also after so many optimizer steps.
+        callbacks: see :class:`~qakd_plugin.training.trainer.Trainer`.
+
+    Raises:
+        QakdError: processes disagree, or the first batch shows that training cannot begin.
+    """
+    adapter, model, teacher = lesson.adapter, lesson.model, lesson.teacher
+    _require_agreement(processes, data, store, checkpoint_every)
+    computing = partial(autocast, settings.mixed_precision, processes.device)
+    augment = _augmentation(data, processes)
+    with float32_quantizers(adapter, model), on_device(processes.device, model, teacher):
+        batches = Batches(
+            data.loader,
+            processes,
+            batch_fn=data.batch_fn,
+            augment=augment,
+            method=lesson.method,
+            accumulate=settings.accumulate,
+            cache=cache,
+        )
+        validate = _validation(data, teacher, processes)
+        _check_first_batch(lesson, batches, settings, processes, computing)
+        networks = Networks.of(model, teacher, processes, teacher_learns=lesson.teacher_learns)
+        objective = Objective(adapter, networks, lesson.phases, computing)
+        try:
+            student, mentor = _learners(lesson, networks, settings, batches.steps)
+            ema = None if settings.ema is None else Ema(model, settings.ema)
+            if cache is not None and teacher is not None:
+                _fill(cache, teacher, batches, processes, computing)
+            view = DeployedView(
+                adapter,
+                model,
+                batches,
+                processes,
+                ema=ema,
+                recalibrate_batches=settings.recalibrate_batches,
+                autocast=computing,
+            )
+            yield Trainer(
+                adapter=adapter,
+                networks=networks,
+                processes=processes,
+                epochs=lesson.epochs,
+                batches=batches,
+                augment=augment,
+                objective=objective,
+                student=student,
+                teacher=mentor,
+                ema=ema,
+                view=view,
+                validate=validate,
+                state=RunState(_parts(networks, student, mentor, ema, augment), batches, processes, store),
+                settings=settings,
+                checkpoint_every=checkpoint_every,
+                callbacks=callbacks,
+            )
+        finally:
+            objective.close()
+
+
+def _require_agreement(processes: Processes, data: Data, store: CheckpointStore | None, checkpoint_every: int | None) -> None:
+    """Several processes make their steps and their checkpoints together, or wait for each other for ever."""
+    processes.require_equal("the length of loader", len(data.loader))  # type: ignore[arg-type]
+    where = None if store is None else str(store.folder)
+    processes.require_equal("checkpoint_dir and checkpoint_every", (where, checkpoint_every))
+    if store is not None:
+        store.fingerprint["processes"] = processes.count
+
+
+def _augmentation(data: Data, processes: Processes) -> Augmentation:
+    if isinstance(data.augment, CMISelector):
+        return SelectedAugmentation(data.augment, data.loader, data.batch_fn, data.input_stats, processes.from_main)
+    return FixedAugmentation(data.augment, data.input_stats)
+
+
+def _validation(data: Data, teacher: nn.Module | None, processes: Processes) -> Callable[[nn.Module], dict[str, float]]:
+    if data.val_loader is None:
+        return _no_metrics
+    loader = held_out(data.val_loader, processes)
+    return partial(evaluate, teacher=teacher, loader=loader, batch_fn=data.batch_fn, device=processes.device)
+
+
+def _no_metrics(_: nn.Module) -> dict[str, float]:
+    return {}
+
+
+def _check_first_batch(
+    lesson: Lesson,
+    batches: Batches,
+    settings: Settings,
+    processes: Processes,
+    computing: Callable[[], AbstractContextManager[Any]],
+) -> None:
+    """One forward pass of both networks before anything is trained: checks, and lazily made parameters."""
+    adapter, model, teacher = lesson.adapter, lesson.model, lesson.teacher
+    labels = any(phase.needs_labels for phase in lesson.phases)
+    with batches.aside(labels=labels, augmented=False) as some, torch.no_grad():
+        first = next(some, None)
+        if first is None:
+            raise TrainingError("loader is empty: it yielded no batch. Check the data set and drop_last.")
+        x = first.inputs
+        with evaluated(adapter, model):
+            with computing():
+                student = logits_for(model, x, "prepared_model")
+                expected = None if teacher is None else frozen_logits(teacher, x)
+            check_first_batch(model, student, expected, x)
+            if teacher is not None and expected is not None and settings.mixed_precision == "no":
+                check_against_teacher(adapter, model, teacher, expected, x)
+            if processes.is_main:
+                check_exportable(adapter, model, x)
+
+
+def _learners(lesson: Lesson, networks: Networks, settings: Settings, steps: int) -> tuple[Learner, Learner | None]:
+    """What trains the student, and what trains the teacher where it learns too; ``steps`` in an epoch."""
+    adapter, model = lesson.adapter, lesson.model
+    optimizer = student_optimizer(adapter, model, settings)
+    schedule = cosine_schedule(optimizer, len(lesson.epochs) * steps, settings.warmup)
+    student = Learner(networks.called_student, optimizer, schedule, quantizer_parameters(adapter, model))
+    together = sum(phase.epochs for phase in lesson.phases if phase.teacher)
+    if networks.teacher is None or networks.called_teacher is None or not together:
+        return student, None
+    second = teacher_optimizer(networks.teacher, settings)
+    return student, Learner(networks.called_teacher, second, cosine_schedule(second, together * steps, settings.warmup))
+
+
+def _fill(
+    cache: TeacherCache,
+    teacher: nn.Module,
+    batches: Batches,
+    processes: Processes,
+    computing: Callable[[], AbstractContextManager[Any]],
+) -> None:
+    def logits(x: Tensor) -> Tensor:
+        with computing():
+            return frozen_logits(teacher, x).float()
+
+    with batches.aside() as some:
+        cache.fill((batch.inputs for batch in some), logits, processes)
+
+
+def _parts(
+    networks: Networks, student: Learner, teacher: Learner | None, ema: Ema | None, augment: Augmentation
+) -> dict[str, Stateful]:
+    """What checkpoints hold, by its name there."""
+    parts: dict[str, Stateful] = {
+        "student": networks.model,
+        "optimizer": student.optimizer,
+        "scheduler": student.schedule,
+        "augmentation": augment,
+    }
+    if ema is not None:
+        parts["ema"] = ema
+    if teacher is not None and networks.teacher is not None:
+        parts |= {"teacher": networks.teacher, "teacher_optimizer": teacher.optimizer, "teacher_scheduler": teacher.schedule}
+    return parts

@@ -1,0 +1,160 @@
+"""The training batches of a run: the one place that splits a batch, augments it, and knows where an epoch was interrupted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+from torch import Tensor
+
+from .._common.rng_state import generators_of, random_state, restore_random_state, samplers_of, undisturbed
+from ..augment.selector import Augmentation
+from ..errors import QakdError, TrainingError
+from ..tasks.batches import BatchFn
+from .distributed.processes import Processes
+from .distributed.shards import shared
+from .methods import Method, require_labels
+from .teacher_cache import TeacherCache
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch of this process, on its device and augmented.
+
+    Attributes:
+        inputs: as both networks get them.
+        targets: labels, in a phase that reads them.
+        weight: samples in it that count; 0 where they are borrowed from another process.
+        total: samples that count in this batch of all processes together.
+        taught: the teacher's logits where a cache knows them.
+    """
+
+    inputs: Tensor
+    targets: Tensor | None
+    weight: int
+    total: int = 0
+    taught: Tensor | None = None
+
+
+class Batches:
+    """The batches of every epoch, in groups of one optimizer step, and the state of all that they are drawn from.
+
+    Args:
+        loader: re-iterable, with a length, as the user passed it.
+        processes: that train together: each takes its share.
+        batch_fn: splits a batch.
+        augment: of inputs and labels.
+        method: for messages.
+        accumulate: batches in a group.
+        cache: of the teacher's logits, or None.
+    """
+
+    def __init__(
+        self,
+        loader: Iterable[Any],
+        processes: Processes,
+        *,
+        batch_fn: BatchFn,
+        augment: Augmentation,
+        method: Method,
+        accumulate: int = 1,
+        cache: TeacherCache | None = None,
+    ) -> None:
+        self._shares, self._processes = shared(loader, processes), processes
+        self._batch_fn, self._augment, self._method = batch_fn, augment, method
+        self._accumulate, self._cache = accumulate, cache
+        self._samplers, self.generators = samplers_of(loader), generators_of(loader)
+        self._epoch_start: dict[str, Any] = {}
+
+    def __len__(self) -> int:
+        """Batches of this process in an epoch."""
+        return len(self._shares)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps in an epoch."""
+        return math.ceil(len(self) / self._accumulate)
+
+    def epoch(self, number: int, done: int, *, labels: bool) -> Iterator[list[Batch]]:
+        """The groups of one epoch; an interrupted epoch draws and drops the batches that it has seen already.
+
+        Args:
+            number: of the epoch, from 0.
+            done: batches of it that were trained with before the run was interrupted.
+            labels: whether they are read.
+
+        Raises:
+            TrainingError: the epoch holds no batch.
+            QakdError: a batch cannot be split or augmented, in this process or in another.
+        """
+        batches = self._begin(number, done)
+        if self._cache is not None:
+            self._cache.start_epoch()
+        left = len(self) - done
+        # Never asks for more than there are before the last group is done with: a sampler that is asked once more draws again,
+        # and a checkpoint in between would hold what it drew.
+        while group := self._group(batches, min(self._accumulate, max(left, 1)), left, labels):
+            left, done = left - len(group), done + len(group)
+            yield group
+        if done == 0:
+            raise TrainingError("loader is empty: it yielded no batch. Check the data set and drop_last.")
+
+    @contextmanager
+    def aside(self, *, labels: bool = False, augmented: bool = True) -> Iterator[Iterator[Batch]]:
+        """Batches of a pass beside training: whatever is drawn within the block is undone at its end."""
+        with undisturbed(self.generators):
+            yield (self._ready(batch, counts, labels, augmented) for batch, counts in self._shares)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sources of randomness of every process, at the start of this epoch and now: with the first, a resumed epoch shuffles
+        alike."""
+        gather = self._processes.gather
+        return {"epoch_start": gather(self._epoch_start), "now": gather(random_state(self.generators))}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to where a checkpoint was written."""
+        self._epoch_start = state["epoch_start"][self._processes.index]
+        restore_random_state(state["now"][self._processes.index], self.generators)
+
+    def _begin(self, number: int, done: int) -> Iterator[tuple[Any, bool]]:
+        now = random_state(self.generators)
+        if done:
+            restore_random_state(self._epoch_start, self.generators)
+        else:
+            self._epoch_start = now
+        for sampler in self._samplers:
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(number)
+        batches = iter(self._shares)
+        for _ in islice(batches, done):
+            pass
+        if done:
+            restore_random_state(now, self.generators)
+        return batches
+
+    def _group(self, batches: Iterator[tuple[Any, bool]], size: int, left: int, labels: bool) -> list[Batch]:
+        def mine() -> tuple[list[Batch], list[float]]:
+            drawn = list(islice(batches, size))
+            if len(drawn) < min(size, left) and self._processes.count > 1:
+                raise QakdError(f"loader: it ended {left - len(drawn)} batches before its length ({len(self)}) said.")
+            group = [self._ready(batch, counts, labels) for batch, counts in drawn]
+            if self._cache is not None:
+                group = [replace(batch, taught=self._cache.find(batch.inputs)) for batch in group]
+            weights = [float(batch.weight) for batch in group]
+            return group, weights + [0.0] * (self._accumulate - len(group))
+
+        group, totals = self._processes.together(mine, self._accumulate)
+        return [replace(batch, total=int(total)) for batch, total in zip(group, totals, strict=False)]
+
+    def _ready(self, batch: Any, counts: bool, labels: bool, augmented: bool = True) -> Batch:
+        inputs, targets = self._batch_fn(batch)
+        device = self._processes.device
+        inputs = inputs.to(device, non_blocking=True)
+        targets = require_labels(self._method, targets).to(device, non_blocking=True) if labels else None
+        if augmented:
+            inputs, targets = self._augment(inputs, targets)
+        return Batch(inputs, targets, len(inputs) if counts else 0)

@@ -1,0 +1,107 @@
+"""What a run is told: its numbers, its data, its checkpoints."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from .._common.arguments import not_negative, positive_whole
+from ..augment.data import Stats
+from ..augment.selector import CMISelector
+from ..errors import QakdError
+from ..tasks.batches import BatchFn, default_batch
+
+MakeOptimizer: TypeAlias = Callable[..., torch.optim.Optimizer]
+"""Called with parameter groups and ``lr=``: ``torch.optim.AdamW``, ``partial(torch.optim.SGD, momentum=0.9)``."""
+
+MixedPrecision: TypeAlias = Literal["no", "bf16"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Numbers of a run; :func:`qakd_plugin.distill` says what each means, and takes the same names.
+
+    Raises:
+        QakdError: a number is out of range; names it.
+    """
+
+    lr: float = 1e-3
+    quantizer_lr: float = 1e-3
+    activation_quantizer_lr: float | None = None
+    teacher_lr: float = 1e-4
+    weight_decay: float = 1e-4
+    grad_clip: float | None = 1.0
+    warmup: float = 0.05
+    mixed_precision: MixedPrecision = "no"
+    accumulate: int = 1
+    ema: float | None = None
+    recalibrate_batches: int = 0
+    patience: int | None = None
+    optimizer: MakeOptimizer = field(default=torch.optim.AdamW, repr=False)  # its repr may hold an address
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "quantizer_lr", "activation_quantizer_lr", "teacher_lr", "weight_decay", "recalibrate_batches"):
+            not_negative(name, getattr(self, name))
+        positive_whole("accumulate", self.accumulate)
+        positive_whole("patience", self.patience, none=True)
+        if self.mixed_precision not in get_args(MixedPrecision):
+            raise QakdError(f'mixed_precision={self.mixed_precision!r} is unknown: use "no" or "bf16".')
+        if not 0 <= self.warmup < 1:
+            raise QakdError(f"warmup={self.warmup} must be a share of all steps, not a number of them: 0.05, or 0 for none.")
+        if self.grad_clip is not None and not self.grad_clip > 0:
+            raise QakdError(f"grad_clip={self.grad_clip} must be positive, or None for no clipping.")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise QakdError(f"ema={self.ema} must lie between 0 and 1, e.g. 0.999, or be None.")
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is trained and validated with.
+
+    Attributes:
+        loader: training batches, re-iterable, with a length.
+        val_loader: held-out batches, or None.
+        batch_fn: splits a batch.
+        augment: of training batches: a callable, a selector, or None.
+        input_stats: (mean, std) of normalised images.
+    """
+
+    loader: Iterable[Any]
+    val_loader: Iterable[Any] | None = None
+    batch_fn: BatchFn = default_batch
+    augment: Callable[[Tensor], Tensor] | CMISelector | None = None
+    input_stats: Stats | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Where a run is saved, how often, and whether it goes on from there.
+
+    Attributes:
+        folder: None for nowhere.
+        every: also after so many optimizer steps.
+        resume: from the newest whole checkpoint.
+
+    Raises:
+        QakdError: the others make no sense without a folder.
+    """
+
+    folder: Path | None = None
+    every: int | None = None
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        positive_whole("checkpoint_every", self.every, none=True)
+        if self.folder is None and (self.resume or self.every):
+            raise QakdError("resume and checkpoint_every need checkpoint_dir: say where checkpoints are.")
+
+    @classmethod
+    def of(cls, folder: str | os.PathLike[str] | None, every: int | None, resume: bool) -> Checkpoints:
+        """From what users pass."""
+        return cls(None if folder is None else Path(folder), every, resume)

@@ -1,0 +1,90 @@
+"""The student as it would be deployed now: averaged weights, fresh statistics of BatchNorm, eval mode, frozen ranges."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..toolkits import Adapter
+from .batches import Batches
+from .distributed.processes import Processes
+from .ema import Ema
+
+
+@contextmanager
+def evaluated(adapter: Adapter, model: nn.Module) -> Iterator[None]:
+    """Within the block the model is in eval mode with frozen ranges; afterwards it is in training mode and they are free."""
+    adapter.set_mode(model, False)
+    adapter.freeze_ranges(model, True)
+    try:
+        yield
+    finally:
+        adapter.freeze_ranges(model, False)
+        adapter.set_mode(model, True)
+
+
+class DeployedView:
+    """Shows the student as it would be deployed, and puts everything back for training to go on.
+
+    Args:
+        adapter: of the student's toolkit.
+        model: the prepared model.
+        batches: that refresh statistics.
+        processes: that train together.
+        ema: average of the weights, or None.
+        recalibrate_batches: how many batches refresh statistics; 0 leaves them as training has them.
+        autocast: makes the context of forward passes.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        model: nn.Module,
+        batches: Batches,
+        processes: Processes,
+        *,
+        ema: Ema | None,
+        recalibrate_batches: int,
+        autocast: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        self._adapter, self._model, self._batches, self._processes = adapter, model, batches, processes
+        self._ema, self._recalibrate_batches, self._autocast = ema, recalibrate_batches, autocast
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Within the block the student is what would be deployed."""
+        averaged = nullcontext() if self._ema is None else self._ema.applied()
+        with averaged, self._recalibrated(), evaluated(self._adapter, self._model):
+            yield
+
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of the model's state, on the CPU."""
+        return {name: tensor.detach().cpu().clone() for name, tensor in self._model.state_dict().items()}
+
+    @contextmanager
+    def _recalibrated(self) -> Iterator[None]:
+        """Statistics of BatchNorm follow weights with a delay, and averaged or oscillating ones not at all.
+
+        Some training batches pass in training mode, without gradients and with frozen ranges; works with every toolkit, whether
+        it keeps modules or not. Statistics and sources of randomness are put back.
+        """
+        if not self._recalibrate_batches:
+            yield
+            return
+        saved = [(buffer, buffer.clone()) for buffer in self._model.buffers()]
+        self._adapter.set_mode(self._model, True)
+        self._adapter.freeze_ranges(self._model, True)
+        with self._batches.aside() as batches, torch.no_grad(), self._autocast():
+            for batch in islice(batches, self._recalibrate_batches):
+                self._model(batch.inputs)
+        self._processes.average_buffers(self._model)
+        try:
+            yield
+        finally:
+            for buffer, value in saved:
+                buffer.copy_(value)

@@ -1,0 +1,99 @@
+"""How the processes of a run may have been started, and which networks they can train together."""
+
+from __future__ import annotations
+
+import os
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, is_initialized
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from ...errors import QakdError
+
+
+def require_not_divided() -> None:
+    """Raise QakdError where the launcher's environment asks to divide the model among processes."""
+    for kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):  # of which accelerate says nothing where it trains on CPUs
+        if os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() == "true":
+            _refuse(kind)
+
+
+def require_data_parallel(kind: DistributedType) -> None:
+    """Raise QakdError where accelerate found another way to train than data parallel."""
+    if kind not in _DATA_PARALLEL:
+        _refuse(kind.value)
+
+
+def require_plain() -> None:
+    """Raise QakdError where an Accelerator of this process, made before, computes otherwise than in plain float32."""
+    if not is_initialized():
+        return
+    state = AcceleratorState()
+    found = {"mixed_precision": state.mixed_precision, "dynamo_backend": state.dynamo_plugin.backend.value.lower()}
+    for name, value in found.items():
+        if value != "no":
+            raise QakdError(
+                f"an Accelerator that was made before in this process has {name}={value!r}, which all later ones share. Make "
+                "it with 'no': distill(mixed_precision='bf16') is the switch here, torch.compile(teacher) compiles a teacher."
+            )
+
+
+def on_cpu() -> bool:
+    """Whether several processes train on CPUs: accelerate takes each for a run of its own unless it is told."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
+
+
+def require_started(count: int) -> None:
+    """Raise QakdError where more processes were started than the ``count`` that accelerate knows of."""
+    started = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    if started != count:
+        raise QakdError(
+            f"{started} processes were started, but accelerate knows of {count}, and each would train alone. Launch with "
+            "torchrun or accelerate launch, which set RANK, LOCAL_RANK and WORLD_SIZE. Where a script makes an Accelerator or "
+            "a PartialState before distill, make it with cpu=True on machines without an accelerator."
+        )
+
+
+def require_whole(name: str, network: nn.Module | None) -> None:
+    """Refuse a network that is wrapped or sharded already.
+
+    Raises:
+        QakdError: names the argument and the wrapper.
+    """
+    if isinstance(network, DataParallel | DistributedDataParallel):
+        raise QakdError(
+            f"{name} is wrapped in {type(network).__name__}. Pass the network itself ({name}.module): distill wraps it where "
+            "several processes run."
+        )
+    sharded = network is not None and (
+        any("FSDP" in base.__name__ or "FullySharded" in base.__name__ for m in network.modules() for base in type(m).__mro__)
+        or any(hasattr(parameter, "placements") for parameter in network.parameters())
+    )
+    if sharded:
+        raise QakdError(
+            f"{name} is sharded (FSDP, DTensor): its quantizers would see a part of each weight. Pass the whole network, and "
+            "launch with torchrun: distill trains it data parallel."
+        )
+
+
+def _refuse(kind: str) -> NoReturn:
+    raise QakdError(
+        f"distill was launched for {kind}, which divides the model itself among processes; quantizers need whole weights. "
+        "Launch with torchrun, or with accelerate launch --multi_gpu (data parallel)."
+    )
+
+
+_DATA_PARALLEL = {
+    DistributedType.NO,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+    DistributedType.MULTI_NPU,
+    DistributedType.MULTI_XPU,
+    DistributedType.MULTI_MLU,
+    DistributedType.MULTI_MUSA,
+    DistributedType.MULTI_HPU,
+}

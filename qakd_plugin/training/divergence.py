@@ -1,0 +1,111 @@
+"""Numbers that are not finite: which batch, which step, which layer. Each message says what to do."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import TrainingError
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where a run is, for messages.
+
+    Attributes:
+        phase: its name.
+        epoch: from 0.
+        batch: of the epoch, from 0.
+        step: of the optimizer, from 0.
+        lr: the peak rate.
+        gradient_norm: of the step before; NaN before the first.
+        checkpoint: the newest, or None.
+    """
+
+    phase: str
+    epoch: int
+    batch: int
+    step: int
+    lr: float
+    gradient_norm: float
+    checkpoint: Path | None
+
+    @property
+    def way_back(self) -> str:
+        """A sentence on the newest checkpoint, if there is one."""
+        return "" if self.checkpoint is None else f" The last good checkpoint is {self.checkpoint}."
+
+
+def require_finite_losses(values: dict[str, float], inputs: Tensor, model: nn.Module, moment: Moment) -> None:
+    """Raise TrainingError for a loss of a batch that is not finite.
+
+    Args:
+        values: of the batch, by name.
+        inputs: of the batch.
+        model: the student, before the step.
+        moment: for the message.
+    """
+    bad = next((name for name, value in values.items() if not math.isfinite(value)), None)
+    if bad is None:
+        return
+    require_finite_input(inputs, moment.batch)
+    raise TrainingError(
+        f"{bad} is {values[bad]} at step {moment.step} (batch {moment.batch} of epoch {moment.epoch}), phase "
+        f"{moment.phase!r}; the last gradient norm was {moment.gradient_norm:.3g}. {blame(model, inputs)} "
+        f"Lower lr={moment.lr:g} or clip gradients harder (grad_clip).{moment.way_back}"
+    )
+
+
+def require_finite_gradient(norm: float, loss: float, moment: Moment) -> None:
+    """Raise TrainingError for a gradient that is not finite, by its norm."""
+    if not math.isfinite(norm):
+        raise TrainingError(
+            f"the gradient is not finite at step {moment.step} of phase {moment.phase!r} (its norm is {norm}, the loss "
+            f"{loss:.4g}). Lower lr={moment.lr:g}.{moment.way_back}"
+        )
+
+
+def require_finite_input(x: Tensor, batch: int) -> None:
+    """Raise TrainingError, with the batch's number, for NaN or infinite images."""
+    if not bool(torch.isfinite(x).all()):
+        bad = (~torch.isfinite(x)).flatten(1).any(1).nonzero().flatten().tolist()
+        raise TrainingError(f"loader: batch {batch} holds NaN or infinite values in samples {bad[:8]}. Clean the data.")
+
+
+@torch.no_grad()
+def blame(model: nn.Module, x: Tensor) -> str:
+    """One sentence: the first module whose output is not finite for ``x`` although its input is."""
+    found: list[tuple[str, nn.Module]] = []
+
+    def hook(name: str) -> Any:
+        def look(module: nn.Module, args: Any, output: Any) -> None:
+            inputs = [a for a in args if isinstance(a, Tensor) and a.is_floating_point()]
+            clean = all(bool(torch.isfinite(a).all()) for a in inputs)
+            if not found and clean and isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
+                found.append((name, module))
+
+        return look
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules() if name]
+    try:
+        model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not found:
+        return "No single layer turns finite numbers into NaN on this batch."
+    name, module = found[0]
+    gamma = getattr(getattr(module, "bn", None), "weight", None)
+    if isinstance(gamma, Tensor) and bool((gamma == 0).any()):
+        channel = int((gamma == 0).nonzero()[0])
+        return (
+            f"{name} ({type(module).__name__}) is where it begins: its BatchNorm has gamma = 0 in channel {channel} "
+            "(zero_init_residual?), and the fused layer divides by it. Set such gammas to a small number, 1e-3, before "
+            "preparing."
+        )
+    return f"{name} ({type(module).__name__}) is where it begins."

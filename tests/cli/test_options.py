@@ -1,0 +1,184 @@
+"""Options are a function's parameters; errors are one line that names the flag."""
+
+import inspect
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Literal, get_type_hints
+
+import pytest
+
+from qakd_plugin.cli import main
+from qakd_plugin.cli.commands import COMMANDS
+from qakd_plugin.cli.options import CommandParser, OneOf, PositiveInt, in_flags, suggestion
+from qakd_plugin.cli.recipes import APIS
+
+TABLE = ("x", "y")
+
+
+def command(
+    first: Path,
+    several: list[Path],
+    *,
+    out: Path,
+    min_batch: PositiveInt = 2,
+    share: float | None = None,
+    kind: Literal["a", "b"] | None = None,
+    of: list[Annotated[str, OneOf(TABLE)]] | None = None,
+    calls: list[PositiveInt] | None = None,
+    allow_float: bool = False,
+    seed: int = 0,
+) -> None:
+    """Does nothing.
+
+    Args:
+        first: a file
+        several: files
+        out: where to
+        min_batch: 100% of
+            a batch
+        share: of layers
+        kind: which
+        of: table
+        calls: how many
+        allow_float: or not
+        seed: of draws
+    """
+
+
+def read(*arguments):
+    return vars(CommandParser("try", "try it", command).parse_args(["a", "b", "c", "--out", "o", *arguments]))
+
+
+def test_parameters_are_options_with_their_types_and_defaults():
+    expected = {"first": Path("a"), "several": [Path("b"), Path("c")], "out": Path("o"), "min_batch": 2, "share": None}
+    expected |= {"kind": None, "of": None, "calls": None, "allow_float": False, "seed": 0}
+    assert read() == expected
+    given = read("--min-batch", "3", "--share=1e-1", "--kind", "b", "--of", "x", "--of=y", "--allow-float", "--seed", "-1")
+    changed = {"min_batch": 3, "share": 0.1, "kind": "b", "of": ["x", "y"], "allow_float": True, "seed": -1}
+    assert given == expected | changed
+    assert read("--calls", "1", "--calls", "2")["calls"] == [1, 2]
+    assert read("--out", "null")["out"] == Path("null")
+
+
+def test_help_has_the_text_and_the_default_of_each(capsys):
+    with pytest.raises(SystemExit) as stop:
+        read("--help")
+    assert stop.value.code == 0
+    output = capsys.readouterr().out
+    assert "100% of a batch (2)" in output
+    assert "--seed SEED           of draws (0)" in output
+    assert "--kind {a,b}" in output
+    assert "several [several ...]" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--min-batch", "0"], "--min-batch: expected a positive whole number, got 0"),
+        (["--min-batch", "many"], "--min-batch: expected a positive whole number, got many"),
+        (["--calls", "1.5"], "--calls: expected a positive whole number, got 1.5"),
+        (["--share", "half"], "--share: expected float, got half"),
+        (["--seed", "x"], "--seed: expected int, got x"),
+        (["--kind", "c"], "--kind: invalid choice: 'c' (choose from 'a', 'b')"),
+        (["--of", "z"], "--of: invalid choice: 'z' (choose from 'x', 'y')"),
+        (["--min-bach", "3"], "unrecognized arguments: --min-bach 3 (did you mean --min-batch?)"),
+        (["--min", "3"], "unrecognized arguments: --min 3"),
+        (["--seed"], "--seed: expected one argument"),
+    ],
+)
+def test_a_wrong_command_line_ends_in_one_line_that_names_the_flag(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        read(*arguments)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("qakd try: error: ")
+    assert message in error.replace("choose from a, b", "choose from 'a', 'b'").replace(
+        "choose from x, y", "choose from 'x', 'y'"
+    )
+    assert error.count("\n") == 1
+
+
+def test_what_is_missing_is_named(capsys):
+    with pytest.raises(SystemExit):
+        CommandParser("try", "", command).parse_args(["a", "b"])
+    assert "the following arguments are required: --out (" in capsys.readouterr().err
+
+
+def test_an_unknown_command_is_refused_with_all_that_there_are(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["distil", "x"])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert all(name in error for name in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("message", "translated"),
+    [
+        ("Pass resume=True to go on.", "Pass --resume to go on."),
+        ("0 < min_batch <= max_batch must hold, got 2, 1.", "0 < --min-batch <= --max-batch must hold, got 2, 1."),
+        ('pass labels="teacher"', "pass --labels teacher"),
+        ("float16=True is for target='tensorrt': no", "--float16 is for --target tensorrt: no"),
+        ("checkpoint_dir=run/a holds checkpoints", "--out run/a holds checkpoints"),
+        ("runtimes: 'q' is unknown: use 'x'", "--runtime: 'q' is unknown: use 'x'"),
+        ("no label or target here", "no label or target here"),
+        ("lr=-1 must be positive", "lr=-1 must be positive"),
+    ],
+)
+def test_errors_of_the_api_speak_of_flags(message, translated):
+    flags = {
+        name: f"--{name.replace('_', '-')}" for name in ("resume", "min_batch", "max_batch", "labels", "float16", "target")
+    }
+    assert in_flags(message, flags | {"checkpoint_dir": "--out", "runtimes": "--runtime"}) == translated
+
+
+def test_suggestions_are_near():
+    assert suggestion("epohcs", ["epochs", "lr"]) == " (did you mean epochs?)"
+    assert suggestion("nothing", ["epochs", "lr"]) == ""
+
+
+API_OF = APIS | {
+    "tune": ("deploy.tuning", "tune_for_host"),
+    "engine": ("deploy.engine.build", "build_engine"),
+    "bench": ("bench.measure", "benchmark"),
+}
+OTHERWISE = {("bench", "batch"), ("bench", "runtime"), ("bench", "threads"), ("engine", "capability")}  # repeated flags
+
+
+@pytest.mark.parametrize("name", API_OF)
+def test_options_have_the_defaults_and_choices_of_the_api(name):
+    """Or None, which leaves the choice to a recipe, and then to the API."""
+    module, function = API_OF[name]
+    api = getattr(import_module(f"qakd_plugin.{module}"), function)
+    own = getattr(import_module(f"qakd_plugin.cli.{COMMANDS[name].module}"), name)
+    there, hints = inspect.signature(api).parameters, get_type_hints(own, include_extras=True)
+    compared = 0
+    for key, parameter in inspect.signature(own).parameters.items():
+        if key not in there or (name, key) in OTHERWISE or parameter.default in (None, inspect.Parameter.empty):
+            continue
+        assert parameter.default == there[key].default, key
+        compared += 1
+    assert compared > 0
+    for key, renamed in COMMANDS[name].renamed.items():
+        assert key in there, key
+        assert renamed.removeprefix("--").replace("-", "_") in hints
+
+
+def test_help_needs_no_torch_and_no_jsonargparse():
+    """So that it answers at once."""
+    check = (
+        "import sys; from qakd_plugin.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "heavy = ('torch', 'onnx', 'onnx_ir', 'onnxruntime', 'accelerate', 'jsonargparse')\n"
+        "print([name for name in heavy if name in sys.modules])"
+    )
+    expected = {"--help": "[]"} | dict.fromkeys(COMMANDS, "['jsonargparse']")
+    for argument, loaded in expected.items():
+        arguments = [argument] if argument == "--help" else [argument, "--help"]
+        done = subprocess.run([sys.executable, "-c", check, *arguments], capture_output=True, text=True, check=True)
+        assert done.stdout.strip().splitlines()[-1] == loaded, argument
+    wrong = subprocess.run([sys.executable, "-c", check, "distill", "--uot", "x"], capture_output=True, text=True, check=True)
+    assert wrong.stdout.strip() == "['jsonargparse']"
