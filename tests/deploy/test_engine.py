@@ -559,6 +559,71 @@ def test_weights_outside_the_file_are_refused(tmp_path: Path) -> None:
         build_engine(tmp_path / "split.onnx", tmp_path / "net.engine", **ONE)
 
 
+def _elsewhere(name: str) -> TensorProto:
+    tensor = onnx.numpy_helper.from_array(np.float32(0.5), name)
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="weights.bin")
+    return tensor
+
+
+def _in_attribute(model: onnx.ModelProto) -> None:
+    model.graph.node.append(onnx.helper.make_node("Constant", [], ["hidden"], value=_elsewhere("hidden")))
+
+
+def _in_subgraph(model: onnx.ModelProto) -> None:
+    value = onnx.helper.make_tensor_value_info("hidden", TensorProto.FLOAT, [])
+    branch = onnx.helper.make_graph([], "branch", [], [value], [_elsewhere("hidden")])
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(True), "choice"))
+    model.graph.node.append(onnx.helper.make_node("If", ["choice"], ["chosen"], then_branch=branch, else_branch=branch))
+
+
+def _in_function(model: onnx.ModelProto) -> None:
+    constant = onnx.helper.make_node("Constant", [], ["hidden"], value=_elsewhere("hidden"))
+    opsets = [onnx.helper.make_opsetid("", 20)]
+    model.functions.append(onnx.helper.make_function("own", "Half", [], ["hidden"], [constant], opsets))
+    model.opset_import.append(onnx.helper.make_opsetid("own", 1))
+    model.graph.node.append(onnx.helper.make_node("Half", [], ["called"], domain="own"))
+
+
+def _in_sparse_tensor(model: onnx.ModelProto) -> None:
+    indices = onnx.numpy_helper.from_array(np.array([0]), "indices")
+    model.graph.sparse_initializer.append(onnx.helper.make_sparse_tensor(_elsewhere("hidden"), indices, [1]))
+
+
+@pytest.mark.parametrize("hide", [_in_attribute, _in_subgraph, _in_function, _in_sparse_tensor])
+def test_no_tensor_may_lie_outside_the_file(hide: Callable[[onnx.ModelProto], None], tmp_path: Path) -> None:
+    """The digest in the manifest would not cover it, and it would be read from wherever the process happens to stand."""
+    model = onnx.load(residual_net(tmp_path / "net.onnx"))
+    hide(model)
+    (tmp_path / "net.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(EngineError, match=r"keeps its weights in other files \('hidden' and \d more\)"):
+        inspect_onnx(tmp_path / "net.onnx")
+
+
+def test_a_tensor_cut_short_is_refused_wherever_it_stands(tmp_path: Path) -> None:
+    model = onnx.load(residual_net(tmp_path / "net.onnx"))
+    short = onnx.numpy_helper.from_array(np.ones(4, np.float32), "short")
+    short.raw_data = short.raw_data[:-1]
+    branch = onnx.helper.make_graph(
+        [], "branch", [], [onnx.helper.make_tensor_value_info("short", TensorProto.FLOAT, [4])], [short]
+    )
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(True), "choice"))
+    model.graph.node.append(onnx.helper.make_node("If", ["choice"], ["chosen"], then_branch=branch, else_branch=branch))
+    (tmp_path / "net.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(EngineError, match="not a valid ONNX file"):
+        inspect_onnx(tmp_path / "net.onnx")
+
+
+def test_a_type_of_codes_that_onnx_does_not_have_is_refused(tmp_path: Path) -> None:
+    graph = QdqGraph(opset=21)
+    scale = graph.constant("scale", np.float32(0.1))
+    codes = graph.add("QuantizeLinear", ["input", scale], "act", output_dtype=99)
+    y = graph.conv(graph.add("DequantizeLinear", [codes, scale], "dq"), "conv", (3, 8))
+    with pytest.raises(EngineError, match=r"act: codes of a type that ONNX does not have \(99\)"):
+        inspect_onnx(graph.save(tmp_path / "net.onnx", y, rank=4))
+
+
 def test_operations_that_the_parser_does_not_know_are_named(tmp_path: Path) -> None:
     graph = QdqGraph()
     y = graph.add("Frobnicate", [graph.conv(graph.quantize("input", "act"), "conv", (3, 8))], "odd", domain="nowhere")
