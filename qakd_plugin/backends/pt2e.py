@@ -243,7 +243,7 @@ class _ExportForm:
                     kept[target] = self._add(target, _attribute(self.model, target))
                 self._retarget(node, kept[target])
         form = fx.GraphModule(self.targets, self.graph, type(self.model).__name__)
-        form.graph.lint()
+        form.graph.lint()  # type: ignore[no-untyped-call]  # annotated in later releases of torch than 2.11
         for name, module in form.named_modules():
             if isinstance(module, ActivationQDQ | StoredWeight):
                 module.name = name
