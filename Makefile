@@ -1,9 +1,12 @@
 # Everything lives in .venv; the stamp file is newer than what decides on its contents, so a second run installs nothing.
+# The lowest versions that pyproject.toml allows: make test CONSTRAINTS=lowest.txt VENV=.venv-lowest
 PYTHON ?= python3
-VENV := .venv
+CONSTRAINTS ?= constraints.txt
+VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+.DELETE_ON_ERROR:
 .PHONY: demo test matrix resume fuzz docs lint clean
 
 demo: $(STAMP)
@@ -35,12 +38,15 @@ lint: $(STAMP)
 docs/report.png: runs/demo/report.html
 	chromium --headless --hide-scrollbars --window-size=1280,2000 --screenshot=$@ file://$(abspath $<)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch torchvision
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) torch torchvision
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
 	touch $(STAMP)
 
+lowest.txt: pyproject.toml .ci/lowest.py
+	$(PYTHON) .ci/lowest.py > $@
+
 clean:
-	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-lowest lowest.txt build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache
