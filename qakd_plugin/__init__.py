@@ -56,6 +56,13 @@ _HOME = {
     "refresh_delta": "quantizers",
     "Candidate": "bench",
     "console_table": "report",
+    "KL": "tasks.matching",
+    "BinaryKL": "tasks.matching",
+    "L2": "tasks.matching",
+    "L1": "tasks.matching",
+    "SmoothL1": "tasks.matching",
+    "Cosine": "tasks.matching",
+    "outputs_of": "tasks.matching",
     "QakdError": "errors",
     "NotPreparedError": "errors",
     "UnsupportedQuantizerError": "errors",
@@ -109,6 +116,13 @@ if TYPE_CHECKING:
     from .report import write_report as write_report
     from .tasks.batches import default_batch as default_batch
     from .tasks.evaluation import evaluate as evaluate
+    from .tasks.matching import KL as KL
+    from .tasks.matching import L1 as L1
+    from .tasks.matching import L2 as L2
+    from .tasks.matching import BinaryKL as BinaryKL
+    from .tasks.matching import Cosine as Cosine
+    from .tasks.matching import SmoothL1 as SmoothL1
+    from .tasks.matching import outputs_of as outputs_of
     from .toolkits.modelopt import restore_modelopt as restore_modelopt
     from .training.attached import attach as attach
     from .training.config import Settings as Settings

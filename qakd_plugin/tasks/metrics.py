@@ -139,7 +139,8 @@ def higher_is_better(metric: AnyMetric, name: str) -> bool:
         QakdError: there is no such number, or the metric does not say.
     """
     parts = _parts(metric)
-    owner = next((part for key, part in parts.items() if name == key or name.startswith(f"{key}_") or len(parts) == 1), None)
+    alone = not isinstance(metric, MetricCollection)  # its numbers may have any names: mean average precision's have
+    owner = next((part for key, part in parts.items() if alone or name == key or name.startswith(f"{key}_")), None)
     if owner is None:
         raise QakdError(f"monitor={name!r} is none of the metric's numbers; there are {', '.join(parts)}.")
     direction = owner.higher_is_better
@@ -183,7 +184,7 @@ def _snake(name: str) -> str:
 
 def _on(part: Any, device: torch.device) -> Any:
     if isinstance(part, Tensor):
-        return part.detach().to(device)
+        return part.detach().to(device).contiguous()
     if isinstance(part, Mapping):
         return {key: _on(value, device) for key, value in part.items()}
     if isinstance(part, list | tuple):
