@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .errors import ArgumentError
+
 
 def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """Kullback-Leibler divergence of softened predictions, ``T^2 * KL(teacher || student)``.
@@ -25,7 +27,7 @@ def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: f
         float32 or float64 (N,), not negative up to rounding.
 
     Raises:
-        ValueError: shapes differ, are not (N, C), or the temperature is not positive.
+        ArgumentError: shapes differ, are not (N, C), or the temperature is not positive.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.0, -1.0]])
@@ -37,7 +39,7 @@ def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: f
     """
     _check_pair(student_logits, teacher_logits)
     if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}.")
+        raise ArgumentError(f"temperature must be positive, got {temperature}: 1 to 10 are usual.")
     student, teacher = _double(student_logits), _double(teacher_logits)
     student_log = F.log_softmax(student / temperature, dim=1)
     teacher_log = F.log_softmax(teacher / temperature, dim=1)
@@ -57,22 +59,25 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         float32 or float64 (N,).
 
     Raises:
-        ValueError: shapes do not belong together, or an index is outside 0..C-1.
+        ArgumentError: shapes do not belong together, or an index is outside 0..C-1.
     """
     if logits.ndim != 2:
-        raise ValueError(f"logits must have shape (N, C), got {tuple(logits.shape)}.")
+        raise ArgumentError(f"logits must have shape (N, C), got {tuple(logits.shape)}.")
     logits = _at_least_float32(logits)
     if labels.is_floating_point():
         _check_pair(logits, labels, names=("logits", "labels"))
         return -(labels.to(logits.dtype) * F.log_softmax(logits, dim=1)).sum(dim=1)
     if labels.shape != logits.shape[:1]:
-        raise ValueError(f"labels must have shape ({len(logits)},) like the batch of logits, got {tuple(labels.shape)}.")
-    return F.cross_entropy(logits, labels.long(), reduction="none")
+        raise ArgumentError(f"labels must have shape ({len(logits)},) like the batch of logits, got {tuple(labels.shape)}.")
+    try:
+        return F.cross_entropy(logits, labels.long(), reduction="none")
+    except IndexError as error:  # on the CPU; a GPU reports it later, by itself
+        raise ArgumentError(f"labels must lie in 0..{logits.shape[1] - 1}, the classes of the logits: {error}") from error
 
 
 def _check_pair(first: Tensor, second: Tensor, names: tuple[str, str] = ("student_logits", "teacher_logits")) -> None:
     if first.ndim != 2 or first.shape != second.shape:
-        raise ValueError(
+        raise ArgumentError(
             f"{names[0]} and {names[1]} must have the same shape (N, C), got {tuple(first.shape)} and {tuple(second.shape)}."
         )
 

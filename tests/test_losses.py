@@ -5,6 +5,7 @@ import pytest
 import torch
 from scipy.special import log_softmax
 
+from qakd_plugin.errors import ArgumentError, QakdError
 from qakd_plugin.losses import cross_entropy, kl_divergence
 
 
@@ -66,3 +67,19 @@ def test_kl_rejects_temperatures_that_are_not_positive(temperature):
 def test_cross_entropy_names_a_label_shape_that_does_not_fit():
     with pytest.raises(ValueError, match="labels"):
         cross_entropy(torch.zeros(4, 3), torch.zeros(5, dtype=torch.long))
+
+
+def test_cross_entropy_names_a_label_that_is_no_class():
+    with pytest.raises(ArgumentError, match=r"labels must lie in 0\.\.2, the classes of the logits: Target 3 is out of bounds"):
+        cross_entropy(torch.zeros(2, 3), torch.tensor([0, 3]))
+
+
+def test_what_losses_refuse_is_an_error_of_this_package():
+    for call in (
+        lambda: kl_divergence(torch.zeros(1, 2), torch.zeros(1, 2), -1.0),
+        lambda: kl_divergence(torch.zeros(1, 2), torch.zeros(1, 3), 1.0),
+        lambda: cross_entropy(torch.zeros(3), torch.zeros(3)),
+        lambda: cross_entropy(torch.zeros(4, 3), torch.zeros(5, dtype=torch.long)),
+    ):
+        with pytest.raises(QakdError):
+            call()

@@ -106,7 +106,7 @@ class CudaPythonDevice:
         size = max(1, int(np.prod(shape)) * np.dtype(dtype).itemsize)
         pinned = _Owned(self._driver, "cuMemFreeHost", self._call("cuMemHostAlloc", size, 0))
         device = _Owned(self._driver, "cuMemFree", self._call("cuMemAlloc", size))
-        memory = (ctypes.c_byte * size).from_address(int(pinned.handle))
+        memory: Any = (ctypes.c_byte * size).from_address(int(pinned.handle))
         host = np.frombuffer(memory, dtype, int(np.prod(shape))).reshape(shape)
         host[...] = 0
         return Buffer(host, int(device.handle), (pinned, device))

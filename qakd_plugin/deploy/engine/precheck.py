@@ -194,7 +194,7 @@ def _type_problem(kind: ir.DataType) -> str | None:
 
 def _storage_problem(node: ir.Node) -> str | None:
     widened = constant(node.inputs[0]) is None and is_stored(node)
-    return "weights stored behind a Cast: TensorRT fails to build such a file." if widened else None
+    return "weights stored in front of a Cast: TensorRT fails to build such a file." if widened else None
 
 
 def _dynamic_range_problem(node: ir.Node) -> str | None:
