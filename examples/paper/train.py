@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 4 examples/paper/train.py CONFIG --data.root ~/data --out runs/r20
     accelerate launch --num_processes 4 examples/paper/train.py CONFIG --data.root ~/data --out runs/r20
 
-Any key of the configuration is a flag: ``--student.weight_bits 3 --quantizer '{PACT: {}}'``. The same command goes on where a
+Any key of the configuration is a flag: ``--student.weight_bits 3 --quantizer PACT``. The same command goes on where a
 killed run stood; a teacher that was being trained starts again. ``data.batch_size`` is per process.
 
 What differs from the papers: part of the training images is held out to pick the best epoch; quantizers learn logarithms of

@@ -99,8 +99,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(name: str, arguments: Sequence[str]) -> int:
-    from .class_paths import RecipeError
     from .options import CommandParser, in_flags
+    from .value_types import RecipeError
 
     command = COMMANDS[name]
     function = getattr(importlib.import_module(f".{command.module}", __package__), name)

@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import get_loader
-from yaml import YAMLError  # type: ignore[import-untyped]
-
-from .class_paths import Builder, RecipeError, checked, fits, imported, is_plain, named, type_hints
 from .options import suggestion
+from .value_types import RecipeError, checked, is_plain, type_hints
+from .yaml_objects import Builder, imported, load_yaml
 
 APIS = {
     "distill": ("training.distillation", "distill"),
@@ -76,7 +73,7 @@ def read_recipe(name: str, command: str) -> Recipe:
         RecipeError: it cannot be read, or a key is unknown; names it.
     """
     if Path(name).suffix in {".yaml", ".yml"}:
-        return Recipe(name, _YamlValues(name, _load_yaml(Path(name)), command), command)
+        return Recipe(name, _YamlValues(name, load_yaml(Path(name)), command), command)
     values = resolve(name)()
     if not isinstance(values, dict):
         raise RecipeError(f"{name!r} must return a dict of keyword arguments, got {type(values).__name__}.")
@@ -94,6 +91,8 @@ def resolve(name: str) -> Callable[[], Any]:
         raise RecipeError(f"{name!r} must be MODULE:FUNCTION, for example my_recipe:build, or a file that ends in .yaml.")
     if module.endswith(".py"):
         raise RecipeError(f"{name!r} cannot be imported: name the module without .py, {module[:-3]}:{function}.")
+    if not all(part.isidentifier() for part in [*module.split("."), function]):
+        raise RecipeError(f"{name!r} cannot be imported: MODULE:FUNCTION is my_recipe:build, without folders.")
     found = imported(f"{module}.{function}", name)
     if not callable(found):
         raise RecipeError(f"{name!r} is not a function.")
@@ -128,31 +127,13 @@ class _YamlValues(Mapping[str, Any]):
     def __getitem__(self, key: str) -> Any:
         parameters = api_parameters(self._command)
         hint = parameters[key].annotation if key in parameters else Any
-        where = f"{self._source}: {key}"
-        node = self._tree[key]
-        value = self._builder.build(node, hint, where)
-        if not fits(value, hint):
-            raise RecipeError(f"{where}: expected {named(hint)}, got {node!r} ({type(node).__name__}).")
-        return value
+        return self._builder.fitting(self._tree[key], hint, f"{self._source}: {key}")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tree)
 
     def __len__(self) -> int:
         return len(self._tree)
-
-
-def _load_yaml(path: Path) -> dict[str, Any]:
-    try:
-        tree = get_loader("yaml")(path.read_text())
-        json.dumps(tree, default=str)  # refuses what refers to itself
-    except (OSError, YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise RecipeError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(tree, dict):
-        raise RecipeError(
-            f"{path}: expected keys and values, got {type(tree).__name__}. qakd distill --print-config shows how."
-        )
-    return tree
 
 
 def _check_keys(source: str, keys: list[str], command: str) -> None:
