@@ -86,7 +86,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "deploy.storage": ("deploy.targets.weight_packing",),
     "deploy.to_onnx": ("deploy.export", "deploy.canonical.write", "export_form.tracing"),
     "deploy.trt": ("deploy.engine.bindings",),
-    "deploy.tune": ("deploy.tuning",),
+    "deploy.tune": ("deploy.tuning", "deploy.tuning.zero_point"),
     "description": ("preparation.description",),
     "distillation": ("training.distillation",),
     "evaluation": ("tasks.evaluation",),

@@ -7,6 +7,10 @@ class QakdError(Exception):
     """Base class: the message says what was wrong, where, and what to do."""
 
 
+class ArgumentError(QakdError, ValueError):
+    """A function was given a tensor or a number of a shape or a value that it cannot take."""
+
+
 class NotPreparedError(QakdError, ValueError):
     """The model has not been prepared (or not been calibrated) by a quantization toolkit."""
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import QakdError
+from .errors import ArgumentError
 
 
 def kl_divergence(
@@ -33,7 +33,7 @@ def kl_divergence(
         float32 or float64 (N,), not negative up to rounding.
 
     Raises:
-        QakdError: shapes differ or do not belong together, or the temperature is not positive.
+        ArgumentError: shapes differ or do not belong together, or the temperature is not positive.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.0, -1.0]])
@@ -67,7 +67,7 @@ def binary_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float
         float32 or float64 (N,): the mean over a sample's logits.
 
     Raises:
-        QakdError: as :func:`kl_divergence`.
+        ArgumentError: as :func:`kl_divergence`.
 
     Example:
         >>> binary_kl(torch.tensor([[0.0]]), torch.tensor([[0.0]]))
@@ -95,7 +95,7 @@ def l2(student: Tensor, teacher: Tensor, where: Tensor | None = None) -> Tensor:
         float32 or float64 (N,).
 
     Raises:
-        QakdError: shapes differ or do not belong together.
+        ArgumentError: shapes differ or do not belong together.
     """
     _check_pair(student, teacher)
     return _per_sample((_at_least_float32(student) - _at_least_float32(teacher)).square(), where)
@@ -120,13 +120,13 @@ def smooth_l1(student: Tensor, teacher: Tensor, beta: float = 1.0, where: Tensor
         float32 or float64 (N,): the mean over a sample's values.
 
     Raises:
-        QakdError: shapes differ or do not belong together, or beta is not positive.
+        ArgumentError: shapes differ or do not belong together, or beta is not positive.
 
     Source: Girshick, "Fast R-CNN", arXiv 1504.08083.
     """
     _check_pair(student, teacher)
     if not beta > 0:
-        raise QakdError(f"smooth_l1: beta={beta} must be positive.")
+        raise ArgumentError(f"smooth_l1: beta={beta} must be positive.")
     found = F.smooth_l1_loss(_at_least_float32(student), _at_least_float32(teacher), beta=beta, reduction="none")
     return _per_sample(found, where)
 
@@ -144,7 +144,7 @@ def cosine(student: Tensor, teacher: Tensor, dim: int = -1, where: Tensor | None
         float32 or float64 (N,), 0 to 2. A vector of zeros has no direction: it counts as orthogonal to all.
 
     Raises:
-        QakdError: shapes differ or do not belong together.
+        ArgumentError: shapes differ or do not belong together.
     """
     _check_pair(student, teacher)
     dim = _class_dim(student, dim)
@@ -166,7 +166,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, dim: int = 1, ignore_index: in
         float32 or float64 (N,): the mean over a sample's positions that count.
 
     Raises:
-        QakdError: shapes do not belong together, or, of labels on the CPU, an index is outside 0..C-1 or rows name several
+        ArgumentError: shapes do not belong together, or, of labels on the CPU, an index is outside 0..C-1 or rows name several
             classes at once (multi-hot), which is a binary cross-entropy's.
     """
     dim = _class_dim(logits, dim)
@@ -177,12 +177,12 @@ def cross_entropy(logits: Tensor, labels: Tensor, dim: int = 1, ignore_index: in
             _check_probabilities(labels, dim)
         return _per_sample(-(labels.to(logits.dtype) * F.log_softmax(logits, dim=dim)).sum(dim=dim), None)
     if tuple(labels.shape) != positions:
-        raise QakdError(
+        raise ArgumentError(
             f"labels must have shape {positions}, one class for each position of logits {tuple(logits.shape)}, got "
             f"{tuple(labels.shape)}."
         )
     if labels.is_floating_point() or labels.dtype == torch.bool:
-        raise QakdError(f"labels must be integers, class indices, got {labels.dtype}.")
+        raise ArgumentError(f"labels must be integers, class indices, got {labels.dtype}.")
     labels = labels.long()
     counts = labels != ignore_index
     if labels.device.type == "cpu":
@@ -195,7 +195,7 @@ def _per_sample(values: Tensor, where: Tensor | None) -> Tensor:
     """(N, ...) -> (N,): the mean over positions, weighted by ``where``."""
     if where is not None:
         if tuple(where.shape) != tuple(values.shape[: where.ndim]) or where.ndim == 0:
-            raise QakdError(
+            raise ArgumentError(
                 f"where: a mask of shape {tuple(where.shape)} does not fit: expected the shape of the positions, "
                 f"{tuple(values.shape)}, or its first dimensions."
             )
@@ -212,7 +212,7 @@ def _per_sample(values: Tensor, where: Tensor | None) -> Tensor:
 def _check_probabilities(labels: Tensor, dim: int) -> None:
     sums = labels.detach().float().sum(dim=dim)
     if not torch.allclose(sums, torch.ones_like(sums), atol=1e-3):
-        raise QakdError(
+        raise ArgumentError(
             f"labels of shape {tuple(labels.shape)} do not sum to 1 over the classes (dim {dim}): they are no probabilities. "
             "For several classes at once (multi-label) pass task_loss=torch.nn.BCEWithLogitsLoss(reduction='none')."
         )
@@ -221,23 +221,23 @@ def _check_probabilities(labels: Tensor, dim: int) -> None:
 def _check_range(labels: Tensor, classes: int) -> None:
     if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < classes):
         wrong = labels[(labels < 0) | (labels >= classes)][0]
-        raise QakdError(f"labels must lie between 0 and {classes - 1}, the classes that the network knows, got {int(wrong)}.")
+        raise ArgumentError(f"labels must lie between 0 and {classes - 1}, the classes that the network knows, got {int(wrong)}.")
 
 
 def _class_dim(logits: Tensor, dim: int) -> int:
     if not -logits.ndim <= dim < logits.ndim or dim % logits.ndim == 0:
-        raise QakdError(f"dim={dim} is no dimension of logits {tuple(logits.shape)} other than the batch, which comes first.")
+        raise ArgumentError(f"dim={dim} is no dimension of logits {tuple(logits.shape)} other than the batch, which comes first.")
     return dim % logits.ndim
 
 
 def _check_temperature(temperature: float) -> None:
     if not temperature > 0:
-        raise QakdError(f"temperature must be positive, got {temperature}.")
+        raise ArgumentError(f"temperature must be positive, got {temperature}.")
 
 
 def _check_pair(first: Tensor, second: Tensor) -> None:
     if first.ndim == 0 or first.shape != second.shape:
-        raise QakdError(
+        raise ArgumentError(
             f"student and teacher must have the same shape (N, ...), got {tuple(first.shape)} and {tuple(second.shape)}."
         )
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from ..errors import ExportError
 from .canonical.graph import WEIGHT_KEY, constant, dequantizer_before, is_quantized, producer, read_onnx, scalar
 
 NARROW = 16
@@ -51,9 +52,20 @@ def diagnose(path: str | os.PathLike[str], float_layers: Iterable[str] = ()) -> 
         Findings, the ones that cost most first; none where nothing is known to be wrong.
 
     Raises:
-        ExportError: the file is missing or no valid ONNX.
+        ExportError: the file is missing, damaged or no valid ONNX.
     """
     graph = read_onnx(path).graph
+    try:
+        return _findings(graph, float_layers)
+    except Exception as error:  # the graph of a damaged file may hold anything
+        reason = " ".join(str(error).split())[:200]
+        raise ExportError(
+            f"{path} cannot be diagnosed ({type(error).__name__}: {reason}). It is damaged if ONNX Runtime does not load it "
+            "either: export it again."
+        ) from error
+
+
+def _findings(graph: ir.Graph, float_layers: Iterable[str]) -> list[Finding]:
     if not any(node.op_type in {"QuantizeLinear", "DequantizeLinear"} for node in graph):
         return [Finding("not quantized", (), "The file has no quantizers. Prepare the model, train it, and export it again.")]
     findings = [
@@ -109,20 +121,20 @@ def _packed_weights(graph: ir.Graph) -> Iterator[str]:
 
 def _outputs_not_quantized(graph: ir.Graph) -> Iterator[str]:
     for node in _quantized_convolutions(graph):
-        end = _behind_clamps(node.outputs[0])
+        end = _after_clamps(node.outputs[0])
         if (end.is_graph_output() or any(use.node.op_type != "QuantizeLinear" for use in end.uses())) and not _is_bias(end):
             yield _name(node)
 
 
 def _separate_biases(graph: ir.Graph) -> Iterator[str]:
-    return (_name(node) for node in _quantized_convolutions(graph) if _is_bias(_behind_clamps(node.outputs[0])))
+    return (_name(node) for node in _quantized_convolutions(graph) if _is_bias(_after_clamps(node.outputs[0])))
 
 
 def _clamps_before_quantizers(graph: ir.Graph) -> Iterator[str]:
     """Convolutions with a Clip in front of the unsigned codes of their output."""
     for node in _quantized_convolutions(graph):
         clips = any(clamp.op_type == "Clip" for clamp in _clamps(node.outputs[0]))
-        readers = [use.node for use in _behind_clamps(node.outputs[0]).uses()]
+        readers = [use.node for use in _after_clamps(node.outputs[0]).uses()]
         if clips and any(reader.op_type == "QuantizeLinear" and _is_unsigned(reader) for reader in readers):
             yield _name(node)
 
@@ -180,7 +192,7 @@ _CHECKS: tuple[tuple[str, Callable[[ir.Graph], Iterator[str]], str], ...] = (
         "output not quantized",
         _outputs_not_quantized,
         "ONNX Runtime leaves these convolutions in floating point, since nothing quantizes their output: an add, a "
-        "concatenation, a pooling or the network's end reads it as it is. Put a quantizer behind them (qakd_plugin.prepare "
+        "concatenation, a pooling or the network's end reads it as it is. Put a quantizer after them (qakd_plugin.prepare "
         "does) and train with it.",
     ),
     (
@@ -209,13 +221,13 @@ _CHECKS: tuple[tuple[str, Callable[[ir.Graph], Iterator[str]], str], ...] = (
     (
         "untied pool",
         _untied_pools,
-        "The scale behind MaxPool is another than before it, so codes are converted to float and back, though pooling only "
+        "The scale after MaxPool is another than before it, so codes are converted to float and back, though pooling only "
         "chooses among them. Give both quantizers one scale.",
     ),
     (
         "separate bias",
         _separate_biases,
-        "The bias is added in floating point behind the convolution, because rounding it to the grid of the integer kernel "
+        "The bias is added in floating point after the convolution, because rounding it to the grid of the integer kernel "
         "would change codes: input or weight scales are large beside the output's. More bits for this layer's input help.",
     ),
     (
@@ -232,7 +244,7 @@ _CHECKS: tuple[tuple[str, Callable[[ir.Graph], Iterator[str]], str], ...] = (
         "narrow",
         _narrow,
         f"They have fewer than {NARROW} input or output channels, where integer kernels are no faster than float ones: "
-        "converting and padding take the gain. Nothing to mend, unless the network may be wider there.",
+        "converting and padding take the gain. Nothing to fix, unless the network may be wider there.",
     ),
     (
         "depthwise",
@@ -264,7 +276,7 @@ def _quantized_convolutions(graph: ir.Graph) -> Iterator[ir.Node]:
 
 
 def _weight(node: ir.Node) -> ir.Node | None:
-    """The DequantizeLinear behind a layer's weight, also through a Transpose."""
+    """The DequantizeLinear that a layer's weight comes from, also through a Transpose."""
     value = node.inputs[1]
     while (moved := producer(value, "Transpose", "Reshape")) is not None:
         value = moved.inputs[0]
@@ -293,7 +305,7 @@ def _name(node: ir.Node) -> str:
 
 
 def _clamps(value: ir.Value) -> Iterator[ir.Node]:
-    """The ReLUs and Clips behind a value, as long as they alone read it."""
+    """The ReLUs and Clips after a value, as long as they alone read it."""
     while (
         not value.is_graph_output()
         and len(readers := [use.node for use in value.uses()]) == 1
@@ -304,7 +316,7 @@ def _clamps(value: ir.Value) -> Iterator[ir.Node]:
         value = readers[0].outputs[0]
 
 
-def _behind_clamps(value: ir.Value) -> ir.Value:
+def _after_clamps(value: ir.Value) -> ir.Value:
     clamps = list(_clamps(value))
     return clamps[-1].outputs[0] if clamps else value
 

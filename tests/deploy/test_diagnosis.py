@@ -163,6 +163,18 @@ def test_weights_in_other_files_are_read_from_the_files_own_folder(tmp_path, mon
         diagnose(split)
 
 
+@pytest.mark.parametrize("location", ["../weights.bin", "folder/../../weights.bin", "/etc/hostname"])
+def test_weights_outside_the_folder_are_not_looked_for(location, tmp_path):
+    """Whether they are there or not, and also where an attribute names them."""
+    model = onnx.load(residual_net(tmp_path / "s.onnx"))
+    tensor = onnx.TensorProto(name="hidden", data_type=1, dims=[1], data_location=onnx.TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value=location)
+    model.graph.node.append(onnx.helper.make_node("Constant", [], ["hidden"], value=tensor))
+    (tmp_path / "s.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ExportError, match=r"s\.onnx keeps weights in .* outside the base directory, the folder of the file"):
+        diagnose(tmp_path / "s.onnx")
+
+
 @pytest.mark.parametrize("content", [None, b"", b"not onnx" * 50])
 def test_a_bad_file_is_named(content, tmp_path):
     if content is not None:

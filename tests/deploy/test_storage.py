@@ -98,7 +98,7 @@ def test_tensorrt_refuses_packed_weights_by_name(tmp_path, wide):
     model = ir.load(path)
     store_weights(model, "int4")
     ir.save(model, path)
-    with pytest.raises(EngineError, match=r"^3\.weight/DequantizeLinear: weights stored behind a Cast"):
+    with pytest.raises(EngineError, match=r"^3\.weight/DequantizeLinear: weights stored in front of a Cast"):
         inspect_onnx(path)
 
 

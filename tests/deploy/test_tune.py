@@ -12,8 +12,9 @@ from qakd_plugin import ExportError, QakdError, export_onnx, tune_for_host
 from qakd_plugin.bench.census import census
 from qakd_plugin.cli import main
 from qakd_plugin.deploy.canonical.graph import constant, stored_codes, weight_dequantizers
+from qakd_plugin.deploy.diagnosis import diagnose
 from qakd_plugin.deploy.engine.precheck import inspect_onnx
-from qakd_plugin.deploy.tuning import eligible_layers, shifted
+from qakd_plugin.deploy.tuning import eligible_layers, with_weight_zero_point
 from qakd_plugin.runtimes.onnxruntime import session_options, start_session
 
 
@@ -34,7 +35,7 @@ def test_shifted_weights_are_the_same_numbers_on_the_same_kernels(file, tmp_path
     model = ir.load(path)
     layers = eligible_layers(model)
     assert len(layers) == 9  # all convolutions; the linear layer is none
-    ir.save(shifted(model, layers), tmp_path / "shifted.onnx")
+    ir.save(with_weight_zero_point(model, layers), tmp_path / "shifted.onnx")
     changed = {node.name: node for node in weight_dequantizers(ir.load(tmp_path / "shifted.onnx").graph)}
     for node in weight_dequantizers(model.graph):
         zero_point = constant(changed[node.name].inputs[2])
@@ -120,3 +121,93 @@ def test_bad_input_is_named(file, tmp_path):
     with pytest.raises(ExportError, match=r"none\.onnx"):
         tune_for_host(tmp_path / "none.onnx", tmp_path / "tuned.onnx")
     assert not (tmp_path / "tuned.onnx").exists()
+
+
+def _small(folder, name="s.onnx"):
+    """One convolution that can be tuned, in ONNX Runtime's form."""
+    graph = QdqGraph(("batch", 8, 8, 8))
+    x = graph.quantize("input", "in", dtype=UINT8)
+    x = graph.quantize(graph.conv(x, "conv", (8, 8)), "out", dtype=UINT8)
+    path = graph.save(folder / name, x, rank=4)
+    model = onnx.load(path)
+    weight = next(node for node in model.graph.node if node.name == "conv.weight/DequantizeLinear")
+    weight.input.append("conv.weight.zero")
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(8, np.int8), "conv.weight.zero"))
+    onnx.save(model, path)
+    return path
+
+
+def test_a_small_file_is_tuned(tmp_path):
+    tuned = tune_for_host(_small(tmp_path), tmp_path / "t.v2", calls=2, minimum_gain=-100.0)
+    assert tuned.layers == ("conv/Conv",)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["s.onnx", "t.v2", "t.v2.tuning.json"]
+
+
+def _unknown_operator(model):
+    next(node for node in model.graph.node if node.op_type == "Conv").op_type = "Convv"
+
+
+def _short_weight(model):
+    next(tensor for tensor in model.graph.initializer if tensor.name == "conv.weight.codes").raw_data = b"\1"
+
+
+def _weight_of_another_shape(model):
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == "conv.weight.codes")
+    tensor.CopyFrom(onnx.numpy_helper.from_array(np.ones((8, 7, 3, 3), np.int8), tensor.name))
+
+
+def _no_inputs(model):
+    del next(node for node in model.graph.node if node.op_type == "Conv").input[:]
+
+
+def _type_that_does_not_exist(model):
+    next(tensor for tensor in model.graph.initializer if tensor.name == "conv.weight.scale").data_type = 77
+
+
+@pytest.mark.parametrize(
+    "damage", [_unknown_operator, _short_weight, _weight_of_another_shape, _no_inputs, _type_that_does_not_exist]
+)
+def test_a_damaged_file_is_one_line_that_names_it(damage, tmp_path):
+    path = _small(tmp_path)
+    model = onnx.load(path)
+    damage(model)
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(ExportError, match=r"s\.onnx") as caught:
+        tune_for_host(path, tmp_path / "tuned.onnx", calls=2)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", [_short_weight, _no_inputs, _type_that_does_not_exist])
+def test_a_damaged_file_is_not_diagnosed(damage, tmp_path):
+    path = _small(tmp_path)
+    model = onnx.load(path)
+    damage(model)
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(ExportError, match=r"s\.onnx") as caught:
+        diagnose(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_input_beyond_memory_asks_for_samples(tmp_path):
+    path = _small(tmp_path)
+    model = onnx.load(path)
+    sizes = model.graph.input[0].type.tensor_type.shape.dim
+    sizes[2].dim_value = sizes[3].dim_value = 2**30
+    onnx.save(model, path)
+    with pytest.raises(ExportError, match=r"input 'input': 4 images of .* do not fit into memory: pass samples"):
+        tune_for_host(path, tmp_path / "tuned.onnx")
+
+
+@pytest.mark.parametrize("options", [{"batch": 0}, {"calls": 0}, {"threads": -1}, {"calls": 2.5}])
+def test_numbers_that_cannot_be_used_are_named(options, tmp_path):
+    with pytest.raises(ExportError, match=f"{next(iter(options))}="):
+        tune_for_host(_small(tmp_path), tmp_path / "tuned.onnx", **options)
+
+
+def test_a_weight_that_the_graph_computes_is_left_alone(tmp_path):
+    graph = QdqGraph(("batch", 8, 8, 8))
+    x = graph.quantize("input", "in", dtype=UINT8)
+    plain = graph.add("MatMul", [x, graph.constant("eye", np.eye(8, dtype=np.float32))], "plain/MatMul")
+    weight = graph.quantize(graph.add("ReduceMean", [plain], "w", keepdims=1), "w")
+    path = graph.save(tmp_path / "s.onnx", graph.add("Conv", [x, weight], "dynamic/Conv"), rank=4)
+    assert eligible_layers(ir.load(path)) == ()

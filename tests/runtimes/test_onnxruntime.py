@@ -13,7 +13,7 @@ from torch import nn
 import qakd_plugin
 from qakd_plugin import export_onnx, prepare
 from qakd_plugin._common import cpu_features as cpu
-from qakd_plugin.deploy.tuning import eligible_layers, shifted
+from qakd_plugin.deploy.tuning import eligible_layers, with_weight_zero_point
 from qakd_plugin.runtimes import onnxruntime as session
 from qakd_plugin.runtimes.onnxruntime import session_options
 
@@ -83,7 +83,7 @@ def test_a_tuned_file_loads_there_as_well(tmp_path, make_student, digits, monkey
     images = digits.test[0][:16]
     path = export_onnx(make_student(), images, tmp_path / "s.onnx", target="onnxruntime").path
     model = ir.load(path)
-    ir.save(shifted(model, eligible_layers(model)), tmp_path / "tuned.onnx")
+    ir.save(with_weight_zero_point(model, eligible_layers(model)), tmp_path / "tuned.onnx")
     expected = _run(path, images)
     monkeypatch.setattr(session, "adds_products_in_16_bits", lambda: True)
     (found,) = session.start_session(tmp_path / "tuned.onnx", session_options(1)).run(None, {"input": images.numpy()})

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnx_ir as ir
+from google.protobuf.message import Message
 
 from ...errors import ExportError
 
@@ -34,10 +35,20 @@ def read_onnx(path: str | os.PathLike[str]) -> ir.Model:
     Raises:
         ExportError: it, or a file with its weights, is missing, or it is no valid ONNX.
     """
+    folder = Path(path).absolute().parent
     try:
-        model = ir.serde.deserialize_model(onnx.ModelProto.FromString(Path(path).read_bytes()))
-        ir.external_data.set_base_dir(model.graph, Path(path).absolute().parent)  # without one, any file could be named
+        proto = onnx.ModelProto.FromString(Path(path).read_bytes())
+        for location in {location for tensor in tensors(proto) if (location := external_location(tensor)) is not None}:
+            if not (folder / location).resolve().is_relative_to(folder.resolve()):
+                raise ExportError(
+                    f"{path} keeps weights in {location[:200]!r}, which leads outside the base directory, the folder of the "
+                    "file: it is not read. Put both into one folder, or save the file whole."
+                )
+        model = ir.serde.deserialize_model(proto)
+        ir.external_data.set_base_dir(model.graph, folder)
         ir.external_data.load_to_model(model)
+    except ExportError:
+        raise
     except OSError as error:
         missing = "" if error.filename in (None, str(path)) else f" {error.filename}:"
         raise ExportError(f"{path} cannot be read:{missing} {error.strerror}.") from error
@@ -47,6 +58,25 @@ def read_onnx(path: str | os.PathLike[str]) -> ir.Model:
     if len(model.graph) == 0:
         raise ExportError(f"{path} is not a valid ONNX file: its graph has no node. Export it again.")
     return model
+
+
+def tensors(message: Message) -> Iterator[onnx.TensorProto]:
+    """Every tensor of a model, also those in attributes, subgraphs, functions and sparse tensors."""
+    for field, found in message.ListFields():
+        if field.message_type is None:
+            continue
+        for part in [found] if isinstance(found, Message) else found:
+            if isinstance(part, onnx.TensorProto):
+                yield part
+            else:
+                yield from tensors(part)
+
+
+def external_location(tensor: onnx.TensorProto) -> str | None:
+    """The file that a tensor's data is kept in, relative to the folder of the model; None where it is in the model."""
+    if tensor.data_location != onnx.TensorProto.EXTERNAL:
+        return None
+    return next((str(entry.value) for entry in tensor.external_data if entry.key == "location"), "")
 
 
 def copied(model: ir.Model) -> ir.Model:

@@ -112,7 +112,7 @@ def choose_capabilities(runtime: Runtime, wanted: Sequence[str] | None, gpu: str
     """
     if not runtime.is_rtx:
         if wanted is not None:
-            raise EngineError("capabilities: only tensorrt_rtx can be told; tensorrt builds for the GPU at hand.")
+            raise EngineError("capabilities: only tensorrt_rtx takes them; tensorrt builds for the GPU at hand.")
         return ["CURRENT"]
     known = [name for name in dir(runtime.module.ComputeCapability) if name.startswith("SM")]
     if wanted is None:
@@ -168,4 +168,4 @@ def progress_monitor(runtime: Runtime, report: Callable[[str], None]) -> Any:
 
 def last(messages: Sequence[str]) -> str:
     """The last thing a library said, for an error message."""
-    return messages[-1] if messages else "It gave no reason."
+    return messages[-1] if messages else "The library gave no reason."

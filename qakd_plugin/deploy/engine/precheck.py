@@ -15,10 +15,17 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import Message
 
 from ...errors import EngineError
-from ..canonical.graph import constant, is_stored, is_weight_only, producer, weight_dequantizers
+from ..canonical.graph import (
+    constant,
+    external_location,
+    is_stored,
+    is_weight_only,
+    producer,
+    tensors,
+    weight_dequantizers,
+)
 from ..targets.tensorrt import ADVICE, CONVOLUTIONS, PRODUCTS, stored_weight, weight_problem
 from .rtx_plan import Kind
 
@@ -99,12 +106,12 @@ def _read(path: str | os.PathLike[str]) -> tuple[bytes, ir.Model]:
         ) from error
     try:
         proto = onnx.ModelProto.FromString(data)
-        tensors = list(_tensors(proto))
-        external = [tensor.name for tensor in tensors if tensor.data_location == onnx.TensorProto.EXTERNAL]
+        stored = list(tensors(proto))
+        external = [tensor.name for tensor in stored if external_location(tensor) is not None]
         if not external:
             onnx.checker.check_model(data)  # the bytes: a model would be written once more
             model = ir.serde.deserialize_model(proto)
-            for tensor in tensors:  # each has as much data as its shape says, or this raises; the checker does not look
+            for tensor in stored:  # each has as much data as its shape says, or this raises; the checker does not look
                 ir.serde.deserialize_tensor(tensor).numpy()
     except Exception as error:  # protobuf, the checker and onnx-ir raise many kinds on foreign bytes; all mean the same here
         reason = " ".join(str(error).split())[:200]
@@ -117,18 +124,6 @@ def _read(path: str | os.PathLike[str]) -> tuple[bytes, ir.Model]:
     if not model.graph.inputs or len(model.graph) == 0:
         raise EngineError(f"{path} is not a valid ONNX file: its graph has no input or no node. Export it again.")
     return data, model
-
-
-def _tensors(message: Message) -> Iterator[onnx.TensorProto]:
-    """Every tensor of a model, also those in attributes, subgraphs, functions and sparse tensors."""
-    for field, found in message.ListFields():
-        if field.message_type is None:
-            continue
-        for part in [found] if isinstance(found, Message) else found:
-            if isinstance(part, onnx.TensorProto):
-                yield part
-            else:
-                yield from _tensors(part)
 
 
 def _sizes(value: ir.Value) -> tuple[int | None, ...]:
@@ -194,7 +189,7 @@ def _type_problem(kind: ir.DataType) -> str | None:
 
 def _storage_problem(node: ir.Node) -> str | None:
     widened = constant(node.inputs[0]) is None and is_stored(node)
-    return "weights stored behind a Cast: TensorRT fails to build such a file." if widened else None
+    return "weights stored in front of a Cast: TensorRT fails to build such a file." if widened else None
 
 
 def _dynamic_range_problem(node: ir.Node) -> str | None:

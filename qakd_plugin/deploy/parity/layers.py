@@ -9,7 +9,7 @@ import onnx_ir as ir
 from torch import Tensor, nn
 
 from ...export_form.modules import ActivationQDQ, StoredWeight
-from ..canonical.graph import activation_quantizers
+from ..canonical.graph import activation_quantizers, copied
 from .onnxruntime import run
 from .report import Array
 
@@ -57,7 +57,7 @@ def recorded_outputs(model: nn.Module, names: Sequence[str]) -> Iterator[LayerOu
 
 def run_layers(file: ir.Model, samples: Tensor, names: Sequence[str]) -> LayerOutputs:
     """What the file computes at the end of each named layer, without fusions."""
-    tapped = ir.serde.deserialize_model(ir.serde.serialize_model(file))
+    tapped = copied(file)
     last = {_layer_name(node): node.outputs[0] for node in tapped.graph if _layer_name(node) in names}
     if not last:
         return {}

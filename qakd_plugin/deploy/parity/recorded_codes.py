@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ...errors import ParityError
 from ...export_form.modules import ActivationQDQ
-from ..canonical.graph import QUANTIZER_KEY, activation_quantizers, scalar
+from ..canonical.graph import QUANTIZER_KEY, activation_quantizers, copied, scalar
 from .onnxruntime import run
 from .report import Array, arrays
 
@@ -71,7 +71,7 @@ def run_prepared(prepared: nn.Module, form: nn.Module, samples: Tensor) -> tuple
 
 def with_codes(file: ir.Model) -> tuple[ir.Model, list[tuple[str, float]]]:
     """A copy that also outputs the codes of every activation quantizer, and their labels and zero points."""
-    tapped = ir.serde.deserialize_model(ir.serde.serialize_model(file))
+    tapped = copied(file)
     taps: list[tuple[str, float]] = []
     for node in activation_quantizers(tapped.graph):
         label = node.metadata_props.get(QUANTIZER_KEY)

@@ -1,0 +1,174 @@
+"""Which convolutions get a weight zero point of -1 on this processor, and the file in which they have it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+
+from ..._common.files import with_extension, write_atomic
+from ...errors import ExportError, ParityError
+from ...runtimes.host import environment
+from ..canonical.graph import read_onnx
+from .timing import Images, Variants
+from .zero_point import eligible_layers, with_weight_zero_point
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What was measured and chosen.
+
+    Attributes:
+        path: the file to deploy: the tuned one, or the given one where nothing gained.
+        layers: convolutions whose weights got zero point -1; empty where nothing gained.
+        eligible: how many convolutions could have got it.
+        plain_ms: median processor time of a call of the given file.
+        tuned_ms: likewise of the fastest variant, in the same interleaved run.
+        batch: images per call.
+        threads: of the runtime.
+        cpu: the processor this holds for.
+        cpu_flags: what it can do, as far as it matters here.
+    """
+
+    path: Path
+    layers: tuple[str, ...]
+    eligible: int
+    plain_ms: float
+    tuned_ms: float
+    batch: int
+    threads: int
+    cpu: str
+    cpu_flags: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, the file by its name alone."""
+        return {**asdict(self), "path": self.path.name}
+
+    def __str__(self) -> str:
+        found = f"{self.plain_ms:.2f} ms plain, {self.tuned_ms:.2f} ms at best ({self.plain_ms / self.tuned_ms:.2f}x)"
+        if not self.layers:
+            return f"Nothing gained on this processor: {found}. {self.path.name} stays the file to deploy."
+        return f"{found}, with {len(self.layers)} of {self.eligible} convolutions changed."
+
+
+def tune_for_host(
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    samples: Images | None = None,
+    batch: int = 1,
+    threads: int = 1,
+    calls: int = 40,
+    minimum_gain: float = 0.02,
+) -> Tuning:
+    """Measure on this machine which convolutions gain from a weight zero point of -1, and write a file with those changed.
+
+    The file's outputs are the same bits, with the runtime's fusions off and on; this is checked. Where the whole network gains
+    less than ``minimum_gain``, no ONNX file is written, and the given one stays the one to deploy. A record of what was
+    measured goes to ``out`` with the suffix ``.tuning.json`` either way.
+
+    Args:
+        path: a file exported with ``target="onnxruntime"``.
+        out: where the tuned file goes.
+        samples: float32 (N, ...) inputs for the check and the measurement; random ones by default.
+        batch: images per call, as it will be deployed.
+        threads: of the runtime, likewise.
+        calls: timed calls of each variant.
+        minimum_gain: least share of the time that must be saved; measurements repeat within 1 to 3 %.
+
+    Raises:
+        ExportError: the file is no ONNX, ONNX Runtime cannot load or run it, it holds no convolution in ONNX Runtime's form, an
+            argument cannot be used, or ``out`` cannot be written.
+        ParityError: the outputs of a tuned file differ, which would be a fault of the runtime.
+    """
+    source, target = Path(path), Path(out)
+    for name, number in (("batch", batch), ("threads", threads), ("calls", calls)):
+        if not isinstance(number, int) or number < (0 if name == "threads" else 1):
+            raise ExportError(f"{name}={number!r}: a positive whole number was expected.")
+    model, runtime = read_onnx(source), Variants(source, threads)
+    plain = _bytes(model, source)
+    runtime.session(plain)  # what the runtime takes is what can be reasoned about
+    eligible = eligible_layers(model)
+    if not eligible:
+        raise ExportError(
+            f"{source}: no quantized convolution in ONNX Runtime's form: export it with target='onnxruntime'. Depthwise and "
+            "grouped convolutions never gain."
+        )
+    images = _images(model, samples, batch)
+    variants = {(): plain, eligible: _bytes(with_weight_zero_point(model, eligible), source)}
+    before, after = runtime.layer_times(list(variants.values()), images[0])
+    faster = tuple(name for name in eligible if after.get(name, np.inf) < before.get(name, np.inf))
+    if faster not in variants:
+        variants[faster] = _bytes(with_weight_zero_point(model, faster), source)
+    times = dict(zip(variants, runtime.interleaved(list(variants.values()), images, calls), strict=True))
+    best = min((layers for layers in variants if layers), key=times.__getitem__)
+    _check_same_bits(runtime, plain, variants[best], images)
+    gained = times[best] <= (1 - minimum_gain) * times[()]
+    host = environment()
+    tuning = Tuning(
+        path=target if gained else source,
+        layers=best if gained else (),
+        eligible=len(eligible),
+        plain_ms=times[()],
+        tuned_ms=times[best],
+        batch=batch,
+        threads=threads,
+        cpu=host["cpu"],
+        cpu_flags=tuple(host["cpu_flags"]),
+    )
+    if gained:
+        write_atomic(target, variants[best], ExportError)
+    write_atomic(with_extension(target, ".tuning.json"), json.dumps(tuning.as_dict(), indent=1) + "\n", ExportError)
+    return tuning
+
+
+def _bytes(model: ir.Model, source: Path) -> bytes:
+    try:
+        data: bytes = ir.serde.serialize_model(model).SerializeToString()
+    except Exception as error:  # onnx-ir and protobuf raise many kinds on damaged tensors, and on more than 2 GiB
+        reason = " ".join(str(error).split())[:200]
+        raise ExportError(f"{source} cannot be written again ({type(error).__name__}: {reason}). Export it again.") from error
+    return data
+
+
+def _images(model: ir.Model, samples: Images | None, batch: int) -> list[Images]:
+    """Batches of the size that will be deployed."""
+    value = model.graph.inputs[0]
+    sizes = [size if isinstance(size, int) else None for size in value.shape or ()][1:]
+    if samples is None:
+        fixed = [size for size in sizes if size is not None]
+        if not sizes or len(fixed) < len(sizes):
+            raise ExportError(f"input {value.name!r} has no fixed image size: pass samples.")
+        try:
+            samples = np.random.default_rng(0).random((4 * batch, *fixed), dtype=np.float32)
+        except (MemoryError, ValueError) as error:
+            raise ExportError(
+                f"input {value.name!r}: {4 * batch} images of {fixed} do not fit into memory: pass samples."
+            ) from error
+    fits = samples.ndim == len(sizes) + 1 and all(
+        size in (None, got) for size, got in zip(sizes, samples.shape[1:], strict=True)
+    )
+    if not fits or samples.dtype != np.float32 or len(samples) < batch:
+        expected = ", ".join("any" if size is None else str(size) for size in sizes)
+        raise ExportError(
+            f"samples: expected float32 (N, {expected}) with N of {batch} at least, got {samples.dtype} {samples.shape}."
+        )
+    return [np.ascontiguousarray(samples[start : start + batch]) for start in range(0, len(samples) - batch + 1, batch)]
+
+
+def _check_same_bits(runtime: Variants, plain: bytes, tuned: bytes, images: Sequence[Images]) -> None:
+    for fusions in (False, True):
+        first, second = (runtime.session(data, fusions=fusions) for data in (plain, tuned))
+        for batch in images:
+            if not np.array_equal(runtime.run(first, batch), runtime.run(second, batch)):
+                raise ParityError(
+                    f"the tuned file computes other numbers with fusions {'on' if fusions else 'off'}: a fault of ONNX Runtime "
+                    f"{onnxruntime.__version__}. Deploy the plain file."
+                )
