@@ -315,9 +315,9 @@ def test_a_new_delta_leaves_a_teacher_that_learns_as_it_was(student_of, float_ne
     refresh = loop.Trainer._refresh_curvature
 
     def watched(trainer, phase):
-        before = [buffer.clone() for buffer in trainer.teacher.buffers()]
+        before = [buffer.clone() for buffer in trainer.networks.teacher.buffers()]
         refresh(trainer, phase)
-        seen.append(all(torch.equal(a, b) for a, b in zip(before, trainer.teacher.buffers(), strict=True)))
+        seen.append(all(torch.equal(a, b) for a, b in zip(before, trainer.networks.teacher.buffers(), strict=True)))
 
     monkeypatch.setattr(loop.Trainer, "_refresh_curvature", watched)
     student = use_quantizers(student_of("modelopt"), EWGS(delta=0.25, refresh_every=1))
