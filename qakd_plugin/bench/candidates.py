@@ -63,7 +63,7 @@ class Candidate:
         return {".engine": ("tensorrt",), ".xml": ("openvino",)}.get(self.file.suffix, FILE_RUNTIMES)
 
 
-def named_by_its_path(model: str | os.PathLike[str] | nn.Module) -> Candidate:
+def candidate_from_path(model: str | os.PathLike[str] | nn.Module) -> Candidate:
     """A candidate of what was given without one: its file's name stands for the method, and the model has no name.
 
     Its bits are those that the file says (:func:`.file_facts.quantized_bits`): W8A8 wherever activations are quantized.

@@ -20,7 +20,7 @@ from ..runtimes.host import Conditions, Watch
 from ..runtimes.interleaving import WARM_UP_CALLS, turns
 from ..runtimes.openvino import OpenVINORunner
 from .accuracy import IMAGES_AT_ONCE, Tally, score_all
-from .candidates import Candidate, named_by_its_path
+from .candidates import Candidate, candidate_from_path
 from .census import census, engine_layers
 from .file_facts import batch_limits, input_sizes
 from .jobs import Job, jobs_of
@@ -89,7 +89,7 @@ def benchmark(
     if not models:
         raise QakdError("models is empty: name at least one ONNX file.")
     say = progress or (lambda _: None)
-    candidates = [model if isinstance(model, Candidate) else named_by_its_path(model) for model in models]
+    candidates = [model if isinstance(model, Candidate) else candidate_from_path(model) for model in models]
     jobs = jobs_of(candidates, runtimes, batch_sizes)
     scored = _Scored(_random_images(candidates), [{}] * len(jobs)) if loader is None else None
     layers: list[tuple[int | None, int | None]] = []

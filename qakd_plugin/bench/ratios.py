@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..deploy.diagnosis import Finding, diagnose
+from ..deploy.diagnosis import diagnose
+from ..deploy.finding import Finding
 from ..errors import QakdError
 from ..runtimes.base import FILE_RUNTIMES
 from .candidates import Candidate

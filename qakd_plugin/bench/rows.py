@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le
 
-from ..deploy.diagnosis import Finding
+from ..deploy.finding import Finding
 from ..runtimes.base import LayerTime as LayerTime
 from ..runtimes.host import Conditions as Conditions
 

@@ -43,7 +43,7 @@ def bench(
     """
     from rich.console import Console
 
-    from ..bench.candidates import named_by_its_path
+    from ..bench.candidates import candidate_from_path
     from ..bench.measure import benchmark
     from ..report import console_table, write_report
 
@@ -54,7 +54,7 @@ def bench(
         measured.append(resolve(module)())
         runtimes = [*runtimes, "torch", "torch.compile"]
     rows = benchmark(
-        [replace(named_by_its_path(one), model=model) for one in measured],
+        [replace(candidate_from_path(one), model=model) for one in measured],
         resolve(loader)() if loader else None,
         runtimes=runtimes,
         batch_sizes=batch or (1,),

@@ -212,10 +212,10 @@ def _build_all(console: Console, folder: Path, students: list[Student]) -> list[
 
 
 def _measure(folder: Path, float_file: Path, students: list[Student], digits: Digits, calls: int) -> list[Row]:
-    """Every student in the form made for each runtime; layers are profiled, since the nets are small."""
-    forms = {"onnxruntime": ".ort.onnx"}
+    """Every student in the file made for each runtime; layers are profiled, since the nets are small."""
+    suffixes = {"onnxruntime": ".ort.onnx"}
     if find_spec("openvino"):
-        forms["openvino"] = ".onnx"
+        suffixes["openvino"] = ".onnx"
     candidates = [Candidate(float_file, method="FP32", model="digits")]
     candidates += [
         Candidate(
@@ -228,9 +228,9 @@ def _measure(folder: Path, float_file: Path, students: list[Student], digits: Di
             runtime=runtime,
         )
         for student in students
-        for runtime, suffix in forms.items()
+        for runtime, suffix in suffixes.items()
     ]
-    return benchmark(candidates, digits.loader("test"), tuple(forms), calls=calls, profile_layers=True)
+    return benchmark(candidates, digits.loader("test"), tuple(suffixes), calls=calls, profile_layers=True)
 
 
 def _conclusions(rows: list[Row]) -> list[str]:

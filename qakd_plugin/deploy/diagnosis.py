@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
 from ..errors import ExportError
 from .canonical.graph import WEIGHT_KEY, constant, dequantizer_before, is_quantized, producer, read_onnx, scalar
+from .finding import Finding as Finding
 
 NARROW = 16
 """Convolutions with fewer input or output channels are no faster in ONNX Runtime's integer kernels than in floating point
@@ -24,21 +24,6 @@ _CONVOLUTIONS = {"Conv", "ConvTranspose"}
 _PRODUCTS = {"Gemm", "MatMul"}
 _BETWEEN = {"Relu", "Clip"}
 """Operators that a runtime takes into the convolution before them."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One reason, and what to do about it.
-
-    Attributes:
-        kind: short name of the reason, the same for all files: "float weights", "output not quantized", ...
-        layers: the layers concerned, under their names in the trained model, in execution order; empty for the whole file.
-        advice: a sentence or two: what it costs, and what to do.
-    """
-
-    kind: str
-    layers: tuple[str, ...]
-    advice: str
 
 
 def diagnose(path: str | os.PathLike[str], float_layers: Iterable[str] = ()) -> list[Finding]:

@@ -11,7 +11,7 @@ from .ranking import RankingPlot, number, ranking_plot
 from .scatter import Axis
 
 _POINTS = 200
-"""A curve of more epochs is thinned to about so many."""
+"""A curve of more epochs is thinned to about this many."""
 
 _LAYERS = 40
 """Of more layers the slowest are listed."""

@@ -9,7 +9,7 @@ from typing import Any
 from ..bench.rows import Row
 from .document import rows_of
 from .scatter import pareto
-from .tables import WHAT, SideBySide, common_setting, run_names, short, shown_columns, side_by_side
+from .tables import CONFIGURATION, SideBySide, common_setting, run_names, short, shown_columns, side_by_side
 from .verdicts import verdicts
 
 
@@ -55,7 +55,9 @@ def _side_by_side(beside: SideBySide, names: Sequence[str]) -> list[str]:
     header = ["", "FP32", "best float", *beside.methods]
     lines = ["| " + " | ".join(map(_md, header)) + " |", "|" + "---|" * len(header)]
     for run, what, cells in beside.lines:
-        first = ", ".join(what[index] if index < 4 else f"{WHAT[index]} {what[index]}" for index in beside.telling)
+        first = ", ".join(
+            what[index] if index < 4 else f"{CONFIGURATION[index]} {what[index]}" for index in beside.distinguishing
+        )
         first += f", {names[run]}" if len(names) > 1 else ""
         lines.append("| " + " | ".join(map(_md, [first, *map(_cell, cells)])) + " |")
     return lines

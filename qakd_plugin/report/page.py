@@ -18,7 +18,7 @@ from ..bench.rows import Row
 from .charts import latency_bars, layer_table, training_run
 from .document import rows_of
 from .scatter import accuracy_latency_plot, pareto
-from .tables import WHAT, Column, common_setting, family, run_names, short, shown_columns, side_by_side
+from .tables import CONFIGURATION, Column, common_setting, family, run_names, short, shown_columns, side_by_side
 from .templates import static, template
 from .verdicts import verdicts
 
@@ -48,7 +48,7 @@ def render(document: Mapping[str, Any]) -> str:
     return template("template.html").render(
         family=family,
         marker=marker,
-        what=WHAT,
+        configuration=CONFIGURATION,
         document=document,
         rows=rows,
         runs=list(zip(names, document["runs"], strict=True)),

@@ -161,21 +161,21 @@ class SideBySide:
     """One line per configuration, one column per way it came about: FP32, best float, PTQ, QAT, and distilled ones.
 
     Attributes:
-        methods: names of the columns behind the two of floating point.
-        lines: (run, what it is as in ``WHAT``, a row or None per column).
+        methods: names of the columns after the two of floating point.
+        lines: (run, what it is as in ``CONFIGURATION``, a row or None per column).
     """
 
     methods: tuple[str, ...]
     lines: tuple[tuple[int, tuple[str, ...], tuple[Row | None, ...]], ...]
 
     @property
-    def telling(self) -> tuple[int, ...]:
-        """Places of ``WHAT`` that tell the lines apart; the bits always do."""
-        varied = [index for index in range(len(WHAT)) if len({what[index] for _, what, _ in self.lines}) > 1]
-        return tuple(sorted({WHAT.index("bits"), *varied}))
+    def distinguishing(self) -> tuple[int, ...]:
+        """Places of ``CONFIGURATION`` that tell the lines apart; the bits always do."""
+        varied = [index for index in range(len(CONFIGURATION)) if len({what[index] for _, what, _ in self.lines}) > 1]
+        return tuple(sorted({CONFIGURATION.index("bits"), *varied}))
 
 
-WHAT = ("model", "bits", "toolkit", "runtime", "batch", "threads")
+CONFIGURATION = ("model", "bits", "toolkit", "runtime", "batch", "threads")
 
 
 def side_by_side(rows: Sequence[Row]) -> SideBySide | None:
@@ -198,12 +198,12 @@ def side_by_side(rows: Sequence[Row]) -> SideBySide | None:
     lines = []
     for group in groups.values():
         first = group[0]
-        cells = [max((row for row in group if row.method == name), key=_merit, default=None) for name in methods]
+        cells = [max((row for row in group if row.method == name), key=_preference, default=None) for name in methods]
         lines.append((first.run, _what(first), (*baselines(first, floats), *cells)))
     return SideBySide(methods, tuple(lines))
 
 
-def _merit(row: Row) -> tuple[float, float]:
+def _preference(row: Row) -> tuple[float, float]:
     return row.accuracy or 0.0, -row.p50_ms
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..bench.rows import Row
-from ..deploy.diagnosis import Finding
+from ..deploy.finding import Finding
 
 
 @dataclass(frozen=True)

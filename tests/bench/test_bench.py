@@ -27,7 +27,7 @@ from qakd_plugin import EngineError, MissingPackageError, QakdError, benchmark, 
 from qakd_plugin._common.cpu_features import has_bfloat16
 from qakd_plugin.bench import Candidate, measure, peak_memory
 from qakd_plugin.bench.accuracy import wilson_interval
-from qakd_plugin.bench.candidates import named_by_its_path
+from qakd_plugin.bench.candidates import candidate_from_path
 from qakd_plugin.bench.census import census
 from qakd_plugin.bench.measure import percentiles
 from qakd_plugin.bench.peak_memory import peak_rss_mib
@@ -276,13 +276,13 @@ def test_what_is_quantized_in_an_engine_is_what_its_onnx_file_says(readable, tmp
     for name in ("int4", "float", "int8"):
         options = {"capabilities": ["SM86"], "allow_float": name == "float"}
         engine = build_engine(tmp_path / f"{name}.onnx", tmp_path / f"{name}.engine", "tensorrt_rtx", **options)
-        candidate = named_by_its_path(engine.path)
+        candidate = candidate_from_path(engine.path)
         found[name] = candidate.weight_bits, candidate.activation_bits
     assert found == {"int4": (4, 32) if readable else (8, 8), "float": (32, 32), "int8": (8, 8)}
     manifest = {key: value for key, value in engine.manifest.items() if key != "quantized"}
     engine.manifest_path.write_text(json.dumps(sealed(manifest)))
     with pytest.raises(EngineError, match=r"int8\.engine: its manifest does not say whether it is quantized"):
-        named_by_its_path(engine.path)
+        candidate_from_path(engine.path)
 
 
 def test_weights_that_are_quantized_alone_are_told_from_floats(tmp_path):

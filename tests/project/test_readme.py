@@ -47,9 +47,8 @@ def test_the_page_of_the_evidence_and_its_figure_are_made_from_the_committed_fig
     page = evidence_page.DOCS / evidence_page.PAGE
     for name, table in evidence_page.page_tables_of(document, study).items():
         assert page_tables.read_table(name, page) == table, name
-    shown, again = (
-        places_of(text) for text in (page.with_name(evidence_page.FIGURE).read_text(), evidence_figure.draw(document))
-    )
+    shown = places_of(page.with_name(evidence_page.FIGURE).read_text())
+    again = places_of(evidence_figure.draw(document))
     assert len(shown) == 4 * (2 + 2 * 2 + 1 + 4)
     assert shown.keys() == again.keys()
     for name, places in shown.items():

@@ -458,7 +458,7 @@ def test_rows_stand_side_by_side():
     assert first == (FP32, BF16, PTQ, QAT, ROW)
     assert four_bit[:3] == (FP32, BF16, replace(PTQ, weight_bits=4))
     assert openvino[0] is None, "FP32 was not measured in OpenVINO"
-    assert [beside.telling, side_by_side([FP32])] == [(1, 3), None]
+    assert [beside.distinguishing, side_by_side([FP32])] == [(1, 3), None]
 
 
 def test_a_slow_integer_model_is_explained_in_words_with_layers():
