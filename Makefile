@@ -1,19 +1,40 @@
 # Everything lives in .venv; the stamp file is newer than what decides on its contents, so a second run installs nothing.
 PYTHON ?= python3
-VENV := .venv
+CONSTRAINTS ?= constraints.txt
+VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test matrix resume fuzz docs lint clean
+.DELETE_ON_ERROR:
+.PHONY: demo check test quick test-lowest coverage matrix resume fuzz docs lint clean
+
+# A covering part: pure functions and formulas, the loop's pieces, one student of each large toolkit to a proven file.
+QUICK := tests/test_losses.py tests/tasks tests/common tests/quantizers/test_quantizers.py tests/augment/test_cmi.py \
+	tests/runtimes tests/project/test_moved.py tests/training/test_methods.py tests/training/test_batches.py \
+	tests/training/test_objective.py tests/training/test_checkpoint.py
 
 demo: $(STAMP)
 	$(BIN)/qakd demo
 
-test: $(STAMP)
+check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+test: check
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+quick: check
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(QUICK)
+	$(BIN)/python -m pytest tests/conformance/test_matrix.py -k "(modelopt or pt2e) and LSQ and structures"
+
+# The lowest versions that pyproject.toml allows.
+test-lowest: lowest.txt
+	$(MAKE) test CONSTRAINTS=lowest.txt VENV=.venv-lowest
+
+coverage: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist worksteal --cov=qakd_plugin --cov-report=term:skip-covered
 
 matrix: $(STAMP)
 	$(BIN)/python -m pytest -m '' tests/conformance/test_matrix.py
@@ -31,16 +52,20 @@ lint: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 docs/report.png: runs/demo/report.html
 	chromium --headless --hide-scrollbars --window-size=1280,2000 --screenshot=$@ file://$(abspath $<)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch torchvision
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) torch torchvision
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
 	touch $(STAMP)
 
+lowest.txt: pyproject.toml .ci/lowest.py
+	$(PYTHON) .ci/lowest.py > $@
+
 clean:
-	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-lowest lowest.txt build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,97 +1,75 @@
 """The figure of the evidence: accuracy against bits, and SQAKD minus QAT, a column of panels per quantizer.
 
-An SVG written from a template: it follows the reader's light or dark scheme, its text stays text, and the same figures give
-the same bytes whatever is installed.
+An SVG by matplotlib whose text stays text. Its groups bear the names of what they show ("LSQ-QAT", "LSQ-QAT-interval"), so that
+whoever reads the file finds every mark; the same figures give the same bytes with the same matplotlib.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from math import ceil, floor
-from pathlib import Path
+import io
+from collections.abc import Sequence
 from typing import Any
 
-import jinja2
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from qakd_plugin.report.scatter import Axis, nice_step
+COLORS = {"QAT": "#2268c4", "SQAKD": "#0b7f56", "difference": "#7a4fb5", "reference": "#6f7c89"}
+MARKERS = {"QAT": "o", "SQAKD": "s", "difference": "D"}
+SIDE_STEP = 0.08
+"""QAT and SQAKD stand apart by twice this share of the room between two numbers of bits."""
 
-WIDTH, HEIGHT = 880, 484
-LEFT, RIGHT, GAP = 58, 16, 18
-ROWS = ((66, 262), (300, 426))
-"""Top and bottom of the panels with accuracies, and of those with differences."""
-
-SHAPES = {"qat": "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0Z", "sqakd": "M-3.8-3.8h7.6v7.6h-7.6Z", "difference": "M0-5L5 0L0 5L-5 0Z"}
-
-
-@dataclass(frozen=True)
-class Mark:
-    """A point with its interval: positions, what a pointer shows, and whether it is drawn hollow."""
-
-    x: float
-    y: float
-    low: float
-    high: float
-    text: str
-    hollow: bool = False
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One pair of axes.
-
-    Attributes:
-        name: above it.
-        label: of the vertical axis.
-        left, right, top, bottom: its place.
-        first: whether it carries the labels of its row.
-        ticks: (y, text).
-        bits: (x, text).
-        reference: height of the broken line.
-        series: (class in the drawing, marks).
-        joined: whether lines join the marks of a series.
-    """
-
-    name: str
-    label: str
-    left: float
-    right: float
-    top: float
-    bottom: float
-    first: bool
-    ticks: tuple[tuple[float, str], ...]
-    bits: tuple[tuple[float, str], ...]
-    reference: float
-    series: tuple[tuple[str, tuple[Mark, ...]], ...]
-    joined: bool
+_STYLE = {
+    "svg.hashsalt": "evidence",
+    "svg.fonttype": "none",
+    "font.size": 8.5,
+    "axes.edgecolor": "#c3cbd3",
+    "axes.labelcolor": "#4b5763",
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": "#e1e6eb",
+    "xtick.color": "#4b5763",
+    "ytick.color": "#4b5763",
+    "legend.frameon": False,
+}
 
 
 def draw(document: dict[str, Any]) -> str:
     """The SVG of a document of evidence.py."""
     shown = [row for row in document["rows"] if row["method"] in ("QAT", "SQAKD") and row["labels"] == 1]
     quantizers = list(dict.fromkeys(row["quantizer"] for row in shown))
-    accuracies = [end for row in shown for end in _ends(row["accuracy"], row["interval"])]
-    differences = [end for row in shown if "over_qat" in row for end in _ends(row["over_qat"], row["over_qat_interval"])]
-    heights = _height([*accuracies, 100 * document["teacher"]], *ROWS[0]), _height([*differences, 0.0], *ROWS[1])
-    room = (WIDTH - LEFT - RIGHT - GAP * (len(quantizers) - 1)) / len(quantizers)
-    panels = []
-    for column, quantizer in enumerate(quantizers):
-        rows = sorted((row for row in shown if row["quantizer"] == quantizer), key=lambda row: row["bits"])
-        left = round(LEFT + column * (room + GAP), 1)
-        panels += _column(quantizer, rows, left, round(left + room, 1), heights, document["teacher"])
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["one"] = "{:.1f}".format
-    template = environment.from_string(Path(__file__).with_suffix(".jinja").read_text())
-    text = template.render(
-        width=WIDTH,
-        height=HEIGHT,
-        title="Accuracy of quantized students after QAT and after SQAKD, against bits",
-        description=describe(document["teacher"], shown),
-        shapes=SHAPES,
-        panels=panels,
-        seeds=shown[0]["seeds"],
-    )
-    return "\n".join(line for line in text.splitlines() if line.strip()) + "\n"
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(8.8, 4.84))
+        FigureCanvasSVG(figure)
+        above, below = figure.subplots(
+            2,
+            len(quantizers),
+            sharey="row",
+            squeeze=False,
+            gridspec_kw={"height_ratios": (3, 2), "left": 0.07, "right": 0.985, "top": 0.86, "bottom": 0.12, "wspace": 0.08},
+        )
+        for quantizer, accuracies, differences in zip(quantizers, above, below, strict=True):
+            rows = sorted((row for row in shown if row["quantizer"] == quantizer), key=lambda row: row["bits"])
+            _draw_accuracies(accuracies, quantizer, rows, document["teacher"])
+            _draw_differences(differences, quantizer, rows)
+        above[0].set_ylabel("test accuracy, %")
+        below[0].set_ylabel("SQAKD - QAT, points")
+        figure.supxlabel(
+            f"bits of weights and activations; bars: 95 % interval of the mean over {shown[0]['seeds']} seeds",
+            fontsize=8.5,
+            color="#4b5763",
+        )
+        figure.legend(handles=_legend(), loc="upper left", ncols=5, bbox_to_anchor=(0.05, 1.0))
+        written = io.StringIO()
+        about = {"Title": "Accuracy of quantized students after QAT and after SQAKD, against bits"}
+        about["Description"] = describe(document["teacher"], shown)
+        figure.savefig(written, format="svg", metadata={**about, "Date": None, "Creator": None})
+    return "\n".join(line.rstrip() for line in written.getvalue().splitlines()) + "\n"
 
 
 def describe(teacher: float, rows: Sequence[dict[str, Any]]) -> str:
@@ -104,65 +82,67 @@ def describe(teacher: float, rows: Sequence[dict[str, Any]]) -> str:
     return " ".join(found)
 
 
-def _column(
-    quantizer: str, rows: Sequence[dict[str, Any]], left: float, right: float, heights: tuple[Axis, Axis], teacher: float
-) -> list[Panel]:
+def _draw_accuracies(axes: Axes, quantizer: str, rows: Sequence[dict[str, Any]], teacher: float) -> None:
+    axes.axhline(100 * teacher, color=COLORS["reference"], linestyle=(0, (5, 4)), linewidth=1.0, gid=f"{quantizer}-teacher")
+    axes.set_title(quantizer, loc="left", fontsize=9.5, fontweight="bold", color="#1b2530")
+    _number(axes, rows)
+    for method, side in (("QAT", -SIDE_STEP), ("SQAKD", SIDE_STEP)):
+        of_method = [row for row in rows if row["method"] == method]
+        places = [place + side for place in range(len(of_method))]
+        values = [100 * row["accuracy"] for row in of_method]
+        axes.plot(places, values, color=COLORS[method], marker=MARKERS[method], markersize=4.2, gid=f"{quantizer}-{method}")
+        _draw_intervals(axes, f"{quantizer}-{method}", places, values, [row["interval"] for row in of_method], COLORS[method])
+
+
+def _draw_differences(axes: Axes, quantizer: str, rows: Sequence[dict[str, Any]]) -> None:
+    axes.axhline(0.0, color=COLORS["reference"], linewidth=0.8, gid=f"{quantizer}-zero")
+    _number(axes, rows)
+    compared = [row for row in rows if row["method"] == "SQAKD"]
+    places, values = range(len(compared)), [100 * row["over_qat"] for row in compared]
+    intervals = [row["over_qat_interval"] for row in compared]
+    _draw_intervals(axes, f"{quantizer}-difference", places, values, intervals, COLORS["difference"])
+    for place, value, half_width, row in zip(places, values, intervals, compared, strict=True):
+        contains_zero = half_width is not None and abs(value) <= 100 * half_width
+        axes.plot([place], [value], **_mark(contains_zero), gid=f"{quantizer}-difference-W{row['bits']}A{row['bits']}")
+
+
+def _draw_intervals(
+    axes: Axes,
+    name: str,
+    places: Sequence[float],
+    values: Sequence[float],
+    half_widths: Sequence[float | None],
+    color: str,
+) -> None:
+    known = [(x, y - 100 * h, y + 100 * h) for x, y, h in zip(places, values, half_widths, strict=True) if h is not None]
+    if known:
+        axes.vlines(*zip(*known, strict=True), color, gid=f"{name}-interval")
+
+
+def _number(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
     bits = sorted({row["bits"] for row in rows})
-    positions = {width: left + (at + 0.5) * (right - left) / len(bits) for at, width in enumerate(bits)}
-    labels = tuple((x, str(width)) for width, x in positions.items())
-    by_method = {method: [row for row in rows if row["method"] == method] for method in ("QAT", "SQAKD")}
-    accuracy, difference = heights
-    top = tuple(
-        (
-            method.lower(),
-            tuple(
-                _mark(positions[row["bits"]] + shift, accuracy, row["accuracy"], row["interval"], f"{_name(row)}, {method}")
-                for row in by_method[method]
-            ),
-        )
-        for method, shift in (("QAT", -3), ("SQAKD", 3))
-    )
-    below = tuple(
-        _mark(
-            positions[row["bits"]],
-            difference,
-            row["over_qat"],
-            row["over_qat_interval"],
-            f"{_name(row)}, SQAKD minus QAT",
-            True,
-        )
-        for row in by_method["SQAKD"]
-    )
-    first = left == LEFT
-    return [
-        Panel(
-            quantizer, "test accuracy, %", left, right, *ROWS[0], first,
-            accuracy.ticks(6), labels, accuracy(100 * teacher), top, joined=True,
-        ),
-        Panel(
-            quantizer, "SQAKD - QAT, points", left, right, *ROWS[1], first,
-            difference.ticks(5), labels, difference(0.0), (("difference", below),), joined=False,
-        ),
-    ]  # fmt: skip
+    axes.set_xticks(range(len(bits)), [str(width) for width in bits])
+    axes.set_xlim(-0.5, len(bits) - 0.5)
+    axes.tick_params(length=0)
 
 
-def _name(row: dict[str, Any]) -> str:
-    return f"{row['quantizer']} W{row['bits']}A{row['bits']}"
+def _mark(hollow: bool) -> dict[str, Any]:
+    return {
+        "color": COLORS["difference"],
+        "marker": MARKERS["difference"],
+        "markersize": 4.6,
+        "markerfacecolor": "white" if hollow else COLORS["difference"],
+        "linestyle": "none",
+        "zorder": 3,
+    }
 
 
-def _ends(share: float, half_width: float | None) -> tuple[float, float]:
-    return 100 * (share - (half_width or 0.0)), 100 * (share + (half_width or 0.0))
-
-
-def _mark(
-    x: float, y: Callable[[float], float], share: float, half_width: float | None, text: str, may_be_hollow: bool = False
-) -> Mark:
-    low, high = _ends(share, half_width)
-    spread = "" if half_width is None else f" ± {100 * half_width:.2f}"
-    return Mark(x, y(100 * share), y(low), y(high), f"{text}: {100 * share:.2f}{spread}", may_be_hollow and low <= 0 <= high)
-
-
-def _height(values: Sequence[float], top: float, bottom: float) -> Axis:
-    """An axis with round ends around percentages."""
-    step = nice_step(max(max(values) - min(values), 0.4) / 5)
-    return Axis(floor(min(values) / step) * step, ceil(max(values) / step) * step, bottom, top)
+def _legend() -> list[Line2D]:
+    lines = [
+        Line2D([], [], color=COLORS[method], marker=MARKERS[method], markersize=4.2, label=label)
+        for method, label in (("QAT", "QAT, all labels"), ("SQAKD", "SQAKD, no labels"))
+    ]
+    lines.append(Line2D([], [], color=COLORS["reference"], linestyle=(0, (5, 4)), linewidth=1.0, label="full precision"))
+    for hollow, label in ((False, "difference, paired by seed"), (True, "its interval contains 0")):
+        lines.append(Line2D([], [], label=label, **_mark(hollow)))
+    return lines

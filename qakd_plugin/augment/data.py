@@ -1,4 +1,4 @@
-"""Images to score augmentations on: in [0, 1], in an order of our own, in chunks that do not depend on who asks."""
+"""Images to score augmentations on: in [0, 1], in an order of our own, in chunks that are the same for every candidate."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ class Source:
 
 
 def _indexed(data: Any) -> Dataset[Any] | None:
-    """The data set behind ``data`` whose samples can be asked for in any order, or None."""
+    """The data set behind ``data`` whose samples can be read in any order, or None."""
     if isinstance(data, DataLoader):
         if data.batch_size is None and data.batch_sampler is None:
             return None  # its items are batches already

@@ -62,7 +62,7 @@ class CMISelector:
 
 
 class Augmentation(Protocol):
-    """What a training loop asks of an augmentation: see :class:`FixedAugmentation` and :class:`SelectedAugmentation`."""
+    """What a training loop needs of an augmentation: see :class:`FixedAugmentation` and :class:`SelectedAugmentation`."""
 
     def prepare(self, epoch: int, teacher: nn.Module | None, needs_labels: bool) -> None:
         """Called before an epoch."""
@@ -154,7 +154,7 @@ class SelectedAugmentation:
         self._score = 0.0
 
     def prepare(self, epoch: int, teacher: nn.Module | None, needs_labels: bool) -> None:
-        """Rank where an epoch asks for it. Draws nothing from training, so that a resumed run repeats it.
+        """Rank where an epoch calls for it. Draws nothing from training, so that a resumed run repeats it.
 
         Args:
             epoch: that begins, from 0.
@@ -165,7 +165,7 @@ class SelectedAugmentation:
         if self.chosen is not None and (epoch == 0 or every is None or epoch % every):
             return
         if teacher is None:
-            raise QakdError("CMISelector asks the teacher which augmentation is best: pass one, or another augment.")
+            raise QakdError("CMISelector ranks augmentations with the teacher: pass one, or another augment.")
         labels = self.selector.labels
         if labels == "auto":
             labels = "dataset" if needs_labels else "teacher"

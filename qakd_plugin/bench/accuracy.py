@@ -69,7 +69,7 @@ class Tally:
             part = images[start : start + self.size]
             filled = np.concatenate([part, np.repeat(part[-1:], self.size - len(part), axis=0)])
             found.append(self.runner.run(filled)[: len(part)])
-        logits = np.concatenate(found)
+        logits: Array = np.concatenate(found)
         if logits.ndim != 2 or len(logits) != len(images) or logits.shape[1] < 2:
             raise QakdError(
                 f"{self.name}: accuracy needs logits of shape [{len(images)}, classes] as the first output, got "

@@ -5,11 +5,9 @@ What takes seconds to import is imported after what the user wrote was read.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from ..augment.choices import Form, Labels
-from ..errors import MissingPackageError
 from .options import PositiveInt
 from .recipes import read_recipe
 
@@ -61,14 +59,15 @@ def rank(
         seed: of images and draws
         exhaustive: score every candidate on all images
         search: also so many compositions of two operations
-        out: figures; plots beside it
+        out: figures; a drawing beside it, .svg
     """
     arguments = read_recipe(recipe, "rank").arguments("teacher", "data")
     from rich.console import Console
 
     from ..augment.compositions import Search
-    from ..augment.presentation import console_table, draw, write_records
+    from ..augment.presentation import as_document, console_table, write_records
     from ..augment.ranking import rank_augmentations
+    from ..report.ranking import draw_ranking
 
     given = {"max_samples": max_samples, "labels": labels, "form": form}
     arguments |= {name: value for name, value in given.items() if value is not None}
@@ -82,8 +81,4 @@ def rank(
     print(ranking.explanation)
     print(f"{ranking.teacher_forwards} images went through the teacher.")
     print(path)
-    try:
-        for drawing in draw(ranking, out):
-            print(drawing)
-    except MissingPackageError as error:
-        print(f"qakd: without plots: {error}", file=sys.stderr)
+    print(draw_ranking(as_document(ranking)["records"], out))

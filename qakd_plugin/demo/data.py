@@ -1,4 +1,4 @@
-"""Scikit-learn's handwritten digits: 1,797 real 8x8 images, shipped with the package."""
+"""scikit-learn's handwritten digits: 1,797 real 8x8 images, which it ships."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from .._common.optional import require
 
 
 class ImagesOnly(Dataset[Tensor]):
@@ -44,8 +44,14 @@ class Digits:
 
 
 def load(seed: int = 0) -> Digits:
-    """Load the digits, upscale them to 32x32 and split them once: 60 % train, 15 % validation, 25 % test, stratified."""
-    digits = load_digits()
+    """Load the digits, upscale them to 32x32 and split them once: 60 % train, 15 % validation, 25 % test, stratified.
+
+    Raises:
+        MissingPackageError: scikit-learn is not installed.
+    """
+    purpose = "load the handwritten digits that it ships"
+    digits = require("sklearn.datasets", extra="demo", purpose=purpose).load_digits()
+    train_test_split = require("sklearn.model_selection", extra="demo", purpose=purpose).train_test_split
     images = torch.from_numpy(digits.images).float()[:, None] / 16
     images = F.interpolate(images, size=(32, 32), mode="bilinear", align_corners=False)
     labels = torch.from_numpy(digits.target).long()

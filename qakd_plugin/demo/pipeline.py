@@ -16,10 +16,13 @@ from torch.utils.data import DataLoader
 
 from .._common.console import track
 from .._common.files import write_atomic
+from .._common.optional import require
 from ..bench import Candidate, benchmark
 from ..bench.rows import Row
+from ..deploy.engine.bindings import load_runtime
 from ..deploy.engine.build import build_engine
 from ..deploy.export import export_float, export_onnx
+from ..errors import MissingPackageError
 from ..preparation.prepared import prepare
 from ..report import console_table, write_report
 from ..training.distillation import distill
@@ -50,7 +53,8 @@ class Student:
 def run(folder: Path, *, epochs: int = 12, teacher_epochs: int = 15, seed: int = 0, calls: int = 300) -> Path:
     """Run the whole pipeline and return the path of the report.
 
-    What is finished stays in ``folder``: a run that was stopped goes on there.
+    What is finished stays in ``folder``: a run that was stopped goes on there. Without TensorRT-RTX no engines are built, and
+    the report says so.
 
     Args:
         folder: of everything it writes.
@@ -58,6 +62,9 @@ def run(folder: Path, *, epochs: int = 12, teacher_epochs: int = 15, seed: int =
         teacher_epochs: of the full-precision teacher.
         seed: of the split and of all training.
         calls: timed calls of each file.
+
+    Raises:
+        MissingPackageError: ModelOpt or scikit-learn is not installed; raised before anything is trained.
     """
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     console = Console(soft_wrap=True)
@@ -67,9 +74,13 @@ def run(folder: Path, *, epochs: int = 12, teacher_epochs: int = 15, seed: int =
         console.print(f"[bold]{number}/8[/bold]  {text}  [dim]{time.perf_counter() - started:.0f} s[/dim]")
 
     step(1, "Loading scikit-learn's handwritten digits")
+    require("modelopt.torch.quantization", extra="demo", purpose="prepare the demo's students")
     digits = load(seed)
+    without_engines = _why_no_engines()
     sizes = ", ".join(f"{len(getattr(digits, split)[1])} {split}" for split in ("train", "validation", "test"))
     console.print(f"     {sizes} images, 32x32")
+    for note in without_engines:
+        console.print(f"     {note}")
     step(2, f"Training the full-precision teacher, {teacher_epochs} epochs")
     teacher = _teacher(folder / "teacher.pt", digits, teacher_epochs, seed)
     float_accuracy = _accuracy(teacher, digits.validation)
@@ -86,8 +97,8 @@ def run(folder: Path, *, epochs: int = 12, teacher_epochs: int = 15, seed: int =
     example = digits.test[0][:PARITY_SAMPLES]
     float_file = export_float(teacher, example, folder / "onnx" / "fp32.onnx")
     parity = _export_all(console, folder, students, example)
-    step(6, "Building TensorRT-RTX engines from the canonical files")
-    engines = _build_all(console, folder, students)
+    step(6, "Building TensorRT-RTX engines from the canonical files" if not without_engines else "No engines are built")
+    engines = [] if without_engines else _build_all(console, folder, students)
     step(7, f"Measuring the files in every runtime that is installed, interleaved, {calls} calls each")
     rows = _measure(folder, float_file, students, digits, calls)
     step(8, "Writing the report")
@@ -96,15 +107,25 @@ def run(folder: Path, *, epochs: int = 12, teacher_epochs: int = 15, seed: int =
         rows,
         folder / "report.html",
         title="Handwritten digits: from a full-precision teacher to integer files",
-        notes=[*notes, *_conclusions(rows)],
+        notes=[*notes, *without_engines, *_conclusions(rows)],
         seeds={"split": seed, "teacher": seed, "students": seed},
         training=training,
         parity=parity,
         engines=engines,
     )
     console.print(console_table(rows, title="Deployed files (one thread, batch 1)"))
-    console.print(f"Report: {path}  (report.md and report.json beside it). Files: {folder / 'onnx'}, {folder / 'engines'}.")
+    folders = [folder / "onnx", *([folder / "engines"] if engines else [])]
+    console.print(f"Report: {path}  (report.md and report.json beside it). Files: {', '.join(map(str, folders))}.")
     return path
+
+
+def _why_no_engines() -> list[str]:
+    """A note, where TensorRT-RTX cannot be used."""
+    try:
+        load_runtime("tensorrt_rtx")
+    except MissingPackageError as error:
+        return [f"No engines are built: {error}"]
+    return []
 
 
 def _teacher(path: Path, digits: Digits, epochs: int, seed: int) -> nn.Module:

@@ -191,5 +191,5 @@ def _check_quantizers(adapter: Adapter, model: nn.Module, target: str) -> None:
         if problem:
             raise UnsupportedQuantizerError(
                 f"{quantizer.fqn}: {problem}. Prepare the model with a symmetric configuration (qakd_plugin.prepare makes "
-                "one, unless told of another target), or export for another target."
+                "one, unless another target is asked for), or export for another target."
             )

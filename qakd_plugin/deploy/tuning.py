@@ -159,7 +159,7 @@ def shifted(model: ir.Model, layers: Iterable[str]) -> ir.Model:
         value = chain(dequantize, value, steps, f"{dequantize.name}/tuned")
         dequantize.resize_inputs(3)
         dequantize.replace_input_with(0, value)
-        name = f"{dequantize.name}/tuned.zero_point"  # of its own, as in ort_form
+        name = f"{dequantize.name}/tuned.zero_point"  # of its own, as in targets.onnxruntime
         dequantize.replace_input_with(2, initializer(graph, name, np.full(scale.shape, -1, dtype=np.int8)))
     return model
 

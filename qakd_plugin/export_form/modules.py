@@ -7,7 +7,7 @@ float module. Nothing of the toolkit is left in it.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,8 @@ from .ops import dq, qdq
 
 _GRID_TOLERANCE = 1e-3
 """How far, in steps, a fake-quantized weight may lie from the grid: float32 rounding leaves about 1e-5."""
+
+_TRANSPOSED: dict[int, Callable[..., Tensor]] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
 class ActivationQDQ(nn.Module):
@@ -92,7 +94,7 @@ class QuantizedLayer(nn.Module):
         weight: stored codes in the layout of ``layer.weight``; a linear layer's may have further columns of zeros, which fill
             the last block.
         bias: float32 (out_channels,) or None.
-        relu: whether a ReLU was fused behind the layer.
+        relu: whether a ReLU after the layer was fused with it.
         own_forward: run the forward of ``layer``'s own class, for a class that is not PyTorch's.
         input_qdq: quantizer of the input, if the toolkit keeps it in the layer.
         output_qdq: quantizer of the output, likewise.
@@ -164,8 +166,8 @@ class _Functional:
         if isinstance(layer, nn.Linear):
             return F.linear(x, weight, bias)
         if isinstance(layer, _ConvTransposeNd):
-            function: Any = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[len(layer.kernel_size)]
-            return function(x, weight, bias, layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation)  # type: ignore[no-any-return]
+            function = _TRANSPOSED[len(layer.kernel_size)]
+            return function(x, weight, bias, layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation)
         assert isinstance(layer, _ConvNd)
         return layer._conv_forward(x, weight, bias)  # type: ignore[no-any-return, operator]
 

@@ -172,10 +172,9 @@ class DistillationModule(_LightningModule):  # type: ignore[misc]
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self.settings.grad_clip is not None:
-            # In the network's order, as distill does, not in that of the optimizer's groups: the norm is a sum, whose last bit
-            # depends on the order.
-            stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-            parameters = [parameter for parameter in self.parameters() if id(parameter) in stepped]
+            held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            # In the order of the network and not of the groups, as distill: a norm's last bit depends on it.
+            parameters = [parameter for parameter in self.parameters() if id(parameter) in held]
             clip_gradients(parameters, self._of_quantizers, self.settings.grad_clip)
 
     # -- steps

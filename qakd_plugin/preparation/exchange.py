@@ -1,4 +1,4 @@
-"""``use_quantizers``: learned quantizers in the place of a toolkit's own, inside its own structure."""
+"""``use_quantizers``: learned quantizers instead of a toolkit's own, inside its own structure."""
 
 from __future__ import annotations
 

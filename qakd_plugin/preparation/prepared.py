@@ -28,7 +28,7 @@ def prepare(
     """Prepare a float model for quantization-aware training with a configuration that deploys well.
 
     Weights are symmetric per channel, activations symmetric per tensor; below 8 bits activations that a ReLU made non-negative
-    get an unsigned grid. The first and the last layer stay at 8 bits. A quantizer goes behind every convolution that feeds a
+    get an unsigned grid. The first and the last layer stay at 8 bits. A quantizer goes after every convolution that feeds a
     residual add, a concatenation or a pooling, because ONNX Runtime runs it in floating point otherwise. Ranges minimize the
     squared error over all calibration batches. ``nn.MultiheadAttention`` becomes a module of the same name whose four
     projections are linear layers (:func:`qakd_plugin.placement.attention.open_attention`), or they would stay in floating
@@ -47,7 +47,7 @@ def prepare(
         keep: names or patterns ("fc", "layer1.*") of modules that stay in floating point.
         target: "tensorrt": every target takes the model. "onnxruntime" or "openvino" (the same): TensorRT does not, because
             8-bit activations that cannot be negative get codes 0..255 in the place of 0..127: a grid twice as fine, and no
-            clamp behind each ReLU. (Quantizers in front of a ReLU stay signed: ModelOpt's behind a convolution that an add, a
+            clamp after each ReLU. (Quantizers in front of a ReLU stay signed: ModelOpt's after a convolution that an add, a
             concatenation or a pooling reads, eager mode's of layers that are not fused with it. With "torchao", which leaves
             activations alone, this changes nothing.)
 

@@ -1,4 +1,4 @@
-"""Small drawings of a report beside its main plot: training, rankings of augmentations, time of layers, latencies."""
+"""Small drawings of a report beside its main plot: training, time of layers, latencies."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..bench.rows import LayerTime, Row
+from .ranking import RankingPlot, number, ranking_plot
 from .scatter import Axis
 
 _POINTS = 200
 """A curve of more epochs is thinned to about so many."""
-
-_LARGEST = 1e100
-"""Numbers beyond come from a training that diverged: arithmetic with them overflows."""
 
 _LAYERS = 40
 """Of more layers the slowest are listed."""
@@ -53,28 +51,7 @@ class TrainingRun:
     columns: tuple[str, ...]
     lines: tuple[tuple[str, ...], ...]
     augmentations: tuple[tuple[str, str, str], ...]
-    rankings: tuple[Scatter, ...]
-
-
-@dataclass(frozen=True)
-class Scatter:
-    """CMI against what is subtracted from it: equal scores lie on parallel lines.
-
-    Attributes:
-        caption: which ranking.
-        x_name: what is subtracted.
-        points: (x, y, name, whether it is the best, label's anchor).
-        x_ticks: (position, text).
-        y_ticks: likewise.
-        diagonals: (x1, y1, x2, y2) of lines of equal score.
-    """
-
-    caption: str
-    x_name: str
-    points: tuple[tuple[float, float, str, bool, str], ...]
-    x_ticks: tuple[tuple[float, str], ...]
-    y_ticks: tuple[tuple[float, str], ...]
-    diagonals: tuple[tuple[float, float, float, float], ...]
+    rankings: tuple[RankingPlot, ...]
 
 
 @dataclass(frozen=True)
@@ -96,13 +73,6 @@ class LayerTable:
     left_out: tuple[int, float]
 
 
-def number(value: object) -> float | None:
-    """A finite number that can be drawn, or None."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _LARGEST:
-        return None
-    return float(value) if abs(value) > 1 / _LARGEST else 0.0
-
-
 def training_run(entry: Mapping[str, Any]) -> TrainingRun:
     """Lay out one entry of a document's training."""
     history: list[Mapping[str, Any]] = list(entry["history"])
@@ -119,7 +89,7 @@ def training_run(entry: Mapping[str, Any]) -> TrainingRun:
         columns=columns,
         lines=tuple(tuple(_cell(row.get(column)) for column in columns) for row in thinned),
         augmentations=tuple(_choice(row) for row in history if isinstance(row.get("augmentation_scores"), dict)),
-        rankings=tuple(scatter for row in history if (scatter := _scatter(row)) is not None),
+        rankings=tuple(drawing for row in history if (drawing := _ranking(row)) is not None),
     )
 
 
@@ -188,29 +158,6 @@ def _choice(row: Mapping[str, Any]) -> tuple[str, str, str]:
     return _cell(row.get("epoch")), str(row.get("augmentation", "none")), ordered
 
 
-def _scatter(row: Mapping[str, Any]) -> Scatter | None:
+def _ranking(row: Mapping[str, Any]) -> RankingPlot | None:
     records = [record for record in row.get("augmentation_ranking") or () if isinstance(record, dict)]
-    part, x_name = ("cross_entropy", "cross-entropy")
-    if any(record.get("form") == "centroid" for record in records):
-        part, x_name = ("centroid_divergence", "centroid divergence")
-    places = [(number(record.get(part)), number(record.get("cmi")), str(record.get("name"))) for record in records]
-    found = [(a, b, name) for a, b, name in places if a is not None and b is not None]
-    if not found:
-        return None
-    xs, ys = [a for a, _, _ in found], [b for _, b, _ in found]
-    x_low, x_high, y_low, y_high = min(xs), max(xs), min(ys), max(ys)
-    x_margin, y_margin = ((high - low) * 0.12 or abs(high) * 0.1 or 0.1 for low, high in ((x_low, x_high), (y_low, y_high)))
-    x = Axis(x_low - x_margin, x_high + x_margin, 52.0, 400.0)
-    y = Axis(y_low - y_margin, y_high + y_margin, 216.0, 10.0)
-    best = max(found, key=lambda point: point[1] - point[0])
-    points = tuple((x(a), y(b), name, (a, b, name) == best, "end" if x(a) > 260 else "start") for a, b, name in found)
-    scores = sorted(b - a for a, b, _ in found)
-    steps = sorted({scores[0], scores[len(scores) // 2], scores[-1]})
-    diagonals = tuple(line for score in steps if (line := _diagonal(x, y, score)) is not None)
-    return Scatter(f"Ranking at epoch {_cell(row.get('epoch'))}", x_name, points, x.ticks(4), y.ticks(4), diagonals)
-
-
-def _diagonal(x: Axis, y: Axis, score: float) -> tuple[float, float, float, float] | None:
-    """The line cmi - part = score within both axes."""
-    left, right = max(x.low, y.low - score), min(x.high, y.high - score)
-    return None if left >= right else (x(left), y(left + score), x(right), y(right + score))
+    return ranking_plot(records, f"Ranking at epoch {_cell(row.get('epoch'))}")

@@ -10,7 +10,6 @@ import base64
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from typing import Any
 
 from markupsafe import Markup
@@ -20,6 +19,7 @@ from .charts import latency_bars, layer_table, training_run
 from .document import rows_of
 from .scatter import accuracy_latency_plot, pareto
 from .tables import WHAT, Column, common_setting, family, run_names, short, shown_columns, side_by_side
+from .templates import static, template
 from .verdicts import verdicts
 
 _AXES = {
@@ -42,17 +42,13 @@ _PERCENT = {"accuracy", "agreement"}
 
 def render(document: Mapping[str, Any]) -> str:
     """The page of a document that fits the schema."""
-    import jinja2
-
     rows = rows_of(document)
     columns, names, best = shown_columns(rows), run_names(document), pareto(rows)
-    style, script = _static("report.css"), _static("report.js")
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("qakd_plugin.report", "assets"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["short"] = short
-    environment.globals.update(family=family, marker=marker, what=WHAT)
-    return environment.get_template("template.html").render(
+    style, script = static("report.css"), static("report.js")
+    return template("template.html").render(
+        family=family,
+        marker=marker,
+        what=WHAT,
         document=document,
         rows=rows,
         runs=list(zip(names, document["runs"], strict=True)),
@@ -70,8 +66,8 @@ def render(document: Mapping[str, Any]) -> str:
         training=[training_run(entry) for entry in document.get("training", ())],
         environments=[_environment(run) for run in document["runs"]],
         data=embedded(_data(rows, columns, names, best)),
-        style=Markup(style),
-        script=Markup(script),
+        style=style,
+        script=script,
         policy=f"default-src 'none'; style-src {_digest(style)}; script-src {_digest(script)}; {_NO_BASE_NO_FORM}",
     )
 
@@ -133,10 +129,6 @@ def _fact(value: object) -> str:
     if isinstance(value, list):
         return short(", ".join(map(str, value)), 400)
     return "unknown" if value is None else short(value, 400)
-
-
-def _static(name: str) -> str:
-    return resources.files(__package__).joinpath("assets", name).read_text(encoding="utf-8").strip()
 
 
 def _digest(text: str) -> str:

@@ -1,4 +1,4 @@
-"""What a loader yields -> images, and labels where a method asks for them."""
+"""What a loader yields -> images, and labels where there are any."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """torchao: models prepared by ``quantize_(model, QATConfig(..., step="prepare"))``.
 
-Facts of the toolkit that shape this file: only linear layers (and embeddings) have a form; a layer keeps its quantizers as
+Facts of the toolkit that shape this file: only linear layers (and embeddings) are quantized; a layer keeps its quantizers as
 ``weight_fake_quantizer`` and ``activation_fake_quantizer``; unless ranges are learned, a quantizer computes its scales from the
 weight in every forward pass, and the ``scale`` it leaves behind is neither in the state_dict nor up to date once an optimizer
 has moved the weight, so it is computed again here whenever it is asked for; activations are quantized per token with ranges of
-the moment, a form that no target has.
+the moment, which no target can compute.
 """
 
 from __future__ import annotations
@@ -154,10 +154,10 @@ class TorchAOQATAdapter:
         return rule_of(quantizer.module)
 
     def export_form(self, model: nn.Module) -> nn.Module:
-        form = copy.deepcopy(model).eval()
+        copied = copy.deepcopy(model).eval()
         exported: dict[nn.Module, nn.Module] = {}
-        for quantizer in self.quantizers(form):
-            self.qparams(quantizer)  # refuses what has no form
+        for quantizer in self.quantizers(copied):
+            self.qparams(quantizer)  # refuses what has no export form
             layer: Any = quantizer.layer
             with torch.no_grad():
                 fake_quantized: Tensor = quantizer.module(layer.weight)
@@ -165,9 +165,9 @@ class TorchAOQATAdapter:
             stored = store_weight(fake_quantized, self.qparams(quantizer), quantizer.fqn.rpartition(".")[0])
             exported[layer] = QuantizedLayer(layer, stored, None if layer.bias is None else layer.bias.detach())
         # remove_duplicate=False: a layer shared by several names stays shared.
-        names = form.named_modules(remove_duplicate=False)
+        names = copied.named_modules(remove_duplicate=False)
         replacements = {name: exported[layer] for name, layer in names if layer in exported}
-        return replace_modules(form, replacements)
+        return replace_modules(copied, replacements)
 
 
 def _quantizer_class(name: str) -> type[nn.Module] | None:
@@ -227,7 +227,7 @@ def _learned_class() -> Any:
 
 
 def _require_symmetric_integers(quantizer: Quantizer) -> None:
-    """Refuse, by the layer's name, what has no form with zero point 0."""
+    """Refuse, by the layer's name, what has no export form with zero point 0."""
     integer: Any = _quantizer_class("IntxFakeQuantizer")
     q: Any = quantizer.module
     layer = quantizer.fqn.rpartition(".")[0] or "(root)"

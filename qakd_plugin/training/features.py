@@ -23,7 +23,7 @@ class Features:
     Args:
         layers: dotted names of layers, the same in both networks, or a mapping from the student's names to the teacher's.
         weight: factor of this loss beside the method's own.
-        through_quantizer: compare on the student's grid: its features behind the quantizer that the layer reads, the teacher's
+        through_quantizer: compare on the student's grid: its features after the quantizer that the layer reads, the teacher's
             rounded and clipped with the same numbers (SQuaT, arXiv 2608.10709). Else features are compared as they come.
     """
 

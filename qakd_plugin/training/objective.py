@@ -1,4 +1,4 @@
-"""What a phase asks of both networks on one batch: the one place of training that calls them and compares their outputs."""
+"""The losses of a phase on one batch: the one place of training that calls both networks and compares their outputs."""
 
 from __future__ import annotations
 

@@ -30,10 +30,7 @@ def student_optimizer(adapter: Adapter, model: nn.Module, settings: Settings) ->
     of_weights = quantizer_parameters(adapter, model, "weight")
     of_activations = {key: p for key, p in quantizer_parameters(adapter, model, "activation").items() if key not in of_weights}
     weights = [p for p in model.parameters() if p.requires_grad and id(p) not in of_weights | of_activations]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in weights if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in weights if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+    groups = _weight_groups(weights, settings.weight_decay)
     rate = settings.quantizer_lr
     rules = ((adapter.learned(quantizer), quantizer.module) for quantizer in adapter.quantizers(model))
     relative = {id(p) for rule, holder in rules if rule is not None for p in rule.parameters(holder)}
@@ -54,9 +51,17 @@ def _quantizer_groups(parameters: dict[int, nn.Parameter], relative: set[int], r
 
 
 def teacher_optimizer(teacher: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    """The same kind for a teacher that learns too."""
-    group = {"params": list(teacher.parameters()), "weight_decay": settings.weight_decay}
-    return settings.optimizer([group], lr=settings.teacher_lr)
+    """The same kind for a teacher that learns too: weights, and biases and norms without decay."""
+    groups = _weight_groups(teacher.parameters(), settings.weight_decay)
+    return settings.optimizer([group for group in groups if group["params"]], lr=settings.teacher_lr)
+
+
+def _weight_groups(parameters: Iterable[nn.Parameter], decay: float) -> list[dict[str, Any]]:
+    weights = list(parameters)
+    return [
+        {"params": [p for p in weights if p.ndim > 1], "weight_decay": decay},
+        {"params": [p for p in weights if p.ndim <= 1], "weight_decay": 0.0},
+    ]
 
 
 def optimizer_name(make: MakeOptimizer) -> str:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..errors import CheckpointError
 from .batches import Batches
 from .checkpoint import CheckpointStore
 from .distributed.processes import Processes
@@ -130,7 +131,14 @@ class RunState:
 
     def _restore(self, state: dict[str, Any]) -> None:
         for name, part in self._parts.items():
-            part.load_state_dict(state[name])
+            try:
+                part.load_state_dict(state[name])
+            except (KeyError, ValueError, RuntimeError) as problem:
+                reason = str(problem).splitlines()[0]
+                raise CheckpointError(
+                    f"{self.newest()}: its {name} does not fit this run ({reason}). Did another version of the package write "
+                    "it? Finish the run with that version, or choose another checkpoint_dir."
+                ) from problem
         self.position, self.best = Position(**state["position"]), Best(**state["best"])
         self.history = state["history"]
         self._batches.load_state_dict(state)

@@ -28,11 +28,12 @@ from qakd_plugin.deploy.engine.bindings import (
     gpu_capability,
     load_runtime,
 )
-from qakd_plugin.deploy.engine.build import attach_timing_cache, build_engine, input_shape, trtexec_command
+from qakd_plugin.deploy.engine.build import attach_timing_cache, build_engine
 from qakd_plugin.deploy.engine.layer_inspector import read_report
-from qakd_plugin.deploy.engine.manifest import FORMAT, load_engine, sealed, verify_engine
+from qakd_plugin.deploy.engine.manifest import FORMAT, SealedManifest, load_engine, sealed, verify_engine
 from qakd_plugin.deploy.engine.precheck import inspect_onnx
 from qakd_plugin.deploy.engine.rtx_plan import PlanLayer, count, read_plan
+from qakd_plugin.deploy.engine.trtexec import input_shape, trtexec_command
 from qakd_plugin.errors import EngineError, MissingPackageError
 
 pytest.importorskip("tensorrt_rtx_bindings")
@@ -295,6 +296,48 @@ def test_fields_of_the_wrong_type_are_refused(engine: Path) -> None:
         Path(f"{engine}.json").write_bytes(original)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"inputs": {"input": 3}},
+        {"profile": {"min": 8, "opt": 1, "max": 64}},
+        {"profile": {"min": "1", "opt": 8, "max": 64}},
+        {"convolutions": {"total": 5}},
+        {"matmuls": [1, 1]},
+        {"layers": [{"name": "a", "kind": "pool", "inputs": ["int8", "int8"]}]},
+        {"quantized": "yes"},
+        {"float_type": "bfloat16"},
+        {"onnx": None, "bytes": True},
+    ],
+)
+def test_a_sealed_manifest_with_entries_that_nothing_can_use_is_refused(engine: Path, changes: dict[str, Any]) -> None:
+    _edit_manifest(engine, **changes)
+    with pytest.raises(EngineError, match=f"net.engine.json is damaged: {list(changes)[-1]} missing or of the wrong type"):
+        verify_engine(engine)
+
+
+def test_manifests_of_former_and_later_versions_are_read_as_they_are(engine: Path) -> None:
+    manifest = json.loads(Path(f"{engine}.json").read_text())
+    former = {key: value for key, value in manifest.items() if key not in {"quantized", "seal"}}
+    for entries in (former, former | {"entry of a later version": [1]}):
+        Path(f"{engine}.json").write_text(json.dumps(sealed(entries)))
+        assert verify_engine(engine) == sealed(entries)
+
+
+def test_a_manifest_without_end_is_refused(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qakd_plugin.deploy.engine.manifest._LARGEST", 1 << 20)
+    with open(f"{engine}.json", "ab") as file:
+        file.truncate((1 << 20) + 1)
+    with pytest.raises(EngineError, match="more than 1 MiB: it is no manifest"):
+        verify_engine(engine)
+
+
+def test_the_schema_of_a_manifest_is_that_of_the_model() -> None:
+    schema = SealedManifest.model_json_schema()
+    assert set(schema["required"]) == {"sha256", "bytes", "runtime", "capabilities", "float_type", "seal"}
+    assert schema["$defs"]["Layer"]["properties"]["kind"]["enum"] == ["convolution", "matmul"]
+
+
 def test_an_engine_of_another_version_is_refused(engine: Path) -> None:
     _edit_manifest(engine, runtime={"name": RTX, "version": "0.1"})
     with pytest.raises(EngineError, match=r"built by tensorrt_rtx 0\.1, installed is .* Build it again"):
@@ -311,13 +354,13 @@ def test_an_engine_of_another_gpu_is_refused(engine: Path, monkeypatch: pytest.M
         load_engine(engine)
 
 
-def test_an_engine_of_a_runtime_that_is_not_installed_tells_how_to_install_it(engine: Path) -> None:
-    try:
-        load_runtime("tensorrt")
-    except MissingPackageError:
-        _edit_manifest(engine, runtime={"name": "tensorrt", "version": "10.3"})
-        with pytest.raises(MissingPackageError, match=r"pip install 'qakd-plugin\[tensorrt\]'"):
-            load_engine(engine)
+def test_an_engine_of_a_runtime_that_is_not_installed_tells_how_to_install_it(
+    engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)  # importing it fails from now on, installed or not
+    _edit_manifest(engine, runtime={"name": "tensorrt", "version": "10.3"})
+    with pytest.raises(MissingPackageError, match=r"pip install 'qakd-plugin\[tensorrt\]'"):
+        load_engine(engine)
 
 
 @pytest.mark.skipif(gpu_capability() is not None, reason="there is a GPU")
@@ -353,15 +396,17 @@ def test_building_engines_imports_no_torch() -> None:
 
 
 @pytest.mark.skipif(gpu_capability() is not None, reason="there is a GPU")
-def test_a_device_with_tensorrt_and_numpy_alone_comes_as_far_as_the_missing_gpu(engine: Path, tmp_path: Path) -> None:
+def test_a_device_with_tensorrt_numpy_and_pydantic_alone_comes_as_far_as_the_missing_gpu(engine: Path, tmp_path: Path) -> None:
     """An interpreter that sees these packages and nothing else of site-packages: as on an edge box without torch."""
     packages = tmp_path / "packages"
     packages.mkdir()
-    for name in ("numpy", "numpy.libs", "tensorrt_rtx_bindings", "tensorrt_rtx_libs", "qakd_plugin"):
+    pydantic = ("pydantic", "pydantic_core", "annotated_types", "typing_inspection", "typing_extensions")
+    for name in ("numpy", "numpy.libs", *pydantic, "tensorrt_rtx_bindings", "tensorrt_rtx_libs", "qakd_plugin"):
         found = importlib.util.find_spec(name)
-        place = Path(found.origin).parent if found and found.origin else Path(np.__file__).parent.parent / name
-        if place.is_dir():
-            (packages / name).symlink_to(place)
+        origin = Path(found.origin) if found and found.origin else Path(np.__file__).parent.parent / name / "__init__.py"
+        place = origin.parent if origin.name == "__init__.py" else origin
+        if place.exists():
+            (packages / place.name).symlink_to(place)
     code = f"""
 import sys
 sys.path.append({str(packages)!r})
@@ -512,6 +557,71 @@ def test_weights_outside_the_file_are_refused(tmp_path: Path) -> None:
     onnx.save(model, tmp_path / "split.onnx", save_as_external_data=True, size_threshold=0, location="weights.bin")
     with pytest.raises(EngineError, match="keeps its weights in other files"):
         build_engine(tmp_path / "split.onnx", tmp_path / "net.engine", **ONE)
+
+
+def _elsewhere(name: str) -> TensorProto:
+    tensor = onnx.numpy_helper.from_array(np.float32(0.5), name)
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="weights.bin")
+    return tensor
+
+
+def _in_attribute(model: onnx.ModelProto) -> None:
+    model.graph.node.append(onnx.helper.make_node("Constant", [], ["hidden"], value=_elsewhere("hidden")))
+
+
+def _in_subgraph(model: onnx.ModelProto) -> None:
+    value = onnx.helper.make_tensor_value_info("hidden", TensorProto.FLOAT, [])
+    branch = onnx.helper.make_graph([], "branch", [], [value], [_elsewhere("hidden")])
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(True), "choice"))
+    model.graph.node.append(onnx.helper.make_node("If", ["choice"], ["chosen"], then_branch=branch, else_branch=branch))
+
+
+def _in_function(model: onnx.ModelProto) -> None:
+    constant = onnx.helper.make_node("Constant", [], ["hidden"], value=_elsewhere("hidden"))
+    opsets = [onnx.helper.make_opsetid("", 20)]
+    model.functions.append(onnx.helper.make_function("own", "Half", [], ["hidden"], [constant], opsets))
+    model.opset_import.append(onnx.helper.make_opsetid("own", 1))
+    model.graph.node.append(onnx.helper.make_node("Half", [], ["called"], domain="own"))
+
+
+def _in_sparse_tensor(model: onnx.ModelProto) -> None:
+    indices = onnx.numpy_helper.from_array(np.array([0]), "indices")
+    model.graph.sparse_initializer.append(onnx.helper.make_sparse_tensor(_elsewhere("hidden"), indices, [1]))
+
+
+@pytest.mark.parametrize("hide", [_in_attribute, _in_subgraph, _in_function, _in_sparse_tensor])
+def test_no_tensor_may_lie_outside_the_file(hide: Callable[[onnx.ModelProto], None], tmp_path: Path) -> None:
+    """The digest in the manifest would not cover it, and it would be read from wherever the process happens to stand."""
+    model = onnx.load(residual_net(tmp_path / "net.onnx"))
+    hide(model)
+    (tmp_path / "net.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(EngineError, match=r"keeps its weights in other files \('hidden' and \d more\)"):
+        inspect_onnx(tmp_path / "net.onnx")
+
+
+def test_a_tensor_cut_short_is_refused_wherever_it_stands(tmp_path: Path) -> None:
+    model = onnx.load(residual_net(tmp_path / "net.onnx"))
+    short = onnx.numpy_helper.from_array(np.ones(4, np.float32), "short")
+    short.raw_data = short.raw_data[:-1]
+    branch = onnx.helper.make_graph(
+        [], "branch", [], [onnx.helper.make_tensor_value_info("short", TensorProto.FLOAT, [4])], [short]
+    )
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(True), "choice"))
+    model.graph.node.append(onnx.helper.make_node("If", ["choice"], ["chosen"], then_branch=branch, else_branch=branch))
+    (tmp_path / "net.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(EngineError, match="not a valid ONNX file"):
+        inspect_onnx(tmp_path / "net.onnx")
+
+
+def test_a_type_of_codes_that_onnx_does_not_have_is_refused(tmp_path: Path) -> None:
+    graph = QdqGraph(opset=21)
+    scale = graph.constant("scale", np.float32(0.1))
+    codes = graph.add("QuantizeLinear", ["input", scale], "act", output_dtype=99)
+    y = graph.conv(graph.add("DequantizeLinear", [codes, scale], "dq"), "conv", (3, 8))
+    with pytest.raises(EngineError, match=r"act: codes of a type that ONNX does not have \(99\)"):
+        inspect_onnx(graph.save(tmp_path / "net.onnx", y, rank=4))
 
 
 def test_operations_that_the_parser_does_not_know_are_named(tmp_path: Path) -> None:

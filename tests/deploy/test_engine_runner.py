@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import inspect
+import re
 from collections.abc import Callable
+from enum import IntEnum
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +15,7 @@ import numpy as np
 import pytest
 
 from qakd_plugin.deploy.engine.bindings import Runtime, cuda_driver
-from qakd_plugin.deploy.engine.cuda import Buffer, CudaGraph, open_device
+from qakd_plugin.deploy.engine.cuda import Buffer, CudaGraph, CudaPythonDevice, open_device
 from qakd_plugin.deploy.engine.manifest import LoadedEngine
 from qakd_plugin.deploy.engine.runner import EngineRunner, EngineSession, check_shape
 from qakd_plugin.errors import EngineError, MissingPackageError
@@ -55,7 +59,7 @@ class HostDevice:
 
 
 class Affine:
-    """Engine and context at once, as far as a session uses them: puts out 2 x + 1 and the sum of x."""
+    """Engine and context at once, as far as a session uses them: outputs 2 x + 1 and the sum of x."""
 
     num_io_tensors = 3
 
@@ -276,6 +280,194 @@ def test_the_time_to_load_an_engine_counts_neither_imports_nor_the_start_of_cuda
     for name, step in steps.items():
         monkeypatch.setattr(f"qakd_plugin.deploy.engine.runner.{name}", step)
     assert EngineRunner("net.engine").load_ms == pytest.approx(3.0)
+
+
+def _failing(message: str) -> Callable[..., Any]:
+    def step(*_: Any) -> Any:
+        raise EngineError(message)
+
+    return step
+
+
+def _stand_in(monkeypatch: pytest.MonkeyPatch, cache: Any = None) -> HostDevice:
+    """What a runner needs of TensorRT and of the machine, on the host."""
+    device = HostDevice()
+    engine = Affine(device)
+    module = SimpleNamespace(TensorIOMode=SimpleNamespace(INPUT="in"), nptype=lambda dtype: dtype)
+    library = Runtime("tensorrt_rtx", module)
+    steps = {
+        "read_manifest": {"runtime": {"name": "tensorrt_rtx"}},
+        "load_runtime": library,
+        "open_device": device,
+        "load_engine": LoadedEngine(engine, library, [], {"float_type": "float32"}),
+        "_make_context": (engine, cache),
+    }
+    for name, result in steps.items():
+        monkeypatch.setattr(f"qakd_plugin.deploy.engine.runner.{name}", lambda *_, result=result: result)
+    return device
+
+
+@pytest.mark.parametrize("step", ["load_engine", "_make_context", "EngineSession"])
+def test_nothing_is_held_of_an_engine_that_cannot_be_loaded(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = _stand_in(monkeypatch)
+    monkeypatch.setattr(f"qakd_plugin.deploy.engine.runner.{step}", _failing("out of memory"))
+    with pytest.raises(EngineError, match="out of memory"):
+        EngineRunner("net.engine")
+    assert device.queue == ["close"]
+
+
+def test_the_gpu_is_let_go_of_where_the_runtime_cache_cannot_be_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    device = _stand_in(monkeypatch, SimpleNamespace(serialize=lambda: b"kernels"))
+    runner = EngineRunner("net.engine", runtime_cache=tmp_path / "file" / "below.cache")
+    with pytest.raises(EngineError, match=r"cannot write .*below\.cache"):
+        runner.close()
+    assert device.queue == ["close"]
+    runner.close()
+    assert device.queue == ["close"], "once"
+
+
+def test_a_runner_writes_its_cache_and_lets_go_of_the_gpu_last(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    device = _stand_in(monkeypatch, SimpleNamespace(serialize=lambda: b"kernels"))
+    with EngineRunner("net.engine", runtime_cache=tmp_path / "net.cache") as runner:
+        x = images(2)
+        np.testing.assert_allclose(runner.run(x), 2 * x + 1, rtol=1e-6)
+    assert (tmp_path / "net.cache").read_bytes() == b"kernels"
+    assert device.queue[-1] == "close"
+
+
+class Status(IntEnum):
+    CUDA_ERROR_LAUNCH_FAILED = 719
+
+
+class HostDriver:
+    """``cuda.bindings.driver`` on the host: ``held`` is what it made and was not given back.
+
+    Args:
+        fails: the function that does not work.
+    """
+
+    CUstream_flags = SimpleNamespace(CU_STREAM_NON_BLOCKING=1)
+
+    def __init__(self, fails: str = "") -> None:
+        self.fails, self.held, self.now, self.made = fails, dict[int, Any](), 0.0, 0
+
+    def __getattr__(self, name: str) -> Callable[..., tuple[Any, ...]]:
+        if not name.startswith("cu"):
+            raise AttributeError(name)
+
+        def function(*arguments: Any) -> tuple[Any, ...]:
+            return (Status.CUDA_ERROR_LAUNCH_FAILED,) if name == self.fails else (0, *self._do(name, arguments))
+
+        return function
+
+    def _do(self, name: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        if name in {"cuMemAlloc", "cuMemHostAlloc"}:
+            memory = np.zeros(arguments[0], np.int8)
+            self.held[memory.ctypes.data] = memory
+            return (memory.ctypes.data,)
+        if name in {"cuMemcpyHtoDAsync", "cuMemcpyDtoHAsync"}:
+            ctypes.memmove(*arguments[:3])
+        elif name == "cuEventRecord":
+            self.now += 1.5
+            self.held[arguments[0]] = self.now
+        elif name == "cuEventElapsedTime":
+            return (self.held[arguments[1]] - self.held[arguments[0]],)
+        elif name in {"cuMemFree", "cuMemFreeHost", "cuEventDestroy", "cuStreamDestroy"}:
+            del self.held[arguments[0]]
+        elif name in {"cuEventCreate", "cuStreamCreate"}:
+            self.made += 1
+            self.held[self.made] = name
+            return (self.made,)
+        elif name in {"cuDevicePrimaryCtxRetain", "cuDevicePrimaryCtxRelease"}:
+            self.held.pop(-1, None) if name.endswith("Release") else self.held.setdefault(-1, "context")
+        elif name in {"cuCtxPushCurrent", "cuCtxPopCurrent"}:
+            self.held.pop(-2, None) if name.endswith("PopCurrent") else self.held.setdefault(-2, "current")
+        return (0,) if name == "cuDeviceGet" else ("context",) if name.endswith(("Retain", "PopCurrent")) else ()
+
+
+def test_cuda_python_carries_arrays_there_and_back_times_them_and_gives_everything_back() -> None:
+    driver = HostDriver()
+    device = CudaPythonDevice(driver)  # type: ignore[arg-type]
+    there, empty = device.buffer((2, 3), np.float32), device.buffer((0, 3), np.int64)
+    assert (empty.host.shape, empty.host.dtype) == ((0, 3), np.int64)
+    there.host[...] = images(2)
+    start = device.mark()
+    device.upload(there)
+    end = device.mark()
+    there.host[...] = 0
+    device.download(there)
+    np.testing.assert_array_equal(there.host, images(2))
+    assert device.elapsed_ms(start, end) == 1.5
+    device.synchronize()
+    del there, empty, start, end
+    device.close()
+    device.close()
+    assert driver.held == {}
+
+
+@pytest.mark.parametrize("function", ["cuInit", "cuDevicePrimaryCtxRetain", "cuCtxPushCurrent", "cuStreamCreate"])
+def test_a_gpu_that_cannot_be_opened_is_not_held(function: str) -> None:
+    driver = HostDriver(function)
+    with pytest.raises(EngineError, match=f"{function} failed with CUDA error CUDA_ERROR_LAUNCH_FAILED"):
+        CudaPythonDevice(driver)  # type: ignore[arg-type]
+    assert driver.held == {}
+
+
+def test_memory_that_does_not_suffice_is_not_held_in_half() -> None:
+    driver = HostDriver("cuMemAlloc")
+    device = CudaPythonDevice(driver)  # type: ignore[arg-type]
+    with pytest.raises(EngineError, match="cuMemAlloc failed"):
+        device.buffer((2, 3), np.float32)
+    device.close()
+    assert driver.held == {}
+
+
+def test_a_failing_gpu_is_let_go_of_all_the_same() -> None:
+    driver = HostDriver("cuStreamSynchronize")
+    with pytest.raises(EngineError, match="cuStreamSynchronize failed"):
+        CudaPythonDevice(driver).close()  # type: ignore[arg-type]
+    assert driver.held == {}
+
+
+def test_cuda_python_has_what_is_called() -> None:
+    driver = pytest.importorskip("cuda.bindings.driver")
+    source = inspect.getsource(CudaPythonDevice)
+    names = set(re.findall(r'"(cu[A-Z]\w+)"', source))
+    assert len(names) > 15
+    assert [name for name in sorted(names) if not hasattr(driver, name)] == []
+    assert int(driver.CUstream_flags.CU_STREAM_NON_BLOCKING) == 1
+
+
+@pytest.mark.parametrize(
+    ("absent", "outcome"),
+    [
+        (["cuda"], "pycuda.driver"),
+        ([], "cuda.bindings.driver"),
+        (["cuda", "pycuda"], "'qakd-plugin[cuda]'"),
+    ],
+)
+def test_cuda_python_is_taken_where_it_is_installed_and_pycuda_otherwise(
+    absent: list[str], outcome: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def require(module: str, *, extra: str, purpose: str) -> str:
+        if module.partition(".")[0] in absent:
+            raise MissingPackageError(f"{purpose}: pip install 'qakd-plugin[{extra}]'")
+        return module
+
+    monkeypatch.setattr("qakd_plugin.deploy.engine.cuda.cuda_driver", lambda: object())
+    monkeypatch.setattr("qakd_plugin.deploy.engine.cuda.require", require)
+    monkeypatch.setattr("qakd_plugin.deploy.engine.cuda.CudaPythonDevice", lambda driver: driver)
+    monkeypatch.setattr("qakd_plugin.deploy.engine.cuda.PycudaDevice", lambda driver: driver)
+    finder = SimpleNamespace(find_spec=lambda name: None if name in absent else object())
+    monkeypatch.setattr("qakd_plugin.deploy.engine.cuda.importlib", SimpleNamespace(util=finder))
+    if outcome.startswith("'"):
+        with pytest.raises(MissingPackageError, match=re.escape(outcome)):
+            open_device()
+    else:
+        assert open_device() == outcome  # type: ignore[comparison-overlap]
 
 
 @no_gpu

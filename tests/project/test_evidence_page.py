@@ -1,7 +1,6 @@
 """The page of the evidence: words follow from the figures, the drawing shows them all, and nothing else is written."""
 
 import json
-import re
 import sys
 from xml.etree import ElementTree
 
@@ -11,9 +10,8 @@ import evidence_page
 import numpy as np
 import page_tables
 import pytest
+from evidence_drawing import SVG, bars, places_of
 from scipy import stats
-
-SVG = "{http://www.w3.org/2000/svg}"
 
 
 @pytest.fixture(scope="module")
@@ -128,33 +126,67 @@ def _pairs(document):
             yield [row_of(document, quantizer, bits, method)["accuracies"] for method in ("SQAKD", "QAT")]
 
 
-def test_the_drawing_has_a_mark_with_its_figures_for_every_student_shown(document):
-    root = ElementTree.fromstring(evidence_figure.draw(document))
-    assert root.get("role") == "img"
-    assert {root.find(f"{SVG}{name}").get("id") for name in ("title", "desc")} == set(root.get("aria-labelledby").split())
-    titles = [title.text for title in root.iter(f"{SVG}title")]
+def test_the_drawing_shows_every_student_at_its_accuracy(document):
+    """Heights are the figures, on one scale for all quantizers: read from the file's groups, by their names."""
+    drawing = places_of(evidence_figure.draw(document))
+    assert (drawing.keys() & {"LSQ-teacher", "LSQ-zero"}) == {"LSQ-teacher", "LSQ-zero"}
+    accuracies, differences = [], []
     for quantizer in evidence.QUANTIZERS:
-        for bits in (2, 3, 4, 8):
-            for method in ("QAT", "SQAKD"):
-                row = row_of(document, quantizer, bits, method)
-                expected = f"{100 * row['accuracy']:.2f} ± {100 * row['interval']:.2f}"
-                assert f"{quantizer} W{bits}A{bits}, {method}: {expected}" in titles
-            assert f"{quantizer} W{bits}A{bits}: SQAKD" in root.find(f"{SVG}desc").text
-    assert len(titles) == 1 + 4 * 4 * 3
+        accuracies += [(drawing[f"{quantizer}-teacher"][0][1], 100 * document["teacher"])]
+        differences += [(drawing[f"{quantizer}-zero"][0][1], 0.0)]
+        for method in ("QAT", "SQAKD"):
+            rows = [row_of(document, quantizer, bits, method) for bits in (2, 3, 4, 8)]
+            marks = drawing[f"{quantizer}-{method}"]
+            assert [x for x, _ in marks] == sorted({x for x, _ in marks})
+            accuracies += [(y, 100 * row["accuracy"]) for (_, y), row in zip(marks, rows, strict=True)]
+            accuracies += [end for row, bar in zip(rows, bars(drawing, f"{quantizer}-{method}"), strict=True)
+                           for end in ends(bar, row["accuracy"], row["interval"])]  # fmt: skip
+        for row, bar in zip(rows, bars(drawing, f"{quantizer}-difference"), strict=True):
+            ((_, y),) = drawing[f"{quantizer}-difference-W{row['bits']}A{row['bits']}"]
+            differences += [(y, 100 * row["over_qat"]), *ends(bar, row["over_qat"], row["over_qat_interval"])]
+    for shown in (accuracies, differences):
+        heights, values = np.array(shown).T
+        slope, start = np.polyfit(values, heights, 1)
+        assert slope < 0, "upwards is more"
+        np.testing.assert_allclose(start + slope * values, heights, atol=0.01)
 
 
-def test_the_drawing_is_the_same_again_and_stays_within_its_frame(document):
+def ends(bar, share, half_width):
+    return zip(bar, (100 * (share - half_width), 100 * (share + half_width)), strict=True)
+
+
+def test_the_drawing_is_the_same_again_says_what_it_shows_and_stays_within_its_frame(document):
     drawing = evidence_figure.draw(document)
     assert drawing == evidence_figure.draw(json.loads(json.dumps(document)))
-    for x, y in re.findall(r"translate\(([\d.-]+) ([\d.-]+)\)", drawing):
-        assert 0 < float(x) < evidence_figure.WIDTH
-        assert 0 < float(y) < evidence_figure.HEIGHT
+    root = ElementTree.fromstring(drawing)
+    (description,) = root.iter("{http://purl.org/dc/elements/1.1/}description")
+    for quantizer in evidence.QUANTIZERS:
+        assert f"{quantizer} W2A2: SQAKD {100 * row_of(document, quantizer, 2, 'SQAKD')['accuracy']:.2f} %" in description.text
+    _, _, width, height = map(float, root.get("viewBox").split())
+    for x, y in (place for places in places_of(drawing).values() for place in places):
+        assert 0 < x < width
+        assert 0 < y < height
+
+
+def test_a_difference_whose_interval_contains_0_is_hollow(document):
+    wanted = {8: 0.01, 2: -0.02}
+    rows = [
+        row | {"over_qat": wanted[row["bits"]], "over_qat_interval": 0.011}
+        if "over_qat" in row and row["bits"] in wanted
+        else row
+        for row in document["rows"]
+    ]
+    root = ElementTree.fromstring(evidence_figure.draw(document | {"rows": rows}))
+    for bits, hollow in ((8, True), (2, False)):
+        (mark,) = root.find(f".//*[@id='LSQ-difference-W{bits}A{bits}']").iter(f"{SVG}use")
+        assert ("fill: #ffffff" in mark.get("style")) == hollow
 
 
 def test_one_seed_is_drawn_without_intervals(document, study):
     rows = [row | {"interval": None, "over_qat_interval": None, "p": None} for row in document["rows"]]
     single = document | {"rows": [row | {"accuracies": row["accuracies"][:1], "seeds": 1} for row in rows]}
-    assert "±" not in evidence_figure.draw(single)
+    assert any(name.endswith("-interval") for name in places_of(evidence_figure.draw(document)))
+    assert not any(name.endswith("-interval") for name in places_of(evidence_figure.draw(single)))
     assert "not shown" in evidence_page.page_tables_of(single, study)["evidence_claims"]
 
 

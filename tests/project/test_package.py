@@ -5,10 +5,12 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import qakd_plugin
 import qakd_plugin.losses
@@ -128,6 +130,21 @@ def test_the_wheel_holds_the_package_and_its_data_only(wheel):
         assert f"qakd_plugin/{needed}" in names
     modules = {name for name in names if name.endswith(".py")}
     assert modules == {str(path.relative_to(ROOT)) for path in (ROOT / "qakd_plugin").rglob("*.py")}
+
+
+def test_every_bound_of_pyproject_becomes_a_pin():
+    script = [sys.executable, str(ROOT / ".ci" / "lowest.py")]
+    pins = subprocess.run(script, check=True, capture_output=True, text=True).stdout.split()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    texts = sum(project["optional-dependencies"].values(), project["dependencies"])
+    bounds = {
+        f"{requirement.name}=={bound.version}"
+        for requirement in map(Requirement, texts)
+        for bound in requirement.specifier
+        if bound.operator == ">="
+    }
+    assert set(pins) == bounds
+    assert {Requirement(text).name for text in texts if ">=" not in text} == {"qakd-plugin", "pycuda", "huggingface_hub"}
 
 
 def test_no_error_is_swallowed():

@@ -5,8 +5,10 @@ from importlib import import_module
 
 import evidence_figure
 import evidence_page
+import numpy as np
 import page_tables
 import pytest
+from evidence_drawing import places_of
 
 TABLES = [
     "step_time",
@@ -45,7 +47,13 @@ def test_the_page_of_the_evidence_and_its_figure_are_made_from_the_committed_fig
     page = evidence_page.DOCS / evidence_page.PAGE
     for name, table in evidence_page.page_tables_of(document, study).items():
         assert page_tables.read_table(name, page) == table, name
-    assert page.with_name(evidence_page.FIGURE).read_text() == evidence_figure.draw(document)
+    shown, again = (
+        places_of(text) for text in (page.with_name(evidence_page.FIGURE).read_text(), evidence_figure.draw(document))
+    )
+    assert len(shown) == 4 * (2 + 2 * 2 + 1 + 4)
+    assert shown.keys() == again.keys()
+    for name, places in shown.items():
+        np.testing.assert_allclose(places, again[name], atol=0.01, err_msg=name)
 
 
 def test_the_zoo_is_made_from_the_committed_cells():

@@ -13,6 +13,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+from agreement import run_openvino_as_written
 from torch import nn
 
 from qakd_plugin import ParityError, UnsupportedQuantizerError, describe, export_onnx
@@ -104,13 +105,6 @@ def _reads_zero_point(path):
     )
 
 
-def _run_openvino(path, x):
-    openvino = pytest.importorskip("openvino")
-    # Its own 8-bit activations in front of compressed weights, and bfloat16, are switched off: they are no part of the file.
-    exact = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
-    return openvino.Core().compile_model(str(path), "CPU", exact)(x.numpy())[0]
-
-
 def _check_everywhere(student, x, folder, *, fused=1e-6):
     """Export for every target, run each with its runtime, and return the canonical file.
 
@@ -123,7 +117,7 @@ def _check_everywhere(student, x, folder, *, fused=1e-6):
         assert proof.runtime_deviation < 1e-6
         assert proof.toolkit_deviation < 1e-6
         assert proof.fused is None or proof.fused.max_deviation < fused
-    result = _run_openvino(folder / "openvino.onnx", x)
+    (result,) = run_openvino_as_written(folder / "openvino.onnx", x)
     np.testing.assert_allclose(result, expected, rtol=0, atol=max(1e-5, fused) * np.ptp(expected))
     return folder / "tensorrt.onnx"
 

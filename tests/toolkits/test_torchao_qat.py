@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from agreement import run_openvino_as_written
 from torch import nn
 
 from qakd_plugin import (
@@ -95,9 +96,7 @@ def _check(student, images, folder):
         assert max(proof.runtime_deviation, proof.toolkit_deviation) < 1e-5
         assert proof.unfused.max_deviation < 1e-5  # no activation is quantized, so there are no ties
         assert proof.fused is None or proof.fused.max_deviation < 1e-5
-    openvino = pytest.importorskip("openvino")
-    exact = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
-    result = openvino.Core().compile_model(str(folder / "openvino.onnx"), "CPU", exact)(images.numpy())[0]
+    (result,) = run_openvino_as_written(folder / "openvino.onnx", images)
     np.testing.assert_allclose(result, expected, rtol=0, atol=1e-5 * np.ptp(expected))
     return folder / "tensorrt.onnx"
 

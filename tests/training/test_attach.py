@@ -163,7 +163,7 @@ def test_an_output_object_with_logits_is_read(prepared, mentor, batches):
         logits = student(batches[0][0])
         torch.testing.assert_close(kd.loss(), kl_divergence(logits, mentor(batches[0][0]), 4.0).mean(), **EXACT)
     mentor.forward = lambda x: (x,)
-    with attach(student, mentor), pytest.raises(QakdError, match="teacher puts out tuple"):
+    with attach(student, mentor), pytest.raises(QakdError, match="teacher outputs tuple"):
         student(batches[0][0])
 
 

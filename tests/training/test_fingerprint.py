@@ -78,7 +78,7 @@ def test_the_same_options_made_anew_go_on(resumed):
         (
             {"augment": _scaled(0.5)},
             {"augment": _scaled(0.25)},
-            "parameters of the augmentation is 'augment with factor = 0.5' there",
+            "parameters of the augmentation is 'augment with factor = 0.5' there and 'augment with factor = 0.25' here",
         ),
         ({"augment": _Dim(0.5)}, {"augment": _Dim(0.25)}, "parameters of the augmentation is 'augment.factor = 0.5' there"),
         ({}, {"batch_fn": lambda batch: (1 - batch[0], batch[1])}, "batch_fn is 'batch_fn = default_batch' there"),

@@ -53,6 +53,17 @@ def test_what_is_saved_is_taken_up(tmp_path):
         assert torch.equal(torch.rand(3), drawn)
 
 
+def test_a_checkpoint_whose_parts_do_not_fit_is_named(tmp_path):
+    state = _state(nn.Linear(2, 2), tmp_path)
+    with state.begun(resume=False):
+        state.save()
+    with (
+        pytest.raises(CheckpointError, match=r"step-0.*its student does not fit this run"),
+        _state(nn.Linear(3, 3), tmp_path).begun(resume=True),
+    ):
+        pass
+
+
 def test_an_empty_folder_starts_at_nothing(tmp_path):
     state = _state(nn.Linear(1, 1), tmp_path)
     with state.begun(resume=True):

@@ -28,7 +28,7 @@ from qakd_plugin.losses import kl_divergence
 from qakd_plugin.toolkits import adapter_for
 from qakd_plugin.training.config import Settings
 from qakd_plugin.training.ema import Ema
-from qakd_plugin.training.optimizers import student_optimizer
+from qakd_plugin.training.optimizers import student_optimizer, teacher_optimizer
 from qakd_plugin.training.teachers import MeanOfTeachers
 
 
@@ -161,6 +161,15 @@ def test_weights_and_both_kinds_of_quantizers_have_rates_of_their_own(make_stude
         expected = 0.01 if quantizer.role == "weight" else 0.5
         assert {rates[id(p)] for p in quantizer.module.parameters()} == {(expected, 0.0)}
     assert rates[id(student.head.weight)] == (0.1, 0.2)
+
+
+def test_norms_and_biases_of_a_teacher_that_learns_do_not_decay(teacher):
+    decays = {}
+    for group in teacher_optimizer(teacher, Settings(weight_decay=0.2, teacher_lr=0.3)).param_groups:
+        assert group["lr"] == 0.3
+        decays |= {id(p): group["weight_decay"] for p in group["params"]}
+    assert [decays[id(p)] for p in teacher.parameters()] == [0.2 if p.ndim > 1 else 0.0 for p in teacher.parameters()]
+    assert {0.0, 0.2} == set(decays.values())
 
 
 def test_another_optimizer_takes_the_steps_that_it_takes_by_hand(make_student, teacher, batches):
@@ -368,7 +377,11 @@ def test_each_phase_of_qkd_equals_a_hand_written_loop_bit_for_bit(make_student, 
     other = copy.deepcopy(teacher)
     adapter = adapter_for(expected)
     optimizer = student_optimizer(adapter, expected, Settings(warmup=0.0))
-    learner = torch.optim.AdamW(other.parameters(), lr=1e-4, weight_decay=1e-4)
+    groups = [
+        {"params": [p for p in other.parameters() if p.ndim > 1], "weight_decay": 1e-4},
+        {"params": [p for p in other.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    learner = torch.optim.AdamW(groups, lr=1e-4)
     cosine = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + _cos(step / steps)))
     taught = torch.optim.lr_scheduler.LambdaLR(learner, lambda step: 0.5 * (1 + _cos(step / 2)))
 

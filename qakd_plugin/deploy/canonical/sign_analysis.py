@@ -24,16 +24,16 @@ def non_negative_values(graph: ir.Graph) -> set[ir.Value]:
     return propagate(graph, _is_non_negative)
 
 
-def propagate(nodes: Iterable[ir.Node], transfer: Callable[[ir.Node, Collection[ir.Value | None]], bool]) -> set[ir.Value]:
+def propagate(nodes: Iterable[ir.Node], holds: Callable[[ir.Node, Collection[ir.Value | None]], bool]) -> set[ir.Value]:
     """Values with a property that passes from node to node, in one walk: values of an ONNX graph are never written twice.
 
     Args:
         nodes: in execution order.
-        transfer: whether a node's outputs have the property, given the values before it that have it.
+        holds: whether a node's outputs have the property, given the values before it that have it.
     """
     found: set[ir.Value] = set()
     for node in nodes:
-        if transfer(node, found):
+        if holds(node, found):
             found.update(node.outputs)
     return found
 

@@ -5,20 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from ..._common.files import atomic_path, write_atomic
 from ...errors import EngineError
 from .bindings import Runtime, choose_capabilities, collecting_logger, gpu_capability, last, load_runtime, progress_monitor
 from .layer_inspector import inspect_plan
-from .manifest import FORMAT, load_engine, manifest_path, sealed, verify_engine
+from .manifest import BuiltBy, Counts, Layer, Manifest, Profile, Source, load_engine, manifest_path, sealed, verify_engine
 from .precheck import OnnxContents, WeightLayer, inspect_onnx
 from .rtx_plan import PlanContents, PlanLayer, count, read_plan
+from .trtexec import input_shape, trtexec_command
 
 __all__ = ["EngineInfo", "build_engine", "input_shape", "load_engine", "trtexec_command", "verify_engine"]
 
@@ -42,16 +44,28 @@ class EngineInfo:
 
 
 @dataclass(frozen=True)
-class _Profile:
-    """Batch sizes that an engine takes, and the one it is tuned for."""
+class _Request:
+    """An engine that can be built, as far as that is known before TensorRT sees the file.
 
-    min: int
-    opt: int
-    max: int
+    Attributes:
+        name: path of the ONNX file, as the user gave it.
+        source: what the file holds.
+        profile: batch sizes, where the file's batch is dynamic.
+        library: that builds.
+        gpu: generation of the GPU at hand.
+        capabilities: generations to build for.
+        require_int8: smallest share of layers that must compute in integers.
+        timing_cache: file of measured kernels.
+    """
 
-    def __post_init__(self) -> None:
-        if not 0 < self.min <= self.opt <= self.max:
-            raise EngineError(f"0 < min_batch <= opt_batch <= max_batch must hold, got {self.min}, {self.opt}, {self.max}.")
+    name: str
+    source: OnnxContents
+    profile: Profile
+    library: Runtime
+    gpu: str | None
+    capabilities: list[str]
+    require_int8: float | None
+    timing_cache: str | os.PathLike[str] | None
 
 
 def build_engine(
@@ -95,7 +109,34 @@ def build_engine(
             build; fewer layers than required compute in integers (names those that do not); the path cannot be written.
         MissingPackageError: no TensorRT is installed.
     """
-    profile = _Profile(min_batch, opt_batch, max_batch)
+    batches = (min_batch, opt_batch, max_batch)
+    request = _request(onnx_path, runtime, batches, capabilities, require_int8, allow_float, timing_cache)
+    engine, record = Path(engine_path), manifest_path(engine_path)
+    # The manifest takes its name first: should the engine fail to follow, the digest of an older engine does not match.
+    with atomic_path(engine, EngineError) as new_engine, atomic_path(record, EngineError) as new_record:
+        plan = _build(request, progress)
+        manifest = _manifest(request, plan)
+        new_engine.write_bytes(plan)
+        new_record.write_text(json.dumps(manifest, indent=2) + "\n")
+    return EngineInfo(engine, record, manifest)
+
+
+def _request(
+    onnx_path: str | os.PathLike[str],
+    runtime: str,
+    batches: tuple[int, int, int],
+    capabilities: Sequence[str] | None,
+    require_int8: float | None,
+    allow_float: bool,
+    timing_cache: str | os.PathLike[str] | None,
+) -> _Request:
+    """Everything that can be refused before anything is built or written."""
+    try:
+        profile = Profile(min=batches[0], opt=batches[1], max=batches[2])
+    except ValidationError as error:
+        raise EngineError(
+            f"0 < min_batch <= opt_batch <= max_batch must hold, in whole numbers, got {', '.join(map(repr, batches))}."
+        ) from error
     if require_int8 is not None and not 0 <= require_int8 <= 1:
         raise EngineError(f"require_int8={require_int8}: a share between 0 and 1 was expected.")
     source = inspect_onnx(onnx_path)
@@ -104,91 +145,42 @@ def build_engine(
             f"{onnx_path} holds no QuantizeLinear: the engine would compute in floating point. Export a prepared model with "
             "export_onnx(..., target='tensorrt'), or pass allow_float=True for a floating-point baseline."
         )
-    library = load_runtime(runtime)
-    gpu = gpu_capability()
+    library, gpu = load_runtime(runtime), gpu_capability()
     targets = choose_capabilities(library, capabilities, gpu)
     if timing_cache is not None and library.is_rtx:
         raise EngineError("timing_cache: tensorrt_rtx has none, it measures nothing while it builds. Leave it out.")
-    engine, record = Path(engine_path), manifest_path(engine_path)
-    # The manifest takes its name first: should the engine fail to follow, the digest of an older engine does not match.
-    with atomic_path(engine, EngineError) as new_engine, atomic_path(record, EngineError) as new_record:
-        plan = _build(library, source, str(onnx_path), profile, targets, timing_cache, progress)
-        contents = read_plan(plan) if library.is_rtx else inspect_plan(library, plan, source.shapes(profile.opt))
-        layers = None if contents is None else _with_missing(contents.layers, source.layers)
-        _require_integers(layers, source.layers, require_int8)
-        manifest = {
-            "format": FORMAT,
-            "sha256": hashlib.sha256(plan).hexdigest(),
-            "bytes": len(plan),
-            "onnx": {"file": Path(onnx_path).name, "sha256": hashlib.sha256(source.data).hexdigest()},
-            "runtime": {"name": library.name, "version": library.version, "module": library.module.__name__},
-            "capabilities": targets,
-            "gpu": gpu,
-            "inputs": {name: list(shape) for name, shape in source.inputs.items()},
-            "float_type": "float16" if source.float16 else "float32",
-            "quantized": source.quantized,
-            "profile": asdict(profile) if source.dynamic_batch else None,
-            **_precisions(contents, layers),
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-        text = json.dumps(sealed(manifest), indent=2)
-        new_engine.write_bytes(plan)
-        new_record.write_text(text + "\n")
-    return EngineInfo(engine, record, json.loads(text))
+    return _Request(str(onnx_path), source, profile, library, gpu, targets, require_int8, timing_cache)
 
 
-def trtexec_command(
-    onnx_path: str | os.PathLike[str],
-    engine_path: str | os.PathLike[str],
-    inputs: Mapping[str, Sequence[int | None]],
-    *,
-    runtime: str = "tensorrt",
-    min_batch: int = 1,
-    opt_batch: int = 8,
-    max_batch: int = 64,
-    capabilities: Sequence[str] = (),
-) -> str:
-    """The command line of NVIDIA's own tool that builds the same engine: ``trtexec``, or ``tensorrt_rtx``.
+def _manifest(request: _Request, plan: bytes) -> dict[str, Any]:
+    """What is known about a plan that was built as requested.
 
-    Args:
-        onnx_path: canonical ONNX file.
-        engine_path: where the engine goes.
-        inputs: sizes of every input by name, None for the dynamic batch: from :func:`input_shape` or a manifest.
-        runtime: "tensorrt" or "tensorrt_rtx".
-        min_batch: of the optimization profile.
-        opt_batch: likewise.
-        max_batch: likewise.
-        capabilities: as in the manifest; RTX only.
+    Raises:
+        EngineError: fewer of its layers than required compute in integers.
     """
-    rtx = runtime == "tensorrt_rtx"
-    words = ["tensorrt_rtx" if rtx else "trtexec", f"--onnx={onnx_path}", f"--saveEngine={engine_path}", "--skipInference"]
-    if not rtx:
-        words.append("--stronglyTyped")
-    elif list(capabilities) == ["CURRENT"]:
-        words.append("--useGpu")
-    elif capabilities:
-        words.append("--computeCapabilities=" + ",".join(name.removeprefix("SM") for name in capabilities))
-    if any(None in shape for shape in inputs.values()):
-        for key, batch in (("min", min_batch), ("opt", opt_batch), ("max", max_batch)):
-            sizes = ("x".join(str(batch if size is None else size) for size in shape) for shape in inputs.values())
-            words.append(f"--{key}Shapes=" + ",".join(f"{name}:{size}" for name, size in zip(inputs, sizes, strict=True)))
-    return shlex.join(words)
+    source, library = request.source, request.library
+    contents = read_plan(plan) if library.is_rtx else inspect_plan(library, plan, source.shapes(request.profile.opt))
+    layers = None if contents is None else _with_missing(contents.layers, source.layers)
+    _require_integers(layers, source.layers, request.require_int8)
+    manifest = Manifest(
+        sha256=hashlib.sha256(plan).hexdigest(),
+        bytes=len(plan),
+        onnx=Source(file=Path(request.name).name, sha256=hashlib.sha256(source.data).hexdigest()),
+        runtime=BuiltBy(name=library.name, version=library.version, module=library.module.__name__),
+        capabilities=request.capabilities,
+        gpu=request.gpu,
+        inputs={name: list(shape) for name, shape in source.inputs.items()},
+        float_type="float16" if source.float16 else "float32",
+        quantized=source.quantized,
+        profile=request.profile if source.dynamic_batch else None,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        **_precisions(contents, layers),
+    )
+    return sealed(manifest.model_dump())
 
 
-def input_shape(onnx_path: str | os.PathLike[str]) -> dict[str, tuple[int | None, ...]]:
-    """Sizes of every input of an ONNX file by name; None for a dynamic batch."""
-    return inspect_onnx(onnx_path).inputs
-
-
-def _build(
-    library: Runtime,
-    source: OnnxContents,
-    name: str,
-    profile: _Profile,
-    targets: Sequence[str],
-    timing_cache: str | os.PathLike[str] | None,
-    progress: Callable[[str], None] | None,
-) -> bytes:
+def _build(request: _Request, progress: Callable[[str], None] | None) -> bytes:
+    library, source = request.library, request.source
     trt = library.module
     logger, messages = collecting_logger(library)
     try:
@@ -198,26 +190,28 @@ def _build(
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(source.data):
-        raise EngineError(f"{name}: {library.name} {library.version} cannot take it: {_parser_problem(parser, messages)}")
+        raise EngineError(
+            f"{request.name}: {library.name} {library.version} cannot take it: {_parser_problem(parser, messages)}"
+        )
     config = builder.create_builder_config()
     monitor = None if progress is None else progress_monitor(library, progress)
     if monitor is not None:
         config.progress_monitor = monitor
     if source.dynamic_batch:
-        config.add_optimization_profile(_profile(builder, source, profile))
+        config.add_optimization_profile(_profile(builder, source, request.profile))
     if library.is_rtx:
-        config.num_compute_capabilities = len(targets)
-        for index, target in enumerate(targets):
+        config.num_compute_capabilities = len(request.capabilities)
+        for index, target in enumerate(request.capabilities):
             config.set_compute_capability(getattr(trt.ComputeCapability, target), index)
     else:  # the GPU is at hand: the inspector will be asked
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    if timing_cache is not None:
-        attach_timing_cache(config, timing_cache)
+    if request.timing_cache is not None:
+        attach_timing_cache(config, request.timing_cache)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise EngineError(f"{name}: {library.name} {library.version} failed to build an engine: {last(messages)}")
-    if timing_cache is not None:
-        write_atomic(timing_cache, bytes(config.get_timing_cache().serialize()), EngineError)
+        raise EngineError(f"{request.name}: {library.name} {library.version} failed to build an engine: {last(messages)}")
+    if request.timing_cache is not None:
+        write_atomic(request.timing_cache, bytes(config.get_timing_cache().serialize()), EngineError)
     return bytes(plan)
 
 
@@ -231,7 +225,7 @@ def _parser_problem(parser: Any, messages: Sequence[str]) -> str:
     return f"{where}{problem.desc()}{more}. Keep this operation out of the model, or run it before or after the engine."
 
 
-def _profile(builder: Any, source: OnnxContents, batches: _Profile) -> Any:
+def _profile(builder: Any, source: OnnxContents, batches: Profile) -> Any:
     profile = builder.create_optimization_profile()
     sizes = [source.shapes(batch) for batch in (batches.min, batches.opt, batches.max)]
     for name, shape in source.inputs.items():
@@ -250,7 +244,11 @@ def attach_timing_cache(config: Any, path: str | os.PathLike[str]) -> None:
         EngineError: the file is not a cache of this TensorRT and GPU.
     """
     file = Path(path)
-    cache = config.create_timing_cache(file.read_bytes() if file.is_file() else b"")
+    try:
+        measured = file.read_bytes() if file.exists() else b""
+    except OSError as error:
+        raise EngineError(f"timing_cache: {file} cannot be read: {error.strerror}. Delete it, or name another.") from error
+    cache = config.create_timing_cache(measured)
     if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
         raise EngineError(f"timing_cache: {file} is not a cache of this TensorRT and this GPU. Delete it, or name another.")
 
@@ -263,14 +261,17 @@ def _with_missing(layers: Sequence[PlanLayer], expected: Sequence[WeightLayer]) 
 
 
 def _precisions(contents: PlanContents | None, layers: Sequence[PlanLayer] | None) -> dict[str, Any]:
+    """Entries of the manifest; where the plan cannot be read they stay "unknown"."""
     if contents is None or layers is None:
-        return dict.fromkeys(("convolutions", "matmuls", "int4_weights", "int4_layers", "layers"), "unknown")
+        return {}
     return {
-        "convolutions": count(layers, "convolution"),
-        "matmuls": count(layers, "matmul"),
+        "convolutions": Counts(**count(layers, "convolution")),
+        "matmuls": Counts(**count(layers, "matmul")),
         "int4_weights": contents.int4_weights,
         "int4_layers": sum(layer.stored == "int4" for layer in layers),
-        "layers": [asdict(layer) for layer in layers],
+        "layers": [
+            Layer(**{**asdict(layer), "inputs": list(layer.inputs), "onnx_layers": list(layer.onnx_layers)}) for layer in layers
+        ],
     }
 
 

@@ -1,7 +1,8 @@
 """The little of CUDA that running an engine takes: buffers, a stream, events, a captured graph.
 
-Buffers are torch CUDA tensors where torch can use the GPU, and pycuda's where it is not installed: a device that only runs
-engines needs TensorRT, pycuda and NumPy. Both work in the GPU's primary context, the one that TensorRT uses.
+All of it goes through the CUDA driver: with cuda-python (``cuda.bindings``), which torch's CUDA wheels bring, or with pycuda
+where that is what is installed. A device that only runs engines needs one of them, TensorRT, NumPy and pydantic. Both work in
+the GPU's primary context, the one that TensorRT and torch use.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import atexit
 import ctypes
 import importlib.util
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Protocol
@@ -18,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..._common.optional import require
-from ...errors import EngineError
+from ...errors import EngineError, MissingPackageError
 from .bindings import cuda_driver
 
 _THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
@@ -61,58 +63,93 @@ class Device(Protocol):
 
 
 def open_device() -> Device:
-    """The first GPU, through torch where torch can use it, through pycuda otherwise.
+    """The first GPU, through cuda-python or, where that is not installed, pycuda.
 
     Raises:
-        MissingPackageError: torch cannot use a GPU and pycuda is not installed; carries the pip line.
-        EngineError: there is no GPU.
+        MissingPackageError: neither is installed; carries the pip line.
+        EngineError: there is no GPU, or it cannot be opened.
     """
-    if importlib.util.find_spec("torch") is not None:
-        torch = importlib.import_module("torch")
-        if torch.cuda.is_available():
-            return TorchDevice(torch)
     if cuda_driver() is None:
         raise EngineError("Running an engine needs an NVIDIA GPU and its driver; none was found.")
-    return PycudaDevice(require("pycuda.driver", extra="pycuda", purpose="run engines without torch"))
+    try:
+        return CudaPythonDevice(require("cuda.bindings.driver", extra="cuda", purpose="run engines"))
+    except MissingPackageError:
+        if importlib.util.find_spec("pycuda") is None:
+            raise
+    return PycudaDevice(require("pycuda.driver", extra="pycuda", purpose="run engines"))
 
 
-class TorchDevice:
-    """Through torch's CUDA tensors, streams and events."""
+class CudaPythonDevice:
+    """Through NVIDIA's own bindings of the driver. The context is current in the thread that made it: use it there only.
 
-    def __init__(self, torch: ModuleType) -> None:
-        self._torch = torch
-        self._stream = torch.cuda.Stream()  # not the default stream: TensorRT synchronizes more on that one
-        self.stream = int(self._stream.cuda_stream)
+    Args:
+        driver: ``cuda.bindings.driver``.
+    """
+
+    def __init__(self, driver: ModuleType) -> None:
+        self._driver = driver
+        self._call("cuInit", 0)
+        gpu = self._call("cuDeviceGet", 0)
+        with ExitStack() as undo:
+            context = self._call("cuDevicePrimaryCtxRetain", gpu)
+            undo.callback(self._call, "cuDevicePrimaryCtxRelease", gpu)
+            self._call("cuCtxPushCurrent", context)
+            undo.callback(self._call, "cuCtxPopCurrent")
+            # Not the default stream: TensorRT synchronizes more on that one.
+            self._stream = self._call("cuStreamCreate", int(driver.CUstream_flags.CU_STREAM_NON_BLOCKING))
+            undo.callback(self._call, "cuStreamDestroy", self._stream)
+            undo.callback(self.synchronize)
+            self._undo = undo.pop_all()
+        self.stream = int(self._stream)
 
     def buffer(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Buffer:
-        with self._torch.cuda.stream(self._stream):
-            host = self._torch.from_numpy(np.zeros(shape, dtype)).pin_memory()
-            device = host.to("cuda")
-        return Buffer(host.numpy(), int(device.data_ptr()), (host, device))
+        size = max(1, int(np.prod(shape)) * np.dtype(dtype).itemsize)
+        pinned = _Owned(self._driver, "cuMemFreeHost", self._call("cuMemHostAlloc", size, 0))
+        device = _Owned(self._driver, "cuMemFree", self._call("cuMemAlloc", size))
+        memory: Any = (ctypes.c_byte * size).from_address(int(pinned.handle))
+        host = np.frombuffer(memory, dtype, int(np.prod(shape))).reshape(shape)
+        host[...] = 0
+        return Buffer(host, int(device.handle), (pinned, device))
 
     def upload(self, buffer: Buffer) -> None:
-        host, device = buffer.owner
-        with self._torch.cuda.stream(self._stream):
-            device.copy_(host, non_blocking=True)
+        pinned, device = buffer.owner
+        self._call("cuMemcpyHtoDAsync", device.handle, pinned.handle, buffer.host.nbytes, self._stream)
 
     def download(self, buffer: Buffer) -> None:
-        host, device = buffer.owner
-        with self._torch.cuda.stream(self._stream):
-            host.copy_(device, non_blocking=True)
+        pinned, device = buffer.owner
+        self._call("cuMemcpyDtoHAsync", pinned.handle, device.handle, buffer.host.nbytes, self._stream)
 
     def mark(self) -> Any:
-        event = self._torch.cuda.Event(enable_timing=True)
-        event.record(self._stream)
+        event = _Owned(self._driver, "cuEventDestroy", self._call("cuEventCreate", 0))
+        self._call("cuEventRecord", event.handle, self._stream)
         return event
 
     def elapsed_ms(self, start: Any, end: Any) -> float:
-        return float(start.elapsed_time(end))
+        return float(self._call("cuEventElapsedTime", start.handle, end.handle))
 
     def synchronize(self) -> None:
-        self._stream.synchronize()
+        self._call("cuStreamSynchronize", self._stream)
 
     def close(self) -> None:
-        self.synchronize()
+        self._undo.close()
+
+    def _call(self, function: str, *arguments: Any) -> Any:
+        """What a function of the driver returns beside its status."""
+        status, *values = getattr(self._driver, function)(*arguments)
+        if int(status):
+            raise EngineError(f"{function} failed with CUDA error {getattr(status, 'name', int(status))}.")
+        return values[0] if values else None
+
+
+class _Owned:
+    """What the driver made, given back to it when nobody holds it any more."""
+
+    def __init__(self, driver: ModuleType, free: str, handle: Any) -> None:
+        self.handle = handle
+        self._free = getattr(driver, free)
+
+    def __del__(self) -> None:
+        self._free(self.handle)
 
 
 class PycudaDevice:
@@ -123,9 +160,13 @@ class PycudaDevice:
         driver.init()
         self._context = driver.Device(0).retain_primary_context()
         self._context.push()
+        try:
+            self._stream = driver.Stream()
+        except BaseException:
+            self._leave()
+            raise
         self._open = True
         atexit.register(self.close)  # pycuda aborts the process if a context is still current when it is torn down
-        self._stream = driver.Stream()
         self.stream = int(self._stream.handle)
 
     def buffer(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Buffer:
@@ -153,16 +194,21 @@ class PycudaDevice:
     def close(self) -> None:
         if self._open:
             self._open = False
-            self.synchronize()
-            self._context.pop()
-            self._context.detach()
             atexit.unregister(self.close)
+            try:
+                self.synchronize()
+            finally:
+                self._leave()
+
+    def _leave(self) -> None:
+        self._context.pop()
+        self._context.detach()
 
 
 class CudaGraph:
     """What a function queues on a stream, captured once and launched as a whole.
 
-    Through the driver itself, so that it works the same beside torch and beside pycuda, which has no graphs.
+    Through the driver itself, so that it works the same with cuda-python and with pycuda, which has no graphs.
 
     Args:
         driver: from :func:`~qakd_plugin.deploy.engine.bindings.cuda_driver`.

@@ -12,7 +12,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ...errors import EngineError
 from .bindings import Runtime, collecting_logger, gpu_capability, last, load_runtime
@@ -20,10 +22,95 @@ from .bindings import Runtime, collecting_logger, gpu_capability, last, load_run
 FORMAT = 2
 """Version of the manifest's layout."""
 
-_REQUIRED: dict[str, type] = {
-    "format": int, "sha256": str, "bytes": int, "runtime": dict, "capabilities": list, "float_type": str, "seal": str,
-}  # fmt: skip
+Unknown = Literal["unknown"]
+"""What a plan does not show."""
+
 _CHUNK = 1 << 22
+_LARGEST = 1 << 26
+"""Bytes of a manifest: a layer takes a few hundred."""
+
+
+class _Entries(BaseModel):
+    """Nothing is converted; entries of later versions are let through."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+
+class Source(_Entries):
+    """The ONNX file that an engine was built from: its name, and its digest."""
+
+    file: str
+    sha256: str
+
+
+class BuiltBy(_Entries):
+    """The runtime that built an engine: "tensorrt" or "tensorrt_rtx", its version, and the module that was imported."""
+
+    name: str
+    version: str
+    module: str | None = None
+
+
+class Profile(_Entries):
+    """Batch sizes that an engine takes, and the one it is tuned for."""
+
+    min: int
+    opt: int
+    max: int
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if not 0 < self.min <= self.opt <= self.max:
+            raise ValueError("0 < min <= opt <= max must hold")
+        return self
+
+
+class Counts(_Entries):
+    """How many layers of a kind there are, and how many of them consume integers on both sides."""
+
+    total: int = Field(ge=0)
+    int8: int = Field(ge=0)
+
+
+class Layer(_Entries):
+    """A convolution or matrix product: see :class:`.rtx_plan.PlanLayer`."""
+
+    name: str
+    kind: Literal["convolution", "matmul"]
+    inputs: list[str] = Field(min_length=2, max_length=2)
+    onnx_layers: list[str] = []
+    stored: str | None = None
+
+
+class Manifest(_Entries):
+    """What is known about an engine; ``model_json_schema()`` is the schema of its file.
+
+    Entries with a default are missing in manifests of earlier versions, or where nothing is known.
+    """
+
+    format: int = FORMAT
+    sha256: str
+    bytes: int = Field(ge=0)
+    onnx: Source | None = None
+    runtime: BuiltBy
+    capabilities: list[str]
+    gpu: str | None = None
+    inputs: dict[str, list[int | None]] | None = None
+    float_type: Literal["float16", "float32"]
+    quantized: bool | None = None
+    profile: Profile | None = None
+    convolutions: Counts | Unknown = "unknown"
+    matmuls: Counts | Unknown = "unknown"
+    int4_weights: int | Unknown = "unknown"
+    int4_layers: int | Unknown = "unknown"
+    layers: list[Layer] | Unknown = "unknown"
+    created: str | None = None
+
+
+class SealedManifest(Manifest):
+    """A manifest with a digest of its own entries. It shows damage; it is no signature."""
+
+    seal: str
 
 
 @dataclass(frozen=True)
@@ -57,7 +144,11 @@ def read_manifest(engine_path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = manifest_path(engine_path)
     try:
-        manifest = json.loads(path.read_bytes())
+        with open(path, "rb") as file:
+            data = file.read(_LARGEST + 1)
+        if len(data) > _LARGEST:
+            raise EngineError(f"{path} has more than {_LARGEST >> 20} MiB: it is no manifest. Build the engine again.")
+        manifest = json.loads(data)
     except OSError as error:
         raise EngineError(
             f"{path} cannot be read: {error.strerror}. An engine is only loaded with its manifest: build it with build_engine."
@@ -67,11 +158,13 @@ def read_manifest(engine_path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else None
         raise EngineError(f"{path} has format {str(found)[:40]}, this version reads {FORMAT}. Build the engine again.")
-    wrong = [key for key, kind in _REQUIRED.items() if not isinstance(manifest.get(key), kind)]
-    if not wrong and not all(isinstance(manifest["runtime"].get(key), str) for key in ("name", "version")):
-        wrong = ["runtime"]
-    if wrong:
-        raise EngineError(f"{path} is damaged: {', '.join(wrong)} missing or of the wrong type. Build the engine again.")
+    try:
+        SealedManifest.model_validate(manifest)
+    except ValidationError as error:
+        wrong = dict.fromkeys(str(problem["loc"][0]) for problem in error.errors(include_url=False, include_input=False))
+        raise EngineError(
+            f"{path} is damaged: {', '.join(wrong)} missing or of the wrong type. Build the engine again."
+        ) from error
     if manifest["seal"] != _seal(manifest):
         raise EngineError(f"{path} is damaged: its entries are not those that were written. Build the engine again.")
     return manifest

@@ -8,13 +8,14 @@ activations are quantized too (found in the programs that TensorRT-RTX 1.7.1 gen
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir as ir
+from google.protobuf.message import Message
 
 from ...errors import EngineError
 from ..canonical.graph import constant, is_stored, is_weight_only, producer, weight_dequantizers
@@ -98,12 +99,13 @@ def _read(path: str | os.PathLike[str]) -> tuple[bytes, ir.Model]:
         ) from error
     try:
         proto = onnx.ModelProto.FromString(data)
-        external = [tensor.name for tensor in proto.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
+        tensors = list(_tensors(proto))
+        external = [tensor.name for tensor in tensors if tensor.data_location == onnx.TensorProto.EXTERNAL]
         if not external:
             onnx.checker.check_model(data)  # the bytes: a model would be written once more
-        model = ir.serde.deserialize_model(proto)
-        if not external:
-            _read_tensors(model)
+            model = ir.serde.deserialize_model(proto)
+            for tensor in tensors:  # each has as much data as its shape says, or this raises; the checker does not look
+                ir.serde.deserialize_tensor(tensor).numpy()
     except Exception as error:  # protobuf, the checker and onnx-ir raise many kinds on foreign bytes; all mean the same here
         reason = " ".join(str(error).split())[:200]
         raise EngineError(f"{path} is not a valid ONNX file ({type(error).__name__}: {reason}). Export it again.") from error
@@ -117,15 +119,16 @@ def _read(path: str | os.PathLike[str]) -> tuple[bytes, ir.Model]:
     return data, model
 
 
-def _read_tensors(model: ir.Model) -> None:
-    """Every stored tensor has as much data as its shape says, or reading it raises; the checker does not look."""
-    for value in model.graph.initializers.values():
-        if value.const_value is not None:
-            value.const_value.numpy()
-    for node in model.graph.all_nodes():
-        for attribute in node.attributes.values():
-            if attribute.type == ir.AttributeType.TENSOR:
-                attribute.as_tensor().numpy()
+def _tensors(message: Message) -> Iterator[onnx.TensorProto]:
+    """Every tensor of a model, also those in attributes, subgraphs, functions and sparse tensors."""
+    for field, found in message.ListFields():
+        if field.message_type is None:
+            continue
+        for part in [found] if isinstance(found, Message) else found:
+            if isinstance(part, onnx.TensorProto):
+                yield part
+            else:
+                yield from _tensors(part)
 
 
 def _sizes(value: ir.Value) -> tuple[int | None, ...]:
@@ -143,57 +146,79 @@ def _sizes(value: ir.Value) -> tuple[int | None, ...]:
     return sizes
 
 
-def _check_node(node: ir.Node) -> None:
-    if node.op_type == "QuantizeLinear":
-        _check_numbers(node)
-        _check_codes(node, _quantized_type(node))
-    elif node.op_type == "DequantizeLinear":
-        codes = constant(node.inputs[0])
-        if codes is None and is_stored(node):
-            raise EngineError(f"{node.name}: weights stored behind a Cast: TensorRT fails to build such a file. {ADVICE}")
-        _check_numbers(node)
-        if codes is not None and codes.dtype == np.int32:
-            raise EngineError(f"{node.name}: a bias quantized to int32: TensorRT takes float biases. {ADVICE}")
-        if node.inputs[0] is not None and node.inputs[0].dtype is not None:
-            _check_codes(node, node.inputs[0].dtype)
-    elif node.op_type == "DynamicQuantizeLinear":
-        raise EngineError(f"{node.name}: its range is measured at run time; TensorRT takes fixed scales. {ADVICE}")
-    elif node.op_type in CONVOLUTIONS | PRODUCTS:
-        problem = weight_problem(node)
-        if problem is not None:
-            raise EngineError(f"{node.name}: {problem}")
-
-
-def _check_numbers(node: ir.Node) -> None:
+def _numbers_problem(node: ir.Node) -> str | None:
+    """What is wrong with the scale or the zero point of a quantizer or dequantizer."""
     scale = constant(node.inputs[1])
     zero_point = constant(node.inputs[2]) if len(node.inputs) > 2 else None
     if scale is None:
-        raise EngineError(f"{node.name}: its scale is computed by the graph; TensorRT takes constants. {ADVICE}")
+        return "its scale is computed by the graph; TensorRT takes constants."
     if not bool(np.all(np.isfinite(scale) & (scale > 0))):
-        raise EngineError(f"{node.name}: its scale must be finite and positive, got {scale.min()}. {ADVICE}")
+        return f"its scale must be finite and positive, got {scale.min()}."
     if len(node.inputs) > 2 and node.inputs[2] is not None and zero_point is None:
-        raise EngineError(f"{node.name}: its zero point is computed by the graph; TensorRT takes 0 only. {ADVICE}")
+        return "its zero point is computed by the graph; TensorRT takes 0 only."
     if zero_point is not None and bool(np.any(zero_point.astype(np.float32) != 0)):
         worst = zero_point.flatten()[np.argmax(np.abs(zero_point.astype(np.float32)))]
-        raise EngineError(f"{node.name}: zero point {worst}; TensorRT takes 0 only. {ADVICE}")
-    stored = constant(node.inputs[0]) is not None or producer(node.inputs[0], "QuantizeLinear") is not None
-    if scale.size > 1 and not stored and node.op_type == "DequantizeLinear":
-        raise EngineError(f"{node.name}: several scales for an activation; TensorRT takes one per tensor. {ADVICE}")
-    if scale.size > 1 and node.op_type == "QuantizeLinear" and constant(node.inputs[0]) is None:
-        raise EngineError(f"{node.name}: several scales for an activation; TensorRT takes one per tensor. {ADVICE}")
+        return f"zero point {worst}; TensorRT takes 0 only."
+    if scale.size > 1 and _on_activation(node):
+        return "several scales for an activation; TensorRT takes one per tensor."
+    return None
 
 
-def _quantized_type(node: ir.Node) -> ir.DataType:
+def _on_activation(node: ir.Node) -> bool:
+    """Whether it works on an activation rather than a weight; a pair of both is judged at its QuantizeLinear."""
+    paired = node.op_type == "DequantizeLinear" and producer(node.inputs[0], "QuantizeLinear") is not None
+    return constant(node.inputs[0]) is None and not paired
+
+
+def _quantized_type_problem(node: ir.Node) -> str | None:
     if len(node.inputs) > 2 and node.inputs[2] is not None and node.inputs[2].dtype is not None:
-        return node.inputs[2].dtype
-    return ir.DataType(node.attributes.get_int("output_dtype", 0) or ir.DataType.UINT8)
+        return _type_problem(node.inputs[2].dtype)
+    number = node.attributes.get_int("output_dtype", 0) or ir.DataType.UINT8
+    if number not in set(ir.DataType):
+        return f"codes of a type that ONNX does not have ({number})."
+    return _type_problem(ir.DataType(number))
 
 
-def _check_codes(node: ir.Node, kind: ir.DataType) -> None:
+def _stored_type_problem(node: ir.Node) -> str | None:
+    codes = constant(node.inputs[0])
+    if codes is not None and codes.dtype == np.int32:
+        return "a bias quantized to int32: TensorRT takes float biases."
+    return None if node.inputs[0] is None or node.inputs[0].dtype is None else _type_problem(node.inputs[0].dtype)
+
+
+def _type_problem(kind: ir.DataType) -> str | None:
     if kind in {ir.DataType.UINT8, ir.DataType.UINT4, ir.DataType.UINT16}:
-        raise EngineError(f"{node.name}: unsigned codes ({kind.name}): TensorRT reads them as signed ones. {ADVICE}")
-    if kind not in _CODES:
-        raise EngineError(f"{node.name}: codes of type {kind.name}; TensorRT takes INT8, INT4 weights and FP8. {ADVICE}")
+        return f"unsigned codes ({kind.name}): TensorRT reads them as signed ones."
+    return None if kind in _CODES else f"codes of type {kind.name}; TensorRT takes INT8, INT4 weights and FP8."
+
+
+def _storage_problem(node: ir.Node) -> str | None:
+    widened = constant(node.inputs[0]) is None and is_stored(node)
+    return "weights stored behind a Cast: TensorRT fails to build such a file." if widened else None
+
+
+def _dynamic_range_problem(node: ir.Node) -> str | None:
+    return "its range is measured at run time; TensorRT takes fixed scales."
+
+
+_Problem = Callable[[ir.Node], str | None]
+
+_CHECKS: dict[str, tuple[_Problem, ...]] = {
+    "QuantizeLinear": (_numbers_problem, _quantized_type_problem),
+    "DequantizeLinear": (_storage_problem, _numbers_problem, _stored_type_problem),
+    "DynamicQuantizeLinear": (_dynamic_range_problem,),
+}
+"""What is looked for in quantizers of each kind, in this order."""
+
+
+def _check_node(node: ir.Node) -> None:
+    for find in _CHECKS.get(node.op_type, ()):
+        problem = find(node)
+        if problem is not None:
+            raise EngineError(f"{node.name}: {problem} {ADVICE}")
+    problem = weight_problem(node) if node.op_type in CONVOLUTIONS | PRODUCTS else None
+    if problem is not None:
+        raise EngineError(f"{node.name}: {problem}")
 
 
 def _weight_layers(nodes: list[ir.Node]) -> Iterator[WeightLayer]:

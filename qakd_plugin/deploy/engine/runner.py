@@ -9,6 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -55,7 +56,7 @@ class EngineRunner:
 
     Raises:
         EngineError: the engine does not match its manifest, belongs to another version or GPU, or there is no GPU.
-        MissingPackageError: its runtime, or torch and pycuda, are not installed.
+        MissingPackageError: its runtime is not installed, or neither cuda-python nor pycuda is.
     """
 
     def __init__(
@@ -65,18 +66,23 @@ class EngineRunner:
         if runtime_cache is not None and not library.is_rtx:
             raise EngineError("runtime_cache: tensorrt compiles nothing at run time and has none. Leave it out.")
         try:
-            self._device = open_device()
+            device = open_device()
         except EngineError as error:
             raise EngineError(f"{path} cannot be run: {error}") from error
-        started = time.perf_counter()
-        loaded = load_engine(path)
-        self.runtime, self.precision = loaded.runtime.name, str(loaded.manifest["float_type"])
-        self._cache_file = None if runtime_cache is None else Path(runtime_cache)
-        context, self._cache = _make_context(loaded, cuda_graph, self._cache_file)
-        driver = cuda_driver() if cuda_graph and not loaded.runtime.is_rtx else None  # RTX captures by itself
-        self._loaded, self._context = loaded, context
-        self._session = EngineSession(loaded, context, self._device, driver)
-        self.load_ms = (time.perf_counter() - started) * 1e3
+        with ExitStack() as undo:
+            undo.callback(device.close)
+            started = time.perf_counter()
+            loaded = load_engine(path)
+            self.runtime, self.precision = loaded.runtime.name, str(loaded.manifest["float_type"])
+            self._cache_file = None if runtime_cache is None else Path(runtime_cache)
+            context, self._cache = _make_context(loaded, cuda_graph, self._cache_file)
+            driver = cuda_driver() if cuda_graph and not loaded.runtime.is_rtx else None  # RTX captures by itself
+            self._loaded, self._context = loaded, context
+            self._session = EngineSession(loaded, context, device, driver)
+            self.load_ms = (time.perf_counter() - started) * 1e3
+            undo.callback(self._session.close)
+            undo.callback(self._write_cache)
+            self._undo = undo.pop_all()
 
     def run(self, images: Array) -> Array:
         """Compute one batch.
@@ -102,12 +108,16 @@ class EngineRunner:
         return None if contents is None else contents.layers
 
     def close(self) -> None:
-        """Write the runtime cache and let go of the GPU."""
+        """Write the runtime cache and let go of the GPU.
+
+        Raises:
+            EngineError: the cache cannot be written; the GPU is let go of all the same.
+        """
+        self._undo.close()
+
+    def _write_cache(self) -> None:
         if self._cache is not None and self._cache_file is not None:
             write_atomic(self._cache_file, bytes(self._cache.serialize()), EngineError)
-            self._cache = None
-        self._session.close()
-        self._device.close()
 
     def __enter__(self) -> Self:
         return self
@@ -260,7 +270,13 @@ def _make_context(loaded: LoadedEngine, cuda_graph: bool, cache_file: Path | Non
     config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
     if cache_file is not None:
         cache = config.create_runtime_cache()
-        if cache_file.is_file() and not cache.deserialize(cache_file.read_bytes()):
+        try:
+            compiled = cache_file.read_bytes() if cache_file.exists() else None
+        except OSError as error:
+            raise EngineError(
+                f"runtime_cache: {cache_file} cannot be read: {error.strerror}. Delete it, or name another."
+            ) from error
+        if compiled is not None and not cache.deserialize(compiled):
             _log.warning("%s belongs to another GPU, driver or version: it is written anew.", cache_file)
         config.set_runtime_cache(cache)
     return _ready(loaded, engine.create_execution_context(config)), cache

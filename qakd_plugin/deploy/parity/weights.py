@@ -19,13 +19,14 @@ def check_weight_codes(file: ir.Model, form: nn.Module) -> int:
         ParityError: a code or a scale of the file is not the trained model's; names the layer.
     """
     stored = {name: module for name, module in form.named_modules() if isinstance(module, StoredWeight)}
-    compared = 0
+    found: set[str] = set()
     for node in weight_dequantizers(file.graph):
         name = node.metadata_props.get(WEIGHT_KEY, "")
         layer = name.removesuffix(".weight") or "(root)"
-        weight = stored.pop(name, None)
+        weight = stored.get(name)
         if weight is None:
-            continue  # a layer that is called twice appears twice
+            continue
+        found.add(name)  # a layer that is called twice may appear twice
         codes, scale = stored_codes(node), constant(node.inputs[1])
         assert scale is not None
         trained = weight.codes.numpy().astype(np.int32)
@@ -38,15 +39,15 @@ def check_weight_codes(file: ir.Model, form: nn.Module) -> int:
             raise ParityError(f"{layer}: the scales of its blocks differ between the file and the trained model.", layer)
         if not np.all(np.isfinite(scale) & (scale > 0)):
             raise ParityError(f"{layer}: the file holds a weight scale that is not finite and positive.", layer)
-        compared += codes.size
-    if stored:
-        layer = next(iter(stored)).removesuffix(".weight")
-        raise ParityError(f"{layer}: its stored weight is missing in the file.", layer)
-    return compared
+    for name in stored:
+        if name not in found:
+            layer = name.removesuffix(".weight")
+            raise ParityError(f"{layer}: its stored weight is missing in the file.", layer)
+    return sum(weight.codes.numel() for weight in stored.values())
 
 
 def _coarse_channels(node: ir.Node) -> list[tuple[int, int]]:
-    """Output channels whose codes lost their lowest bits, with how many: see :mod:`..targets.onnxruntime`."""
+    """Output channels whose codes lost their lowest bits, with how many: see :mod:`..targets.onnxruntime_bias`."""
     pairs = (entry.split(":") for entry in node.metadata_props.get(COARSE_KEY, "").split(",") if entry)
     return [(int(channel), int(bits)) for channel, bits in pairs]
 

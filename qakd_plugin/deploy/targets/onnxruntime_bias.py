@@ -70,7 +70,8 @@ def _room_for_bias(dequantize: ir.Node, scale: npt.NDArray[np.float32]) -> npt.N
     if bias is None or step is None or step.size != 1 or not per_channel:
         return np.full(1, 8)
     codes = np.abs(bias.astype(np.float64)) / (float(step.reshape(())) * scale.astype(np.float64).reshape(-1))
-    return np.minimum(np.floor(np.log2(_LARGEST_BIAS / np.maximum(codes, 1.0))), 8).astype(np.int64)
+    powers: npt.NDArray[np.int64] = np.minimum(np.floor(np.log2(_LARGEST_BIAS / np.maximum(codes, 1.0))), 8).astype(np.int64)
+    return powers
 
 
 def loses_bias(layer: ir.Node) -> bool:

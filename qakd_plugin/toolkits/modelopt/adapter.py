@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..._common.optional import require
 from ...errors import NotPreparedError, UnsupportedQuantizerError
+from ...placement.calibration import observe_inputs
 from ...placement.layer_names import never_called
 from ...placement.placement import place_quantizers
 from ...quantizers import Rule, remove_tensors, rule_from_dict
@@ -122,7 +123,12 @@ class ModelOptAdapter:
         names = [*placement.layers, *(output.name for output in placement.outputs)]
         # mtq prints how many quantizers it inserted.
         with contextlib.redirect_stdout(io.StringIO()), registered(prepared, names):
-            prepared = mtq.quantize(prepared, config, forward_loop)
+            try:
+                prepared = mtq.quantize(prepared, config, forward_loop)
+            except AssertionError:  # by which max calibration says that something is infinite, but not where
+                float_model = copy.deepcopy(model).eval()
+                observe_inputs(float_model, {name: float_model.get_submodule(name) for name in placement.layers}, batches, {})
+                raise
         minimize_error(self, prepared, batches, placement)
         return prepared
 

@@ -20,19 +20,19 @@ _log = logging.getLogger(__name__)
 
 def export_form(adapter: Adapter, model: nn.Module) -> nn.Module:
     """See :meth:`.Adapter.export_form`."""
-    form = copy.deepcopy(model).eval()
-    active = {q.fqn: q for q in adapter.quantizers(form)}
+    copied = copy.deepcopy(model).eval()
+    active = {q.fqn: q for q in adapter.quantizers(copied)}
     for quantizer in active.values():
         adapter.qparams(quantizer)  # refuses what has no export form
     parents = {fqn.rpartition(".")[0] for fqn in active}
-    replacements = {name: _exported(adapter, form.get_submodule(name), name, active) for name in sorted(parents)}
-    replacements |= {name: plain(layer) for name, layer in _idle_layers(form).items()}
-    return replace_modules(form, replacements)
+    replacements = {name: _exported(adapter, copied.get_submodule(name), name, active) for name in sorted(parents)}
+    replacements |= {name: plain(layer) for name, layer in _idle_layers(copied).items()}
+    return replace_modules(copied, replacements)
 
 
-def _idle_layers(form: nn.Module) -> dict[str, Any]:
+def _idle_layers(copied: nn.Module) -> dict[str, Any]:
     """Layers that ModelOpt took and nothing calls; where a quantizer of such a weight is on, a warning says that it is not."""
-    found: dict[str, Any] = {name: form.get_submodule(name) for name in sorted(never_called(form))}
+    found: dict[str, Any] = {name: copied.get_submodule(name) for name in sorted(never_called(copied))}
     found = {name: layer for name, layer in found.items() if hasattr(layer, "weight_quantizer")}
     for name, layer in found.items():
         if not layer.weight_quantizer._disabled:

@@ -158,12 +158,12 @@ class PT2EAdapter(FakeQuantizeAdapter):
         substitute(model, learned, restored_fake_quantize(learned, toolkit.FakeQuantize, toolkit.FixedQParamsObserver))
 
     def export_form(self, model: nn.Module) -> nn.Module:
-        form = copy.deepcopy(model)
-        assert isinstance(form, fx.GraphModule)
-        self.set_mode(form, False)
-        self.freeze_ranges(form, True)
+        copied = copy.deepcopy(model)
+        assert isinstance(copied, fx.GraphModule)
+        self.set_mode(copied, False)
+        self.freeze_ranges(copied, True)
         with torch.no_grad():
-            return ExportForm(self, form).build()
+            return ExportForm(self, copied).build()
 
 
 def _weight_before(model: fx.GraphModule, quantizer: fx.Node) -> Callable[[], Tensor]:

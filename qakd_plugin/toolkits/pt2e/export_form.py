@@ -62,12 +62,12 @@ class ExportForm:
                 if target not in kept:
                     kept[target] = self._add(target, attribute(self.model, target))
                 self._retarget(node, kept[target])
-        form = fx.GraphModule(self.targets, self.graph, type(self.model).__name__)
-        form.graph.lint()
-        for name, module in form.named_modules():
+        exported_model = fx.GraphModule(self.targets, self.graph, type(self.model).__name__)
+        exported_model.graph.lint()
+        for name, module in exported_model.named_modules():
             if isinstance(module, ActivationQDQ | StoredWeight):
                 module.name = name
-        return form.eval()
+        return exported_model.eval()
 
     def _drop_inactive(self) -> None:
         """Quantizers that the user switched off pass on what they get."""
@@ -91,7 +91,7 @@ class ExportForm:
         return node
 
     def _layer(self, node: fx.Node) -> None:
-        """Store the weight of a convolution or linear layer, and fold the BatchNorm behind it into its bias."""
+        """Store the weight of a convolution or linear layer, and fold the BatchNorm after it into its bias."""
         weight = node.args[1]
         assert isinstance(weight, fx.Node)
         if weight not in self.done and is_quantizer(self.model, weight):
@@ -141,7 +141,7 @@ class ExportForm:
         self._retarget(node, made[module])
 
     def _constant(self, node: fx.Node) -> None:
-        """Put a tensor in the place of a calculation that no input of the model takes part in."""
+        """Replace by a tensor a calculation that no input of the model takes part in."""
         if not any(user in self.dynamic or user.op == "output" for user in node.users):
             return
         value = self._value(node)

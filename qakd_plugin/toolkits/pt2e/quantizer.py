@@ -55,7 +55,7 @@ class SymmetricQuantizer(Quantizer):  # type: ignore[misc]
     quantized, and both inputs of every residual add are, so that the convolutions before it run in integers; below 8 bits, what
     a ReLU made non-negative gets an unsigned grid.
 
-    Integers in, integers out: an add whose operands are quantized to 8 bits wherever they are read is quantized as well, behind
+    Integers in, integers out: an add whose operands are quantized to 8 bits wherever they are read is quantized as well, after
     its ReLU. So are all sums of a residual network, and none of a transformer, whose norms read them in floating point.
 
     Example::
@@ -148,7 +148,7 @@ class SymmetricQuantizer(Quantizer):  # type: ignore[misc]
 
     @staticmethod
     def _ends(graph: fx.Graph, placement: Placement) -> set[fx.Node]:
-        """The nodes whose outputs the placement wants quantized: behind the ReLU, where one follows."""
+        """The nodes whose outputs the placement wants quantized: after the ReLU, where one follows."""
         wanted = {output.name: output.clamp for output in placement.outputs}
         ends = set()
         for node in graph.nodes:
@@ -217,7 +217,7 @@ def _with_sums(
         outputs: nodes whose output is to be quantized to 8 bits.
 
     Returns:
-        ``outputs`` with those sums (behind the ReLU, where one follows), and all nodes that lie on the grid of one of them.
+        ``outputs`` with those sums (after the ReLU, where one follows), and all nodes that lie on the grid of one of them.
     """
     outputs = set(outputs)
     on_grid: set[fx.Node] = set()

@@ -118,20 +118,20 @@ class TorchAOAdapter(FakeQuantizeAdapter):
         substitute(model, learned, restored_fake_quantize(learned, FakeQuantize, FixedQParamsObserver))
 
     def export_form(self, model: nn.Module) -> nn.Module:
-        form = copy.deepcopy(model).eval()
-        self.freeze_ranges(form, True)
-        quantizers = {q.module: q for q in self.quantizers(form)}
+        copied = copy.deepcopy(model).eval()
+        self.freeze_ranges(copied, True)
+        quantizers = {q.module: q for q in self.quantizers(copied)}
         exported: dict[nn.Module, nn.Module | None] = {}
         replacements: dict[str, nn.Module] = {}
         # remove_duplicate=False: a module shared by several names stays shared.
-        for name, module in form.named_modules(remove_duplicate=False):
+        for name, module in copied.named_modules(remove_duplicate=False):
             if name.rpartition(".")[0] in replacements:
                 continue  # part of a layer that is replaced as a whole
             if module not in exported:
                 exported[module] = self._exported(module, name, quantizers)
             if (replacement := exported[module]) is not None:
                 replacements[name] = replacement
-        return replace_modules(form, replacements)
+        return replace_modules(copied, replacements)
 
     def _exported(self, module: nn.Module, name: str, quantizers: dict[nn.Module, Quantizer]) -> nn.Module | None:
         """What stands in the place of a module in the export form; None where it stays."""

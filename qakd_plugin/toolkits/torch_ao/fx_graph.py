@@ -102,10 +102,10 @@ def _quantize_after_relus(prepared: fx.GraphModule) -> None:
         if relu_bounds(relu, module) is None:
             continue
         relu.replace_input_with(node, node.args[0])
-        behind = list(relu.users)
+        readers = list(relu.users)
         quantizer = prepared.get_submodule(str(node.target))
-        stands_there = len(behind) == 1 and is_fake_quant(prepared, behind[0])
-        if not stands_there or prepared.get_submodule(str(behind[0].target)) is not quantizer:
+        stands_there = len(readers) == 1 and is_fake_quant(prepared, readers[0])
+        if not stands_there or prepared.get_submodule(str(readers[0].target)) is not quantizer:
             with prepared.graph.inserting_after(relu):
                 moved = prepared.graph.call_module(str(node.target), (relu,))
             relu.replace_all_uses_with(moved, delete_user_cb=lambda user, moved=moved: user is not moved)
@@ -115,7 +115,7 @@ def _quantize_after_relus(prepared: fx.GraphModule) -> None:
 
 
 def insert_low_bit_inputs(prepared: fx.GraphModule, placement: Placement, bits: int) -> dict[str, tuple[int, int]]:
-    """Give every inner layer a quantizer of fewer bits on its input, behind the 8-bit one that adds and poolings share.
+    """Give every inner layer a quantizer of fewer bits on its input, after the 8-bit one that adds and poolings share.
 
     Returns:
         The new quantizers' names with their code ranges.
