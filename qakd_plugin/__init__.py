@@ -63,6 +63,7 @@ _HOME = {
     "SmoothL1": "tasks.matching",
     "Cosine": "tasks.matching",
     "outputs_of": "tasks.matching",
+    "ArgumentError": "errors",
     "QakdError": "errors",
     "NotPreparedError": "errors",
     "UnsupportedQuantizerError": "errors",
@@ -92,6 +93,7 @@ if TYPE_CHECKING:
     from .deploy.export import export_float as export_float
     from .deploy.export import export_onnx as export_onnx
     from .deploy.tuning import tune_for_host as tune_for_host
+    from .errors import ArgumentError as ArgumentError
     from .errors import CheckpointError as CheckpointError
     from .errors import EngineError as EngineError
     from .errors import ExportError as ExportError

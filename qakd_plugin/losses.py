@@ -221,12 +221,16 @@ def _check_probabilities(labels: Tensor, dim: int) -> None:
 def _check_range(labels: Tensor, classes: int) -> None:
     if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < classes):
         wrong = labels[(labels < 0) | (labels >= classes)][0]
-        raise ArgumentError(f"labels must lie between 0 and {classes - 1}, the classes that the network knows, got {int(wrong)}.")
+        raise ArgumentError(
+            f"labels must lie between 0 and {classes - 1}, the classes that the network knows, got {int(wrong)}."
+        )
 
 
 def _class_dim(logits: Tensor, dim: int) -> int:
     if not -logits.ndim <= dim < logits.ndim or dim % logits.ndim == 0:
-        raise ArgumentError(f"dim={dim} is no dimension of logits {tuple(logits.shape)} other than the batch, which comes first.")
+        raise ArgumentError(
+            f"dim={dim} is no dimension of logits {tuple(logits.shape)} other than the batch, which comes first."
+        )
     return dim % logits.ndim
 
 
