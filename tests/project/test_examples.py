@@ -65,6 +65,12 @@ def test_an_example_by_feature_trains_a_student_that_knows_digits(name, settings
     assert run(f"by_feature/{name}", **settings) > 0.5
 
 
+def test_segmentation_keeps_most_of_the_teachers_iou():
+    own, other = run("by_feature/segmentation", epochs=1, teacher_epochs=1, width=8)
+    assert own > 0
+    assert own > 0.5 * other
+
+
 def test_a_resumed_run_ends_with_the_same_bits():
     found = run("by_feature/resume", epochs=2, kill_after=20, width=4)
     assert found["epochs"] == (2, 2)
