@@ -2,7 +2,7 @@
 
     python examples/by_feature/segmentation.py
 
-Digits on a canvas; the class of a pixel is the digit it belongs to, or background. The network returns a dict, as torchvision's do.
+Digits; the class of a pixel is the digit that it belongs to, or background. The network returns a dict, as torchvision's do.
 """
 
 import torch
