@@ -286,7 +286,7 @@ def make_files(name: str, cells: Path) -> None:
     for setting in STATIC:
         try:
             _quantize_static(folder / "fp32.onnx", _static_path(folder, setting), setting, images)
-        except Exception as error:  # a foreign tool that fails at one setting is a result, too
+        except Exception as error:  # a foreign tool that fails at one setting is a result, too  # noqa: BLE001
             missing["quantize_static"] = f"{setting}: {type(error).__name__}: {str(error)[:200]}"
     if importlib.util.find_spec("nncf") is None:
         missing["NNCF"] = "nncf is not installed (pip install nncf)"

@@ -153,12 +153,12 @@ def run(peer: Peer, bits: int, study: Study, seed: int, folder: Path) -> dict[st
         started, started_cpu = time.perf_counter(), time.process_time()
         student = train(code, study.train, study.size.epochs)
         seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - started_cpu
-    except Exception as error:  # another tool's failure is a result
+    except Exception as error:  # another tool's failure is a result  # noqa: BLE001
         return {"error": _message(error, folder)}
     found = {"accuracy": _accuracy(student, study.test), "seconds": round(seconds, 2), "cpu_seconds": round(cpu_seconds, 2)}
     try:
         files = code.export(student, images[:32], folder)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001
         return {**found, "deployed": {runtime: {"error": _message(error, folder)} for runtime in FILE_RUNTIMES}}
     return {**found, "deployed": {runtime: _deployed(path, runtime, study.test, folder) for runtime, path in files.items()}}
 
@@ -168,7 +168,7 @@ def _deployed(path: Path, runtime: str, test: Split, folder: Path) -> dict[str, 
     try:
         runner = make_runner(path, runtime, 1)
         return {"file": path.name, "accuracy": _accuracy(lambda x: torch.from_numpy(runner.run(x.numpy())), test)}
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001
         return {"error": _message(error, folder)}
 
 

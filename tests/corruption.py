@@ -215,6 +215,6 @@ def _serve(pipe: Any, read: Callable[[Path], None]) -> None:
         try:
             read(path)
             answer = ("", "")
-        except Exception as error:  # what it is, is the parent's business
+        except Exception as error:  # what it is, is the parent's business  # noqa: BLE001
             answer = (" ".join(base.__name__ for base in type(error).__mro__), str(error))
         pipe.send(answer)

@@ -211,7 +211,7 @@ def child(trainings, order, rank, port, steps):
             steps[:8] = struct.pack("q", STEPS)
             signal.pause()
         status = 0
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001
         traceback.print_exc()
         with contextlib.suppress(OSError):
             (Path(order["out"]) / f"error-{rank}.txt").write_text(f"{type(error).__name__}: {error}")

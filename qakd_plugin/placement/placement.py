@@ -72,7 +72,7 @@ def place_quantizers(model: nn.Module, keep: Sequence[str] = ()) -> Placement:
     try:
         with eval_mode(model):  # what a network does in training only is not deployed
             graph = _Tracer().trace(model)
-    except Exception as error:  # user code runs under the tracer: whatever it raises means "cannot be traced"
+    except Exception as error:  # user code runs under the tracer: whatever it raises means "cannot be traced"  # noqa: BLE001
         _log.warning(
             "%s cannot be traced by torch.fx (%s): quantizers go in front of each layer only. Convolutions that feed an add "
             "or a concatenation will stay in floating point in ONNX Runtime.",

@@ -145,10 +145,3 @@ def test_every_bound_of_pyproject_becomes_a_pin():
     }
     assert set(pins) == bounds
     assert {Requirement(text).name for text in texts if ">=" not in text} == {"qakd-plugin", "pycuda", "huggingface_hub"}
-
-
-def test_no_error_is_swallowed():
-    for path in (ROOT / "qakd_plugin").rglob("*.py"):
-        text = path.read_text()
-        assert "except: pass" not in text, path
-        assert "except Exception: pass" not in text, path

@@ -63,7 +63,7 @@ class Processes:
         try:
             result, numbers = work()
             done.append(result)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             problem = error
         sums = torch.tensor([*numbers, float(problem is not None)], dtype=torch.float64, device=self.device)
         dist.all_reduce(sums)
@@ -85,7 +85,7 @@ class Processes:
         if self.is_main:
             try:
                 outcome[0] = work()
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001
                 own = error
                 named = QakdError(f"the first process failed: {type(error).__name__}: {error}")
                 outcome[1] = error if isinstance(error, QakdError) else named
