@@ -226,7 +226,7 @@ def _check(lesson: Lesson, data: Data, settings: Settings, cache_teacher: str | 
     if settings.patience is not None and data.val_loader is None:
         raise QakdError("patience needs val_loader: held-out batches say whether an epoch is better.")
     if isinstance(data.augment, CMISelector) and lesson.teacher is None:
-        raise QakdError("augment=CMISelector() ranks augmentations with the teacher: pass one, or another augment.")
+        raise QakdError("augment=CMISelector() ranks augmentations with the teacher: pass a teacher, or another augment.")
     if cache_teacher is not None:
         _check_cache(lesson, data, cache_teacher)
 

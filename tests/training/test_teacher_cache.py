@@ -6,10 +6,11 @@ import struct
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from qakd_plugin import CheckpointError
+from qakd_plugin._common.tensor_file import pack
 from qakd_plugin.training.distributed.processes import Processes
 from qakd_plugin.training.teacher_cache import TeacherCache
 
@@ -73,7 +74,7 @@ def test_one_changed_bit_is_noticed(tensor, path, network):
     ],
 )
 def test_other_files_are_refused(tensors, facts, reason, tmp_path, network):
-    save_file(tensors, tmp_path / "file", metadata=facts)
+    (tmp_path / "file").write_bytes(pack(tensors, facts))
     with pytest.raises(CheckpointError, match=reason):
         TeacherCache(tmp_path / "file", network, "no")
 
