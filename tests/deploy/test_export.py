@@ -506,7 +506,7 @@ def test_a_rewrite_that_changes_one_bit_is_refused_by_name(make_student, digits)
 
 def test_a_file_that_openvino_computes_differently_is_refused_and_its_layer_named(make_student, digits, tmp_path, monkeypatch):
     def as_written(file, samples):  # with integer kernels it names a layer where their sums saturate
-        (tmp_path / "s.onnx").write_bytes(to_proto(file).SerializeToString())
+        (tmp_path / "s.onnx").write_bytes(ir.serde.serialize_model(file).SerializeToString())
         return run_openvino_as_written(tmp_path / "s.onnx", samples)
 
     monkeypatch.setattr(openvino_parity, "_run", as_written)
