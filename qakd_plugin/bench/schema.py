@@ -151,20 +151,30 @@ def validate(document: Mapping[str, Any]) -> None:
     try:
         _REPORT.validate_json(json.dumps(document))
     except ValidationError as error:
-        raise QakdError(f"report: {_first(error)}") from error
+        raise QakdError(f"report: {_first(error, document)}") from error
     runs = len(document["runs"])
     for index, row in enumerate(document["rows"]):
         if row.get("run", 0) >= runs:
             raise QakdError(f"report: rows/{index}/run: {row.get('run', 0)} was given, and the report has {runs} runs.")
 
 
-def _first(error: ValidationError) -> str:
+def _first(error: ValidationError, document: Mapping[str, Any]) -> str:
     """The first problem on one line; of those in one place the innermost, which says most where several types are allowed."""
     problems = error.errors(include_url=False)
     inner = [problem for problem in problems if problem["loc"][:2] == problems[0]["loc"][:2]]
     problem = max(inner, key=lambda found: len(found["loc"]))
     what = _FIELDS.get(problem["type"]) or f"{problem['msg'][:200]}, got {problem['input']!r:.60}."
-    return f"{_place(problem['loc'])}: {what}"
+    return f"{_place(_within(document, problem['loc'], is_missing=problem['type'] == 'missing'))}: {what}"
+
+
+def _within(document: Any, location: tuple[Any, ...], is_missing: bool) -> list[Any]:
+    """The parts of a location that lead somewhere; pydantic also names the type where several are allowed."""
+    place, value = [], document
+    for part in location:
+        if (isinstance(value, dict) and part in value) or (isinstance(value, list | tuple) and isinstance(part, int)):
+            place.append(part)
+            value = value[part]
+    return [*place, location[-1]] if is_missing else place
 
 
 def _check_plain(document: Mapping[str, Any]) -> None:

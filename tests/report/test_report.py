@@ -139,7 +139,11 @@ def test_the_schema_that_others_read_judges_as_the_check_does():
         (lambda made: made.update(more=1), "report: more: is no field that a report has."),
         (
             lambda made: made["engines"][0]["convolutions"].update(int8="a\nb"),
-            "report: engines/0/convolutions/Layers/int8: Input should be a valid integer, got 'a\\nb'.",
+            "report: engines/0/convolutions/int8: Input should be a valid integer, got 'a\\nb'.",
+        ),
+        (
+            lambda made: made["engines"][0].update(matmuls=5),
+            "report: engines/0/matmuls: Input should be a valid string, got 5.",
         ),
         (lambda made: made["training"][0].update({("a", "b"): 1}), "report: training/0/a key: object is no JSON type."),
     ],
