@@ -243,8 +243,8 @@ def check_match(
         ours, theirs = student[name], teacher[name]
         if ours.shape != theirs.shape:
             raise QakdError(
-                f"match: the teacher outputs {name!r} as {tuple(theirs.shape)}, the student as {tuple(ours.shape)} for the same "
-                "batch. They must have the same classes and positions."
+                f"match: the teacher outputs {name!r} as {tuple(theirs.shape)}, the student as {tuple(ours.shape)} for the "
+                "same batch. They must have the same classes and positions."
             )
         if isinstance(matcher, KL | BinaryKL):
             _refuse_probabilities(name, matcher, ours, theirs)
