@@ -127,7 +127,8 @@ def _prevent_weight_quantization(graph: ir.Graph, layer: ir.Node) -> None:
         return
     limit = np.finfo(np.float32).max
     bounds = [
-        initializer(graph, f"float32_{name}", np.asarray(sign * limit)) for name, sign in (("lowest", -1), ("highest", 1))
+        initializer(graph, f"float32_{name}", np.asarray(sign * limit, np.float32))
+        for name, sign in (("lowest", -1), ("highest", 1))
     ]
     clip = ir.node("Clip", [layer.inputs[0], *bounds], name=f"{layer.name}/Clip")
     clip.outputs[0].name, clip.outputs[0].dtype = f"{clip.name}:out", ir.DataType.FLOAT
