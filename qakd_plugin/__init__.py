@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from . import _moved
+from ._common.lazy import lazy
 
 __version__ = "0.1.0"
 
@@ -56,13 +57,13 @@ _HOME = {
     "refresh_delta": "quantizers",
     "Candidate": "bench",
     "console_table": "report",
-    "KL": "tasks.matching",
-    "BinaryKL": "tasks.matching",
-    "L2": "tasks.matching",
-    "L1": "tasks.matching",
-    "SmoothL1": "tasks.matching",
-    "Cosine": "tasks.matching",
-    "outputs_of": "tasks.matching",
+    "KL": "tasks.matchers",
+    "BinaryKL": "tasks.matchers",
+    "L2": "tasks.matchers",
+    "L1": "tasks.matchers",
+    "SmoothL1": "tasks.matchers",
+    "Cosine": "tasks.matchers",
+    "outputs_of": "tasks.output_table",
     "ArgumentError": "errors",
     "QakdError": "errors",
     "NotPreparedError": "errors",
@@ -118,13 +119,13 @@ if TYPE_CHECKING:
     from .report import write_report as write_report
     from .tasks.batches import default_batch as default_batch
     from .tasks.evaluation import evaluate as evaluate
-    from .tasks.matching import KL as KL
-    from .tasks.matching import L1 as L1
-    from .tasks.matching import L2 as L2
-    from .tasks.matching import BinaryKL as BinaryKL
-    from .tasks.matching import Cosine as Cosine
-    from .tasks.matching import SmoothL1 as SmoothL1
-    from .tasks.matching import outputs_of as outputs_of
+    from .tasks.matchers import KL as KL
+    from .tasks.matchers import L1 as L1
+    from .tasks.matchers import L2 as L2
+    from .tasks.matchers import BinaryKL as BinaryKL
+    from .tasks.matchers import Cosine as Cosine
+    from .tasks.matchers import SmoothL1 as SmoothL1
+    from .tasks.output_table import outputs_of as outputs_of
     from .toolkits.modelopt import restore_modelopt as restore_modelopt
     from .training.attached import attach as attach
     from .training.config import Settings as Settings
@@ -137,14 +138,11 @@ if TYPE_CHECKING:
     from .training.methods import SQAKD as SQAKD
 
 
+_find = lazy(__name__, _HOME)
+
+
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return importlib.import_module(f".{name}", __name__)
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
-    globals()[name] = value
-    return value
+    return importlib.import_module(f".{name}", __name__) if name in _MODULES else _find(name)
 
 
 def __dir__() -> list[str]:

@@ -5,8 +5,9 @@ Names are imported when they are first used: the command line reads :mod:`.choic
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .._common.lazy import lazy
 
 __all__ = ["AugmentationScore", "Candidate", "CmiStatistics", "Ranking", "Search", "default_candidates"]
 
@@ -27,8 +28,4 @@ _HOME = {
     "Ranking": "ranking",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+__getattr__ = lazy(__name__, _HOME)

@@ -6,8 +6,9 @@ Names are imported when they are first used: the process that measures a file's 
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .._common.lazy import lazy
 
 __all__ = ["Candidate", "LayerTime", "Row", "benchmark"]
 
@@ -19,8 +20,4 @@ if TYPE_CHECKING:
 
 _HOME = {"Candidate": "candidates", "benchmark": "measure", "LayerTime": "rows", "Row": "rows"}
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+__getattr__ = lazy(__name__, _HOME)

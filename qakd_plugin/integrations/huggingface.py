@@ -9,14 +9,13 @@ from torch import nn
 
 from .._common.optional import require
 from ..errors import QakdError
-from ..tasks.matching import check_match
 from ..tasks.outputs import named_outputs
 from ..toolkits import adapter_for
 from ..training.attached import refuse_features, unwrapped
 from ..training.autocast import float32_quantizers
 from ..training.config import Settings
 from ..training.curvature import warn_of_no_refresh
-from ..training.methods import SQAKD, Method, require_labels, total_loss
+from ..training.methods import SQAKD, MatchCheck, Method, require_labels, total_loss
 from ..training.optimizers import student_optimizer
 from ..training.teachers import require_teacher, taught_outputs
 
@@ -59,7 +58,7 @@ class DistillationTrainer(_Trainer):  # type: ignore[misc]
         **options: Any,
     ) -> None:
         self.method = SQAKD() if method is None else method
-        self._checked = False
+        self._check = MatchCheck()
         self.adapter = adapter_for(model)
         phases = self.method.phases(100)
         require_teacher(self.method, phases, teacher)
@@ -90,12 +89,11 @@ class DistillationTrainer(_Trainer):  # type: ignore[misc]
         outputs = named_outputs(model(**own))
         with self.accelerator.autocast():
             other = taught_outputs(self.teacher, self.phase, (), own)
-        if other is not None and self.phase.imitation is not None and not self._checked:
-            check_match(self.phase.imitation.matched(outputs, own), outputs, other, own, labels)
-            self._checked = True
+        self._check(self.phase, outputs, other, own, labels)
         loss, _ = total_loss(self.phase.student, outputs, other, labels, own)
         # A dictionary: of anything else the Trainer takes [1:] for the logits.
-        return (loss, {name: outputs[name] for name in ("logits",) if name in outputs} or outputs) if return_outputs else loss
+        shown = {"logits": outputs["logits"]} if "logits" in outputs else outputs
+        return (loss, shown) if return_outputs else loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW in the groups of ``distill``, unless an optimizer was passed."""

@@ -8,19 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._common.module_mode import eval_mode
 from .._common.optional import require
 from ..errors import QakdError
 from ..tasks.batches import BatchFn, batch_splitter, default_batch
-from ..tasks.inputs import arguments, call
-from ..tasks.matching import check_match
+from ..tasks.evaluation import evaluate
+from ..tasks.inputs import arguments, call, sample_count
 from ..tasks.outputs import named_outputs
 from ..toolkits import adapter_for
 from ..training.attached import refuse_features
 from ..training.autocast import float32_hooks
 from ..training.config import Settings
 from ..training.curvature import warn_of_no_refresh
-from ..training.methods import SQAKD, Method, Phase, require_labels, total_loss
+from ..training.methods import SQAKD, MatchCheck, Method, Phase, require_labels, total_loss
 from ..training.optimizers import (
     clip_gradients,
     cosine_schedule,
@@ -71,8 +70,10 @@ class DistillationModule(_LightningModule):  # type: ignore[misc]
         self.method = SQAKD() if method is None else method
         self.settings = Settings() if settings is None else settings
         self.batch_fn = batch_fn
+        self._split = batch_splitter(batch_fn, prepared_model)
         self.student = prepared_model
         phases = self.method.phases(100)  # only what they learn from; how long they are says the Trainer
+        self._match = next((phase.imitation.match for phase in phases if phase.imitation is not None), None)
         require_teacher(self.method, phases, teacher)
         refuse_features(self.method, phases, "DistillationModule")
         warn_of_no_refresh(self.adapter, prepared_model, "DistillationModule")
@@ -84,7 +85,7 @@ class DistillationModule(_LightningModule):  # type: ignore[misc]
             self.__dict__["teacher"] = teacher
         self._epochs: list[Phase] = []
         self._phase: Phase | None = None
-        self._checked = False
+        self._check = MatchCheck()
         self._was_training = False
         self._float32: list[Any] = []
 
@@ -183,22 +184,19 @@ class DistillationModule(_LightningModule):  # type: ignore[misc]
 
     # -- steps
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The student's logits."""
-        return self.student(x)  # type: ignore[no-any-return]
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the student outputs."""
+        return self.student(*args, **kwargs)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         phase = self._phase
         assert phase is not None
-        inputs, targets = batch_splitter(self.batch_fn, self.student)(batch)
+        inputs, targets = self._split(batch)
         if phase.needs_labels:
             require_labels(self.method, targets)
-        student = call(self.student, inputs)
+        student = named_outputs(call(self.student, inputs))
         other = taught_outputs(self.teacher, phase, *arguments(inputs))
-        if other is not None and phase.imitation is not None and not self._checked:
-            outputs = named_outputs(student)
-            check_match(phase.imitation.matched(outputs, inputs), outputs, other, inputs, targets)
-            self._checked = True
+        self._check(phase, student, other, inputs, targets)
         loss, parts = total_loss(phase.student, student, other, targets, inputs)
         self.log_dict({"train_loss": loss.detach(), **{f"train_{name}": value for name, value in parts.items()}})
         if self.automatic_optimization:
@@ -228,16 +226,15 @@ class DistillationModule(_LightningModule):  # type: ignore[misc]
     def test_step(self, batch: Any, batch_idx: int) -> None:
         self._evaluate("test", batch)
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self(self.batch_fn(batch)[0])  # type: ignore[no-any-return]
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        return call(self, self._split(batch)[0])
 
     def _evaluate(self, name: str, batch: Any) -> None:
         """Log accuracy where there are labels, and how often student and teacher agree."""
-        x, labels = self.batch_fn(batch)
-        predicted = self(x).argmax(1)
-        if isinstance(labels, Tensor) and labels.ndim == 1:
-            self.log(f"{name}_accuracy", (predicted == labels).float().mean(), batch_size=len(x), sync_dist=True)
-        if self.teacher is not None:
-            with eval_mode(self.teacher):
-                agree = predicted == self.teacher(x).argmax(1)
-            self.log(f"{name}_agreement", agree.float().mean(), batch_size=len(x), sync_dist=True)
+        inputs, targets = self._split(batch)
+        if self.teacher is None and (not isinstance(targets, Tensor) or targets.is_floating_point()):
+            return  # nothing to compare with
+        found = evaluate(self.student, self.teacher, [(inputs, targets)], lambda pair: pair, self.device, match=self._match)
+        for key, value in found.items():
+            if not key.startswith("val_teacher_"):
+                self.log(f"{name}_{key.removeprefix('val_')}", value, batch_size=sample_count(inputs), sync_dist=True)

@@ -5,8 +5,9 @@ Names are imported when they are first used: what draws and checks reports takes
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .._common.lazy import lazy
 
 __all__ = ["build_document", "console_table", "merge_reports", "read_report", "write_page", "write_report"]
 
@@ -27,8 +28,4 @@ _HOME = {
     "write_report": "write",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+__getattr__ = lazy(__name__, _HOME)

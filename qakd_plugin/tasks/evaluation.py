@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,7 +16,8 @@ from .._common.module_mode import eval_mode
 from ..errors import TrainingError
 from .batches import BatchFn, batch_splitter
 from .inputs import Inputs, call, to_device
-from .matching import KL, Match, Matcher, agreed_labels, default_match
+from .matchers import KL, Match, Matcher, agreed_labels
+from .matching import default_match
 from .metrics import AnyMetric, Counted, MetricFn, higher_is_better, monitored, outputs_and_targets
 from .outputs import Outputs, named_outputs
 
@@ -98,9 +100,7 @@ class _Counts:
         for prefix, counted in self._users.items():
             numbers |= {f"val_{prefix}{name}": value for name, value in counted.compute().items()}
         for name, (signal, noise) in self._power.items():
-            numbers[name] = (
-                float("inf") if noise == 0 else float(10 * torch.tensor(signal / noise, dtype=torch.float64).log10())
-            )
+            numbers[name] = math.inf if noise == 0 else -math.inf if signal == 0 else 10 * math.log10(signal / noise)
         if not numbers:
             raise TrainingError(
                 "val_loader yields neither labels nor, without a teacher, anything to compare with. Yield (x, y)."

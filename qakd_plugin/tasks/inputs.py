@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -39,8 +39,8 @@ def named_tensors(inputs: Inputs) -> dict[str, Tensor]:
 
 
 def to_device(inputs: Any, device: torch.device) -> Any:
-    """The same structure with all of its tensors on ``device``."""
-    return tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), inputs)
+    """The same structure with all of its tensors on ``device``; a mapping of any kind becomes a dict."""
+    return _of_tensors(inputs, lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def device_of(inputs: Inputs) -> torch.device:
@@ -67,7 +67,7 @@ def sample_count(inputs: Inputs) -> int:
 
 def doubled(inputs: Any) -> Any:
     """The same structure with every sample twice: what an exporter would take for a constant, a batch of one, is none then."""
-    return tree_map_only(Tensor, lambda tensor: torch.cat([tensor, tensor]) if tensor.ndim else tensor, inputs)
+    return _of_tensors(inputs, lambda tensor: torch.cat([tensor, tensor]) if tensor.ndim else tensor)
 
 
 def named(network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def first_samples(inputs: Any, count: int) -> Any:
     """The same structure with at most ``count`` samples."""
     if isinstance(inputs, list):
         return inputs[:count]
-    return tree_map_only(Tensor, lambda tensor: tensor[:count] if tensor.ndim else tensor, inputs)
+    return _of_tensors(inputs, lambda tensor: tensor[:count] if tensor.ndim else tensor)
 
 
 def forward_names(network: nn.Module) -> tuple[list[str], bool]:
@@ -104,6 +104,11 @@ def require_known(network: nn.Module, inputs: Inputs, name: str) -> None:
             f"{', '.join(forward_names(network)[0]) or 'nothing'}. Pass batch_fn=lambda batch: (inputs, targets) with a "
             "tensor, a tuple of positional arguments or a mapping of keywords."
         ) from error
+
+
+def _of_tensors(inputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same structure with every tensor changed. Mappings that are no dict, as tokenizers return them, are opened."""
+    return tree_map_only(Tensor, change, dict(inputs) if isinstance(inputs, Mapping) else inputs)
 
 
 def _key(part: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ..errors import QakdError
 from ..losses import cross_entropy
 from .inputs import Inputs, forward_names
-from .matching import KL, default_match
+from .matchers import KL
+from .matching import default_match
 from .outputs import Outputs, listed
 
 TaskLoss: TypeAlias = Callable[[Any, Any], Tensor] | Literal["model"]
@@ -71,8 +72,8 @@ def model_loss(outputs: Outputs) -> Tensor:
 
 def with_targets(network: nn.Module, inputs: Inputs, targets: Any) -> Inputs:
     """Inputs with which ``network`` computes its own loss: targets under "labels" or "targets", or as the next argument."""
-    if isinstance(inputs, dict):
-        if isinstance(targets, dict):
+    if isinstance(inputs, Mapping):
+        if isinstance(targets, Mapping):
             return {**inputs, **targets}
         names, _ = forward_names(network)
         return {**inputs, "labels" if "labels" in names or "targets" not in names else "targets": targets}

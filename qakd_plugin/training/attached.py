@@ -13,14 +13,13 @@ from torch.utils._pytree import tree_map_only
 
 from ..errors import QakdError
 from ..tasks.inputs import forward_names
-from ..tasks.matching import check_match
 from ..tasks.outputs import Outputs, named_outputs
 from ..tasks.task_loss import TaskLoss, check_task_loss
 from ..toolkits import adapter_for
 from .autocast import float32_hooks
 from .curvature import warn_of_no_refresh
 from .features import FeatureTaps
-from .methods import SQAKD, Method, Phase, require_labels, total_loss, with_task_loss
+from .methods import SQAKD, MatchCheck, Method, Phase, require_labels, total_loss, with_task_loss
 from .preflight import check_separate
 from .teachers import one_teacher, require_teacher, taught_outputs
 
@@ -61,7 +60,7 @@ class Attached:
         self._phases = list(phases)
         self._index = 0
         self._batch: _Seen | None = None
-        self._checked = False
+        self._check = MatchCheck()
         self._model = unwrapped(prepared_model)
         self._adapter = adapter_for(self._model)
         wanted = next((phase.features for phase in phases if phase.features is not None), None)
@@ -116,7 +115,7 @@ class Attached:
         seen = self._last()
         if any(term.needs_labels for term in self.phase.student):
             require_labels(self.method, labels)
-        self._check(seen, labels)
+        self._check(self.phase, seen.student, seen.teacher, seen.inputs, labels)
         loss, self.parts = total_loss(self.phase.student, seen.student, seen.teacher, labels, seen.inputs)
         if self._taps is not None and self.phase.features is not None:
             loss = self._taps.added(loss, self.parts)
@@ -169,13 +168,6 @@ class Attached:
             args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(device), (args, kwargs))
             other = taught_outputs(self.teacher, self.phase, args, kwargs)
         self._batch = _Seen(student, other, _inputs(module, args, kwargs))
-
-    def _check(self, seen: _Seen, targets: Any) -> None:
-        """Once: what is compared can be compared."""
-        if not self._checked and seen.teacher is not None and self.phase.imitation is not None:
-            match = self.phase.imitation.matched(seen.student, seen.inputs)
-            check_match(match, seen.student, seen.teacher, seen.inputs, targets)
-            self._checked = True
 
     def _last(self) -> _Seen:
         if self._batch is None:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..errors import LabelsRequiredError, QakdError
 from ..tasks.inputs import named_tensors
-from ..tasks.matching import Match, Matcher, default_match, matched_losses, with_temperature
+from ..tasks.matchers import Match, Matcher, with_temperature
+from ..tasks.matching import check_match, default_match, matched_losses
 from ..tasks.metrics import simplified
 from ..tasks.outputs import Outputs, named_outputs
 from ..tasks.task_loss import TaskLoss, default_task_loss, model_loss
@@ -125,6 +126,19 @@ class Phase:
     def imitation(self) -> Imitation | None:
         """What the student learns from the teacher, or None."""
         return next((term for term in self.student if isinstance(term, Imitation)), None)
+
+
+class MatchCheck:
+    """Checks once, on the first outputs of the modes in which they are compared, that a phase can compare them."""
+
+    def __init__(self) -> None:
+        self._done = False
+
+    def __call__(self, phase: Phase, student: Outputs, teacher: Outputs | None, inputs: Any, targets: Any) -> None:
+        """Outputs of both networks for a batch; see :func:`~qakd_plugin.tasks.matching.check_match` for what is raised."""
+        if not self._done and teacher is not None and phase.imitation is not None:
+            check_match(phase.imitation.matched(student, inputs), student, teacher, inputs, targets)
+            self._done = True
 
 
 class Method(Protocol):

@@ -7,18 +7,18 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from .._common.precision import wide
 from ..quantizers import refresh_delta
 from ..tasks.inputs import Inputs, arguments, call
-from ..tasks.matching import agreement, check_match
+from ..tasks.matching import agreement
 from ..tasks.outputs import Outputs, frozen_output, named_outputs
 from ..tasks.task_loss import with_targets
 from ..toolkits import Adapter
 from .batches import Batch
 from .features import FeatureTaps
-from .methods import Phase, total_loss
+from .methods import MatchCheck, Phase, total_loss
 from .networks import Networks
 from .teachers import taught_outputs
 
@@ -59,7 +59,7 @@ class Objective:
         autocast: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         self._networks, self._autocast = networks, autocast
-        self._checked = False
+        self._check = MatchCheck()
         features = next((phase.features for phase in phases if phase.features is not None), None)
         self._taps = None
         if features is not None and networks.teacher is not None:
@@ -70,7 +70,7 @@ class Objective:
         with self._autocast():
             student = named_outputs(call(self._networks.called_student, self._inputs(phase, self._networks.model, batch)))
             other = self.taught(phase, batch)
-        self._check(phase, student, other, batch)
+        self._check(phase, student, other, batch.inputs, batch.targets)
         loss, parts = total_loss(phase.student, student, other, batch.targets, batch.inputs)
         if phase.features is not None and self._taps is not None:
             loss = self._taps.added(loss, parts)
@@ -83,7 +83,7 @@ class Objective:
         if other is not None and phase.imitation is not None:
             match = phase.imitation.matched(student, batch.inputs)
             if (agreed := agreement(match, student, other)) is not None:
-                numbers["agreement"] = wide(agreed)
+                numbers["agreement"] = agreed
         return Losses(loss, teacher_loss, numbers)
 
     def taught(self, phase: Phase, batch: Batch) -> Outputs | None:
@@ -110,19 +110,7 @@ class Objective:
         """As ``network`` is called in a phase: with its targets where it computes its own loss."""
         return with_targets(network, batch.inputs, batch.targets) if phase.calls_with_labels else batch.inputs
 
-    def _check(self, phase: Phase, student: Outputs, other: Outputs | None, batch: Batch) -> None:
-        """Once, on outputs of the modes in which they are compared."""
-        if not self._checked and other is not None and phase.imitation is not None:
-            match = phase.imitation.matched(student, batch.inputs)
-            check_match(match, student, other, batch.inputs, batch.targets)
-            self._checked = True
-
     def close(self) -> None:
         """Take hooks off again."""
         if self._taps is not None:
             self._taps.remove()
-
-
-def wide(value: Tensor) -> Tensor:
-    """Float64 where the device has it, for sums over many samples."""
-    return value.float() if value.device.type == "mps" else value.to(torch.float64)

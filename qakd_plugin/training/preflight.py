@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import NotPreparedError, QakdError, TrainingError, UnsupportedQuantizerError
 from ..preparation.feasibility import export_problems
-from ..tasks.inputs import Inputs, call
+from ..tasks.inputs import Inputs, call, first_samples
 from ..tasks.matching import check_match
 from ..tasks.outputs import Outputs, named_outputs
 from ..toolkits import Adapter
@@ -179,5 +179,5 @@ def check_exportable(adapter: Adapter, student: nn.Module, inputs: Inputs) -> No
     if not isinstance(inputs, Tensor):
         _log.warning("prepared_model takes more than one tensor: it can be trained, but export_onnx takes networks of one.")
         return
-    for reason, targets in export_problems(adapter, student, inputs[:2]).items():
+    for reason, targets in export_problems(adapter, student, first_samples(inputs, 2)).items():
         _log.warning("prepared_model cannot be exported for %s: %s", " and ".join(targets), reason)

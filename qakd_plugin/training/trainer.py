@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from .._common.console import Progress
+from .._common.precision import wide
 from ..augment.selector import Augmentation
 from ..toolkits import Adapter
 from . import curvature
@@ -30,7 +31,7 @@ from .divergence import Moment, require_finite_gradient, require_finite_losses
 from .ema import Ema
 from .methods import Phase
 from .networks import Learner, Networks
-from .objective import Objective, wide
+from .objective import Objective
 from .run_state import Best, RunState
 
 

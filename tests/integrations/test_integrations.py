@@ -22,6 +22,7 @@ from qakd_plugin import (
     attach,
     distill,
     export_onnx,
+    prepare,
 )
 from qakd_plugin._common.module_mode import eval_mode
 from qakd_plugin.losses import cross_entropy, kl_divergence
@@ -315,6 +316,30 @@ def test_lightning_under_bfloat16_quantizers_see_float32(prepared, mentor, digit
     module.setup = look_behind
     _fit(module, loader, epochs=1, precision="bf16-mixed")
     assert seen == {torch.float32}
+
+
+def test_lightning_trains_and_validates_networks_that_take_keywords():
+    from qakd_plugin.integrations.lightning import DistillationModule
+
+    class Tokens(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = torch.nn.Embedding(20, 16), torch.nn.Linear(16, 7)
+
+        def forward(self, input_ids, attention_mask):
+            return {"logits": self.head(self.embed(input_ids) * attention_mask[..., None])}
+
+    torch.manual_seed(0)
+    ids = torch.randint(20, (8, 6))
+    batch = {"input_ids": ids, "attention_mask": torch.ones(8, 6), "labels": ids % 7}
+    teacher = Tokens().eval()
+    student = prepare(teacher, [batch])
+    loader = DataLoader([batch], batch_size=None)
+    trainer = _fit(DistillationModule(student, teacher, KD()), loader, loader, epochs=1)
+    with torch.no_grad():
+        own, other = (network(ids, batch["attention_mask"])["logits"].argmax(-1) for network in (student, teacher))
+    assert float(trainer.callback_metrics["val_agreement"]) == pytest.approx(float((own == other).float().mean()))
+    assert float(trainer.callback_metrics["val_accuracy"]) == pytest.approx(float((own == ids % 7).float().mean()))
 
 
 def test_lightning_names_what_does_not_fit(prepared, mentor, digits):

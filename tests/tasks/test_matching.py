@@ -1,6 +1,6 @@
 """What goes in, what comes out, and what is compared."""
 
-from collections import OrderedDict, namedtuple
+from collections import OrderedDict, UserDict, namedtuple
 from dataclasses import dataclass
 
 import pytest
@@ -8,21 +8,12 @@ import torch
 from torch import nn
 
 from qakd_plugin.errors import QakdError
-from qakd_plugin.tasks.inputs import call, first_samples, named_tensors, require_known, sample_count
-from qakd_plugin.tasks.matching import (
-    KL,
-    L2,
-    BinaryKL,
-    Cosine,
-    SmoothL1,
-    check_match,
-    default_match,
-    mask_of,
-    matched_losses,
-    outputs_of,
-    with_temperature,
-)
+from qakd_plugin.tasks.inputs import call, first_samples, named_tensors, require_known, sample_count, to_device
+from qakd_plugin.tasks.matchers import KL, L2, BinaryKL, Cosine, SmoothL1, with_temperature
+from qakd_plugin.tasks.matching import check_match, default_match, mask_of, matched_losses
+from qakd_plugin.tasks.output_table import outputs_of
 from qakd_plugin.tasks.outputs import named_outputs
+from qakd_plugin.tasks.task_loss import with_targets
 
 X = torch.randn(4, 3)
 IDS = {"input_ids": torch.ones(4, 6, dtype=torch.long)}
@@ -202,3 +193,11 @@ def test_samples_are_counted_and_cut_in_any_structure():
 def test_tensors_among_inputs_are_named():
     assert list(named_tensors((X, {"mask": X}))) == ["0", "1.mask"]
     assert list(named_tensors({"ids": X, "flag": True})) == ["ids"]
+
+
+def test_mappings_that_are_no_dict_are_opened():
+    tokens = UserDict(input_ids=X, attention_mask=X)  # as tokenizers return them
+    assert sample_count(first_samples(tokens, 2)) == 2
+    assert {tensor.dtype for tensor in named_tensors(to_device(tokens, torch.device("meta"))).values()} == {X.dtype}
+    assert all(tensor.is_meta for tensor in to_device(tokens, torch.device("meta")).values())
+    assert with_targets(TwoHeads(), tokens, X).keys() == {"input_ids", "attention_mask", "labels"}

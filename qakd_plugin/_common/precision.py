@@ -1,0 +1,11 @@
+"""Sums over many samples."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def wide(value: Tensor) -> Tensor:
+    """Float64 where the device has it, for sums over many samples."""
+    return value.float() if value.device.type == "mps" else value.to(torch.float64)
