@@ -119,6 +119,14 @@ def check_metric(metric: object) -> None:
         raise QakdError(f"metric must be a torchmetrics.Metric or MetricCollection, got {type(metric).__name__}.")
 
 
+def check_monitor(metric: AnyMetric, monitor: str | None) -> None:
+    """Raise QakdError, before anything is trained, where it is known that ``monitor`` picks no number of the metric."""
+    if monitor is not None:
+        higher_is_better(metric, monitor)
+    elif len(names := _parts(metric)) > 1:
+        monitored(metric, None, dict.fromkeys(names, 0.0))
+
+
 def monitored(metric: AnyMetric, monitor: str | None, numbers: Mapping[str, float]) -> str:
     """Which of a metric's numbers picks the best epoch.
 

@@ -16,7 +16,7 @@ from ..augment.data import Stats
 from ..augment.selector import CMISelector
 from ..errors import QakdError
 from ..tasks.batches import BatchFn, default_batch
-from ..tasks.metrics import AnyMetric, MetricFn, check_metric, higher_is_better, outputs_and_targets
+from ..tasks.metrics import AnyMetric, MetricFn, check_metric, check_monitor, outputs_and_targets
 from ..tasks.task_loss import TaskLoss, check_task_loss
 
 MakeOptimizer: TypeAlias = Callable[..., torch.optim.Optimizer]
@@ -92,8 +92,7 @@ class Data:
         check_task_loss(self.task_loss)
         if self.metric is not None:
             check_metric(self.metric)
-            if self.monitor is not None:
-                higher_is_better(self.metric, self.monitor)
+            check_monitor(self.metric, self.monitor)
         elif self.monitor is not None:
             raise QakdError(f"monitor={self.monitor!r} is one of the numbers of metric=, which is missing.")
 

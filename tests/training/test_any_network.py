@@ -140,6 +140,10 @@ def test_a_network_that_applies_softmax_in_eval_mode_is_refused():
         ({"metric": "accuracy"}, "metric must be a torchmetrics"),
         ({"monitor": "map"}, "monitor='map' is one of the numbers of metric="),
         ({"metric": MetricCollection([MeanSquaredError()]), "monitor": "recall"}, "there are mean_squared_error"),
+        (
+            {"metric": MetricCollection([MeanSquaredError(), MulticlassJaccardIndex(5)])},
+            "say which number picks the best epoch",
+        ),
         ({"batch_fn": lambda batch: ({"image": batch}, None)}, r"does not take the inputs image"),
         ({"augment": lambda x: x, "batch_fn": lambda batch: ((batch,), None)}, "augment works on a batch of images"),
     ],
