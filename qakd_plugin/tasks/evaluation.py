@@ -13,7 +13,7 @@ from torchmetrics.aggregation import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from .._common.module_mode import eval_mode
-from ..errors import TrainingError
+from ..errors import QakdError, TrainingError
 from .batches import BatchFn, batch_splitter
 from .inputs import Inputs, call, to_device
 from .matchers import KL, Match, Matcher, agreed_labels
@@ -84,9 +84,7 @@ class _Counts:
             self._count("", outputs, targets)
             if expected is not None:
                 self._count("teacher_", expected, targets)
-        if expected is None and self._metric is not None:
-            return
-        found: Match = default_match(outputs, inputs) if match is None else match
+        found = self._matched(outputs, inputs, match) if self._metric is None or expected is not None else {}
         for name, matcher in found.items():
             other = None if expected is None else expected[name]
             if self._metric is None and len(found) == 1 and isinstance(matcher, KL):
@@ -106,6 +104,17 @@ class _Counts:
                 "val_loader yields neither labels nor, without a teacher, anything to compare with. Yield (x, y)."
             )
         return numbers
+
+    def _matched(self, outputs: Outputs, inputs: Inputs, match: Match | None) -> Match:
+        """What is compared: with a metric, nothing where no reading is the only one, since the metric decides."""
+        if match is not None:
+            return match
+        try:
+            return default_match(outputs, inputs)
+        except QakdError:
+            if self._metric is None:
+                raise
+            return {}
 
     def _count(self, prefix: str, outputs: Outputs, targets: Any) -> None:
         assert self._metric is not None

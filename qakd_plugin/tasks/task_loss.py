@@ -71,10 +71,29 @@ def model_loss(outputs: Outputs) -> Tensor:
 
 
 def with_targets(network: nn.Module, inputs: Inputs, targets: Any) -> Inputs:
-    """Inputs with which ``network`` computes its own loss: targets under "labels" or "targets", or as the next argument."""
+    """Inputs with which ``network`` computes its own loss: targets under the name that its forward has for them.
+
+    That is "labels" or "targets", or, where forward has neither, the next argument, of a network that takes no others
+    by keyword.
+
+    Raises:
+        QakdError: ``network`` takes no targets, as the graph that a toolkit captured of it does not.
+    """
+    names, takes_any = forward_names(network)
+    name = next((name for name in ("labels", "targets") if name in names), None)
     if isinstance(inputs, Mapping):
         if isinstance(targets, Mapping):
             return {**inputs, **targets}
-        names, _ = forward_names(network)
-        return {**inputs, "labels" if "labels" in names or "targets" not in names else "targets": targets}
-    return (*(inputs if isinstance(inputs, tuple) else (inputs,)), targets)
+        if name is not None or takes_any:
+            return {**inputs, name or "labels": targets}
+    else:
+        args = inputs if isinstance(inputs, tuple) else (inputs,)
+        if name is not None and len(args) <= names.index(name):
+            return {**dict(zip(names, args, strict=False)), name: targets}
+        if len(names) > len(args) or takes_any:
+            return (*args, targets)
+    raise QakdError(
+        f'task_loss="model": {type(network).__name__}.forward takes {", ".join(names) or "nothing"} and no targets, so it '
+        "computes no loss of its own. Pass task_loss=lambda outputs, targets: ..., or prepare with toolkit='modelopt', "
+        "which leaves the network's own forward in its place."
+    )
