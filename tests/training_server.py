@@ -135,15 +135,14 @@ class Failure:
         if kind == self.kind and self.trained > 2:
             raise self.error(f"the {kind} fails")
 
-    def watch(self, student, teacher, inside):
-        """``inside``: a layer of the student."""
-
+    def watch(self, student, teacher):
         def student_is_called(*_):
             self.reach("student" if torch.is_grad_enabled() else "evaluation")
             self.trained += torch.is_grad_enabled()
 
         student.register_forward_pre_hook(student_is_called)
         teacher.register_forward_pre_hook(lambda *_: self.reach("teacher"))
+        inside = student.get_submodule("conv2.input_fake_quant" if hasattr(student.conv2, "input_fake_quant") else "conv2")
         inside.register_forward_pre_hook(lambda *_: self.reach("layer"))
 
     def loss(self, outputs, targets):
@@ -193,10 +192,9 @@ class Trainings:
         for kind, victim in order["failing"].items():
             teacher = copy.deepcopy(self.teachers[True])
             student = self.student(order["toolkit"], order["quantizers"])
-            layers = [module for name, module in student.named_modules() if name.startswith("activation_post_process")]
             fails = kind.removesuffix(" interrupted")
             failure = Failure(fails if rank == victim else None, ValueError if fails == kind else KeyboardInterrupt)
-            failure.watch(student, teacher, layers[-1] if layers else student.head)
+            failure.watch(student, teacher)
             started = time.monotonic()
             try:
                 distill(

@@ -106,7 +106,19 @@ def test_the_same_options_made_anew_go_on(resumed):
         ({"augment": _Dim(0.5)}, {"augment": _Dim(0.25)}, "parameters of the augmentation is 'augment.factor = 0.5' there"),
         ({}, {"batch_fn": lambda batch: (1 - batch[0], batch[1])}, "batch_fn is 'batch_fn = default_batch' there"),
     ],
-    ids=["seed", "input_stats", "transform", "partial", "lambda", "closure", "attributes", "batch_fn"],
+    ids=[
+        "seed",
+        "metric",
+        "average",
+        "monitor",
+        "input_stats",
+        "transform",
+        "partial",
+        "lambda",
+        "closure",
+        "attributes",
+        "batch_fn",
+    ],
 )
 def test_other_options_are_refused_and_named(first, second, message, resumed):
     with pytest.raises(CheckpointError, match=f"belongs to another run: {message}"):
