@@ -44,7 +44,7 @@ class Processes:
         require_started(self.count)
         self.index: int = self.accelerator.process_index
         self.is_main: bool = self.accelerator.is_main_process
-        self._hosts: dist.ProcessGroup | None = None
+        self._hosts: Any = None  # their group; None for all
         self._is_waiting = self._is_over = False
 
     # -- errors
@@ -52,7 +52,7 @@ class Processes:
     def __enter__(self) -> Self:
         if self.count > 1:
             # On the host: agreeing waits for no device, and never meets what other libraries exchange.
-            timeout = dist.group.WORLD._get_backend(self.device).options._timeout
+            timeout = dist.distributed_c10d._get_default_group()._get_backend(self.device).options._timeout
             self._hosts = dist.new_group(backend="gloo", timeout=timeout)
         return self
 
