@@ -132,7 +132,7 @@ def test_the_wheel_holds_the_package_and_its_data_only(wheel):
     assert modules == {str(path.relative_to(ROOT)) for path in (ROOT / "qakd_plugin").rglob("*.py")}
 
 
-def test_every_bound_of_pyproject_becomes_a_pin():
+def test_every_bound_of_what_the_tests_install_becomes_a_pin():
     script = [sys.executable, str(ROOT / ".ci" / "lowest.py")]
     pins = subprocess.run(script, check=True, capture_output=True, text=True).stdout.split()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -143,5 +143,5 @@ def test_every_bound_of_pyproject_becomes_a_pin():
         for bound in requirement.specifier
         if bound.operator == ">="
     }
-    assert set(pins) == bounds
+    assert set(pins) == bounds - {"tensorrt==10.3", "cuda-bindings==12.9"}  # of extras that the tests do not install
     assert {Requirement(text).name for text in texts if ">=" not in text} == {"qakd-plugin", "pycuda", "huggingface_hub"}

@@ -185,6 +185,17 @@ def stored_codes(dequantize: ir.Node) -> npt.NDArray[Any]:
     return _evaluate(dequantize.inputs[0])
 
 
+def kernel_shape(conv: ir.Node) -> list[int]:
+    """Of a convolution: its attribute, which exporters may leave out, or else its weight's spatial dimensions."""
+    if "kernel_shape" in conv.attributes:
+        return list(conv.attributes.get_ints("kernel_shape"))
+    weight = conv.inputs[1]
+    dequantize = producer(weight, "DequantizeLinear")
+    stored = constant(weight) if dequantize is None else stored_codes(dequantize)
+    assert stored is not None
+    return list(stored.shape[2:])
+
+
 _STORAGE = ("Cast", "Mul", "Add")
 
 

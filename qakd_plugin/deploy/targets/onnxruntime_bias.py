@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from ..canonical.graph import COARSE_KEY, constant, initializer, is_weight_only, only_consumer, producer
+from ..canonical.graph import COARSE_KEY, constant, initializer, is_weight_only, kernel_shape, only_consumer, producer
 
 _LARGEST_BIAS = 2.0**30
 """Half of what 32 bits hold: sums of products come on top of it."""
@@ -114,8 +114,7 @@ def split_bias(graph: ir.Graph, layer: ir.Node) -> None:
         return
     values = constant(bias)
     if layer.op_type != "Gemm" and values is not None:
-        rank = 2 + len(layer.attributes.get_ints("kernel_shape", (1, 1)))
-        bias = initializer(graph, f"{layer.name}.bias", values.reshape(-1, *[1] * (rank - 2)))
+        bias = initializer(graph, f"{layer.name}.bias", values.reshape(-1, *[1] * len(kernel_shape(layer))))
     layer.resize_inputs(2)
     output = layer.outputs[0]
     add = ir.node("Add", [output, bias], name=f"{layer.name}/Add")

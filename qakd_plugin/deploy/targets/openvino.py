@@ -28,7 +28,17 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from ..canonical.clamps import absorbed_clamps, has_signed_codes
-from ..canonical.graph import activation_quantizers, copied, identity, initializer, only_consumer, producer, replace, scalar
+from ..canonical.graph import (
+    activation_quantizers,
+    copied,
+    identity,
+    initializer,
+    kernel_shape,
+    only_consumer,
+    producer,
+    replace,
+    scalar,
+)
 from ..canonical.quantizers import make_unsigned
 from ..canonical.sign_analysis import non_negative_values
 from .weight_packing import WeightStorage, store_weights
@@ -117,12 +127,11 @@ def _picks_positions(conv: ir.Node) -> bool:
     """Whether a node is a convolution of single positions, not of all, of codes that nobody else reads."""
     if conv.op_type != "Conv":
         return False
-    kernel = conv.attributes.get_ints("kernel_shape", [])
     pads = conv.attributes.get_ints("pads", [])
     strides = conv.attributes.get_ints("strides", [])
     dequantize = producer(conv.inputs[0], "DequantizeLinear")
     return (
-        set(kernel) == {1}
+        set(kernel_shape(conv)) == {1}
         and max(strides, default=1) > 1
         and not any(pads)
         and dequantize is not None
