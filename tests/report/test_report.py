@@ -200,7 +200,7 @@ VERSION_1 = {
 def test_a_report_of_version_1_is_read(tmp_path):
     (tmp_path / "old.json").write_text(json.dumps(VERSION_1))
     read = read_report(tmp_path / "old.json")
-    assert read["schema_version"] == 2
+    assert read["schema_version"] == 3
     assert read["runs"] == [{key: VERSION_1[key] for key in ("created", "environment", "seeds", "notes")}]
     (row,) = rows_of(read)
     assert (row.p50_ms, row.run, row.layers) == (1.5, 0, ())
@@ -751,7 +751,7 @@ def test_a_report_without_accuracy_draws_latencies():
 
 def test_a_document_of_another_version_is_refused():
     made = document()
-    made["schema_version"] = 3
+    made["schema_version"] = 4
     with pytest.raises(QakdError, match="schema_version"):
         validate(made)
     assert isinstance(rows_of(document())[0], Row)
