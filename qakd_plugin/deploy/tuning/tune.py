@@ -142,7 +142,8 @@ def _bytes(model: ir.Model, source: Path) -> bytes:
 
 def _batches(model: ir.Model, samples: Array | Mapping[str, Array] | None, batch: int) -> list[Inputs]:
     """Batches of the size that will be deployed; an input's first dimension counts samples."""
-    expected = {str(value.name): _input(value) for value in model.graph.inputs}
+    stored = model.graph.initializers
+    expected = {str(value.name): _input(value) for value in model.graph.inputs if value.name not in stored}
     given = _random(expected, batch) if samples is None else samples if isinstance(samples, Mapping) else {"0": samples}
     try:
         found = fitted(expected, given)
