@@ -47,8 +47,8 @@ class Counted:
 
     def __init__(self, metric: AnyMetric, metric_fn: MetricFn, device: torch.device | str = "cpu", bootstraps: int = 0) -> None:
         check_metric(metric)
-        self._metric = _fresh(metric, device)
-        self._copies = [_fresh(metric, device) for _ in range(bootstraps)]
+        self._metric = fresh(metric, device)
+        self._copies = [fresh(metric, device) for _ in range(bootstraps)]
         self._drawn = set[int]()  # of the copies, those that were given something
         self._fn = metric_fn
         self._device = torch.device(device)
@@ -68,7 +68,13 @@ class Counted:
         if targets is None:
             raise QakdError("metric: the batch holds no targets. Yield (x, y), or pass a batch_fn that finds them.")
         args = [_on(part, self._device) for part in self._parts(outputs, targets)]
-        count = _count(args)
+        lengths = {length for part in args for length in _lengths(part)}
+        if self._copies and len(lengths) != 1:
+            raise QakdError(
+                "metric_fn must return what metric.update takes, with one entry per sample in each part, so that samples can be "
+                f"resampled; got {', '.join(map(_described, args))}. Write metric_fn=lambda outputs, targets: (..., ...)."
+            )
+        count = max(lengths, default=1)
         self._update(self._metric, args)
         for index, resampled in enumerate(self._copies):
             times = torch.poisson(torch.ones(count), generator=self._generator).long()
@@ -188,7 +194,8 @@ def _owner(metric: AnyMetric, name: str) -> Metric | None:
     return next((part for key, part in parts if alone or name == key or name.startswith(f"{key}_")), None)
 
 
-def _fresh(metric: AnyMetric, device: torch.device | str) -> AnyMetric:
+def fresh(metric: AnyMetric, device: torch.device | str) -> AnyMetric:
+    """A copy that has counted nothing."""
     copied = copy.deepcopy(metric)
     copied.reset()
     return copied.to(device)
@@ -240,22 +247,8 @@ def _rows(part: Any, rows: list[int]) -> Any:
     return [part[row] for row in rows] if isinstance(part, list) else part
 
 
-def _count(args: Sequence[Any]) -> int:
-    """How many samples the parts hold.
-
-    Raises:
-        QakdError: they differ in it, or there are none in them.
-    """
-    lengths = {length for part in args for length in _lengths(part)}
-    if len(lengths) != 1:
-        raise QakdError(
-            "metric_fn must return what metric.update takes, with one entry per sample in each part; got "
-            f"{', '.join(map(_described, args))}. Write metric_fn=lambda outputs, targets: (..., ...)."
-        )
-    return lengths.pop()
-
-
 def _lengths(part: Any) -> set[int]:
+    """Numbers of entries; none of what is no list of samples."""
     if isinstance(part, Mapping):
         return {length for value in part.values() for length in _lengths(value)}
     return {len(part)} if isinstance(part, list) or (isinstance(part, Tensor) and part.ndim) else set()
