@@ -71,7 +71,7 @@ class Counted:
         lengths = {length for part in args for length in _lengths(part)}
         if self._copies and len(lengths) != 1:
             raise QakdError(
-                "metric_fn must return what metric.update takes, with one entry per sample in each part, so that samples can be "
+                "metric_fn must return what metric.update takes, with one entry per sample in each part, which are then "
                 f"resampled; got {', '.join(map(_described, args))}. Write metric_fn=lambda outputs, targets: (..., ...)."
             )
         count = max(lengths, default=1)
