@@ -77,9 +77,9 @@ def export_onnx(
     exact rewrite of it that ONNX Runtime's integer kernels can take, "openvino" one with unsigned codes for what cannot be
     negative, which OpenVINO is faster with. The opset is 20, or 21 where weights are stored in 4 bits.
 
-    Inputs are called as in ``forward``, a single tensor "input"; outputs by their path ("logits", "0", "boxes.p3"). The batch is
-    dynamic: the first dimension of every input that has as many entries as the first one. Where the network fixes it, a warning
-    and the file's metadata ("qakd.fixed") say so. Whatever is dynamic is proven at a second size, too.
+    Inputs are called as in ``forward``, a single tensor "input"; outputs by their path ("logits", "0", "boxes.p3"). The batch
+    is dynamic: the first dimension of every input that has as many entries as the first input. Where the network fixes it, a
+    warning and the file's metadata ("qakd.fixed") say so. Whatever is dynamic is proven at a second size, too.
 
     On x86 processors without VNNI, ONNX Runtime's integer kernels add pairs of products in 16 bits, which saturate, unless a
     session has ``session.x64quantprecision``. The gate sets it on such a processor; so should who runs the file on one.
@@ -92,8 +92,8 @@ def export_onnx(
 
     Args:
         prepared_model: prepared by a supported toolkit, trained or calibrated; it is not changed.
-        example_inputs: a tensor (N, ...), a tuple of positional arguments or a mapping of keywords; floats, integers (token ids)
-            and masks. Parity is checked on these samples: pass real ones, several.
+        example_inputs: a tensor (N, ...), a tuple of positional arguments or a mapping of keywords; floats, integers (token
+            ids) and masks. Parity is checked on these samples: pass real ones, several.
         path: where the file goes; it appears whole or not at all.
         target: "tensorrt", "onnxruntime" or "openvino".
         input_names: in the file, in the order of the inputs, in the place of their own.

@@ -213,12 +213,13 @@ def _traced(
     Raises:
         ExportError: it cannot be traced, or not with a dimension that was asked for.
     """
+    program = _attempt(module, tensors, dimensions)
+    if not isinstance(program, Exception):
+        return program, dimensions, ()
+    first = program
     asked = {name: {d: s for d, s in of.items() if s != BATCH} for name, of in dimensions.items()}
-    try:
-        return _export(module, tensors, dimensions), dimensions, ()
-    except Exception as error:  # user code runs under the tracer: whatever it raises means "cannot be traced"
-        first = error
-    if asked != dimensions and (program := _attempt(module, tensors, asked)) is not None:
+    program = first if asked == dimensions else _attempt(module, tensors, asked)
+    if not isinstance(program, Exception):
         lines = tuple(
             f"dimension {d} of {name!r} ({s}) is fixed to {tensors[name].shape[d]}: {_reason(first)}"
             for name, of in dimensions.items()
@@ -226,8 +227,7 @@ def _traced(
             if s == BATCH
         )
         return program, asked, lines
-    nothing: _Dimensions = {name: {} for name in tensors}
-    if any(asked.values()) and _attempt(module, tensors, nothing) is not None:
+    if any(asked.values()) and not isinstance(_attempt(module, tensors, {name: {} for name in tensors}), Exception):
         _raise_asked(module, tensors, asked, first)
     raise ExportError(
         f"torch.export cannot trace the model: {first_line(first)} Check that no values steer its control flow."
@@ -238,22 +238,22 @@ def _raise_asked(module: nn.Module, tensors: Mapping[str, Tensor], asked: _Dimen
     """Name the first dimension that cannot be dynamic although all others stay as they are in the example."""
     for symbol in dict.fromkeys(s for of in asked.values() for s in of.values()):
         alone = {name: {d: s for d, s in of.items() if s == symbol} for name, of in asked.items()}
-        try:
-            _export(module, tensors, alone)
-        except Exception as error:
-            places = [f"dimension {d} of {name!r}" for name, of in alone.items() for d in of]
+        found = _attempt(module, tensors, alone)
+        if isinstance(found, Exception):
+            places = " and ".join(f"dimension {d} of {name!r}" for name, of in alone.items() for d in of)
             raise ExportError(
-                f"dynamic: the model fixes {' and '.join(places)} ({symbol}): {_reason(error)}. Leave {symbol!r} out, or change "
-                "forward."
-            ) from error
+                f"dynamic: the model fixes {places} ({symbol}): {_reason(found)}. Leave {symbol!r} out of dynamic."
+            ) from found
     raise ExportError(f"dynamic: the model fixes one of the dimensions that were asked for: {_reason(first)}.") from first
 
 
-def _attempt(module: nn.Module, tensors: Mapping[str, Tensor], dimensions: _Dimensions) -> torch.export.ExportedProgram | None:
+def _attempt(
+    module: nn.Module, tensors: Mapping[str, Tensor], dimensions: _Dimensions
+) -> torch.export.ExportedProgram | Exception:
     try:
         return _export(module, tensors, dimensions)
-    except Exception:  # the first error is the one to tell
-        return None
+    except Exception as error:  # noqa: BLE001 - user code runs under the tracer: whatever it raises means "cannot be traced"
+        return error
 
 
 def _export(module: nn.Module, tensors: Mapping[str, Tensor], dimensions: _Dimensions) -> torch.export.ExportedProgram:
@@ -264,7 +264,7 @@ def _export(module: nn.Module, tensors: Mapping[str, Tensor], dimensions: _Dimen
         for dimension, symbol in of.items():
             # With a batch of one the exporter would take the batch dimension for a constant.
             if symbol == BATCH and tensor.shape[dimension] == 1:
-                tensor = torch.cat([tensor, tensor], dimension)  # noqa: PLW2901
+                tensor = torch.cat([tensor, tensor], dimension)
         given.append(tensor)
         shapes.append({d: batch if s == BATCH else torch.export.Dim.DYNAMIC for d, s in of.items()})
     with torch.no_grad(), quiet():

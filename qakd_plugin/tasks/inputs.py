@@ -129,8 +129,8 @@ def require_known(network: nn.Module, inputs: Inputs, name: str) -> None:
     """Raise QakdError where there is a :func:`call_problem`; ``name`` says whose it is."""
     if problem := call_problem(network, inputs):
         raise QakdError(
-            f"{name}: {problem}. Pass batch_fn=lambda batch: (inputs, targets) with a tensor, a tuple of positional arguments or "
-            "a mapping of keywords."
+            f"{name}: {problem}. Pass batch_fn=lambda batch: (inputs, targets) with a tensor, a tuple of positional arguments "
+            "or a mapping of keywords."
         )
 
 

@@ -1,4 +1,4 @@
-"""The file at other sizes than those of the example, where its dimensions are dynamic: sizes baked into the graph show there."""
+"""The file at other sizes than those of the example: there a size that is baked into the graph shows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .report import Array, deviations
 
 
 def check_other_sizes(in_file: InFile, reference: Reference, program: Program) -> None:
-    """Run the file for one sample alone (two of them, where the example is one), then with other dynamic sizes halved or doubled.
+    """Run the file for one sample alone (two, where the example is one), then with other dynamic sizes halved or doubled.
 
     All of it is made of the example's own numbers.
 
@@ -144,11 +144,11 @@ def _resized(reference: Reference, samples: Inputs, sizes: _Sizes, symbols: Sequ
         try:
             with torch.no_grad():
                 call(reference.form, changed)
-        except Exception as error:  # the user's own code
+        except Exception as error:  # noqa: BLE001 - the user's own code
             problem = f"{at}: {' '.join(str(error).split())[:150] or type(error).__name__}"
             continue
         return at, changed
     raise ExportError(
-        f"dynamic: the model takes {' and '.join(symbols)} neither half nor twice as large as in example_inputs ({problem}), so no "
-        f"other size can be proven. Leave {symbols[0]!r} out of dynamic, or pass an example of which half is a valid size."
+        f"dynamic: the model takes {' and '.join(symbols)} neither half nor twice as large as in example_inputs ({problem}), "
+        f"so no other size can be proven. Leave {symbols[0]!r} out of dynamic, or pass an example of which half is a valid size."
     )
