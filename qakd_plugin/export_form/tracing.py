@@ -200,8 +200,8 @@ def _check_asked(name: str, tensor: Tensor, dimension: object, symbol: object) -
         raise ExportError(f'dynamic: dimension {dimension} of {name!r} needs a name such as "length", got {symbol!r}.')
     if symbol != BATCH and tensor.shape[dimension] < 2:
         raise ExportError(
-            f"dynamic: dimension {dimension} of {name!r} ({symbol}) has size {tensor.shape[dimension]} in example_inputs, which "
-            "torch.export takes for a constant. Pass an example with at least 2."
+            f"dynamic: dimension {dimension} of {name!r} ({symbol}) has size {tensor.shape[dimension]} in example_inputs, "
+            "which torch.export takes for a constant. Pass an example with at least 2."
         )
 
 

@@ -150,5 +150,5 @@ def _resized(reference: Reference, samples: Inputs, sizes: _Sizes, symbols: Sequ
         return at, changed
     raise ExportError(
         f"dynamic: the model takes {' and '.join(symbols)} neither half nor twice as large as in example_inputs ({problem}), "
-        f"so no other size can be proven. Leave {symbols[0]!r} out of dynamic, or pass an example of which half is a valid size."
+        f"so no other size can be proven. Leave {symbols[0]!r} out of dynamic, or pass an example whose half is a valid size."
     )
