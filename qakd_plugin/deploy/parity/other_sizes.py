@@ -36,7 +36,7 @@ def check_other_sizes(in_file: InFile, reference: Reference, program: Program) -
     other = reference.samples
     if batch is not None:
         count = _size(reference.samples, sizes, batch)
-        other = _changed(reference.samples, sizes, {batch: 1 if count > 1 else 2})
+        other = _changed(reference.samples, sizes, {batch: 1}) if count > 1 else _with_half(reference.samples, sizes, batch)
         few, at = replace(reference, samples=other), f" for {'one sample' if count > 1 else 'two samples'}"
         found = in_file.run(other, at)
         same(few, found)
@@ -132,6 +132,17 @@ def _changed(samples: Inputs, sizes: _Sizes, wanted: Mapping[str, int]) -> Input
         return tensor.contiguous()
 
     return with_tensors(samples, list(map(changed, named_tensors(samples).values(), sizes)))
+
+
+def _with_half(sample: Inputs, sizes: _Sizes, batch: str) -> Inputs:
+    """A batch of the sample and of half its floats: statistics of a batch of equal samples would be those of one."""
+
+    def doubled(tensor: Tensor, of: Mapping[int, str]) -> Tensor:
+        second = tensor / 2 if tensor.is_floating_point() else tensor
+        dimension = next((dimension for dimension, symbol in of.items() if symbol == batch), None)
+        return tensor if dimension is None else torch.cat([tensor, second], dimension)
+
+    return with_tensors(sample, list(map(doubled, named_tensors(sample).values(), sizes)))
 
 
 def _resized(reference: Reference, samples: Inputs, sizes: _Sizes, symbols: Sequence[str]) -> tuple[str, Inputs]:
