@@ -230,7 +230,7 @@ def _traced(
     if any(asked.values()) and not isinstance(_attempt(module, tensors, {name: {} for name in tensors}), Exception):
         _raise_asked(module, tensors, asked, first)
     raise ExportError(
-        f"torch.export cannot trace the model: {first_line(first)} Check that example_inputs have the types that forward takes, "
+        f"torch.export cannot trace the model: {first_line(first)} Check that example_inputs have the types that forward takes "
         "and that no values steer its control flow."
     ) from first
 
