@@ -17,7 +17,8 @@ import openvino
 import torch
 from torch import Tensor, nn
 
-from qakd_plugin.deploy.parity.gate import Reference, _in_toolkit, _same
+from qakd_plugin.deploy.parity.gate import _in_toolkit
+from qakd_plugin.deploy.parity.programs import Reference, same
 from qakd_plugin.deploy.parity.report import Array, ParityReport, arrays, least_agreement
 from qakd_plugin.toolkits import adapter_for
 
@@ -41,7 +42,7 @@ def require_same_but_for_ties(form: nn.Module, model: nn.Module, images: Tensor)
     """
     program = _in_toolkit(model, form, images)
     names = [f"output {index}" for index in range(len(program.outputs))]
-    outcome, _ = _same(Reference(form, images, names, tail=()), program)
+    outcome, _ = same(Reference(form, images, names, tail=()), program)
     assert outcome.ties <= RARE * outcome.compared, f"{outcome.ties} ties in {outcome.compared} codes"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from .._common.files import with_extension
 from ..deploy.engine.bindings import RUNTIMES
@@ -11,6 +11,9 @@ from ..errors import QakdError
 from ..placement.targets import Target, WeightStorage
 from .options import OneOf, PositiveInt
 from .recipes import Recipe, read_recipe
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def export(
@@ -25,7 +28,7 @@ def export(
     """Write a trained, prepared model as ONNX, gated on parity.
 
     Args:
-        recipe: as for distill: prepared_model, and example_input (float (N, C, H, W)) or loader
+        recipe: as for distill: prepared_model, and example_inputs (as batch_fn gives them) or loader
         weights: student.safetensors of qakd distill, loaded into the prepared model
         target: in place of the recipe's; tensorrt by default
         weight_storage: narrowest type in the file, in place of the recipe's; int4 by default
@@ -35,12 +38,12 @@ def export(
     if weights is not None and not weights.is_file():
         raise QakdError(f"--weights: {weights} does not exist.")
     found = read_recipe(recipe, "export")
-    arguments = found.arguments("prepared_model", "example_input")
+    arguments = found.arguments("prepared_model", "example_inputs")
     from ..deploy.export import export_onnx
     from .student_file import load_student
 
-    if "example_input" not in found.values:
-        arguments["example_input"] = _first_images(found)
+    if "example_inputs" not in found.values:
+        arguments["example_inputs"] = _first_inputs(found, arguments["prepared_model"])
     if weights is not None:
         load_student(arguments["prepared_model"], weights)
     given = {"target": target, "weight_storage": weight_storage, "float16": float16 or None}
@@ -87,6 +90,7 @@ def engine(
     min_batch: PositiveInt = 1,
     opt_batch: PositiveInt = 8,
     max_batch: PositiveInt = 64,
+    size: list[str] | None = None,
     capability: list[str] | None = None,
     require_int8: float | None = None,
     allow_float: bool = False,
@@ -101,6 +105,7 @@ def engine(
         min_batch: smallest of the optimization profile
         opt_batch: that the engine is tuned for
         max_batch: largest of the optimization profile
+        size: of another dynamic dimension, NAME=SMALLEST,USUAL,LARGEST; may be repeated
         capability: RTX: GPU generation such as SM89; may be repeated
         require_int8: smallest share of layers that must compute in integers
         allow_float: take a file without Q/DQ, for a float baseline
@@ -108,7 +113,7 @@ def engine(
     """
     from ..deploy.engine.build import build_engine, input_shape, trtexec_command
 
-    path = _apart(out or with_extension(onnx, ".engine"), onnx)
+    path, sizes = _apart(out or with_extension(onnx, ".engine"), onnx), _sizes(size or [])
     info = build_engine(
         onnx,
         path,
@@ -116,6 +121,7 @@ def engine(
         min_batch=min_batch,
         opt_batch=opt_batch,
         max_batch=max_batch,
+        sizes=sizes,
         capabilities=capability,
         require_int8=require_int8,
         allow_float=allow_float,
@@ -134,6 +140,7 @@ def engine(
             min_batch=min_batch,
             opt_batch=opt_batch,
             max_batch=max_batch,
+            sizes=sizes,
             capabilities=info.manifest["capabilities"],
         )
         print(f"with NVIDIA's tool for {name}: {line}")
@@ -141,14 +148,26 @@ def engine(
     print(info.manifest_path)
 
 
-def _first_images(recipe: Recipe) -> Any:
-    """The images of the first batch of a recipe's loader."""
-    from ..tasks.batches import default_batch
+def _first_inputs(recipe: Recipe, network: nn.Module) -> Any:
+    """What the network takes of the first batch of a recipe's loader."""
+    from ..tasks.batches import batch_splitter, default_batch
 
     batch = next(iter(recipe.values["loader"]), None)
     if batch is None:
         raise QakdError(f"{recipe.source} has a loader that is empty: parity is checked on real samples.")
-    return recipe.values.get("batch_fn", default_batch)(batch)[0]
+    return batch_splitter(recipe.values.get("batch_fn", default_batch), network)(batch)[0]
+
+
+def _sizes(given: list[str]) -> dict[str, tuple[int, ...]]:
+    """``sequence=8,128,512`` as ``{"sequence": (8, 128, 512)}``."""
+    found: dict[str, tuple[int, ...]] = {}
+    for text in given:
+        name, _, numbers = text.partition("=")
+        try:
+            found[name] = tuple(int(number) for number in numbers.split(","))
+        except ValueError:
+            raise QakdError(f"--size: {text!r} must be NAME=SMALLEST,USUAL,LARGEST, for example sequence=8,128,512.") from None
+    return found
 
 
 def _apart(out: Path, source: Path) -> Path:

@@ -26,7 +26,7 @@ APIS = {
 BY_FLAG = {"checkpoint_dir": "--out", "resume": "--resume", "path": "--out"}
 """Arguments that the command line gives, so that no recipe does."""
 
-STAND_INS = {"data": "loader", "example_input": "loader"}
+STAND_INS = {"data": "loader", "example_inputs": "loader"}
 """Keys that may be missing, and what is taken then."""
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
@@ -15,11 +17,13 @@ from torch import Tensor, nn
 from .._common.files import write_atomic
 from .._common.module_mode import eval_mode
 from ..errors import ExportError, UnsupportedQuantizerError
+from ..export_form.tracing import Traced, trace
 from ..placement.targets import TARGETS, Target
 from ..preparation.feasibility import target_problem
+from ..tasks.inputs import Inputs, call, call_problem, named_inputs, named_tensors, with_tensors
 from ..toolkits import Adapter, adapter_for
 from .canonical.clamps import quantizers_after_relu
-from .canonical.write import export_canonical, to_proto
+from .canonical.write import to_canonical, to_proto
 from .parity.float16 import Float16Parity, check_float16
 from .parity.gate import check_parity
 from .parity.openvino import check_openvino
@@ -30,6 +34,8 @@ from .targets.onnxruntime import to_onnxruntime_form
 from .targets.openvino import drop_repeated_quantizers, to_openvino_form
 from .targets.tensorrt import check_weights, to_tensorrt_form
 from .targets.weight_packing import WeightStorage
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,10 +61,13 @@ class ExportedModel:
 @torch.no_grad()
 def export_onnx(
     prepared_model: nn.Module,
-    example_input: Tensor,
+    example_inputs: Inputs,
     path: str | os.PathLike[str],
     target: Target = "tensorrt",
     *,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    dynamic: Mapping[str, Mapping[int, str]] | None = None,
     weight_storage: WeightStorage = "int4",
     float16: bool = False,
 ) -> ExportedModel:
@@ -66,8 +75,11 @@ def export_onnx(
 
     The canonical form ("tensorrt") has int8 codes, zero point 0, float biases and BatchNorm folded exactly. "onnxruntime" is an
     exact rewrite of it that ONNX Runtime's integer kernels can take, "openvino" one with unsigned codes for what cannot be
-    negative, which OpenVINO is faster with. The batch dimension is dynamic, the opset 20, or 21 where weights are stored in 4
-    bits.
+    negative, which OpenVINO is faster with. The opset is 20, or 21 where weights are stored in 4 bits.
+
+    Inputs are called as in ``forward``, a single tensor "input"; outputs by their path ("logits", "0", "boxes.p3"). The batch
+    is dynamic: the first dimension of every input that has as many entries as the first input. Where the network fixes it, a
+    warning and the file's metadata ("qakd.fixed") say so. Whatever is dynamic is proven at a second size, too.
 
     On x86 processors without VNNI, ONNX Runtime's integer kernels add pairs of products in 16 bits, which saturate, unless a
     session has ``session.x64quantprecision``. The gate sets it on such a processor; so should who runs the file on one.
@@ -80,9 +92,15 @@ def export_onnx(
 
     Args:
         prepared_model: prepared by a supported toolkit, trained or calibrated; it is not changed.
-        example_input: float32 (N, C, H, W). Parity is checked on these samples: pass real ones, several.
+        example_inputs: a tensor (N, ...), a tuple of positional arguments or a mapping of keywords; floats, integers (token
+            ids) and masks. Parity is checked on these samples: pass real ones, several.
         path: where the file goes; it appears whole or not at all.
         target: "tensorrt", "onnxruntime" or "openvino".
+        input_names: in the file, in the order of the inputs, in the place of their own.
+        output_names: likewise of the outputs.
+        dynamic: further dimensions that may have any size, by input, with a name each; one name is one size:
+            ``{"input_ids": {1: "sequence"}, "attention_mask": {1: "sequence"}}``. ``{}`` makes a file in which nothing is
+            dynamic, not even the batch.
         weight_storage: the narrowest type of weights beside quantized activations. "int4" needs ONNX Runtime 1.23 or later,
             OpenVINO, or TensorRT-RTX; "int8" is for older ones, and for a classic TensorRT that takes no 4 bits there; "int2"
             (opset 25) makes files of 2-bit models smaller still, for ONNX Runtime alone. Linear layers whose activations stay
@@ -97,7 +115,8 @@ def export_onnx(
     Raises:
         NotPreparedError: no toolkit prepared the model, or a range was never calibrated.
         UnsupportedQuantizerError: the target cannot take a quantizer; names it.
-        ExportError: the model cannot be traced, or the path cannot be written.
+        ExportError: the model cannot be traced, fixes a dimension that was asked for, does not read an input, or the target
+            has no such input; a name does not fit; the path cannot be written.
         ParityError: the file would not compute what was trained; names the first layer that differs.
     """
     if target not in TARGETS:
@@ -105,12 +124,14 @@ def export_onnx(
     if float16 and target != "tensorrt":
         raise ExportError(f"float16=True is for target='tensorrt': {target} fuses integer layers beside float32 only.")
     _check_storage(weight_storage, target)
-    _check_example(example_input)
+    samples = _checked(prepared_model, example_inputs)
     adapter = adapter_for(prepared_model)
     _check_quantizers(adapter, prepared_model, target)
     form = adapter.export_form(prepared_model).cpu()
-    samples = example_input.detach().cpu().float()
-    canonical = export_canonical(form, samples)
+    traced = trace(form, samples, dynamic, input_names=input_names, output_names=output_names)
+    _check_types(traced, samples, target)
+    _tell_fixed(traced)
+    canonical = to_canonical(traced)
     model = _for_target(canonical, target, weight_storage)
     evaluated = _evaluated(adapter, prepared_model)
     after_relu = quantizers_after_relu(canonical.graph)
@@ -119,7 +140,7 @@ def export_onnx(
         proven, model = model, drop_repeated_quantizers(model)
         if len(model.graph) < len(proven.graph):
             check_same_bits(proven, model, samples)
-        parity = replace(parity, openvino=check_openvino(model, samples, arrays(evaluated(samples))))
+        parity = replace(parity, openvino=check_openvino(model, samples, arrays(call(evaluated, samples))))
     conversion = None
     if float16:
         model = to_float16(model)
@@ -128,21 +149,36 @@ def export_onnx(
     return ExportedModel(Path(path), target, parity, conversion)
 
 
-def export_float(model: nn.Module, example: Tensor, path: str | os.PathLike[str], *, float16: bool = False) -> Path:
+def export_float(
+    model: nn.Module,
+    example_inputs: Inputs,
+    path: str | os.PathLike[str],
+    *,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    dynamic: Mapping[str, Mapping[int, str]] | None = None,
+    float16: bool = False,
+) -> Path:
     """Write a float model to ONNX with a dynamic batch dimension: the row every quantized one is compared with.
 
     Args:
         model: any float network; exported in eval mode, its own mode is put back.
-        example: float32 (N, ...), any batch size.
+        example_inputs: as for :func:`export_onnx`; any batch size.
         path: of the file.
+        input_names: as for :func:`export_onnx`.
+        output_names: likewise.
+        dynamic: likewise.
         float16: compute in FP16; inputs and outputs stay float32.
 
     Raises:
-        ExportError: torch.export cannot trace the model, a weight is beyond FP16, it is larger than an ONNX file may be, or
-            the path cannot be written.
+        ExportError: torch.export cannot trace the model, a dimension or name does not fit, a weight is beyond FP16, it is
+            larger than an ONNX file may be, or the path cannot be written.
     """
     with eval_mode(model):
-        exported = export_canonical(model, example)
+        _check_inputs(model, example_inputs)
+        traced = trace(model, example_inputs, dynamic, input_names=input_names, output_names=output_names)
+        _tell_fixed(traced)
+        exported = to_canonical(traced)
     if float16:
         exported = to_float16(exported)
     return write_atomic(path, to_proto(exported).SerializeToString(), ExportError)
@@ -176,12 +212,50 @@ def _check_storage(storage: str, target: str) -> None:
         )
 
 
-def _check_example(example: Tensor) -> None:
-    if not isinstance(example, Tensor) or example.ndim < 2 or not example.is_floating_point():
-        kind = f"{tuple(example.shape)} {example.dtype}" if isinstance(example, Tensor) else type(example).__name__
-        raise ExportError(f"example_input: expected a float tensor (N, ...), got {kind}. Pass a batch of real inputs.")
-    if not bool(torch.isfinite(example).all()):
-        raise ExportError("example_input holds NaN or infinite values. Pass a batch of real inputs.")
+def _check_inputs(model: nn.Module, example: Inputs) -> None:
+    """Refuse what no network can be exported with, or not this one."""
+    if not isinstance(example, Tensor | tuple | list | Mapping):
+        raise ExportError(
+            f"example_inputs: a tensor, a tuple of positional arguments or a mapping of keywords was expected, got "
+            f"{type(example).__name__}. Pass a batch of real inputs."
+        )
+    if problem := call_problem(model, example):
+        raise ExportError(f"example_inputs: {problem}.")
+    tensors = named_inputs(model, example)
+    if not any(tensor.ndim for tensor in tensors.values()):
+        raise ExportError("example_inputs holds no tensor with dimensions (N, ...). Pass a batch of real inputs.")
+    for name, tensor in tensors.items():
+        # A mask may be minus infinity somewhere; what is the only input may not.
+        wrong = torch.isnan(tensor) if len(tensors) > 1 else ~torch.isfinite(tensor)
+        if tensor.is_complex() or bool(wrong.any()):
+            raise ExportError(f"example_inputs: {name!r} holds NaN, infinite or complex values. Pass a batch of real inputs.")
+
+
+def _checked(model: nn.Module, example: Inputs) -> Inputs:
+    """The example on the CPU, its floats in float32."""
+    _check_inputs(model, example)
+    tensors = named_inputs(model, example).values()
+    return with_tensors(
+        example, [tensor.detach().cpu().float() if tensor.is_floating_point() else tensor.cpu() for tensor in tensors]
+    )
+
+
+def _check_types(traced: Traced, samples: Inputs, target: str) -> None:
+    for name, tensor in zip(traced.inputs, named_tensors(samples).values(), strict=True):
+        if target == "tensorrt" and tensor.dtype in _NOT_IN_TENSORRT:
+            raise ExportError(
+                f"example_inputs: {name!r} is {tensor.dtype}, a type that TensorRT does not have. Pass it as torch.int32 or "
+                "torch.int64."
+            )
+
+
+_NOT_IN_TENSORRT = (torch.int16, torch.uint16, torch.uint32, torch.uint64)
+"""Refused by the parsers of TensorRT and TensorRT-RTX; int8, uint8, int32, int64 and bool are taken."""
+
+
+def _tell_fixed(traced: Traced) -> None:
+    for line in traced.fixed:
+        _log.warning("export: %s. The file takes this size alone.", line)
 
 
 def _check_quantizers(adapter: Adapter, model: nn.Module, target: str) -> None:

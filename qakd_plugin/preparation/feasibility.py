@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import QakdError
 from ..export_form.tracing import trace
 from ..placement.targets import TARGETS
 from ..quantizers.qparams import QParams
+from ..tasks.inputs import Inputs
 from ..toolkits import Adapter, Quantizer
 
 
@@ -25,7 +26,7 @@ def target_problem(quantizer: Quantizer, qparams: QParams, target: str) -> str |
     return None
 
 
-def export_problems(adapter: Adapter, model: nn.Module, example: Tensor) -> dict[str, list[str]]:
+def export_problems(adapter: Adapter, model: nn.Module, example: Inputs) -> dict[str, list[str]]:
     """Reasons why ``export_onnx`` would fail, each with the targets it holds for; empty where nothing speaks against it.
 
     Quantizers are looked at for every target, the export form is built, and torch.export traces it; ONNX is not written.
@@ -33,7 +34,7 @@ def export_problems(adapter: Adapter, model: nn.Module, example: Tensor) -> dict
     Args:
         adapter: of the toolkit.
         model: the prepared model, in eval mode.
-        example: float32 (N, ...).
+        example: what it is called with.
     """
     everywhere: list[str] = list(TARGETS)
     problems: dict[str, list[str]] = {}

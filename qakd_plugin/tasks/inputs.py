@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -36,6 +36,27 @@ def named_tensors(inputs: Inputs) -> dict[str, Tensor]:
         return {"input": inputs}
     leaves, _ = tree_flatten_with_path(dict(inputs) if isinstance(inputs, Mapping) else inputs)
     return {".".join(_key(part) for part in path): leaf for path, leaf in leaves if isinstance(leaf, Tensor)}
+
+
+def named_inputs(network: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
+    """Every tensor in ``inputs`` by its name in an exported file, in the order in which they are given.
+
+    "input" for a single one, keywords by their key, positional ones by the parameter of ``network.forward``; what lies deeper
+    by its path.
+    """
+    if isinstance(inputs, Tensor):
+        return {"input": inputs}
+    args, kwargs = arguments(inputs)
+    bound = dict(inspect.signature(network.forward).bind_partial(*args).arguments)
+    leaves, _ = tree_flatten_with_path({**bound, **kwargs})
+    return {".".join(_key(part) for part in path): leaf for path, leaf in leaves if isinstance(leaf, Tensor)}
+
+
+def with_tensors(inputs: Inputs, tensors: Iterable[Tensor]) -> Inputs:
+    """The same structure with other tensors in the places of its own, in their order."""
+    following = iter(tensors)
+    changed: Inputs = _of_tensors(inputs, lambda _: next(following))
+    return changed
 
 
 def to_device(inputs: Any, device: torch.device) -> Any:
@@ -89,8 +110,8 @@ def forward_names(network: nn.Module) -> tuple[list[str], bool]:
     return [p.name for p in parameters if p.kind in takes], any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
-def require_known(network: nn.Module, inputs: Inputs, name: str) -> None:
-    """Raise QakdError where ``network.forward`` cannot be called with ``inputs``; ``name`` says whose it is.
+def call_problem(network: nn.Module, inputs: Inputs) -> str | None:
+    """Why ``network.forward`` cannot be called with ``inputs``, or None.
 
     What a wrapper hides behind ``*args`` or ``**kwargs`` is not looked at.
     """
@@ -99,11 +120,18 @@ def require_known(network: nn.Module, inputs: Inputs, name: str) -> None:
         inspect.signature(network.forward).bind(*args, **kwargs)
     except TypeError as error:
         given = ", ".join([*(f"argument {index}" for index in range(len(args))), *kwargs])
+        takes = ", ".join(forward_names(network)[0]) or "nothing"
+        return f"{type(network).__name__} does not take the inputs {given} ({error}): its forward takes {takes}"
+    return None
+
+
+def require_known(network: nn.Module, inputs: Inputs, name: str) -> None:
+    """Raise QakdError where there is a :func:`call_problem`; ``name`` says whose it is."""
+    if problem := call_problem(network, inputs):
         raise QakdError(
-            f"{name} ({type(network).__name__}) does not take the inputs {given} ({error}): its forward takes "
-            f"{', '.join(forward_names(network)[0]) or 'nothing'}. Pass batch_fn=lambda batch: (inputs, targets) with a "
-            "tensor, a tuple of positional arguments or a mapping of keywords."
-        ) from error
+            f"{name}: {problem}. Pass batch_fn=lambda batch: (inputs, targets) with a tensor, a tuple of positional arguments "
+            "or a mapping of keywords."
+        )
 
 
 def _of_tensors(inputs: Any, change: Callable[[Tensor], Tensor]) -> Any:

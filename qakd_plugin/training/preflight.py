@@ -202,8 +202,5 @@ def check_exportable(adapter: Adapter, student: nn.Module, inputs: Inputs) -> No
         student: in eval mode.
         inputs: of a batch; two samples of it are enough.
     """
-    if not isinstance(inputs, Tensor):
-        _log.warning("prepared_model takes more than one tensor: it can be trained, but export_onnx takes networks of one.")
-        return
     for reason, targets in export_problems(adapter, student, first_samples(inputs, 2)).items():
         _log.warning("prepared_model cannot be exported for %s: %s", " and ".join(targets), reason)

@@ -59,7 +59,7 @@ def build():
     teacher = network()
     data = batches()
     return dict(prepared_model=prepare(teacher, data), teacher=teacher, loader=data, epochs=1,
-                example_input=data[0], max_samples=16, labels="teacher", candidates=["none", "randomerasing"])
+                example_inputs=data[0], max_samples=16, labels="teacher", candidates=["none", "randomerasing"])
 
 def typo():
     return {**build(), "learning_rate": 1e-3}
@@ -83,7 +83,7 @@ callbacks: [{class_path: my_code.Callback, init_args: {name: mine}}]
 candidates: [none, randomerasing]
 labels: teacher
 max_samples: 16
-example_input: {class_path: torch.rand, init_args: {size: [4, 1, 32, 32]}}
+example_inputs: {class_path: torch.rand, init_args: {size: [4, 1, 32, 32]}}
 """
 
 
@@ -175,7 +175,7 @@ def test_the_printed_recipe_names_every_key_with_its_default_and_trains(code, ca
     assert text.strip() == commented_recipe().strip()
     tree = yaml.safe_load(text)
     every = {key: parameter.default for command in reversed(APIS) for key, parameter in api_parameters(command).items()}
-    assert tree.keys() | {"data", "example_input"} == every.keys()
+    assert tree.keys() | {"data", "example_inputs"} == every.keys()
     assert {key: tree[key] for key in ("epochs", "lr", "grad_clip", "mixed_precision", "labels", "target", "float16")} == {
         key: every[key] for key in ("epochs", "lr", "grad_clip", "mixed_precision", "labels", "target", "float16")
     }

@@ -526,10 +526,12 @@ def test_float_engines_are_built_where_asked_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", [("batch", 3, "height", 16), (1, 3, "height", "width")])
-def test_dynamic_sizes_beside_the_batch_are_refused(shape: tuple[int | str, ...], tmp_path: Path) -> None:
+def test_dynamic_sizes_beside_the_batch_need_sizes(shape: tuple[int | str, ...], tmp_path: Path) -> None:
     graph = QdqGraph(shape)
     path = graph.save(tmp_path / "net.onnx", graph.conv(graph.quantize("input", "act"), "conv", (3, 8)), rank=4)
-    with pytest.raises(EngineError, match=r"input 'input' has dynamic sizes beside the batch.*fixed image size"):
+    with pytest.raises(
+        EngineError, match=r"'height' \(dimension 2 of 'input'\) is dynamic.* Pass sizes=\{\"height\": \(smallest"
+    ):
         build_engine(path, tmp_path / "net.engine", **ONE)
 
 

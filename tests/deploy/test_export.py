@@ -273,7 +273,7 @@ def test_a_difference_behind_the_last_quantizer_is_bisected_to_its_layer(layer, 
 
 def test_nothing_is_written_when_parity_fails(tmp_path, make_student, digits, monkeypatch):
     student = make_student()
-    monkeypatch.setattr("qakd_plugin.deploy.parity.gate.LOGIT_TOLERANCE", -1.0)
+    monkeypatch.setattr("qakd_plugin.deploy.parity.programs.LOGIT_TOLERANCE", -1.0)
     with pytest.raises(ParityError):
         export_onnx(student, digits.test[0][:8], tmp_path / "sub" / "s.onnx")
     assert not (tmp_path / "sub").exists()
@@ -582,7 +582,7 @@ def test_a_scale_that_is_not_positive_is_named(tmp_path, make_student, digits):
 
 @pytest.mark.parametrize("example", [None, torch.zeros(3), torch.zeros(2, 1, 32, 32, dtype=torch.int64)])
 def test_a_bad_example_is_named(example, tmp_path, make_student):
-    with pytest.raises(ExportError, match="example_input"):
+    with pytest.raises(ExportError, match="example_inputs"):
         export_onnx(make_student(), example, tmp_path / "s.onnx")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import onnx_ir as ir
 from google.protobuf.message import Message
 
 from ...errors import ExportError
+
+_TORCHS = re.compile(r"s\d+")
 
 DOMAIN = "qakd"
 """Domain of the operators that carry quantizers through the exporter."""
@@ -85,6 +88,25 @@ def copied(model: ir.Model) -> ir.Model:
     ``Model.clone`` leaves both with the same type objects, which setting a value's dtype changes, and wants sorted nodes.
     """
     return ir.serde.deserialize_model(ir.serde.serialize_model(model))
+
+
+def dynamic_sizes(graph: ir.Graph) -> list[dict[int, str]]:
+    """Names of the dynamic dimensions of each input."""
+    return [
+        {
+            dimension: size.value or f"{value.name}.{dimension}"
+            for dimension, size in enumerate(value.shape or ())
+            if isinstance(size, ir.SymbolicDim)
+        }
+        for value in graph.inputs
+        if value.name not in graph.initializers
+    ]
+
+
+def batch_symbol(graph: ir.Graph) -> str | None:
+    """The name of the batch: "batch", or torch's own for the only dynamic dimension of a file; None where it is not dynamic."""
+    firsts = [of[0] for of in dynamic_sizes(graph) if 0 in of]
+    return "batch" if "batch" in firsts else next((name for name in firsts if _TORCHS.fullmatch(name)), None)
 
 
 def constant(value: ir.Value | None) -> npt.NDArray[Any] | None:

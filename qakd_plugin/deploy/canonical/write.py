@@ -6,6 +6,7 @@ The passes are exact: they change how the numbers are computed, never which numb
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -14,11 +15,12 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes import InPlacePass, PassError, Sequential
 from onnxscript.values import Opset
-from torch import Tensor, nn
+from torch import nn
 
 from ...errors import ExportError
 from ...export_form import ops as ops  # registers qakd::qdq and qakd::dq
-from ...export_form.tracing import first_line, quiet, trace
+from ...export_form.tracing import Traced, first_line, quiet, trace, unwrapped
+from ...tasks.inputs import Inputs
 from .batch_norm import FoldBatchNorm
 from .clamps import MergeClips, QuantizeAfterRelu
 from .cleanup import Clean
@@ -41,6 +43,9 @@ PASSES: tuple[InPlacePass, ...] = (
     Clean(),
 )
 """From what the exporter writes to a canonical model, in this order."""
+
+FIXED_KEY = "qakd.fixed"
+"""Metadata of a file: the dimensions that would be dynamic, had the model not fixed them, and why."""
 
 _LARGEST_FILE = 2**31 - 1
 """Bytes that protobuf can write."""
@@ -66,21 +71,26 @@ def canonicalize(model: ir.Model, *, without: Collection[type[InPlacePass]] = ()
     return model
 
 
-def export_canonical(form: nn.Module, example: Tensor) -> ir.Model:
-    """Export a model with a dynamic batch dimension and bring it into canonical form.
+def export_canonical(form: nn.Module, example: Inputs) -> ir.Model:
+    """:func:`trace` a model with a dynamic batch dimension, and bring it into canonical form (:func:`to_canonical`)."""
+    return to_canonical(trace(form, example))
+
+
+def to_canonical(traced: Traced) -> ir.Model:
+    """The canonical form of a traced model.
 
     Args:
-        form: what an adapter's ``export_form`` returned, or a float model, in eval mode.
-        example: float32 (N, ...), any batch size.
+        traced: what an adapter's ``export_form`` returned, or a float model, in eval mode.
 
     Returns:
-        An onnx-ir model: input "input", outputs "logits" (or "output_0", ... when there are several).
+        An onnx-ir model with the traced names of inputs, outputs and dynamic dimensions.
 
     Raises:
-        ExportError: torch.export cannot trace the model, ONNX has no operator for a part of it, or it is larger than an ONNX
-            file may be.
+        ExportError: ONNX has no operator for a part of it, or it is larger than an ONNX file may be.
     """
-    model = canonicalize(_export(form, example))
+    model = canonicalize(_export(traced))
+    if traced.fixed:
+        model.metadata_props[FIXED_KEY] = "; ".join(traced.fixed)
     _check_size(model)
     return model
 
@@ -99,17 +109,15 @@ def to_proto(model: ir.Model) -> onnx.ModelProto:
     return proto
 
 
-def _export(model: nn.Module, example: Tensor) -> ir.Model:
-    traced = trace(model, example)
-    count = len(traced.graph_signature.user_outputs)
+def _export(traced: Traced) -> ir.Model:
     try:
         with quiet():
             program = torch.onnx.export(
-                traced,
+                traced.program,
                 dynamo=True,
                 opset_version=OPSET,
-                input_names=["input"],
-                output_names=["logits"] if count == 1 else [f"output_{index}" for index in range(count)],
+                input_names=list(traced.inputs),
+                output_names=list(traced.outputs),
                 custom_translation_table={
                     torch.ops.qakd.qdq.default: _translate_qdq,
                     torch.ops.qakd.dq.default: _translate_dq,
@@ -119,7 +127,26 @@ def _export(model: nn.Module, example: Tensor) -> ir.Model:
     except torch.onnx.errors.OnnxExporterError as error:
         raise ExportError(f"the model cannot be written as ONNX: {first_line(error.__cause__ or error)}") from error
     assert program is not None
+    _rename(program.model, traced)
     return program.model
+
+
+def _rename(model: ir.Model, traced: Traced) -> None:
+    """Stored tensors are called as in the model, and dynamic sizes by their names."""
+    for value in list(model.graph.initializers.values()):
+        value.name = unwrapped(value.name or "")
+    if not traced.symbols:
+        return
+    pattern = re.compile(rf"\b({'|'.join(map(re.escape, traced.symbols))})\b")
+    values = [*model.graph.inputs, *(value for node in model.graph.all_nodes() for value in node.outputs)]
+    for value in values:
+        if value.shape is not None:
+            value.shape = ir.Shape(
+                pattern.sub(lambda found: traced.symbols[found[0]], str(size.value))
+                if isinstance(size, ir.SymbolicDim) and size.value
+                else size
+                for size in value.shape
+            )
 
 
 def _check_size(model: ir.Model) -> None:

@@ -19,6 +19,7 @@ from .bindings import Runtime, choose_capabilities, collecting_logger, gpu_capab
 from .layer_inspector import inspect_plan
 from .manifest import BuiltBy, Counts, Layer, Manifest, Profile, Source, load_engine, manifest_path, sealed, verify_engine
 from .precheck import OnnxContents, WeightLayer, inspect_onnx
+from .profile import Sizes, named_dimensions, profile_shapes
 from .rtx_plan import PlanContents, PlanLayer, count, read_plan
 from .trtexec import input_shape, trtexec_command
 
@@ -51,6 +52,7 @@ class _Request:
         name: path of the ONNX file, as the user gave it.
         source: what the file holds.
         profile: batch sizes, where the file's batch is dynamic.
+        shapes: of each input: smallest, tuned for, largest.
         library: that builds.
         gpu: generation of the GPU at hand.
         capabilities: generations to build for.
@@ -61,6 +63,7 @@ class _Request:
     name: str
     source: OnnxContents
     profile: Profile
+    shapes: dict[str, list[tuple[int, ...]]]
     library: Runtime
     gpu: str | None
     capabilities: list[str]
@@ -76,6 +79,7 @@ def build_engine(
     min_batch: int = 1,
     opt_batch: int = 8,
     max_batch: int = 64,
+    sizes: Sizes | None = None,
     capabilities: Sequence[str] | None = None,
     require_int8: float | None = None,
     allow_float: bool = False,
@@ -93,6 +97,8 @@ def build_engine(
         min_batch: smallest batch of the optimization profile; the profile counts where the file's batch is dynamic.
         opt_batch: the batch that it is tuned for.
         max_batch: largest batch.
+        sizes: smallest, tuned for and largest size of each other dynamic dimension, by the name it has in the file:
+            ``sizes={"sequence": (8, 128, 512)}``.
         capabilities: RTX only: GPU generations such as ("SM89",), or ("CURRENT",). By default the GPU at hand, and several
             portable ones where there is none.
         require_int8: smallest share, 0 to 1, of convolutions and matrix products with weights that must compute in integers.
@@ -106,11 +112,12 @@ def build_engine(
 
     Raises:
         EngineError: the file is no ONNX, holds no Q/DQ, or what TensorRT cannot take (names the node); it does not parse or
-            build; fewer layers than required compute in integers (names those that do not); the path cannot be written.
+            build; a dynamic dimension has no sizes; fewer layers than required compute in integers (names those that do
+            not); the path cannot be written.
         MissingPackageError: no TensorRT is installed.
     """
     batches = (min_batch, opt_batch, max_batch)
-    request = _request(onnx_path, runtime, batches, capabilities, require_int8, allow_float, timing_cache)
+    request = _request(onnx_path, runtime, batches, sizes, capabilities, require_int8, allow_float, timing_cache)
     engine, record = Path(engine_path), manifest_path(engine_path)
     # The manifest takes its name first: should the engine fail to follow, the digest of an older engine does not match.
     with atomic_path(engine, EngineError) as new_engine, atomic_path(record, EngineError) as new_record:
@@ -125,6 +132,7 @@ def _request(
     onnx_path: str | os.PathLike[str],
     runtime: str,
     batches: tuple[int, int, int],
+    sizes: Sizes | None,
     capabilities: Sequence[str] | None,
     require_int8: float | None,
     allow_float: bool,
@@ -145,11 +153,12 @@ def _request(
             f"{onnx_path} holds no QuantizeLinear: the engine would compute in floating point. Export a prepared model with "
             "export_onnx(..., target='tensorrt'), or pass allow_float=True for a floating-point baseline."
         )
+    shapes = profile_shapes(source.inputs, batches, sizes)
     library, gpu = load_runtime(runtime), gpu_capability()
     targets = choose_capabilities(library, capabilities, gpu)
     if timing_cache is not None and library.is_rtx:
         raise EngineError("timing_cache: tensorrt_rtx has none, it measures nothing while it builds. Leave it out.")
-    return _Request(str(onnx_path), source, profile, library, gpu, targets, require_int8, timing_cache)
+    return _Request(str(onnx_path), source, profile, shapes, library, gpu, targets, require_int8, timing_cache)
 
 
 def _manifest(request: _Request, plan: bytes) -> dict[str, Any]:
@@ -159,7 +168,9 @@ def _manifest(request: _Request, plan: bytes) -> dict[str, Any]:
         EngineError: fewer of its layers than required compute in integers.
     """
     source, library = request.source, request.library
-    contents = read_plan(plan) if library.is_rtx else inspect_plan(library, plan, source.shapes(request.profile.opt))
+    contents = (
+        read_plan(plan) if library.is_rtx else inspect_plan(library, plan, {name: of[1] for name, of in request.shapes.items()})
+    )
     layers = None if contents is None else _with_missing(contents.layers, source.layers)
     _require_integers(layers, source.layers, request.require_int8)
     manifest = Manifest(
@@ -169,10 +180,11 @@ def _manifest(request: _Request, plan: bytes) -> dict[str, Any]:
         runtime=BuiltBy(name=library.name, version=library.version, module=library.module.__name__),
         capabilities=request.capabilities,
         gpu=request.gpu,
-        inputs={name: list(shape) for name, shape in source.inputs.items()},
+        inputs={name: [size if isinstance(size, int) else None for size in shape] for name, shape in source.inputs.items()},
         float_type="float16" if source.float16 else "float32",
         quantized=source.quantized,
-        profile=request.profile if source.dynamic_batch else None,
+        profile=request.profile if any(None in shape for shape in source.inputs.values()) else None,
+        shapes={name: list(map(list, of)) for name, of in request.shapes.items()} if named_dimensions(source.inputs) else None,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         **_precisions(contents, layers),
     )
@@ -197,8 +209,8 @@ def _build(request: _Request, progress: Callable[[str], None] | None) -> bytes:
     monitor = None if progress is None else progress_monitor(library, progress)
     if monitor is not None:
         config.progress_monitor = monitor
-    if source.dynamic_batch:
-        config.add_optimization_profile(_profile(builder, source, request.profile))
+    if source.dynamic:
+        config.add_optimization_profile(_profile(builder, request))
     if library.is_rtx:
         config.num_compute_capabilities = len(request.capabilities)
         for index, target in enumerate(request.capabilities):
@@ -225,15 +237,14 @@ def _parser_problem(parser: Any, messages: Sequence[str]) -> str:
     return f"{where}{problem.desc()}{more}. Keep this operation out of the model, or run it before or after the engine."
 
 
-def _profile(builder: Any, source: OnnxContents, batches: Profile) -> Any:
+def _profile(builder: Any, request: _Request) -> Any:
     profile = builder.create_optimization_profile()
-    sizes = [source.shapes(batch) for batch in (batches.min, batches.opt, batches.max)]
-    for name, shape in source.inputs.items():
-        if None in shape:
+    for name, shape in request.source.inputs.items():
+        if not all(isinstance(size, int) for size in shape):
             try:
-                profile.set_shape(name, *[size[name] for size in sizes])
+                profile.set_shape(name, *request.shapes[name])
             except RuntimeError as error:  # what the bindings raise
-                raise EngineError(f"input {name!r} of {list(shape)}: {error} Choose other batch sizes.") from error
+                raise EngineError(f"input {name!r} of {list(shape)}: {error} Choose other sizes.") from error
     return profile
 
 

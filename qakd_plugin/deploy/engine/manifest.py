@@ -85,7 +85,8 @@ class Layer(_Entries):
 class Manifest(_Entries):
     """What is known about an engine; ``model_json_schema()`` is the schema of its file.
 
-    Entries with a default are missing in manifests of earlier versions, or where nothing is known.
+    ``inputs`` has None for every dynamic size; ``shapes``, smallest, tuned for and largest of each input, are there where more
+    than the batch is dynamic. Entries with a default are missing in manifests of earlier versions, or where nothing is known.
     """
 
     format: int = FORMAT
@@ -99,6 +100,7 @@ class Manifest(_Entries):
     float_type: Literal["float16", "float32"]
     quantized: bool | None = None
     profile: Profile | None = None
+    shapes: dict[str, list[list[int]]] | None = None
     convolutions: Counts | Unknown = "unknown"
     matmuls: Counts | Unknown = "unknown"
     int4_weights: int | Unknown = "unknown"

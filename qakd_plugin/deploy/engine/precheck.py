@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import onnx
@@ -18,6 +19,7 @@ import onnx_ir as ir
 
 from ...errors import EngineError
 from ..canonical.graph import (
+    batch_symbol,
     constant,
     external_location,
     is_stored,
@@ -31,6 +33,10 @@ from .rtx_plan import Kind
 
 _LARGEST_SIZE = 2**31 - 1
 _CODES = {ir.DataType.INT8, ir.DataType.INT4, ir.DataType.FLOAT8E4M3FN}
+
+
+Shape: TypeAlias = tuple[int | str | None, ...]
+"""Sizes of an input; None for a dynamic batch, the name of any other dynamic dimension."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class OnnxContents:
 
     Attributes:
         data: the file.
-        inputs: sizes of every input by name; None for a dynamic batch.
+        inputs: sizes of every input by name; None for a dynamic batch, the name of any other dynamic dimension.
         layers: convolutions and matrix products with stored weights, in execution order.
         float16: whether what is not quantized is stored in FP16.
         quantized: whether it holds any QuantizeLinear, or a linear layer whose weight alone is stored as integers.
@@ -55,19 +61,15 @@ class OnnxContents:
     """
 
     data: bytes
-    inputs: dict[str, tuple[int | None, ...]]
+    inputs: dict[str, Shape]
     layers: tuple[WeightLayer, ...]
     float16: bool
     quantized: bool
     int4_weights: int
 
     @property
-    def dynamic_batch(self) -> bool:
-        return any(None in shape for shape in self.inputs.values())
-
-    def shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
-        """Sizes of every input by name, with ``batch`` in the place of a dynamic one."""
-        return {name: tuple(batch if size is None else size for size in shape) for name, shape in self.inputs.items()}
+    def dynamic(self) -> bool:
+        return any(not isinstance(size, int) for shape in self.inputs.values() for size in shape)
 
 
 def inspect_onnx(path: str | os.PathLike[str]) -> OnnxContents:
@@ -81,7 +83,8 @@ def inspect_onnx(path: str | os.PathLike[str]) -> OnnxContents:
     """
     data, model = _read(path)
     graph = model.graph
-    inputs = {value.name or "": _sizes(value) for value in graph.inputs if value.name not in graph.initializers}
+    batch = batch_symbol(graph)
+    inputs = {value.name or "": _shape(value, batch) for value in graph.inputs if value.name not in graph.initializers}
     nodes = [*graph.all_nodes(), *(node for function in model.functions.values() for node in function)]
     for node in nodes:
         _check_node(node)
@@ -126,19 +129,28 @@ def _read(path: str | os.PathLike[str]) -> tuple[bytes, ir.Model]:
     return data, model
 
 
-def _sizes(value: ir.Value) -> tuple[int | None, ...]:
+def _shape(value: ir.Value, batch: str | None) -> Shape:
     if value.shape is None:
         raise EngineError(f"input {value.name!r} has no shape: export with a fixed image size.")
-    sizes = tuple(size if isinstance(size, int) else None for size in value.shape)
-    if None in sizes[1:]:
-        raise EngineError(
-            f"input {value.name!r} has dynamic sizes beside the batch, {list(value.shape)}: export with a fixed image size."
-        )
-    if any(size is not None and not 0 < size <= _LARGEST_SIZE for size in sizes):
+    sizes = tuple(_size(value.name, dimension, size, batch) for dimension, size in enumerate(value.shape))
+    if any(isinstance(size, int) and not 0 < size <= _LARGEST_SIZE for size in sizes):
         raise EngineError(
             f"input {value.name!r} has the shape {list(value.shape)}: every size must lie between 1 and 2^31 - 1."
         )
     return sizes
+
+
+def _size(name: str | None, dimension: int, size: int | ir.SymbolicDim, batch: str | None) -> int | str | None:
+    if isinstance(size, int):
+        return size
+    if dimension == 0 and (batch is None or size.value in (None, batch)):
+        return None
+    if size.value is None:
+        raise EngineError(
+            f"input {name!r} has dynamic sizes beside the batch without a name: export with dynamic="
+            f'{{"{name}": {{{dimension}: "length"}}}}, or with a fixed image size.'
+        )
+    return None if size.value == batch else size.value
 
 
 def _numbers_problem(node: ir.Node) -> str | None:

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...errors import ParityError
+from ...tasks.inputs import Inputs, call
 from ..canonical.clamps import quantizers_after_relu
 from .imposed_codes import imposed_codes
 from .recorded_codes import run_recorded
@@ -20,7 +21,7 @@ which is 0.12 steps at code 127; sums whose terms cancel add several times that 
 hardly trained). At 0.5 a file that truncates in the place of rounding would pass."""
 
 LOGIT_TOLERANCE = 1e-2
-"""Largest deviation of logits, relative to their range, once ties are settled."""
+"""Largest deviation of logits, relative to their range, once ties are settled; and the share of integers that may differ."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,13 @@ class Float16Parity:
     top1: float
 
 
-def check_float16(file: ir.Model, form: nn.Module, samples: Tensor) -> Float16Parity:
+def check_float16(file: ir.Model, form: nn.Module, samples: Inputs) -> Float16Parity:
     """Run an FP16 file without fusions, and compare it with the export form in float32.
 
     Args:
         file: from :func:`qakd_plugin.deploy.targets.float16.to_float16`.
         form: the export form it came from.
-        samples: float32 (N, ...) inputs.
+        samples: tensors that the file takes.
 
     Raises:
         ParityError: a quantizer's codes differ by more than FP16 explains, or the logits do; names the first.
@@ -54,9 +55,9 @@ def check_float16(file: ir.Model, form: nn.Module, samples: Tensor) -> Float16Pa
     program = "the FP16 file in ONNX Runtime"
     logits, codes = run_recorded(file, samples, optimize=False)
     with imposed_codes(form, codes, TIE_TOLERANCE, quantizers_after_relu(file.graph)) as outcome, torch.no_grad():
-        settled = arrays(form(samples))
+        settled = arrays(call(form, samples))
     outcome.raise_first(program, "its export form in float32")
-    deviation = largest_deviation(logits, settled)
+    deviation = largest_deviation(logits, settled, LOGIT_TOLERANCE)
     if not deviation <= LOGIT_TOLERANCE:
         raise ParityError(
             f"logits: {program} and its export form in float32 differ by {deviation:.2g} of the logit range although all "
@@ -64,5 +65,5 @@ def check_float16(file: ir.Model, form: nn.Module, samples: Tensor) -> Float16Pa
             "logits",
         )
     with torch.no_grad():
-        expected = arrays(form(samples))
+        expected = arrays(call(form, samples))
     return Float16Parity(outcome.compared, outcome.ties, deviation, least_agreement(expected, logits).top1)

@@ -9,9 +9,10 @@ import onnx_ir as ir
 from torch import Tensor, nn
 
 from ...export_form.modules import ActivationQDQ, StoredWeight
+from ...tasks.inputs import Inputs
 from ..canonical.graph import activation_quantizers, copied
 from .onnxruntime import run
-from .report import Array
+from .report import Array, as_array, as_float32
 
 LayerOutputs = dict[str, Array]
 """What layers output, by name."""
@@ -40,7 +41,7 @@ def recorded_outputs(model: nn.Module, names: Sequence[str]) -> Iterator[LayerOu
     def record(name: str, output: object) -> None:
         if isinstance(output, Tensor):
             outputs.pop(name, None)
-            outputs[name] = output.detach().numpy()
+            outputs[name] = as_float32(as_array(output))
 
     modules = dict(model.named_modules())
     handles = [
@@ -55,7 +56,7 @@ def recorded_outputs(model: nn.Module, names: Sequence[str]) -> Iterator[LayerOu
             handle.remove()
 
 
-def run_layers(file: ir.Model, samples: Tensor, names: Sequence[str]) -> LayerOutputs:
+def run_layers(file: ir.Model, samples: Inputs, names: Sequence[str]) -> LayerOutputs:
     """What the file computes at the end of each named layer, without fusions."""
     tapped = copied(file)
     last = {_layer_name(node): node.outputs[0] for node in tapped.graph if _layer_name(node) in names}

@@ -3,37 +3,56 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import onnx_ir as ir
-from torch import Tensor
 
 from ...errors import ExportError
 from ...runtimes.onnxruntime import session_options, start_session
-from .report import Array
+from ...tasks.inputs import Inputs, named_tensors
+from .report import Array, as_array, as_float32
 
 _NODE = re.compile(r"""(?:node with name |Name:|[Nn]ode[:,]? \()['"]?([^'",\s)]+)""")
 """How the runtime names the node that it cannot take, in the messages that name one."""
 
 
-def run(file: ir.Model, samples: Tensor, *, fusions: bool, names: Sequence[str] | None = None) -> list[Array]:
-    """What a file outputs, as float32.
+class Session:
+    """A file in memory, loaded.
 
     Args:
-        file: with one input.
-        samples: float32 (N, ...).
+        file: any.
         fusions: let the runtime optimize the graph.
-        names: of the outputs; all of them by default.
 
     Raises:
-        ExportError: the runtime cannot load or run the file; names the node where the runtime does.
+        ExportError: the runtime cannot load the file; names the node where the runtime does.
     """
-    doing = "load"
+
+    def __init__(self, file: ir.Model, *, fusions: bool) -> None:
+        self._inputs = [value.name for value in file.graph.inputs]
+        with _told("load"):
+            self._session = start_session(ir.serde.serialize_model(file).SerializeToString(), session_options(fusions=fusions))
+
+    def run(self, samples: Inputs, names: Sequence[str] | None = None) -> list[Array]:
+        """What the file outputs: floats as float32, integers and truth values as they are.
+
+        Args:
+            samples: its tensors are the file's inputs, in order.
+            names: of the outputs; all of them by default.
+
+        Raises:
+            ExportError: the runtime cannot run the file.
+        """
+        feeds = dict(zip(self._inputs, map(as_array, named_tensors(samples).values()), strict=True))
+        with _told("run"):
+            return [as_float32(np.asarray(one)) for one in self._session.run(names, feeds)]
+
+
+@contextmanager
+def _told(doing: str) -> Iterator[None]:
     try:
-        session = start_session(ir.serde.serialize_model(file).SerializeToString(), session_options(fusions=fusions))
-        doing = "run"
-        found = session.run(names, {session.get_inputs()[0].name: samples.numpy()})
+        yield
     except Exception as error:  # the runtime's own exception types, and protobuf's, share no other base class
         reason = " ".join(str(error).split())
         node = _NODE.search(reason)
@@ -41,4 +60,8 @@ def run(file: ir.Model, samples: Tensor, *, fusions: bool, names: Sequence[str] 
             f"{node[1] if node else 'the file'}: ONNX Runtime cannot {doing} what was exported, so it cannot be proven: "
             f"{reason[:300]}"
         ) from error
-    return [np.asarray(one, dtype=np.float32) for one in found]
+
+
+def run(file: ir.Model, samples: Inputs, *, fusions: bool, names: Sequence[str] | None = None) -> list[Array]:
+    """Load a file, and run it once: see :class:`Session`."""
+    return Session(file, fusions=fusions).run(samples, names)

@@ -9,41 +9,62 @@ from torch import Tensor, nn
 
 from ...errors import ParityError
 from ...export_form.modules import ActivationQDQ
+from ...tasks.inputs import Inputs, call
 from ..canonical.graph import QUANTIZER_KEY, activation_quantizers, copied, scalar
-from .onnxruntime import run
+from .onnxruntime import Session
 from .report import Array, arrays
 
 Codes = dict[str, list[Array]]
 """Integer codes, as floats, of every call of every activation quantizer, by name."""
 
 
-def run_recorded(file: ir.Model, samples: Tensor, *, optimize: bool) -> tuple[list[Array], Codes]:
-    """Outputs with or without the runtime's fusions, and the integer codes of every activation quantizer, by its calls.
+class Recorder:
+    """A file, loaded once, that also tells the codes of its activation quantizers.
 
     Fused kernels output the codes that their quantizer would have, so reading them does not undo a fusion.
+
+    Args:
+        file: any.
+        fusions: let the runtime optimize the graph.
     """
-    outputs, recorded = run_labelled(file, samples, optimize=optimize)
-    codes: Codes = {}
-    for labels, array in recorded:
-        for label in labels.split(","):
-            name, _, call = label.partition("#")
-            calls = codes.setdefault(name, [])
-            assert len(calls) == int(call or 0), f"calls of {name} are out of order"
-            calls.append(array)
-    return outputs, codes
+
+    def __init__(self, file: ir.Model, *, fusions: bool) -> None:
+        tapped, self._taps = with_codes(file)
+        self._session = Session(tapped, fusions=fusions)
+
+    def run(self, samples: Inputs) -> tuple[list[Array], Codes]:
+        """Outputs, and the integer codes of every activation quantizer, by its calls."""
+        outputs, recorded = self.run_labelled(samples)
+        codes: Codes = {}
+        for labels, array in recorded:
+            for label in labels.split(","):
+                name, _, call = label.partition("#")
+                calls = codes.setdefault(name, [])
+                assert len(calls) == int(call or 0), f"calls of {name} are out of order"
+                calls.append(array)
+        return outputs, codes
+
+    def run_labelled(self, samples: Inputs) -> tuple[list[Array], list[tuple[str, Array]]]:
+        """As :meth:`run`, for files from which quantizers were dropped too: codes with their labels, in order."""
+        found = self._session.run(samples)
+        count = len(found) - len(self._taps)
+        return found[:count], [
+            (labels, codes.astype(np.float32) - np.float32(zero))
+            for (labels, zero), codes in zip(self._taps, found[count:], strict=True)
+        ]
 
 
-def run_labelled(file: ir.Model, samples: Tensor, *, optimize: bool) -> tuple[list[Array], list[tuple[str, Array]]]:
-    """As :func:`run_recorded`, for files from which quantizers were dropped too: codes with their labels, in order."""
-    tapped, taps = with_codes(file)
-    found = run(tapped, samples, fusions=optimize)
-    count = len(found) - len(taps)
-    return found[:count], [
-        (labels, codes - np.float32(zero)) for (labels, zero), codes in zip(taps, found[count:], strict=True)
-    ]
+def run_recorded(file: ir.Model, samples: Inputs, *, optimize: bool) -> tuple[list[Array], Codes]:
+    """Load a file, with or without the runtime's fusions, and :meth:`Recorder.run` it once."""
+    return Recorder(file, fusions=optimize).run(samples)
 
 
-def run_prepared(prepared: nn.Module, form: nn.Module, samples: Tensor) -> tuple[list[Array], Codes]:
+def run_labelled(file: ir.Model, samples: Inputs, *, optimize: bool) -> tuple[list[Array], list[tuple[str, Array]]]:
+    """Likewise :meth:`Recorder.run_labelled`."""
+    return Recorder(file, fusions=optimize).run_labelled(samples)
+
+
+def run_prepared(prepared: nn.Module, form: nn.Module, samples: Inputs) -> tuple[list[Array], Codes]:
     """Outputs of the prepared model, and the codes of its activation quantizers under the export form's names."""
     codes: Codes = {}
 
@@ -62,7 +83,7 @@ def run_prepared(prepared: nn.Module, form: nn.Module, samples: Tensor) -> tuple
             handles.append(source.register_forward_hook(hook(name, quantizer)))  # type: ignore[arg-type]
     try:
         with torch.no_grad():
-            outputs = arrays(prepared(samples))
+            outputs = arrays(call(prepared, samples))
     finally:
         for handle in handles:
             handle.remove()
@@ -86,7 +107,7 @@ def with_codes(file: ir.Model) -> tuple[ir.Model, list[tuple[str, float]]]:
     return tapped, taps
 
 
-def check_same_bits(file: ir.Model, rewritten: ir.Model, samples: Tensor) -> None:
+def check_same_bits(file: ir.Model, rewritten: ir.Model, samples: Inputs) -> None:
     """Run a file and a rewrite of it, from which quantizers may have been dropped, without fusions: not one bit may differ.
 
     Raises:

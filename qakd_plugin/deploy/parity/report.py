@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-Array = npt.NDArray[np.float32]
+from ...tasks.outputs import named_outputs
+
+Array = npt.NDArray[Any]
+"""float32, or integers and truth values as they are."""
+
+FLIPS = 1e-3
+"""Share of an output's integers (labels, token ids) that may differ once ties are settled: the largest of two scores that are
+equal but for float32 rounding may be either. Below a thousand of them none may."""
 
 _SMALLEST_RANGE = 1e-30
 
@@ -67,11 +75,26 @@ class ParityReport:
 
 def arrays(outputs: object) -> list[Array]:
     """All tensors in what a model returns, however nested, in the order that they have in an exported file."""
-    return [leaf.detach().float().numpy() for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    return [as_float32(as_array(tensor)) for tensor in named_outputs(outputs).values()]
+
+
+def as_array(tensor: Tensor) -> Array:
+    """The same numbers; NumPy has no bfloat16."""
+    tensor = tensor.detach()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def as_float32(array: Array) -> Array:
+    """float32, unless it holds integers or truth values."""
+    return array.astype(np.float32, copy=False) if array.dtype.kind == "f" else array
 
 
 def agreement(reference: Array, logits: Array) -> Agreement:
-    """Compare (N, ...) logits with a reference of the same shape."""
+    """Compare (N, ...) logits with a reference of the same shape; of integers, each is a label."""
+    if reference.dtype.kind != "f":
+        same = float((reference == logits).mean()) if reference.size else 1.0
+        sqnr = float("inf") if same == 1 else float("-inf")
+        return Agreement(same, sqnr, 1 - same, len(reference) if reference.ndim else 1)
     if reference.ndim < 2:  # one number per sample: a single class
         reference, logits = reference.reshape(-1, 1), logits.reshape(-1, 1)
     signal = reference.astype(np.float64)
@@ -86,8 +109,12 @@ def agreement(reference: Array, logits: Array) -> Agreement:
 
 
 def least_agreement(references: Sequence[Array], outputs: Sequence[Array]) -> Agreement:
-    """Compare all outputs with references of the same shapes; each number is that of the output that agrees least."""
-    found = [agreement(*pair) for pair in zip(references, outputs, strict=True)]
+    """Compare all outputs with references of the same shapes; each number is that of the output that agrees least.
+
+    Integers count where there is nothing else.
+    """
+    pairs = list(zip(references, outputs, strict=True))
+    found = [agreement(*pair) for pair in [pair for pair in pairs if pair[0].dtype.kind == "f"] or pairs]
     return Agreement(
         top1=min(one.top1 for one in found),
         sqnr_db=min(one.sqnr_db for one in found),
@@ -96,18 +123,27 @@ def least_agreement(references: Sequence[Array], outputs: Sequence[Array]) -> Ag
     )
 
 
-def deviations(actual: Sequence[Array], expected: Sequence[Array]) -> list[float]:
-    """Largest difference of each output over the range of what is expected of it; infinite where shapes or numbers differ."""
+def deviations(actual: Sequence[Array], expected: Sequence[Array], flips: float = FLIPS) -> list[float]:
+    """Largest difference of each output over the range of what is expected of it; infinite where shapes or numbers differ.
+
+    Of integers and truth values no difference counts as small, but a share of ``flips`` may differ.
+    """
     if len(actual) != len(expected):
         return [float("inf")] * max(len(expected), 1)
-    return [
-        float(np.abs(one - other).max(initial=0)) / max(float(np.ptp(other)) if other.size else 0.0, _SMALLEST_RANGE)
-        if one.shape == other.shape
-        else float("inf")
-        for one, other in zip(actual, expected, strict=True)
-    ]
+    return [_deviation(one, other, flips) for one, other in zip(actual, expected, strict=True)]
 
 
-def largest_deviation(actual: Sequence[Array], expected: Sequence[Array]) -> float:
+def _deviation(one: Array, other: Array, flips: float) -> float:
+    if one.shape != other.shape:
+        return float("inf")
+    if other.dtype.kind != "f":
+        return 0.0 if not other.size or float((one != other).mean()) <= flips else float("inf")
+    with np.errstate(invalid="ignore"):
+        difference = np.where(one == other, np.float32(0), np.abs(one - other))  # infinite, as masks are, is no difference
+    finite = other[np.isfinite(other)]
+    return float(difference.max(initial=0)) / max(float(np.ptp(finite)) if finite.size else 0.0, _SMALLEST_RANGE)
+
+
+def largest_deviation(actual: Sequence[Array], expected: Sequence[Array], flips: float = FLIPS) -> float:
     """The largest of the :func:`deviations` of all outputs."""
-    return float(np.max(deviations(actual, expected)))  # unlike Python's, NumPy's keeps NaN
+    return float(np.max(deviations(actual, expected, flips)))  # unlike Python's, NumPy's keeps NaN
