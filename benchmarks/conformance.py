@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from reference_tasks import Task, trained
 from torch import nn
@@ -20,10 +21,19 @@ import qakd_plugin as qakd
 from qakd_plugin import QakdError
 from qakd_plugin.tasks.batches import batch_splitter
 from qakd_plugin.tasks.inputs import call
+from qakd_plugin.tasks.metrics import Counted, outputs_and_targets
+from qakd_plugin.tasks.outputs import named_outputs
 from qakd_plugin.tasks.task_loss import with_targets
 
 TOOLKITS = ("modelopt", "pt2e", "torchao", "torch_ao", "torch_ao_eager")
+RUNTIMES = ("onnxruntime", "openvino")
 EPOCHS = 2
+SIZES = (8, 24, 64)
+"""Smallest, usual and largest size of an engine's dynamic dimension that is no batch."""
+
+QUIET_DB = 25.0
+TIES = 0.05
+"""What ties that are settled otherwise may change: outputs, and a metric of 24 samples."""
 
 
 class Stopped(Exception):
@@ -115,3 +125,68 @@ def outcome(work: Callable[[], None]) -> str:
     except QakdError as error:
         return str(error).split(". ")[0]
     return "yes"
+
+
+def check_deployment(task: Task, toolkit: str, folder: Path) -> dict[str, dict[str, float]]:
+    """Export for each target with its proof, and count the same metric in torch and in each runtime.
+
+    Returns:
+        The metric's numbers by runtime; "torch" is the student itself.
+
+    Raises:
+        AssertionError: a runtime computes something else than the student.
+        QakdError: the cell is refused.
+    """
+    teacher = trained(task)
+    student = distilled(task, prepared(task, teacher, toolkit), teacher, "SQAKD").model
+    inputs, _ = batch_splitter(task.batch_fn, student)(task.batches()[0])
+    candidates = []
+    for target in RUNTIMES:
+        path = folder / f"{target}.onnx"
+        qakd.export_onnx(student, inputs, path, target, dynamic=task.dynamic)
+        candidates.append(qakd.Candidate(path, "SQAKD", task.name, toolkit, task.bits, task.bits, runtime=target))
+    engine = qakd.export_onnx(student, inputs, folder / "tensorrt.onnx", "tensorrt", dynamic=task.dynamic)
+    sizes = {name: SIZES for names in (task.dynamic or {}).values() for name in names.values()}
+    qakd.build_engine(
+        engine, folder / "student.engine", "tensorrt_rtx", opt_batch=1, max_batch=8, sizes=sizes, capabilities=["SM89"]
+    )
+    counted = {"torch": _numbers(task, student)}
+    rows = qakd.benchmark(
+        candidates,
+        task.batches(),
+        RUNTIMES,
+        calls=1,
+        batch_fn=task.batch_fn,
+        metric=task.metric(),
+        metric_fn=task.metric_fn,
+        reference=_reference(task, student),
+    )
+    for row in rows:
+        counted[row.runtime] = {value.name: value.value for value in row.metrics}
+        for output in row.outputs or (row,):
+            assert output.sqnr_db is None or output.sqnr_db > QUIET_DB, f"{row.runtime}: {output.sqnr_db:.1f} dB of the student"
+        for name, value in counted[row.runtime].items():
+            other = counted["torch"][name]
+            assert abs(value - other) <= TIES * max(1.0, abs(other)), f"{row.runtime}: {name} is {value}, in torch {other}"
+    report = qakd.write_report(rows, folder / "report")
+    assert task.name in report.read_text()
+    return counted
+
+
+def _numbers(task: Task, student: nn.Module) -> dict[str, float]:
+    """What the metric says of the student in torch."""
+    counted = Counted(task.metric(), task.metric_fn or outputs_and_targets)
+    for inputs, targets in map(batch_splitter(task.batch_fn, student), task.batches()):
+        with torch.no_grad():
+            counted.update(named_outputs(call(student, inputs)), targets)
+    return counted.compute()
+
+
+def _reference(task: Task, student: nn.Module) -> dict[str, Any]:
+    """Outputs of the student, sample by sample."""
+    found: dict[str, list[Any]] = {}
+    for inputs, _ in map(batch_splitter(task.batch_fn, student), task.batches()):
+        with torch.no_grad():
+            for name, output in named_outputs(call(student, inputs)).items():
+                found.setdefault(name, []).append(output.numpy())
+    return {name: np.concatenate(parts) for name, parts in found.items()}
