@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import QakdError
 from ..losses import cross_entropy
-from .inputs import Inputs, forward_names
+from .inputs import Inputs, arguments, forward_names
 from .matchers import KL
 from .matching import default_match
 from .outputs import Outputs, listed
@@ -42,8 +42,8 @@ def default_task_loss(outputs: Outputs, inputs: Inputs, targets: Any) -> Tensor:
     if not isinstance(matcher, KL):
         raise QakdError(
             f"labels: {name!r} {tuple(outputs[name].shape)} is one logit, over which a cross-entropy of classes is always 0. "
-            "Pass task_loss=lambda outputs, targets: torch.nn.functional.binary_cross_entropy_with_logits(outputs.squeeze(1), "
-            "targets.float()), or a loss for regression."
+            "Pass task_loss=lambda outputs, targets: torch.nn.functional.binary_cross_entropy_with_logits(outputs.flatten(), "
+            "targets.flatten().float()), or a loss for regression."
         )
     if not isinstance(targets, Tensor):
         raise QakdError(f"labels: cross-entropy needs a tensor, got {type(targets).__name__}. Pass task_loss= or a batch_fn.")
@@ -71,10 +71,26 @@ def model_loss(outputs: Outputs) -> Tensor:
 
 
 def with_targets(network: nn.Module, inputs: Inputs, targets: Any) -> Inputs:
-    """Inputs with which ``network`` computes its own loss: targets under "labels" or "targets", or as the next argument."""
-    if isinstance(inputs, Mapping):
-        if isinstance(targets, Mapping):
-            return {**inputs, **targets}
-        names, _ = forward_names(network)
-        return {**inputs, "labels" if "labels" in names or "targets" not in names else "targets": targets}
-    return (*(inputs if isinstance(inputs, tuple) else (inputs,)), targets)
+    """Inputs with which ``network`` computes its own loss.
+
+    Targets go in under "labels" or "targets", whichever forward takes; a mapping of targets under its own names; else as the
+    next argument.
+
+    Raises:
+        QakdError: forward takes no targets.
+    """
+    names, takes_any = forward_names(network)
+    args, kwargs = arguments(inputs)
+    known = dict(zip(names, args, strict=False)) | kwargs
+    if isinstance(targets, Mapping) and (takes_any or targets.keys() <= set(names)):
+        return {**known, **targets}
+    if (name := next((name for name in ("labels", "targets") if name in names), None)) is not None:
+        return {**known, name: targets}
+    if kwargs and takes_any:
+        return {**known, "labels": targets}
+    if kwargs or len(args) == len(names) and not takes_any:
+        raise QakdError(
+            f'task_loss="model": {type(network).__name__} takes no labels, its forward takes {", ".join(names)}. A graph of PT2E '
+            "was captured without them. Pass task_loss=lambda outputs, targets: ..."
+        )
+    return (*args, targets)
