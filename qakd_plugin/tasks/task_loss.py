@@ -88,9 +88,9 @@ def with_targets(network: nn.Module, inputs: Inputs, targets: Any) -> Inputs:
         return {**known, name: targets}
     if kwargs and takes_any:
         return {**known, "labels": targets}
-    if kwargs or len(args) == len(names) and not takes_any:
+    if kwargs or (len(args) == len(names) and not takes_any):
         raise QakdError(
-            f'task_loss="model": {type(network).__name__} takes no labels, its forward takes {", ".join(names)}. A graph of PT2E '
-            "was captured without them. Pass task_loss=lambda outputs, targets: ..."
+            f'task_loss="model": {type(network).__name__} takes no labels, its forward takes {", ".join(names)}. A graph of '
+            "PT2E was captured without them. Pass task_loss=lambda outputs, targets: ..."
         )
     return (*args, targets)

@@ -121,8 +121,8 @@ def dead_activations(observers: Mapping[str, RangeObserver]) -> set[str]:
         raise NotPreparedError(f"{dead[0]} and all other activations saw only zeros during calibration: use real batches.")
     if dead:
         _log.warning(
-            "%s saw only zeros during calibration: what is read there stays in floating point. If these layers are not meant to "
-            "be silent, calibrate on real batches; keep=(...) leaves them in floating point as a whole.",
+            "%s saw only zeros during calibration: what is read there stays in floating point. If these layers are not meant "
+            "to be silent, calibrate on real batches; keep=(...) leaves them in floating point as a whole.",
             ", ".join(dead),
         )
     return set(dead)

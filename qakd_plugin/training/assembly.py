@@ -15,7 +15,7 @@ from ..augment.selector import Augmentation, CMISelector, FixedAugmentation, Sel
 from ..errors import TrainingError
 from ..tasks.batches import batch_splitter
 from ..tasks.evaluation import evaluate, value_of
-from ..tasks.inputs import Inputs, arguments, require_known
+from ..tasks.inputs import Inputs, arguments, dtypes_named, require_known
 from ..tasks.outputs import Outputs, frozen_output, named_outputs
 from ..toolkits import Adapter
 from .autocast import autocast, float32_quantizers
@@ -108,7 +108,7 @@ def assembled(
             masks=_masks(lesson.phases),
         )
         validate = _validation(data, teacher, lesson.phases, processes)
-        compared = _check_first_batch(lesson, batches, settings, processes, computing)
+        compared = _check_first_batch(lesson, batches, settings, processes, computing, validated=data.val_loader is not None)
         networks = Networks.of(model, teacher, processes, teacher_learns=lesson.teacher_learns)
         objective = Objective(adapter, networks, lesson.phases, computing)
         try:
@@ -198,6 +198,8 @@ def _check_first_batch(
     settings: Settings,
     processes: Processes,
     computing: Callable[[], AbstractContextManager[Any]],
+    *,
+    validated: bool,
 ) -> tuple[str, ...]:
     """One forward pass of both networks before anything is trained: checks, and lazily made parameters.
 
@@ -214,12 +216,12 @@ def _check_first_batch(
         require_known(model, inputs, "prepared_model")
         args, kwargs = arguments(inputs)
         with evaluated(adapter, model):
-            with computing():
+            with computing(), dtypes_named(model, inputs, "loader"):
                 student = named_outputs(model(*args, **kwargs))
                 taught = None if teacher is None else named_outputs(frozen_output(teacher, *args, **kwargs))
             check_first_batch(model, student, inputs)
             if taught is not None:
-                check_taught(lesson.phases, student, taught, inputs, first.targets)
+                check_taught(lesson.phases, student, taught, inputs, first.targets, validated=validated)
             if teacher is not None and taught is not None and settings.mixed_precision == "no":
                 check_against_teacher(adapter, model, teacher, taught, inputs)
             if processes.is_main:

@@ -33,7 +33,7 @@ from .distributed.processes import Processes
 from .fingerprint import fingerprint
 from .methods import SQAKD, Method, with_task_loss
 from .optimizers import optimizer_name
-from .preflight import check_quantizers, check_separate, check_trainable
+from .preflight import check_precision, check_quantizers, check_separate, check_trainable
 from .teacher_cache import TeacherCache
 from .teachers import one_teacher, require_teacher
 from .tracking import Tracking
@@ -216,6 +216,7 @@ def _lesson(model: nn.Module, teacher: nn.Module | None, method: Method, epochs:
     require_teacher(method, phases, teacher)
     if teacher is not None:
         check_separate(model, teacher)
+        check_precision(teacher, learns=any(phase.teacher for phase in phases))
     check_quantizers(adapter, model)
     check_trainable(adapter, model)
     return Lesson(adapter, model, teacher, method, phases)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from ..errors import LabelsRequiredError, QakdError
@@ -88,7 +89,12 @@ class Supervision:
             return {"": default_task_loss(own, inputs, targets)}
         if self.task_loss == "model":
             return {"": model_loss(own)}
-        return {"": self.task_loss(simplified(own), targets)}
+        found = self.task_loss(simplified(own), targets)
+        if not isinstance(found, Tensor):
+            raise QakdError(
+                f"task_loss returned {type(found).__name__}; expected a tensor, a scalar or one value a sample (N,)."
+            )
+        return {"": found}
 
 
 @dataclass(frozen=True)
@@ -301,6 +307,11 @@ def total_loss(
         weighted = value if term.weight == 1 else term.weight * value
         total = weighted if total is None else total + weighted
     assert total is not None
+    if torch.is_grad_enabled() and not total.requires_grad:
+        raise QakdError(
+            f"the loss ({', '.join(term.name for term in terms)}) has no gradient: nothing would be trained. A loss of "
+            "integers, of detached outputs or of arg max has none."
+        )
     return total, parts
 
 

@@ -143,7 +143,9 @@ class TeacherCache:
         try:
             content = _read_old(self.path) if zipfile.is_zipfile(self.path) else _read(self.path)
         except CheckpointError as error:
-            raise CheckpointError(f"cache_teacher: {self.path} is no file of a teacher's outputs: {error}. Remove it.") from error
+            raise CheckpointError(
+                f"cache_teacher: {self.path} is no file of a teacher's outputs: {error}. Remove it."
+            ) from error
         if content.teacher != self._teacher:
             raise CheckpointError(
                 f"cache_teacher: {self.path} holds the outputs of another teacher, or of one in another precision. Remove it, "
@@ -197,8 +199,8 @@ def _require_rows(columns: Mapping[str, Tensor], count: int) -> None:
     for name, tensor in columns.items():
         if tensor.ndim == 0 or len(tensor) != count:
             raise QakdError(
-                f"cache_teacher: the teacher outputs {name!r} as {tuple(tensor.shape)} for {count} samples, which is no row for "
-                "each. Leave cache_teacher out, or match another output."
+                f"cache_teacher: the teacher outputs {name!r} as {tuple(tensor.shape)} for {count} samples, which is no row "
+                "for each. Leave cache_teacher out, or match another output."
             )
 
 

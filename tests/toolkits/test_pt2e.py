@@ -236,7 +236,7 @@ def test_a_dead_tensor_is_named_and_left_in_floating_point(toolkit, where, net, 
     with torch.no_grad():
         model.stem[1].bias.fill_(-100)
     prepared = prepare(model, [net[1]], toolkit)
-    assert f"{where} " in caplog.text.replace(",", " ") and "saw only zeros during calibration" in caplog.text
+    assert f"{where} saw only zeros during calibration" in caplog.text
     assert where not in {quantizer.name for quantizer in describe(prepared).quantizers}
     assert any(quantizer.role == "activation" for quantizer in describe(prepared).quantizers)
     qakd.distill(prepared, model, [net[1]], epochs=1)
