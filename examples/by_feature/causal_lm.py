@@ -39,7 +39,12 @@ def main(epochs: int = 2, teacher_epochs: int = 5, width: int = 64) -> tuple[flo
     digits = load()
     train, held_out = batches(*digits.train), batches(*digits.validation)
     config = LlamaConfig(
-        vocab_size=18, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=4, use_cache=False
+        vocab_size=18,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        use_cache=False,
     )
     teacher = LlamaForCausalLM(config)
     optimizer = torch.optim.Adam(teacher.parameters(), 3e-3)

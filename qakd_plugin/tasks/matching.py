@@ -84,18 +84,13 @@ def check_match(match: Match, student: Outputs, teacher: Outputs, inputs: Inputs
         for whose, outputs, other in (("student", student, teacher), ("teacher", teacher, student)):
             if name not in outputs:
                 hint = (
-                    " here (the other network does: the student is compared in training mode, and in eval mode on a held-out "
-                    "split, a frozen teacher always in eval mode; both must output it)"
+                    " (the other network has it: structures differ between training and eval mode; the student is compared in "
+                    "training mode and, on a held-out split, in eval mode, a frozen teacher always in eval mode)"
                     if name in other
                     else ""
                 )
                 raise QakdError(f"match names {name!r}, which the {whose} does not output{hint}; it outputs {listed(outputs)}.")
         ours, theirs = student[name], teacher[name]
-        if torch.is_grad_enabled() and not ours.requires_grad:
-            raise QakdError(
-                f"match: the student outputs {name!r} without a gradient (it is computed under no_grad, detached, or made of "
-                "integers): nothing would be trained. Match an output that depends on the weights by operations of torch."
-            )
         if ours.shape != theirs.shape:
             raise QakdError(
                 f"match: the teacher outputs {name!r} as {tuple(theirs.shape)}, the student as {tuple(ours.shape)} for the "
@@ -109,6 +104,16 @@ def check_match(match: Match, student: Outputs, teacher: Outputs, inputs: Inputs
                 f'nothing would be trained. Write match={{"{name}": qakd.BinaryKL()}}.'
             )
         _require_gradient(name, matcher, student, teacher, inputs, targets)
+
+
+def require_gradients(match: Match, student: Outputs) -> None:
+    """Raise QakdError where what is compared does not depend on the student's weights: it is detached, or made of integers."""
+    for name in match:
+        if not student[name].requires_grad:
+            raise QakdError(
+                f"match: the student outputs {name!r} without a gradient (computed under no_grad, detached, or by arg max): "
+                "nothing would be trained. Match an output that depends on the weights."
+            )
 
 
 def _refuse_probabilities(name: str, matcher: Matcher, ours: Tensor, theirs: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import LabelsRequiredError, QakdError
 from ..tasks.inputs import named_tensors
 from ..tasks.matchers import Match, Matcher, with_temperature
-from ..tasks.matching import check_match, default_match, matched_losses
+from ..tasks.matching import check_match, default_match, matched_losses, require_gradients
 from ..tasks.metrics import simplified
 from ..tasks.outputs import Outputs, named_outputs
 from ..tasks.task_loss import TaskLoss, default_task_loss, model_loss
@@ -143,7 +143,10 @@ class MatchCheck:
     def __call__(self, phase: Phase, student: Outputs, teacher: Outputs | None, inputs: Any, targets: Any) -> None:
         """Outputs of both networks for a batch; see :func:`~qakd_plugin.tasks.matching.check_match` for what is raised."""
         if not self._done and teacher is not None and phase.imitation is not None:
-            check_match(phase.imitation.matched(student, inputs), student, teacher, inputs, targets)
+            match = phase.imitation.matched(student, inputs)
+            check_match(match, student, teacher, inputs, targets)
+            if torch.is_grad_enabled():
+                require_gradients(match, student)
             self._done = True
 
 
