@@ -2,7 +2,7 @@
 
     python examples/by_feature/causal_lm.py
 
-A Llama with random weights writes digits pixel by pixel; its teacher has the same size. No labels: the targets are for perplexity.
+A Llama writes digits pixel by pixel; its teacher has the same size. No labels are learned from: they are for perplexity.
 """
 
 import copy

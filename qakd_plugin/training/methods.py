@@ -87,12 +87,15 @@ class Supervision:
     def __call__(self, own: Outputs, other: Outputs | None, inputs: Any, targets: Any) -> Mapping[str, Tensor]:
         if self.task_loss is None:
             return {"": default_task_loss(own, inputs, targets)}
-        if self.task_loss == "model":
-            return {"": model_loss(own)}
-        found = self.task_loss(simplified(own), targets)
+        found = model_loss(own) if self.task_loss == "model" else self.task_loss(simplified(own), targets)
         if not isinstance(found, Tensor):
             raise QakdError(
-                f"task_loss returned {type(found).__name__}; expected a tensor, a scalar or one value a sample (N,)."
+                f"task_loss returned {type(found).__name__}; expected a tensor: a scalar, or one value a sample (N,)."
+            )
+        if not found.requires_grad and any(output.requires_grad for output in own.values()):
+            raise QakdError(
+                "task_loss: what it returned has no gradient, so nothing would be trained: it is made of integers, of detached "
+                "outputs or of an arg max."
             )
         return {"": found}
 
@@ -310,11 +313,6 @@ def total_loss(
         weighted = value if term.weight == 1 else term.weight * value
         total = weighted if total is None else total + weighted
     assert total is not None
-    if torch.is_grad_enabled() and not total.requires_grad:
-        raise QakdError(
-            f"the loss ({', '.join(term.name for term in terms)}) has no gradient: nothing would be trained. A loss of "
-            "integers, of detached outputs or of arg max has none."
-        )
     return total, parts
 
 

@@ -65,8 +65,8 @@ def check_trainable(adapter: Adapter, model: nn.Module) -> None:
     """
     if (dtype := precision_of(model)) in HALF:
         raise TrainingError(
-            f"prepared_model holds {dtype} weights, in which steps of training are lost to "
-            'rounding and codes do not lie on their grid: call prepared_model.float(), and pass mixed_precision="bf16" for speed.'
+            f"prepared_model holds {dtype} weights, in which steps of training are lost to rounding and "
+            'codes do not lie on their grid: call prepared_model.float(), and pass mixed_precision="bf16" for speed.'
         )
     of_quantizers = {id(p) for quantizer in adapter.quantizers(model) for p in quantizer.module.parameters()}
     if not any(p.requires_grad for p in model.parameters() if id(p) not in of_quantizers):
