@@ -84,10 +84,10 @@ class TeacherCache:
 
         mine: dict[bytes, dict[str, Tensor]] = {}
         for inputs in batches:
-            keys = _digests(inputs)
+            digests = _digests(inputs)
             columns = {name: tensor.cpu() for name, tensor in outputs(inputs).items()}
-            _require_rows(columns, len(keys))
-            mine.update((key, {name: rows[i] for name, rows in columns.items()}) for i, key in enumerate(keys))
+            _require_rows(columns, len(digests))
+            mine.update((digest, {name: rows[i] for name, rows in columns.items()}) for i, digest in enumerate(digests))
         found = {key: row for part in processes.gather(mine) for key, row in part.items()}
         keys = np.frombuffer(b"".join(found), dtype=np.uint8).reshape(-1, _DIGEST)
         content = _Content(self._teacher, torch.from_numpy(keys.copy()), _stacked([*found.values()]))
