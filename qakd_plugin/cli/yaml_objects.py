@@ -9,7 +9,7 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from jsonargparse import get_loader
 from yaml import YAMLError  # type: ignore[import-untyped]
@@ -72,7 +72,8 @@ class Builder:
             ((name, kind),) = known.items()
             return self._called(kind, name, node, where)
         if isinstance(node, str) and any(get_origin(kind) is collections.abc.Callable for kind in members(hint)):
-            return imported(node, where)
+            words = {word for kind in members(hint) if get_origin(kind) is Literal for word in get_args(kind)}
+            return node if node in words else imported(node, where)
         if isinstance(node, dict):
             node = {key: self.build(entry, Any, f"{where}.{key}") for key, entry in node.items()}
         elif isinstance(node, list):

@@ -1,4 +1,4 @@
-"""A Hugging Face Trainer with this package's losses, for image classification models prepared by ModelOpt."""
+"""A Hugging Face Trainer with this package's losses, for models prepared by ModelOpt."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from torch import nn
 from .._common.optional import require
 from ..errors import QakdError
 from ..tasks.outputs import named_outputs
+from ..tasks.task_loss import TaskLoss, check_task_loss
 from ..toolkits import adapter_for
 from ..training.attached import refuse_features, unwrapped
 from ..training.autocast import float32_quantizers
 from ..training.config import Settings
 from ..training.curvature import warn_of_no_refresh
-from ..training.methods import SQAKD, MatchCheck, Method, require_labels, total_loss
+from ..training.methods import SQAKD, MatchCheck, Method, require_labels, total_loss, with_task_loss
 from ..training.optimizers import student_optimizer
 from ..training.teachers import require_teacher, taught_outputs
 
@@ -35,6 +36,7 @@ class DistillationTrainer(_Trainer):  # type: ignore[misc]
         teacher: full-precision network that takes the same inputs; None for QAT. It is left as it was, on the device of
             ``args``.
         method: SQAKD() by default, KD or QAT.
+        task_loss: what is learned from labels, as in ``distill``; "model": the model's own loss.
         quantizer_lr: of parameters that belong to quantizers, as a relative change per step.
         **options: as ``transformers.Trainer`` takes them, by name.
 
@@ -54,13 +56,15 @@ class DistillationTrainer(_Trainer):  # type: ignore[misc]
         *,
         teacher: nn.Module | None,
         method: Method | None = None,
+        task_loss: TaskLoss | None = None,
         quantizer_lr: float = 1e-3,
         **options: Any,
     ) -> None:
         self.method = SQAKD() if method is None else method
         self._check = MatchCheck()
         self.adapter = adapter_for(model)
-        phases = self.method.phases(100)
+        check_task_loss(task_loss)
+        phases = with_task_loss(self.method.phases(100), task_loss)
         require_teacher(self.method, phases, teacher)
         refuse_features(self.method, phases, "DistillationTrainer")
         self._require_supported(len(phases))
@@ -86,7 +90,7 @@ class DistillationTrainer(_Trainer):  # type: ignore[misc]
         own = {name: value for name, value in inputs.items() if name not in self.label_names}
         if self.phase.needs_labels:
             require_labels(self.method, labels)
-        outputs = named_outputs(model(**own))
+        outputs = named_outputs(model(**(inputs if self.phase.calls_with_labels else own)))
         with self.accelerator.autocast():
             other = taught_outputs(self.teacher, self.phase, (), own)
         self._check(self.phase, outputs, other, own, labels)
@@ -94,6 +98,17 @@ class DistillationTrainer(_Trainer):  # type: ignore[misc]
         # A dictionary: of anything else the Trainer takes [1:] for the logits.
         shown = {"logits": outputs["logits"]} if "logits" in outputs else outputs
         return (loss, shown) if return_outputs else loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Any, Any, Any]:
+        """As the Trainer's, which computes no loss without labels; a method that reads none has one."""
+        if self.phase.needs_labels or inputs.get(self.label_names[0]) is not None:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)  # type: ignore[no-any-return]
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
+        found = tuple(tensor.detach() for tensor in outputs.values())
+        return loss.detach(), None if prediction_loss_only else found[0] if len(found) == 1 else found, None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW in the groups of ``distill``, unless an optimizer was passed."""

@@ -12,14 +12,15 @@ from .._common.optional import require
 from ..errors import QakdError
 from ..tasks.batches import BatchFn, batch_splitter, default_batch
 from ..tasks.evaluation import evaluate
-from ..tasks.inputs import arguments, call, sample_count
+from ..tasks.inputs import Inputs, arguments, call, sample_count
 from ..tasks.outputs import named_outputs
+from ..tasks.task_loss import TaskLoss, check_task_loss, with_targets
 from ..toolkits import adapter_for
 from ..training.attached import refuse_features
 from ..training.autocast import float32_hooks
 from ..training.config import Settings
 from ..training.curvature import warn_of_no_refresh
-from ..training.methods import SQAKD, MatchCheck, Method, Phase, require_labels, total_loss
+from ..training.methods import SQAKD, MatchCheck, Method, Phase, require_labels, total_loss, with_task_loss
 from ..training.optimizers import (
     clip_gradients,
     cosine_schedule,
@@ -49,7 +50,8 @@ class DistillationModule(_LightningModule):  # type: ignore[misc]
         method: SQAKD() by default.
         settings: learning rates, weight decay, ``grad_clip`` and ``warmup``, as ``distill`` takes them. The others are not
             read: precision, accumulation, averages and early stop are the Trainer's.
-        batch_fn: splits a batch into (images, labels or None).
+        batch_fn: splits a batch into (inputs, targets or None).
+        task_loss: what is learned from labels, as in ``distill``.
 
     Raises:
         NotPreparedError: no toolkit prepared the model.
@@ -64,6 +66,7 @@ class DistillationModule(_LightningModule):  # type: ignore[misc]
         method: Method | None = None,
         settings: Settings | None = None,
         batch_fn: BatchFn = default_batch,
+        task_loss: TaskLoss | None = None,
     ) -> None:
         super().__init__()
         self.adapter = adapter_for(prepared_model)
@@ -72,7 +75,9 @@ class DistillationModule(_LightningModule):  # type: ignore[misc]
         self.batch_fn = batch_fn
         self._split = batch_splitter(batch_fn, prepared_model)
         self.student = prepared_model
-        phases = self.method.phases(100)  # only what they learn from; how long they are says the Trainer
+        check_task_loss(task_loss)
+        self.task_loss = task_loss
+        phases = self._phases(100)  # only what they learn from; how long they are says the Trainer
         self._match = next((phase.imitation.match for phase in phases if phase.imitation is not None), None)
         require_teacher(self.method, phases, teacher)
         refuse_features(self.method, phases, "DistillationModule")
@@ -88,6 +93,9 @@ class DistillationModule(_LightningModule):  # type: ignore[misc]
         self._check = MatchCheck()
         self._was_training = False
         self._float32: list[Any] = []
+
+    def _phases(self, epochs: int) -> tuple[Phase, ...]:
+        return with_task_loss(self.method.phases(epochs), self.task_loss)
 
     # -- modes and ranges
 
@@ -150,7 +158,7 @@ class DistillationModule(_LightningModule):  # type: ignore[misc]
         count = self.trainer.max_epochs
         if not count or count < 1:
             raise QakdError(f"Trainer(max_epochs={count}) does not say how long phases are: pass a positive max_epochs.")
-        epochs = [phase for phase in self.method.phases(count) for _ in range(phase.epochs)]
+        epochs = [phase for phase in self._phases(count) for _ in range(phase.epochs)]
         if len(epochs) != count:
             raise QakdError(
                 f"{type(self.method).__name__} counts {len(epochs)} epochs itself: pass Trainer(max_epochs={len(epochs)}) in "
@@ -194,8 +202,9 @@ class DistillationModule(_LightningModule):  # type: ignore[misc]
         inputs, targets = self._split(batch)
         if phase.needs_labels:
             require_labels(self.method, targets)
-        student = named_outputs(call(self.student, inputs))
-        other = taught_outputs(self.teacher, phase, *arguments(inputs))
+        student = named_outputs(call(self.student, self._called_with(phase, self.student, inputs, targets)))
+        taught = self._called_with(phase, self.teacher, inputs, targets) if phase.teacher else inputs
+        other = taught_outputs(self.teacher, phase, *arguments(taught))
         self._check(phase, student, other, inputs, targets)
         loss, parts = total_loss(phase.student, student, other, targets, inputs)
         self.log_dict({"train_loss": loss.detach(), **{f"train_{name}": value for name, value in parts.items()}})
@@ -208,6 +217,10 @@ class DistillationModule(_LightningModule):  # type: ignore[misc]
             self.log("train_teacher_loss", teacher_loss.detach())
         self._step_by_hand(loss, teacher_loss)
         return None
+
+    @staticmethod
+    def _called_with(phase: Phase, network: Any, inputs: Inputs, targets: Any) -> Inputs:
+        return with_targets(network, inputs, targets) if phase.calls_with_labels else inputs
 
     def _step_by_hand(self, loss: Tensor, teacher_loss: Tensor | None) -> None:
         """One step of the student, and one of the teacher where it learns."""

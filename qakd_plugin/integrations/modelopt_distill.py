@@ -13,44 +13,55 @@ from torch.nn.modules.loss import _Loss
 
 from .._common.optional import require
 from ..errors import QakdError
-from ..losses import kl_divergence
-from ..tasks.outputs import logits_of
+from ..tasks.matchers import Match
+from ..tasks.outputs import named_outputs
 from ..toolkits import adapter_for
 from ..training.attached import refuse_features
-from ..training.methods import KD, SQAKD, Method
+from ..training.methods import KD, SQAKD, Imitation, MatchCheck, Method, Phase, total_loss
 
 
 class KLCriterion(_Loss):
-    """``T^2 KL(teacher || student)``, the mean over the batch: the same number and gradient as ``losses.kl_divergence``.
+    """``T^2 KL(teacher || student)``, or what ``match`` says, the mean over the batch: number and gradient as in ``distill``.
 
     ModelOpt's own ``LogitsDistillationLoss`` computes in the type of the logits; this one in float64.
 
     Args:
         temperature: softens both predictions.
+        match: as in :class:`~qakd_plugin.SQAKD`; None where exactly one reading is possible. A criterion sees outputs alone:
+            ``where`` cannot be the name of a mask.
 
     Raises:
-        QakdError: the temperature is not positive.
+        QakdError: the temperature is not positive, or ``match`` names a mask.
     """
 
-    def __init__(self, temperature: float = 4.0) -> None:
+    def __init__(self, temperature: float = 4.0, match: Match | None = None) -> None:
         super().__init__()
-        self.temperature = SQAKD(temperature).temperature  # which checks it
+        self.temperature = SQAKD(temperature, match=match).temperature  # which checks both
+        for name, matcher in (match or {}).items():
+            if matcher.where is not None:
+                raise QakdError(
+                    f"match: where={matcher.where!r} of {name!r} reads inputs, and a criterion of mtd.convert sees outputs "
+                    "alone. Train with qakd.distill or qakd.attach, or leave where out."
+                )
+        self._imitation, self._check = Imitation(temperature, match=match), MatchCheck()
 
     def forward(self, student: Any, teacher: Any) -> Tensor:
         """The loss of the student's output; no gradient flows into the teacher's.
 
         Args:
-            student: logits (N, C), or an output that holds them under ``logits``.
+            student: what it outputs: logits, or any tree of tensors.
             teacher: likewise.
 
         Returns:
             A scalar.
 
         Raises:
-            QakdError: one of them holds no logits.
+            QakdError: what is compared can be read in more than one way, or cannot be compared.
         """
-        own, other = logits_of(student, "the student"), logits_of(teacher, "the teacher")
-        return kl_divergence(own, other.detach(), self.temperature).mean()
+        phase = Phase("distill", 1, (self._imitation,))
+        own, other = named_outputs(student), named_outputs(teacher)
+        self._check(phase, own, other, (), None)
+        return total_loss(phase.student, own, other, None, ())[0]
 
 
 def kd_loss_config(prepared_model: nn.Module, teacher: nn.Module, method: Method | None = None) -> dict[str, Any]:
@@ -92,4 +103,4 @@ def kd_loss_config(prepared_model: nn.Module, teacher: nn.Module, method: Method
             "frozen teacher: use SQAKD or KD, or train with qakd.distill or qakd.attach."
         )
     balancer = None if alpha is None else distill.StaticLossBalancer(alpha)
-    return {"teacher_model": teacher, "criterion": KLCriterion(method.temperature), "loss_balancer": balancer}
+    return {"teacher_model": teacher, "criterion": KLCriterion(method.temperature, method.match), "loss_balancer": balancer}

@@ -18,7 +18,7 @@ from ..placement.targets import TARGETS, Target
 from ..quantizers import QuantizerConfig, Rule
 from ..quantizers.qparams import QParams
 from ..tasks.batches import BatchFn, batch_splitter, default_batch
-from ..tasks.inputs import to_device
+from ..tasks.inputs import dtypes_named, to_device
 from ..toolkits import Adapter, Quantizer, adapter_for
 
 _log = logging.getLogger(__name__)
@@ -221,7 +221,8 @@ def _observe(
     adapter.set_mode(observed, False)
     adapter.freeze_ranges(observed, True)
     adapter.set_fake_quant(observed, False)
-    return observe_inputs(observed, {fqn: observed.get_submodule(fqn) for fqn in changed}, inputs, {})
+    with dtypes_named(observed, inputs[0], "calibration_batches"):
+        return observe_inputs(observed, {fqn: observed.get_submodule(fqn) for fqn in changed}, inputs, {})
 
 
 def _announce(config: QuantizerConfig, swaps: Sequence[_Swap], observed: bool) -> None:

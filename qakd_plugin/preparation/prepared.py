@@ -12,7 +12,7 @@ from ..errors import NotPreparedError, QakdError
 from ..placement.attention import open_attention
 from ..placement.targets import TARGETS, Target
 from ..tasks.batches import BatchFn, batch_splitter, default_batch
-from ..tasks.inputs import Inputs, named_tensors, to_device
+from ..tasks.inputs import HALF, Inputs, dtypes_named, named_tensors, precision_of, to_device
 from ..toolkits import Adapter, Precision, adapter_for, adapter_named
 
 
@@ -69,7 +69,8 @@ def prepare(
     batches = [to_device(_inputs(split, batch, index), device) for index, batch in enumerate(calibration_batches)]
     if not batches:
         raise QakdError("calibration_batches is empty: ranges need at least one batch, and are better with several.")
-    return adapter.prepare(open_attention(model), batches, precision)
+    with dtypes_named(model, batches[0], "calibration_batches"):
+        return adapter.prepare(open_attention(model), batches, precision)
 
 
 def configuration(
@@ -119,6 +120,11 @@ def _parse_request(
 
 
 def _require_float(model: nn.Module) -> None:
+    if (dtype := precision_of(model)) in HALF:
+        raise QakdError(
+            f"model holds {str(dtype).removeprefix('torch.')} weights, in which steps of training are lost to rounding and "
+            'codes do not lie on their grid: pass model.float(), and mixed_precision="bf16" to distill for speed.'
+        )
     try:
         adapter = adapter_for(model)
     except NotPreparedError:

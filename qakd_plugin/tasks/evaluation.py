@@ -12,14 +12,13 @@ from torchmetrics import Metric
 from torchmetrics.aggregation import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from .._common.module_mode import eval_mode
 from ..errors import QakdError, TrainingError
 from .batches import BatchFn, batch_splitter
-from .inputs import Inputs, call, to_device
+from .inputs import Inputs, arguments, call, to_device
 from .matchers import KL, Match, Matcher, agreed_labels
 from .matching import default_match
 from .metrics import AnyMetric, Counted, MetricFn, higher_is_better, monitored, outputs_and_targets
-from .outputs import Outputs, named_outputs
+from .outputs import Outputs, frozen_output, listed, named_outputs
 
 
 @torch.no_grad()
@@ -63,8 +62,8 @@ def evaluate(
         outputs = named_outputs(call(student, inputs))
         expected = None
         if teacher is not None:
-            with eval_mode(teacher):
-                expected = named_outputs(call(teacher, inputs))
+            args, kwargs = arguments(inputs)
+            expected = named_outputs(frozen_output(teacher, *args, **kwargs))
         counts.add(outputs, expected, inputs, targets, match)
     return counts.result()
 
@@ -86,6 +85,12 @@ class _Counts:
                 self._count("teacher_", expected, targets)
         found = self._matched(outputs, inputs, match) if self._metric is None or expected is not None else {}
         for name, matcher in found.items():
+            for whose, those in (("student", outputs), ("teacher", expected)):
+                if those is not None and name not in those:
+                    raise QakdError(
+                        f"val_loader: match names {name!r}, which the {whose} does not output in eval mode; it outputs "
+                        f"{listed(those)}. Match outputs that both modes have, or leave val_loader out."
+                    )
             other = None if expected is None else expected[name]
             if self._metric is None and len(found) == 1 and isinstance(matcher, KL):
                 self._accuracy(matcher, outputs[name], other, targets)

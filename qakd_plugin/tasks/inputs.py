@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path, tree_map_only
 
 from ..errors import QakdError
+
+HALF = (torch.float16, torch.bfloat16)
+"""Types in which steps of training are lost to rounding."""
 
 Inputs: TypeAlias = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 """One tensor; a tuple, whose items are positional arguments; a mapping of keywords; a list, which is one argument (the images
@@ -28,6 +32,54 @@ def arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
+
+
+def precision_of(network: nn.Module) -> torch.dtype:
+    """Of a network's first floating-point parameter; float32 where it has none."""
+    return next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
+
+
+def call_in_own_precision(network: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What ``network`` returns; one in float16 or bfloat16 gets its float inputs in that type, and no autocast around it."""
+    dtype = precision_of(network)
+    if dtype not in HALF or any(p.dtype != dtype for p in network.parameters() if p.is_floating_point()):
+        return network(*args, **kwargs)
+    args, kwargs = tree_map_only(
+        Tensor, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, (args, kwargs)
+    )
+    with torch.autocast(device_of({"args": args, "kwargs": kwargs}).type, enabled=False):
+        return network(*args, **kwargs)
+
+
+@contextmanager
+def dtypes_named(network: nn.Module, inputs: Inputs, name: str) -> Iterator[None]:
+    """Within the block, an error of torch on inputs of another type than ``network`` computes in says so, and what to write.
+
+    Raises:
+        QakdError: torch raised one.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        computes = precision_of(network)
+        wrong = {
+            path: tensor
+            for path, tensor in named_tensors(inputs).items()
+            if tensor.dtype is torch.uint8 or (tensor.is_floating_point() and tensor.dtype != computes)
+        }
+        if not wrong or isinstance(error, QakdError):
+            raise
+        path, tensor = next(iter(wrong.items()))
+        change = "float() / 255" if tensor.dtype is torch.uint8 else f"to(torch.{_short(computes)})"
+        raise QakdError(
+            f"{name}: {path!r} {tuple(tensor.shape)} is {_short(tensor.dtype)}, and {type(network).__name__} computes in "
+            f"{_short(computes)} ({str(error).strip().splitlines()[0]}). Convert it as the network was trained: "
+            f"batch_fn=lambda batch: (batch[0].{change}, batch[1])."
+        ) from error
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def named_tensors(inputs: Inputs) -> dict[str, Tensor]:

@@ -83,7 +83,12 @@ def check_match(match: Match, student: Outputs, teacher: Outputs, inputs: Inputs
     for name, matcher in match.items():
         for whose, outputs, other in (("student", student, teacher), ("teacher", teacher, student)):
             if name not in outputs:
-                hint = " (the other network has it: structures differ between training and eval mode)" if name in other else ""
+                hint = (
+                    " (the other network has it: structures differ between training and eval mode; the student is compared in "
+                    "training mode and, on a held-out split, in eval mode, a frozen teacher always in eval mode)"
+                    if name in other
+                    else ""
+                )
                 raise QakdError(f"match names {name!r}, which the {whose} does not output{hint}; it outputs {listed(outputs)}.")
         ours, theirs = student[name], teacher[name]
         if ours.shape != theirs.shape:
@@ -99,6 +104,16 @@ def check_match(match: Match, student: Outputs, teacher: Outputs, inputs: Inputs
                 f'nothing would be trained. Write match={{"{name}": qakd.BinaryKL()}}.'
             )
         _require_gradient(name, matcher, student, teacher, inputs, targets)
+
+
+def require_gradients(match: Match, student: Outputs) -> None:
+    """Raise QakdError where what is compared does not depend on the student's weights: it is detached, or made of integers."""
+    for name in match:
+        if not student[name].requires_grad:
+            raise QakdError(
+                f"match: the student outputs {name!r} without a gradient (computed under no_grad, detached, or by arg max): "
+                "nothing would be trained. Match an output that depends on the weights."
+            )
 
 
 def _refuse_probabilities(name: str, matcher: Matcher, ours: Tensor, theirs: Tensor) -> None:

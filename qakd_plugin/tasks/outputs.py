@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .._common.module_mode import eval_mode
 from ..errors import QakdError
+from .inputs import call_in_own_precision
 
 SINGLE = "logits"
 """Name of the output of a network that returns a tensor and nothing else."""
@@ -76,9 +77,9 @@ def logits_of(output: Any, name: str) -> Tensor:
 
 
 def frozen_output(network: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """What a network outputs in eval mode and without gradients; its modes are put back."""
+    """What a network outputs in eval mode, in its own precision and without gradients; its modes are put back."""
     with eval_mode(network), torch.no_grad():
-        return network(*args, **kwargs)
+        return call_in_own_precision(network, *args, **kwargs)
 
 
 def logits_for(network: nn.Module, inputs: Tensor, name: str) -> Tensor:

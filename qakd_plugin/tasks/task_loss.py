@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import QakdError
 from ..losses import cross_entropy
-from .inputs import Inputs, forward_names
+from .inputs import Inputs, arguments, forward_names
 from .matchers import KL
 from .matching import default_match
 from .outputs import Outputs, listed
@@ -42,8 +42,8 @@ def default_task_loss(outputs: Outputs, inputs: Inputs, targets: Any) -> Tensor:
     if not isinstance(matcher, KL):
         raise QakdError(
             f"labels: {name!r} {tuple(outputs[name].shape)} is one logit, over which a cross-entropy of classes is always 0. "
-            "Pass task_loss=lambda outputs, targets: torch.nn.functional.binary_cross_entropy_with_logits(outputs.squeeze(1), "
-            "targets.float()), or a loss for regression."
+            "Pass task_loss=lambda outputs, targets: torch.nn.functional.binary_cross_entropy_with_logits(outputs.flatten(), "
+            "targets.flatten().float()), or a loss for regression."
         )
     if not isinstance(targets, Tensor):
         raise QakdError(f"labels: cross-entropy needs a tensor, got {type(targets).__name__}. Pass task_loss= or a batch_fn.")
@@ -71,29 +71,26 @@ def model_loss(outputs: Outputs) -> Tensor:
 
 
 def with_targets(network: nn.Module, inputs: Inputs, targets: Any) -> Inputs:
-    """Inputs with which ``network`` computes its own loss: targets under the name that its forward has for them.
+    """Inputs with which ``network`` computes its own loss.
 
-    That is "labels" or "targets", or, where forward has neither, the next argument, of a network that takes no others
-    by keyword.
+    Targets go in under "labels" or "targets", whichever forward takes; a mapping of targets under its own names; else as the
+    next argument.
 
     Raises:
-        QakdError: ``network`` takes no targets, as the graph that a toolkit captured of it does not.
+        QakdError: forward takes no targets.
     """
     names, takes_any = forward_names(network)
-    name = next((name for name in ("labels", "targets") if name in names), None)
-    if isinstance(inputs, Mapping):
-        if isinstance(targets, Mapping):
-            return {**inputs, **targets}
-        if name is not None or takes_any:
-            return {**inputs, name or "labels": targets}
-    else:
-        args = inputs if isinstance(inputs, tuple) else (inputs,)
-        if name is not None and len(args) <= names.index(name):
-            return {**dict(zip(names, args, strict=False)), name: targets}
-        if len(names) > len(args) or takes_any:
-            return (*args, targets)
-    raise QakdError(
-        f'task_loss="model": {type(network).__name__}.forward takes {", ".join(names) or "nothing"} and no targets, so it '
-        "computes no loss of its own. Pass task_loss=lambda outputs, targets: ..., or prepare with toolkit='modelopt', "
-        "which leaves the network's own forward in its place."
-    )
+    args, kwargs = arguments(inputs)
+    known = dict(zip(names, args, strict=False)) | kwargs
+    if isinstance(targets, Mapping) and (takes_any or targets.keys() <= set(names)):
+        return {**known, **targets}
+    if (name := next((name for name in ("labels", "targets") if name in names), None)) is not None:
+        return {**known, name: targets}
+    if kwargs and takes_any:
+        return {**known, "labels": targets}
+    if kwargs or (len(args) == len(names) and not takes_any):
+        raise QakdError(
+            f'task_loss="model": {type(network).__name__} takes no labels, its forward takes {", ".join(names)}. A graph of '
+            "PT2E was captured without them. Pass task_loss=lambda outputs, targets: ..."
+        )
+    return (*args, targets)

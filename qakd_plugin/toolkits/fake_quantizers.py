@@ -5,6 +5,7 @@ Both toolkits have a class ``FakeQuantizeBase``; the classes are unrelated but l
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -18,6 +19,8 @@ from ..placement.calibration import RangeObserver, observe_inputs
 from ..quantizers import Rule
 from ..tasks.inputs import Inputs
 from .adapter import Adapter, Quantizer
+
+_log = logging.getLogger(__name__)
 
 _PAUSED = "_qakd_paused"
 
@@ -105,6 +108,24 @@ def observe_unquantized(
     observers = observe_inputs(model, watched, batches, clamps)
     adapter.set_fake_quant(model, True)
     return observers
+
+
+def dead_activations(observers: Mapping[str, RangeObserver]) -> set[str]:
+    """Quantizers that saw only zeros in calibration, which have no range and are to be left off; a warning names them.
+
+    Raises:
+        NotPreparedError: all of them did.
+    """
+    dead = [name for name, observer in observers.items() if observer.maximum == 0]
+    if dead and len(dead) == len(observers):
+        raise NotPreparedError(f"{dead[0]} and all other activations saw only zeros during calibration: use real batches.")
+    if dead:
+        _log.warning(
+            "%s saw only zeros during calibration: what is read there stays in floating point. If these layers are not meant "
+            "to be silent, calibrate on real batches; keep=(...) leaves them in floating point as a whole.",
+            ", ".join(dead),
+        )
+    return set(dead)
 
 
 @torch.no_grad()

@@ -9,14 +9,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..augment.selector import Augmentation, CMISelector, FixedAugmentation, SelectedAugmentation
 from ..errors import TrainingError
 from ..tasks.batches import batch_splitter
 from ..tasks.evaluation import evaluate, value_of
-from ..tasks.inputs import arguments, require_known
-from ..tasks.outputs import frozen_output, logits_of, named_outputs
+from ..tasks.inputs import Inputs, arguments, dtypes_named, require_known
+from ..tasks.outputs import Outputs, frozen_output, named_outputs
 from ..toolkits import Adapter
 from .autocast import autocast, float32_quantizers
 from .batches import Batches
@@ -84,7 +84,7 @@ def assembled(
         data: to train and to validate with.
         settings: numbers of the run.
         processes: that train together.
-        cache: of the teacher's logits, or None; filled here.
+        cache: of what the teacher outputs, or None; filled here.
         store: where checkpoints go, or None.
         checkpoint_every: also after so many optimizer steps.
         callbacks: see :class:`~qakd_plugin.training.trainer.Trainer`.
@@ -108,7 +108,7 @@ def assembled(
             masks=_masks(lesson.phases),
         )
         validate = _validation(data, teacher, lesson.phases, processes)
-        _check_first_batch(lesson, data, batches, settings, processes, computing)
+        compared = _check_first_batch(lesson, data, batches, settings, processes, computing)
         processes.agree()
         networks = Networks.of(model, teacher, processes, teacher_learns=lesson.teacher_learns)
         objective = Objective(adapter, networks, lesson.phases, computing)
@@ -116,7 +116,7 @@ def assembled(
             student, mentor = _learners(lesson, networks, settings, batches.steps)
             ema = None if settings.ema is None else Ema(model, settings.ema)
             if cache is not None and teacher is not None:
-                _fill(cache, teacher, batches, processes, computing)
+                _fill(cache, teacher, compared, batches, processes, computing)
             view = DeployedView(
                 adapter,
                 model,
@@ -200,8 +200,12 @@ def _check_first_batch(
     settings: Settings,
     processes: Processes,
     computing: Callable[[], AbstractContextManager[Any]],
-) -> None:
-    """One forward pass of both networks before anything is trained: checks, and lazily made parameters."""
+) -> tuple[str, ...]:
+    """One forward pass of both networks before anything is trained: checks, and lazily made parameters.
+
+    Returns:
+        The outputs of the teacher that training reads.
+    """
     adapter, model, teacher = lesson.adapter, lesson.model, lesson.teacher
     labels = any(phase.needs_labels for phase in lesson.phases)
     with batches.aside(labels=labels, augmented=False) as some, torch.no_grad():
@@ -212,18 +216,26 @@ def _check_first_batch(
         require_known(model, inputs, "prepared_model")
         args, kwargs = arguments(inputs)
         with evaluated(adapter, model):
-            with computing():
+            with computing(), dtypes_named(model, inputs, "loader"):
                 student = named_outputs(model(*args, **kwargs))
                 taught = None if teacher is None else named_outputs(frozen_output(teacher, *args, **kwargs))
             check_first_batch(model, student, inputs)
             if data.val_loader is not None:
                 check_counted(lesson.phases, student, inputs, metric=data.metric is not None, teacher=teacher is not None)
             if taught is not None:
-                check_taught(lesson.phases, student, taught, inputs, first.targets)
+                check_taught(lesson.phases, student, taught, inputs, first.targets, validated=data.val_loader is not None)
             if teacher is not None and taught is not None and settings.mixed_precision == "no":
                 check_against_teacher(adapter, model, teacher, taught, inputs)
             if processes.is_main:
                 check_exportable(adapter, model, inputs)
+            return () if taught is None else _compared(lesson.phases, taught, inputs)
+
+
+def _compared(phases: Sequence[Phase], taught: Outputs, inputs: Inputs) -> tuple[str, ...]:
+    """Outputs of the teacher that training reads: those that are matched, or all where the user's masks may read any."""
+    imitation = next((phase.imitation for phase in phases if phase.imitation is not None), None)
+    match = {} if imitation is None else imitation.matched(taught, inputs)
+    return tuple(taught) if any(callable(matcher.where) for matcher in match.values()) else tuple(match)
 
 
 def _learners(lesson: Lesson, networks: Networks, settings: Settings, steps: int) -> tuple[Learner, Learner | None]:
@@ -242,16 +254,20 @@ def _learners(lesson: Lesson, networks: Networks, settings: Settings, steps: int
 def _fill(
     cache: TeacherCache,
     teacher: nn.Module,
+    names: Sequence[str],
     batches: Batches,
     processes: Processes,
     computing: Callable[[], AbstractContextManager[Any]],
 ) -> None:
-    def logits(x: Tensor) -> Tensor:
+    def outputs(inputs: Inputs) -> Outputs:
+        args, kwargs = arguments(inputs)
         with computing():
-            return logits_of(frozen_output(teacher, x), "teacher").float()
+            found = named_outputs(frozen_output(teacher, *args, **kwargs))
+        return {name: found[name].float() if found[name].is_floating_point() else found[name] for name in names}
 
+    cache.require(names)
     with batches.aside() as some:
-        cache.fill((batch.inputs for batch in some), logits, processes)
+        cache.fill((batch.inputs for batch in some), outputs, processes)
 
 
 def _parts(

@@ -9,13 +9,12 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-from torch import Tensor
-
 from .._common.rng_state import generators_of, random_state, restore_random_state, samplers_of, undisturbed
 from ..augment.selector import Augmentation
 from ..errors import QakdError, TrainingError
 from ..tasks.batches import BatchFn
 from ..tasks.inputs import sample_count, to_device
+from ..tasks.outputs import Outputs
 from .distributed.processes import Processes
 from .distributed.shards import shared
 from .methods import Method, require_labels
@@ -31,14 +30,14 @@ class Batch:
         targets: labels, in a phase that reads them, or masks.
         weight: samples in it that count; 0 where they are borrowed from another process.
         total: samples that count in this batch of all processes together.
-        taught: the teacher's logits (N, C) where a cache knows them.
+        taught: what the teacher outputs, by path, where a cache knows it.
     """
 
     inputs: Any
     targets: Any
     weight: int
     total: int = 0
-    taught: Tensor | None = None
+    taught: Outputs | None = None
 
 
 class Batches:
@@ -51,7 +50,7 @@ class Batches:
         augment: of inputs and labels.
         method: for messages.
         accumulate: batches in a group.
-        cache: of the teacher's logits, or None.
+        cache: of what the teacher outputs, or None.
         masks: whether targets may hold masks, which are read where labels are not.
     """
 

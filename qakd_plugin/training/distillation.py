@@ -33,7 +33,7 @@ from .distributed.processes import Processes
 from .fingerprint import fingerprint
 from .methods import SQAKD, Method, with_task_loss
 from .optimizers import optimizer_name
-from .preflight import check_quantizers, check_separate, check_trainable
+from .preflight import check_precision, check_quantizers, check_separate, check_trainable
 from .teacher_cache import TeacherCache
 from .teachers import one_teacher, require_teacher
 from .tracking import Tracking
@@ -154,8 +154,9 @@ def distill(
         recalibrate_batches: training batches that refresh the statistics of BatchNorm before each evaluation; 32 forget nearly
             all of the past. Worth it with ``ema`` and at 2 to 4 bits.
         patience: stop after so many epochs of the last phase without a better one on ``val_loader``. None never stops.
-        cache_teacher: file for the teacher's logits, computed in one pass before training, for data that look the same in every
-            epoch (no augmentation, or one seeded by sample). Read again by later runs; refused when teacher or data changed.
+        cache_teacher: file for what the teacher outputs (all that is matched), computed in one pass before training, for data
+            that look the same in every epoch (no augmentation, or one seeded by sample). Read again by later runs; refused when
+            teacher or data changed.
         trackers: names or trackers of accelerate ("wandb", "mlflow", ...) that get the history's numbers. None: TensorBoard in
             ``checkpoint_dir``, where it is installed.
         optimizer: an optimizer's class, or a ``functools.partial`` of one, called with parameter groups and ``lr=``. Rates of
@@ -215,6 +216,7 @@ def _lesson(model: nn.Module, teacher: nn.Module | None, method: Method, epochs:
     require_teacher(method, phases, teacher)
     if teacher is not None:
         check_separate(model, teacher)
+        check_precision(teacher, learns=any(phase.teacher for phase in phases))
     check_quantizers(adapter, model)
     check_trainable(adapter, model)
     return Lesson(adapter, model, teacher, method, phases)
@@ -236,9 +238,9 @@ def _check_cache(lesson: Lesson, data: Data, path: str | os.PathLike[str]) -> No
     if lesson.teacher is None or not any(phase.needs_teacher for phase in lesson.phases):
         raise QakdError(f"cache_teacher={str(path)!r}, but {name} needs no teacher. Leave it out.")
     if lesson.teacher_learns:
-        raise QakdError(f"cache_teacher: the teacher of {name} learns too, so its logits change. Leave it out.")
+        raise QakdError(f"cache_teacher: the teacher of {name} learns too, so its outputs change. Leave it out.")
     if any(phase.features for phase in lesson.phases):
-        raise QakdError("cache_teacher holds logits only; features need the teacher's forward pass. Leave one of them out.")
+        raise QakdError("cache_teacher holds outputs only; features need the teacher's forward pass. Leave one of them out.")
     if isinstance(data.augment, CMISelector):
         raise QakdError("cache_teacher needs images that look the same in every epoch; augment=CMISelector() draws new ones.")
 

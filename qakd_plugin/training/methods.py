@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from ..errors import LabelsRequiredError, QakdError
 from ..tasks.inputs import named_tensors
 from ..tasks.matchers import Match, Matcher, with_temperature
-from ..tasks.matching import check_match, default_match, matched_losses
+from ..tasks.matching import check_match, default_match, matched_losses, require_gradients
 from ..tasks.metrics import simplified
 from ..tasks.outputs import Outputs, named_outputs
 from ..tasks.task_loss import TaskLoss, default_task_loss, model_loss
@@ -86,9 +87,17 @@ class Supervision:
     def __call__(self, own: Outputs, other: Outputs | None, inputs: Any, targets: Any) -> Mapping[str, Tensor]:
         if self.task_loss is None:
             return {"": default_task_loss(own, inputs, targets)}
-        if self.task_loss == "model":
-            return {"": model_loss(own)}
-        return {"": self.task_loss(simplified(own), targets)}
+        found = model_loss(own) if self.task_loss == "model" else self.task_loss(simplified(own), targets)
+        if not isinstance(found, Tensor):
+            raise QakdError(
+                f"task_loss returned {type(found).__name__}; expected a tensor: a scalar, or one value a sample (N,)."
+            )
+        if not found.requires_grad and any(output.requires_grad for output in own.values()):
+            raise QakdError(
+                "task_loss: what it returned has no gradient, so nothing would be trained: it is made of integers, of detached "
+                "outputs or of an arg max."
+            )
+        return {"": found}
 
 
 @dataclass(frozen=True)
@@ -137,7 +146,10 @@ class MatchCheck:
     def __call__(self, phase: Phase, student: Outputs, teacher: Outputs | None, inputs: Any, targets: Any) -> None:
         """Outputs of both networks for a batch; see :func:`~qakd_plugin.tasks.matching.check_match` for what is raised."""
         if not self._done and teacher is not None and phase.imitation is not None:
-            check_match(phase.imitation.matched(student, inputs), student, teacher, inputs, targets)
+            match = phase.imitation.matched(student, inputs)
+            check_match(match, student, teacher, inputs, targets)
+            if torch.is_grad_enabled():
+                require_gradients(match, student)
             self._done = True
 
 

@@ -89,7 +89,7 @@ class Objective:
     def taught(self, phase: Phase, batch: Batch) -> Outputs | None:
         """The teacher's outputs for a batch, from the cache where it knows them; None in a phase without a teacher."""
         if phase.needs_teacher and batch.taught is not None:
-            return named_outputs(batch.taught)
+            return batch.taught
         teacher = self._networks.teacher
         inputs = batch.inputs if teacher is None or not phase.teacher else self._inputs(phase, teacher, batch)
         return taught_outputs(self._networks.called_teacher, phase, *arguments(inputs))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import NotPreparedError, QakdError, TrainingError, UnsupportedQuantizerError
 from ..preparation.feasibility import export_problems
-from ..tasks.inputs import Inputs, call, first_samples
+from ..tasks.inputs import HALF, Inputs, call, first_samples, precision_of
 from ..tasks.matching import check_match, default_match
 from ..tasks.outputs import Outputs, listed, named_outputs
 from ..toolkits import Adapter
@@ -61,8 +61,13 @@ def check_trainable(adapter: Adapter, model: nn.Module) -> None:
     """Some weight must require a gradient, not only parameters of quantizers.
 
     Raises:
-        TrainingError: otherwise.
+        TrainingError: otherwise, or the weights are in half precision.
     """
+    if (dtype := precision_of(model)) in HALF:
+        raise TrainingError(
+            f"prepared_model holds {dtype} weights, in which steps of training are lost to rounding and "
+            'codes do not lie on their grid: call prepared_model.float(), and pass mixed_precision="bf16" for speed.'
+        )
     of_quantizers = {id(p) for quantizer in adapter.quantizers(model) for p in quantizer.module.parameters()}
     if not any(p.requires_grad for p in model.parameters() if id(p) not in of_quantizers):
         raise TrainingError(
@@ -85,8 +90,18 @@ def check_first_batch(student: nn.Module, outputs: Outputs, inputs: Inputs) -> N
             )
 
 
-def check_taught(phases: Sequence[Phase], student: Outputs, teacher: Outputs, inputs: Inputs, targets: Any) -> None:
+def check_taught(
+    phases: Sequence[Phase], student: Outputs, teacher: Outputs, inputs: Inputs, targets: Any, *, validated: bool
+) -> None:
     """What is compared can be compared: in eval mode, as far as outputs are there in it; the first step sees the rest.
+
+    Args:
+        phases: of the run.
+        student: outputs in eval mode.
+        teacher: likewise.
+        inputs: of the batch.
+        targets: likewise.
+        validated: whether a split is held out, for which all must be there in eval mode.
 
     Raises:
         QakdError: see :func:`~qakd_plugin.tasks.matching.check_match`.
@@ -95,7 +110,10 @@ def check_taught(phases: Sequence[Phase], student: Outputs, teacher: Outputs, in
     if imitation is None:
         return
     match = imitation.matched(student, inputs)
-    here = {name: matcher for name, matcher in match.items() if name in student and name in teacher}
+    learns = any(phase.teacher for phase in phases)  # a frozen teacher is compared in eval mode always
+    here = {
+        name: matcher for name, matcher in match.items() if validated or (name in student and (name in teacher or not learns))
+    }
     check_match(here, student, teacher, inputs, targets)
 
 
@@ -140,6 +158,23 @@ def check_separate(student: nn.Module, teacher: nn.Module) -> None:
                 "training would change the teacher. Prepare a copy: copy.deepcopy(model) goes into torch.export.export, "
                 "mtq.quantize, quantize_ or prepare_qat_fx, which work in place or share tensors."
             )
+
+
+def check_precision(teacher: nn.Module, *, learns: bool) -> None:
+    """Say in what a teacher in half precision computes; refuse one that learns.
+
+    Raises:
+        TrainingError: steps of its training would be lost to rounding.
+    """
+    dtype = precision_of(teacher)
+    if dtype in HALF and learns:
+        raise TrainingError(
+            f"teacher learns too, and holds {dtype} weights, in which its steps are lost: pass teacher.float()."
+        )
+    if dtype in HALF:
+        _log.info(
+            "The teacher computes in %s, as its weights are: its float inputs are converted, and it is not changed.", dtype
+        )
 
 
 def check_against_teacher(adapter: Adapter, student: nn.Module, teacher: nn.Module, taught: Outputs, inputs: Inputs) -> None:

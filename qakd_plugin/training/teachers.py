@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import QakdError
+from ..tasks.inputs import call_in_own_precision
 from ..tasks.outputs import SINGLE, Outputs, frozen_output, named_outputs
 from .methods import Method, Phase
 
@@ -27,7 +28,7 @@ class MeanOfTeachers(nn.Module):
 
     def forward(self, *args: object, **kwargs: object) -> Tensor | dict[str, Tensor]:
         """Mean logits (N, C), or the mean of every output by path."""
-        found = [named_outputs(network(*args, **kwargs)) for network in self.networks]
+        found = [named_outputs(call_in_own_precision(network, *args, **kwargs)) for network in self.networks]
         shapes = sorted({f"{name} {tuple(tensor.shape)}" for outputs in found for name, tensor in outputs.items()})
         if len(shapes) > len(found[0]) or any(outputs.keys() != found[0].keys() for outputs in found):
             raise QakdError(

@@ -10,6 +10,7 @@ import torch
 import yaml
 from torch import nn
 
+import qakd_plugin
 from qakd_plugin import KD, SQAKD, QakdError
 from qakd_plugin.cli import main
 from qakd_plugin.cli.recipe_template import commented_recipe
@@ -41,6 +42,22 @@ def prepared(model, calibration_batches):
 
 def split(batch):
     return (batch[0], batch[1]) if isinstance(batch, tuple) else (batch, None)
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = DigitNet(width=4)
+
+    def forward(self, x, labels=None):
+        logits = self.net(x)
+        found = {"a": logits, "b": logits * 2}
+        return found if labels is None else {**found, "loss": nn.functional.cross_entropy(logits, labels)}
+
+def two():
+    return Two().eval()
+
+def picked(outputs, targets):
+    return outputs["a"], targets
 
 def numbers():
     return [torch.rand(3), numpy.random.rand(3), random.random()]
@@ -314,3 +331,36 @@ def test_a_missing_package_of_the_users_module_is_named(code):
 def test_a_method_with_numbers_of_yaml():
     found = recipe("method: {class_path: qakd_plugin.KD, init_args: {temperature: 1e1, alpha: 1}}").arguments()
     assert found["method"] == KD(temperature=10.0, alpha=1.0)
+
+
+def test_what_is_matched_learned_and_counted_can_be_said_in_yaml(code):
+    (code / "recipe.yaml").write_text("""
+teacher: &teacher {class_path: my_code.two}
+loader: &images {class_path: my_code.batches, init_args: {labels: true}}
+prepared_model: {class_path: qakd_plugin.prepare, init_args: {model: *teacher, calibration_batches: *images}}
+val_loader: *images
+method:
+  class_path: qakd_plugin.KD
+  init_args:
+    match:
+      a: {class_path: qakd_plugin.KL, init_args: {dim: 1, weight: 0.5}}
+      b: {class_path: qakd_plugin.L2}
+task_loss: model
+metric:
+  class_path: torchmetrics.MetricCollection
+  init_args:
+    metrics:
+      - {class_path: torchmetrics.classification.MulticlassAccuracy, init_args: {num_classes: 10}}
+      - {class_path: torchmetrics.classification.MulticlassF1Score, init_args: {num_classes: 10}}
+metric_fn: my_code.picked
+monitor: multiclass_f1_score
+batch_fn: my_code.split
+epochs: 1
+seed: 0
+""")
+    assert main(["distill", "recipe.yaml", "--out", "run"]) == 0
+    (row,) = (json.loads(line) for line in (code / "run" / "history.jsonl").read_text().splitlines())
+    assert {"kl_a", "kl_b", "ce", "val_multiclass_f1_score", "val_teacher_multiclass_accuracy"} <= row.keys()
+    arguments = recipe((code / "recipe.yaml").read_text()).arguments("teacher")
+    assert arguments["method"] == KD(match={"a": qakd_plugin.KL(dim=1, weight=0.5), "b": qakd_plugin.L2()})
+    assert arguments["task_loss"] == "model"

@@ -58,6 +58,7 @@ def test_a_toolkits_own_code_and_our_lines_make_an_exported_student_that_knows_d
         ("own_loop", {"epochs": 1, "teacher_epochs": 8, "width": 4, "toolkit": "pt2e"}),
         ("lightning_module", {"epochs": 3, "width": 4, "toolkit": "torch_ao"}),
         ("hugging_face", {"steps": 10, "epochs": 2}),
+        ("text_encoder", {"epochs": 1, "teacher_epochs": 8}),
         ("int4_vit", {"epochs": 1, "teacher_epochs": 8, "width": 32}),
     ],
 )
@@ -69,6 +70,19 @@ def test_segmentation_keeps_most_of_the_teachers_iou():
     own, other = run("by_feature/segmentation", epochs=1, teacher_epochs=1, width=8)
     assert own > 0
     assert own > 0.5 * other
+
+
+@pytest.mark.parametrize("name", ["multi_label", "two_heads", "keyword_spotting"])
+def test_other_tasks_keep_most_of_the_teachers_metric(name):
+    own, other, *places = run(f"by_feature/{name}", epochs=1, teacher_epochs=4)
+    assert other > 0.3
+    assert own > 0.8 * other
+    assert all(decibel > 6 for decibel in places)
+
+
+def test_a_causal_language_model_in_int4_keeps_its_perplexity():
+    _, own, other = run("by_feature/causal_lm", epochs=1, teacher_epochs=2)
+    assert 1 < own < 1.05 * other
 
 
 def test_a_resumed_run_ends_with_the_same_bits():

@@ -200,4 +200,9 @@ def test_mappings_that_are_no_dict_are_opened():
     assert sample_count(first_samples(tokens, 2)) == 2
     assert {tensor.dtype for tensor in named_tensors(to_device(tokens, torch.device("meta"))).values()} == {X.dtype}
     assert all(tensor.is_meta for tensor in to_device(tokens, torch.device("meta")).values())
-    assert with_targets(TwoHeads(), tokens, X).keys() == {"input_ids", "attention_mask", "labels"}
+
+    class Wrapper(torch.nn.Module):
+        def forward(self, **inputs):
+            return inputs
+
+    assert with_targets(Wrapper(), tokens, X).keys() == {"input_ids", "attention_mask", "labels"}

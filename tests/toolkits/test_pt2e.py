@@ -14,6 +14,7 @@ from agreement import ties_are_rare
 from interruption import Stop, StopAt
 from torch import nn
 
+import qakd_plugin as qakd
 from qakd_plugin import (
     LSQ,
     SQAKD,
@@ -229,12 +230,18 @@ def test_a_model_that_cannot_be_traced_is_named():
         prepare(Dynamic(), [torch.rand(4, 4)], "pt2e")
 
 
-def test_a_dead_tensor_is_named(net):
+@pytest.mark.parametrize(("toolkit", "where"), [("pt2e", "stem.2.output_fake_quant"), ("modelopt", "stem.1.output_quantizer")])
+def test_a_dead_tensor_is_named_and_left_in_floating_point(toolkit, where, net, caplog):
     model = copy.deepcopy(net[0])
     with torch.no_grad():
         model.stem[1].bias.fill_(-100)
-    with pytest.raises(NotPreparedError, match=r"stem\.2\.output_fake_quant saw only zeros"):
-        prepare(model, [net[1]], "pt2e")
+    prepared = prepare(model, [net[1]], toolkit)
+    assert f"{where} saw only zeros during calibration" in caplog.text
+    assert where not in {quantizer.name for quantizer in describe(prepared).quantizers}
+    assert any(quantizer.role == "activation" for quantizer in describe(prepared).quantizers)
+    qakd.distill(prepared, model, [net[1]], epochs=1)
+    with pytest.raises(NotPreparedError, match="all other activations saw only zeros"):
+        prepare(nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU(), nn.Linear(4, 4)), [torch.zeros(2, 4)], toolkit)
 
 
 def test_kept_layers_stay_in_floating_point(tmp_path, make_student, digits):

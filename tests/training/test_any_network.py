@@ -258,3 +258,58 @@ def test_a_networks_own_loss_is_learned():
         expected = float(student(ids, mask, ids % 7)["loss"])
     result = qakd.distill(student, None, loader, method=QAT(), task_loss="model", epochs=1)
     assert result.history[0]["ce"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_outputs_that_one_mode_alone_has_are_named_before_training():
+    class Changing(Net):
+        def forward(self, x):
+            found = super().forward(x)
+            return found if self.training else {"boxes": found["boxes"]}
+
+    network = Changing({"classes": 4, "boxes": 4})
+    match = {"boxes": qakd.L2(), "classes": qakd.KL()}
+    with pytest.raises(QakdError, match=r"'classes'.*the other network has it: structures differ between training and eval"):
+        _distilled(network, method=SQAKD(match=match))
+    with pytest.raises(QakdError, match=r"match names 'classes', which the student does not output"):
+        _distilled(network, method=SQAKD(match=match), val_loader=LOADER)
+
+
+def test_a_loss_without_a_gradient_is_refused_at_the_first_batch():
+    class Detached(Net):
+        def forward(self, x):
+            return super().forward(x).detach()
+
+    with pytest.raises(QakdError, match="'logits' without a gradient"):
+        _distilled(Detached({"out": 5}, wrap=_only))
+    labelled = [(X, torch.zeros(12, dtype=torch.long))]
+    for loss, message in ((lambda outputs, targets: outputs.argmax(1).float(), "has no gradient"), (lambda *_: 0.0, "float")):
+        with pytest.raises(QakdError, match=message):
+            _distilled(Net({"out": 5}, wrap=_only), loader=labelled, method=QAT(), task_loss=loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float64, torch.float16])
+def test_images_of_another_type_than_the_network_are_one_line(dtype):
+    network = Net({"out": 5}, wrap=_only).eval()
+    images = (X * 8).to(dtype)
+    student = qakd.prepare(network, LOADER, weight_bits=4)
+    with pytest.raises(QakdError, match=r"calibration_batches: 'input' \(12, 3, 8, 8\) is .*batch_fn=lambda batch"):
+        qakd.prepare(network, [images])
+    with pytest.raises(QakdError, match=r"loader: 'input' .*computes in float32"):
+        qakd.distill(student, network, [images], epochs=1)
+
+
+def test_a_teacher_in_half_precision_teaches_as_it_is_and_a_student_in_it_is_refused():
+    network = Net({"out": 5}, wrap=_only).eval()
+    student, half = qakd.prepare(network, LOADER, weight_bits=4), copy.deepcopy(network).bfloat16()
+    before = copy.deepcopy(half.state_dict())
+    with qakd.attach(student, half, SQAKD(temperature=2.0)) as kd:
+        expected = kl_divergence(student(X), half(X.bfloat16()), 2.0).mean()
+        torch.testing.assert_close(kd.loss(), expected)
+    qakd.distill(student, half, LOADER, epochs=1, val_loader=LOADER)
+    assert all(torch.equal(value, half.state_dict()[name]) for name, value in before.items())
+    with pytest.raises(QakdError, match=r"pass model\.float\(\)"):
+        qakd.prepare(half, LOADER)
+    with pytest.raises(QakdError, match=r"prepared_model\.float\(\)"):
+        qakd.distill(student.bfloat16(), network, LOADER, epochs=1)
+    with pytest.raises(QakdError, match=r"teacher\.float\(\)"):
+        qakd.distill(qakd.prepare(network, LOADER), half, [(X, torch.zeros(12).long())], method=QKD(), epochs=3)

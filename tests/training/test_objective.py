@@ -50,7 +50,7 @@ def test_logits_that_a_cache_knows_are_taken_and_the_teacher_is_not_called(made,
     objective, student, batch = made(SQAKD())
     known = torch.randn(len(batch.inputs), 10)
     teacher.register_forward_hook(lambda *_: pytest.fail("the teacher was called"))
-    losses = objective(SQAKD().phases(1)[0], Batch(batch.inputs, None, batch.weight, batch.total, known))
+    losses = objective(SQAKD().phases(1)[0], Batch(batch.inputs, None, batch.weight, batch.total, {"logits": known}))
     torch.testing.assert_close(losses.student, kl_divergence(student(batch.inputs), known, 4.0).mean())
 
 

@@ -1,5 +1,6 @@
-"""The file of the teacher's logits: safe to exchange, whole, and of this teacher."""
+"""The file of the teacher's outputs: safe to exchange, whole, and of this teacher."""
 
+import copy
 import json
 import struct
 
@@ -9,7 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from qakd_plugin import CheckpointError
+import qakd_plugin as qakd
+from qakd_plugin import CheckpointError, QakdError
 from qakd_plugin._common.tensor_file import pack
 from qakd_plugin.training.distributed.processes import Processes
 from qakd_plugin.training.teacher_cache import TeacherCache
@@ -30,7 +32,7 @@ def images():
 def path(tmp_path, network, images):
     path = tmp_path / "logits.safetensors"
     with torch.no_grad():
-        TeacherCache(path, network, "no").fill(images.split(4), network, Processes())
+        TeacherCache(path, network, "no").fill(images.split(4), lambda x: {"logits": network(x)}, Processes())
     return path
 
 
@@ -38,7 +40,7 @@ def test_rows_are_found_by_content_and_what_is_new_is_not(path, network, images)
     cache = TeacherCache(path, network, "no")
     order = torch.randperm(10)
     with torch.no_grad():
-        assert torch.equal(cache.find(images[order]), network(images)[order])
+        assert torch.equal(cache.find(images[order])["logits"], network(images)[order])
     assert cache.find(torch.cat([images[:3], torch.rand(1, 1, 2, 2)])) is None
 
 
@@ -47,17 +49,20 @@ def test_the_file_is_safetensors_with_its_facts_in_the_header(path):
         facts = file.metadata()
     assert facts["format"] == "qakd_plugin teacher logits"
     assert facts["teacher"].endswith(" no")
-    assert {name: tuple(tensor.shape) for name, tensor in load_file(path).items()} == {"samples": (10, 16), "logits": (10, 3)}
+    assert {name: tuple(tensor.shape) for name, tensor in load_file(path).items()} == {
+        "samples": (10, 16),
+        "outputs.logits": (10, 3),
+    }
 
 
-@pytest.mark.parametrize("tensor", ["samples", "logits"])
+@pytest.mark.parametrize("tensor", ["samples", "outputs.logits"])
 def test_one_changed_bit_is_noticed(tensor, path, network):
     data = bytearray(path.read_bytes())
     size = struct.unpack("<Q", data[:8])[0]
     start, _ = json.loads(data[8 : 8 + size])[tensor]["data_offsets"]
     data[8 + size + start] ^= 1
     path.write_bytes(data)
-    with pytest.raises(CheckpointError, match=r"is no file of logits: it is damaged.*Remove it"):
+    with pytest.raises(CheckpointError, match=r"is no file of a teacher's outputs: it is damaged.*Remove it"):
         TeacherCache(path, network, "no")
 
 
@@ -84,22 +89,110 @@ def test_another_precision_is_another_teacher(path, network):
         TeacherCache(path, network, "bf16")
 
 
-def _as_version_1(path, tmp_path):
+def _tensors_of_version_2(path):
+    found = load_file(path)
+    return {"samples": found["samples"], "logits": found["outputs.logits"]}
+
+
+def _teacher(path):
     with safe_open(path, framework="pt") as file:
-        teacher = file.metadata()["teacher"]
+        return file.metadata()["teacher"]
+
+
+def _as_version_1(path, tmp_path):
     old = tmp_path / "logits.pt"
-    torch.save({"teacher": teacher, **load_file(path)}, old)
+    torch.save({"teacher": _teacher(path), **_tensors_of_version_2(path)}, old)
     return old
 
 
-def test_a_file_of_the_version_before_is_read(path, tmp_path, network, images):
-    cache = TeacherCache(_as_version_1(path, tmp_path), network, "no")
-    assert torch.equal(cache.find(images), TeacherCache(path, network, "no").find(images))
+def _as_version_2(path, tmp_path):
+    old = tmp_path / "old.safetensors"
+    facts = {"format": "qakd_plugin teacher logits", "version": "2", "teacher": _teacher(path)}
+    old.write_bytes(pack(_tensors_of_version_2(path), facts))
+    return old
+
+
+@pytest.mark.parametrize("older", [_as_version_1, _as_version_2])
+def test_files_of_the_versions_before_are_read(older, path, tmp_path, network, images):
+    cache = TeacherCache(older(path, tmp_path), network, "no")
+    assert torch.equal(cache.find(images)["logits"], TeacherCache(path, network, "no").find(images)["logits"])
 
 
 def test_tensors_that_do_not_belong_together_are_refused(path, tmp_path, network):
     old = _as_version_1(path, tmp_path)
     content = torch.load(old, weights_only=True)
     torch.save({**content, "logits": content["logits"][:4]}, old)
-    with pytest.raises(CheckpointError, match=r"no digests \(N, 16\) and logits"):
+    with pytest.raises(CheckpointError, match=r"no digests \(N, 16\) and outputs"):
         TeacherCache(old, network, "no")
+
+
+class Tagger(nn.Module):
+    """Two outputs of tokens and their mask: one per token, one per sample."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.tag, self.value = nn.Embedding(20, 8), nn.Linear(8, 4), nn.Linear(8, 2)
+        self.calls = 0
+
+    def forward(self, input_ids, attention_mask):
+        self.calls += not self.training
+        hidden = self.embed(input_ids) * attention_mask[..., None]
+        return {"tags": self.tag(hidden), "values": self.value(hidden.mean(1))}
+
+
+def _sentences(*lengths):
+    generator = torch.Generator().manual_seed(2)
+    ids = [torch.randint(20, (4, length), generator=generator) for length in lengths]
+    return [{"input_ids": x, "attention_mask": (torch.rand(x.shape, generator=generator) > 0.3).long()} for x in ids]
+
+
+MATCH = {"tags": qakd.KL(dim=-1, where="attention_mask"), "values": qakd.L2()}
+
+
+def _train(loader, path, match=MATCH, teacher=None):
+    teacher = Tagger().eval() if teacher is None else teacher
+    student = qakd.prepare(Tagger().eval(), loader, weight_bits=4)
+    return qakd.distill(student, teacher, loader, method=qakd.SQAKD(match=match), epochs=2, seed=0, cache_teacher=path).model
+
+
+def test_every_matched_output_of_several_inputs_is_held(tmp_path):
+    loader, path = _sentences(6, 6, 6), tmp_path / "cache"
+    teacher = Tagger().eval()
+    cached = _train(loader, path, teacher=teacher)
+    calls = teacher.calls
+    assert calls == 4  # the look at the first batch, and one pass
+    again = _train(list(reversed(loader)), path, teacher=teacher)
+    assert teacher.calls == calls + 1
+    without = _train(loader, None)
+    for own, other in zip(cached.parameters(), without.parameters(), strict=True):
+        assert torch.equal(own, other)
+    assert any(not torch.equal(own, other) for own, other in zip(again.parameters(), without.parameters(), strict=True))
+    assert {name: tuple(rows.shape) for name, rows in load_file(path).items()} == {
+        "samples": (12, 16),
+        "outputs.tags": (12, 6, 4),
+        "outputs.values": (12, 2),
+    }
+
+
+def test_a_sample_is_known_by_all_of_its_inputs(tmp_path):
+    loader, path = _sentences(6, 6), tmp_path / "cache"
+    _train(loader, path)
+    other = copy.deepcopy(loader)
+    other[0]["attention_mask"] = 1 - other[0]["attention_mask"]
+    with pytest.raises(QakdError, match="samples of this epoch are not in"):
+        _train(other, path)
+
+
+def test_masks_of_the_users_may_read_any_output_of_the_teacher(tmp_path):
+    match = {"tags": qakd.KL(dim=-1, where=lambda inputs, student, teacher: teacher["values"][:, 0] > -1e9)}
+    _train(_sentences(6), tmp_path / "cache", match)
+    assert "outputs.values" in load_file(tmp_path / "cache")
+
+
+def test_what_cannot_be_cached_is_named(tmp_path):
+    with pytest.raises(QakdError, match=r"'tags' as \(5, 4\) for one sample and as \(6, 4\) for another. Pad all batches"):
+        _train(_sentences(6, 5), tmp_path / "cache")
+    _train(_sentences(6), tmp_path / "values", {"values": qakd.L2()})
+    with pytest.raises(CheckpointError, match=r"holds 'values' .* and not 'tags', which match compares"):
+        _train(_sentences(6), tmp_path / "values")

@@ -358,7 +358,7 @@ def test_another_teacher_or_other_data_are_refused(tmp_path, make_student, teach
     with pytest.raises(CheckpointError, match="another teacher"):
         distill(make_student(), teacher, batches, epochs=1, cache_teacher=path)
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match="is no file of logits: it is damaged"):
+    with pytest.raises(CheckpointError, match="is no file of a teacher's outputs: it is damaged"):
         distill(make_student(), teacher, batches, epochs=1, cache_teacher=path)
 
 

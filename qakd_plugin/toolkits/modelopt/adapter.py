@@ -230,7 +230,7 @@ def _calibrated_amax(quantizer: Quantizer) -> Tensor:
     if quantizer.role == "activation" and bool((amax <= _SMALLEST_AMAX).any()):
         raise NotPreparedError(
             f"{quantizer.fqn} saw only zeros during calibration (amax {float(amax.min()):.3g}). "
-            "Calibrate on real batches, or exclude this layer from quantization."
+            f"Calibrate on real batches, or leave it off: mtq.disable_quantizer(model, '{quantizer.fqn}')."
         )
     return amax
 

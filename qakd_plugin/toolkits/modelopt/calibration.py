@@ -12,7 +12,7 @@ from ...placement.calibration import best_weight_clip
 from ...placement.placement import Placement
 from ...tasks.inputs import Inputs
 from ..adapter import Adapter, require_no_negative
-from ..fake_quantizers import observe_unquantized
+from ..fake_quantizers import dead_activations, observe_unquantized
 from .configuration import output_name
 
 
@@ -23,8 +23,12 @@ def minimize_error(adapter: Adapter, model: nn.Module, batches: Sequence[Inputs]
     quantizers = adapter.quantizers(model)
     watched = {quantizer.fqn: quantizer.module for quantizer in quantizers if quantizer.role == "activation"}
     observers = observe_unquantized(adapter, model, watched, batches, clamps)
+    dead = dead_activations(observers)
     for quantizer in quantizers:
         q: Any = quantizer.module
+        if quantizer.fqn in dead:
+            q.disable()
+            continue
         if quantizer.fqn in observers:
             if q.unsigned:
                 require_no_negative(quantizer.fqn, observers[quantizer.fqn].minimum)

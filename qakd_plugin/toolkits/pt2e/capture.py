@@ -35,9 +35,12 @@ def exported(network: nn.Module, batch: Inputs) -> fx.GraphModule:
             graph = program.module(check_guards=False)
     except Exception as error:  # user code runs under the tracer: whatever it raises means "cannot be exported"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        remedy = "Check that neither values nor the batch size steer its control flow"
+        if getattr(getattr(network, "config", None), "use_cache", False):  # a language model of Hugging Face returns a cache
+            remedy = "Set model.config.use_cache = False, so that it returns no cache"
         raise QakdError(
-            f"torch.export cannot trace {type(network).__name__}, which toolkit='pt2e' needs: {reason} Check that "
-            "neither values nor the batch size steer its control flow, or use toolkit='modelopt'."
+            f"torch.export cannot trace {type(network).__name__}, which toolkit='pt2e' needs: {reason} {remedy}, or use "
+            "toolkit='modelopt'."
         ) from error
     assert isinstance(graph, fx.GraphModule)
     return graph

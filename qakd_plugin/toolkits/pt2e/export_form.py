@@ -38,7 +38,8 @@ class ExportForm:
         self.qparams = adapter.qparams
         self._drop_inactive()
         self.dynamic = from_inputs(model)
-        self._value = Constants(model).value
+        self._constants = Constants(model)
+        self._value = self._constants.value
         self.targets: dict[str, Any] = {}
         self.done: set[fx.Node] = set()
 
@@ -88,6 +89,7 @@ class ExportForm:
         with self.graph.inserting_before(before):
             node = self.graph.create_node("get_attr", self._add(name, value.detach().clone()))
         self.done.add(node)
+        self._constants.values[node] = value  # others are computed from it, and the model has no such attribute
         return node
 
     def _layer(self, node: fx.Node) -> None:
@@ -163,7 +165,7 @@ class ExportForm:
     def _add(self, name: str, target: nn.Module | Tensor) -> str:
         """Register a module or tensor under ``name``, or the next free one like it."""
         free, count = name, 0
-        while free in self.targets:
+        while free in self.targets or hasattr(nn.Module, free):  # torch.export calls constants "to", "half" ...
             count += 1
             free = f"{name}_{count}"
         self.targets[free] = target
