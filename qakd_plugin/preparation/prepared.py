@@ -10,6 +10,9 @@ from torch import nn
 
 from ..errors import NotPreparedError, QakdError
 from ..placement.attention import open_attention
+from ..placement.detection_heads import detection_heads
+from ..placement.frozen_batch_norm import fold_frozen_batch_norms, frozen_batch_norms
+from ..placement.placement import layer_graph
 from ..placement.targets import TARGETS, Target
 from ..tasks.batches import BatchFn, batch_splitter, default_batch
 from ..tasks.inputs import Inputs, named_tensors, to_device
@@ -22,7 +25,7 @@ def prepare(
     toolkit: str = "modelopt",
     weight_bits: int = 8,
     activation_bits: int = 8,
-    keep: Sequence[str] = (),
+    keep: Sequence[str] | None = None,
     *,
     target: Target = "tensorrt",
     batch_fn: BatchFn = default_batch,
@@ -46,7 +49,8 @@ def prepare(
             "torch_ao" (FX graph mode); "torch_ao_eager" (adds and concatenations must be written with ``FloatFunctional``).
         weight_bits: 2 to 8.
         activation_bits: 2 to 8.
-        keep: names or patterns ("fc", "layer1.*") of modules that stay in floating point.
+        keep: names or patterns ("fc", "layer1.*") of modules that stay in floating point. None: the heads of a detector (see
+            docs/tasks.md), and nothing of other networks.
         target: "tensorrt": every target takes the model. "onnxruntime" or "openvino" (the same): TensorRT does not, because
             8-bit activations that cannot be negative get codes 0..255 in the place of 0..127: a grid twice as fine, and no
             clamp after each ReLU. (Quantizers in front of a ReLU stay signed: ModelOpt's after a convolution that an add, a
@@ -62,14 +66,17 @@ def prepare(
         NotPreparedError: the model is prepared already.
         MissingPackageError: the toolkit is not installed.
     """
-    adapter, precision = _parse_request(toolkit, weight_bits, activation_bits, keep, target)
+    adapter = _parse_request(toolkit, weight_bits, activation_bits, target)
     _require_float(model)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     split = batch_splitter(batch_fn, model)
     batches = [to_device(_inputs(split, batch, index), device) for index, batch in enumerate(calibration_batches)]
     if not batches:
         raise QakdError("calibration_batches is empty: ranges need at least one batch, and are better with several.")
-    return adapter.prepare(open_attention(model), batches, precision)
+    network = open_attention(model)
+    if frozen_batch_norms(network):
+        network = fold_frozen_batch_norms(network, layer_graph(network, batches[0]))
+    return adapter.prepare(network, batches, _precision(network, batches[0], weight_bits, activation_bits, keep, target))
 
 
 def configuration(
@@ -77,7 +84,7 @@ def configuration(
     toolkit: str = "modelopt",
     weight_bits: int = 8,
     activation_bits: int = 8,
-    keep: Sequence[str] = (),
+    keep: Sequence[str] | None = None,
     *,
     target: Target = "tensorrt",
 ) -> Any:
@@ -88,7 +95,7 @@ def configuration(
         toolkit: as in :func:`prepare`.
         weight_bits: 2 to 8.
         activation_bits: 2 to 8; 8 for torch.ao.
-        keep: names or patterns of modules that stay in floating point.
+        keep: as in :func:`prepare`; without inputs, what only ``torch.export`` can read is not read.
         target: as in :func:`prepare`; "tensorrt" for torch.ao.
 
     Returns:
@@ -102,20 +109,30 @@ def configuration(
         QakdError: as :func:`prepare`, or the toolkit has no configuration for fewer than 8 activation bits, or for ``target``.
         MissingPackageError: the toolkit is not installed.
     """
-    adapter, precision = _parse_request(toolkit, weight_bits, activation_bits, keep, target)
-    return adapter.configuration(model, precision)
+    adapter = _parse_request(toolkit, weight_bits, activation_bits, target)
+    return adapter.configuration(model, _precision(model, None, weight_bits, activation_bits, keep, target))
 
 
-def _parse_request(
-    toolkit: str, weight_bits: int, activation_bits: int, keep: Sequence[str], target: str
-) -> tuple[Adapter, Precision]:
+def _parse_request(toolkit: str, weight_bits: int, activation_bits: int, target: str) -> Adapter:
     adapter = adapter_named(toolkit)
     for name, bits in (("weight_bits", weight_bits), ("activation_bits", activation_bits)):
         if not 2 <= bits <= 8:
             raise QakdError(f"{name}={bits} is out of range: 2 to 8 bits can be prepared.")
     if target not in TARGETS:
         raise QakdError(f"target={target!r} is unknown: use one of {list(TARGETS)}.")
-    return adapter, Precision(weight_bits, activation_bits, tuple(keep), unsigned_bytes=target != "tensorrt")
+    return adapter
+
+
+def _precision(
+    network: nn.Module,
+    inputs: Inputs | None,
+    weight_bits: int,
+    activation_bits: int,
+    keep: Sequence[str] | None,
+    target: str,
+) -> Precision:
+    kept = detection_heads(network, inputs) if keep is None else tuple(keep)
+    return Precision(weight_bits, activation_bits, kept, unsigned_bytes=target != "tensorrt")
 
 
 def _require_float(model: nn.Module) -> None:

@@ -112,7 +112,7 @@ class ModelOptAdapter:
 
     def prepare(self, model: nn.Module, batches: Sequence[Inputs], precision: Precision) -> nn.Module:
         mtq = require("modelopt.torch.quantization", extra="modelopt", purpose="prepare a model with toolkit='modelopt'")
-        placement = place_quantizers(model, precision.keep)
+        placement = place_quantizers(model, precision.keep, batches[0])
         config = modelopt_config(placement, precision)
         prepared: nn.Module = copy.deepcopy(model).eval()
 

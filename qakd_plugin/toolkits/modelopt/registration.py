@@ -12,6 +12,7 @@ from torch import nn
 
 from ..._common.optional import require
 from ...placement.attention import open_attention
+from ...placement.frozen_batch_norm import fold_as_saved
 from ...placement.layer_names import WEIGHTED
 
 
@@ -41,8 +42,8 @@ def registered(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
 def restore_modelopt(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Put what ``modelopt.torch.opt.save`` wrote of a model from :func:`qakd_plugin.prepare` back into its float model.
 
-    ``modelopt.torch.opt.restore`` does the same where the model holds neither ``nn.MultiheadAttention`` nor layers of classes
-    that are not PyTorch's own; it knows nothing of those.
+    ``modelopt.torch.opt.restore`` does the same where the model holds neither ``nn.MultiheadAttention``, nor frozen
+    BatchNorms, nor recurrent layers, nor layers of classes that are not PyTorch's own; it knows nothing of those.
 
     Args:
         model: the float model; it is not changed.
@@ -55,6 +56,7 @@ def restore_modelopt(model: nn.Module, path: str | os.PathLike[str]) -> nn.Modul
     utils = require("modelopt.torch.utils", extra="modelopt", purpose="restore a model that it saved")
     copied = copy.deepcopy(open_attention(model))
     saved = utils.safe_load(path, map_location="cpu")["model_state_dict"]
+    fold_as_saved(copied, saved)
     names = {key.rpartition("_quantizer.")[0].rpartition(".")[0] for key in saved if "_quantizer." in key}
     with contextlib.redirect_stdout(io.StringIO()), registered(copied, sorted(names - {""})):
         restored: nn.Module = mto.restore(copied, path)
