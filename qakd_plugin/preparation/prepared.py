@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from ..placement.targets import TARGETS, Target
 from ..tasks.batches import BatchFn, batch_splitter, default_batch
 from ..tasks.inputs import Inputs, named_tensors, to_device
 from ..toolkits import Adapter, Precision, adapter_for, adapter_named
+
+_log = logging.getLogger(__name__)
 
 
 def prepare(
@@ -73,6 +76,8 @@ def prepare(
     batches = [to_device(_inputs(split, batch, index), device) for index, batch in enumerate(calibration_batches)]
     if not batches:
         raise QakdError("calibration_batches is empty: ranges need at least one batch, and are better with several.")
+    if recurrent := [name for name, module in model.named_modules() if isinstance(module, nn.RNNBase | nn.RNNCellBase)]:
+        _log.warning("%s: recurrent layers stay in floating point.", ", ".join(recurrent))
     network = open_attention(model)
     if frozen_batch_norms(network):
         network = fold_frozen_batch_norms(network, layer_graph(network, batches[0]))

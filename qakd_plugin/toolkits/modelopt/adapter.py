@@ -50,6 +50,7 @@ class ModelOptAdapter:
     def quantizers(self, model: nn.Module) -> list[Quantizer]:
         kind = quantizer_class()
         assert kind is not None
+        _refuse_recurrent(model)
         found = []
         idle = never_called(model)
         for fqn, module in model.named_modules():
@@ -182,6 +183,21 @@ def _set_learned(quantizer: nn.Module, learned: bool) -> None:
 def _is_active(quantizer: Any) -> bool:
     """Whether a quantizer works, or did until ``set_fake_quant`` paused it: not one that the user switched off."""
     return not quantizer._disabled and (quantizer._if_quant or is_paused(quantizer))
+
+
+def _refuse_recurrent(model: nn.Module) -> None:
+    """Refuse recurrent layers that ModelOpt took, even with their quantizers off: they can be neither copied nor exported.
+
+    Raises:
+        UnsupportedQuantizerError: names one.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.RNNBase) and hasattr(module, "functionals_to_replace"):
+            kind = next(base.__name__ for base in (nn.LSTM, nn.GRU, nn.RNN) if isinstance(module, base))
+            raise UnsupportedQuantizerError(
+                f"{name or '(root)'}: what ModelOpt makes of nn.{kind} has no export form and cannot be copied. Leave recurrent "
+                f"layers in floating point: call mtq.unregister(torch.nn.{kind}) before mtq.quantize, or use qakd_plugin.prepare."
+            )
 
 
 def _require_exportable_place(quantizer: Quantizer) -> None:

@@ -7,6 +7,8 @@ import copy
 import io
 import os
 from collections.abc import Iterable, Iterator
+from functools import cache
+from typing import Any
 
 from torch import nn
 
@@ -21,7 +23,8 @@ def registered(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
     """Within the block ModelOpt takes the classes of all modules of these names.
 
     By itself it leaves classes out that override the forward of PyTorch's layers, and activations. Only within the block: what
-    the user's own calls of ``mtq.quantize`` choose must not depend on whether this package ran before.
+    the user's own calls of ``mtq.quantize`` choose must not depend on whether this package ran before. Recurrent layers, of which
+    ModelOpt makes something that can be neither copied nor exported, it does not recognize within the block.
     """
     toolkit = require("modelopt.torch.quantization.nn", extra="modelopt", purpose="quantize a model")
     registry, base = toolkit.QuantModuleRegistry, toolkit.QuantInputBase
@@ -33,10 +36,32 @@ def registered(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
                 parent = next((cls for cls in kind.__mro__ if issubclass(cls, WEIGHTED) and cls in registry), None)
                 registry.register({kind: f"{kind.__module__}.{kind.__qualname__}"})(registry[parent] if parent else base)
                 added.append(kind)
-        yield
+        with _unrecognized([module for module in model.modules() if isinstance(module, nn.RNNBase)]):
+            yield
     finally:
         for kind in added:
             registry.unregister(kind)
+
+
+@contextlib.contextmanager
+def _unrecognized(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the block the modules are of a class with a forward of its own, which ModelOpt leaves alone."""
+    classes = {module: type(module) for module in modules}
+    for module, kind in classes.items():
+        module.__class__ = _with_own_forward(kind)
+    try:
+        yield
+    finally:
+        for module, kind in classes.items():
+            module.__class__ = kind
+
+
+@cache
+def _with_own_forward(kind: Any) -> Any:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return kind.forward(self, *args, **kwargs)
+
+    return type(kind.__name__, (kind,), {"forward": forward})
 
 
 def restore_modelopt(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
