@@ -139,6 +139,9 @@ class Adapter(Protocol):
     def set_fake_quant(self, model: nn.Module, enabled: bool) -> None:
         """Switch every quantizer that :meth:`quantizers` lists off (the float model) or on again, and no other."""
 
+    def switch(self, quantizer: Quantizer, enabled: bool) -> None:
+        """The same for one quantizer."""
+
     def freeze_ranges(self, model: nn.Module, frozen: bool) -> None:
         """Stop (or let go on) whatever updates ranges during forward passes."""
 

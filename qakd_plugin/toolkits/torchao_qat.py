@@ -85,9 +85,12 @@ class TorchAOQATAdapter:
 
     def set_fake_quant(self, model: nn.Module, enabled: bool) -> None:
         for quantizer in self.quantizers(model):
-            q: Any = quantizer.module
-            q.enabled = enabled
-            set_paused(q, not enabled)
+            self.switch(quantizer, enabled)
+
+    def switch(self, quantizer: Quantizer, enabled: bool) -> None:
+        q: Any = quantizer.module
+        q.enabled = enabled
+        set_paused(q, not enabled)
 
     def freeze_ranges(self, model: nn.Module, frozen: bool) -> None:
         """Nothing to do: ranges follow the weight, or are trained like one."""

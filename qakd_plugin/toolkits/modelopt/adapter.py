@@ -95,12 +95,15 @@ class ModelOptAdapter:
 
     def set_fake_quant(self, model: nn.Module, enabled: bool) -> None:
         for quantizer in self.quantizers(model):
-            q: Any = quantizer.module
-            if enabled:
-                q.enable_quant()
-            else:
-                q.disable_quant()
-            set_paused(q, not enabled)
+            self.switch(quantizer, enabled)
+
+    def switch(self, quantizer: Quantizer, enabled: bool) -> None:
+        q: Any = quantizer.module
+        if enabled:
+            q.enable_quant()
+        else:
+            q.disable_quant()
+        set_paused(q, not enabled)
 
     def freeze_ranges(self, model: nn.Module, frozen: bool) -> None:
         """Nothing to do: ModelOpt's ranges change only when they are calibrated."""
