@@ -1,4 +1,4 @@
-"""Recipes: the arguments of ``distill``, ``rank_augmentations``, ``sensitivity`` and ``export_onnx``, as a YAML file or a Python function.
+"""Recipes: the arguments of ``distill``, ``rank_augmentations``, ``sensitivity`` and ``export_onnx``, in YAML or Python.
 
 A recipe is code: a YAML file names functions that are imported and called. Whoever runs one trusts it.
 """

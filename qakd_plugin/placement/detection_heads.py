@@ -8,10 +8,8 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
-from ..tasks.inputs import Inputs
 from .fx_graph import called_module
 from .layer_names import quantizable_layers
-from .placement import layer_graph
 
 _log = logging.getLogger(__name__)
 _HEADS = (
@@ -21,25 +19,24 @@ _HEADS = (
 """Classes that are the heads of one-stage detectors: where they are defined, and their names or those of a base."""
 
 
-def detection_heads(model: nn.Module, inputs: Inputs | None) -> tuple[str, ...]:
+def detection_heads(model: nn.Module, graph: fx.Graph | None) -> tuple[str, ...]:
     """Layers that make the outputs of a detector, and what turns distributions into distances (DFL); none of other networks.
 
-    A network is a detector where it holds the head of a one-stage detector of torchvision or Ultralytics, or a convolution of fixed
-    weights 0, 1, 2, ... as distribution focal loss has it. Nothing is concluded from how many outputs a network has. Its heads are
-    the layers that no other layer follows.
+    A network is a detector where it holds the head of a one-stage detector of torchvision or Ultralytics, or a convolution of
+    weights 0, 1, 2, ... as distribution focal loss has it. Nothing is concluded from how many outputs a network has. Its heads
+    are the layers that no other layer follows.
 
     Args:
         model: the float model; it is not changed.
-        inputs: see :func:`.placement.place_quantizers`.
+        graph: of calls of its modules; None where there is none.
     """
     integrals = {name for name, module in model.named_modules() if _is_integral(module)}
     if not integrals and not any(_is_head(module) for module in model.modules()):
         return ()
-    graph = layer_graph(model, inputs)
     if graph is None:
         _log.warning(
-            "%s is a detector, but which layers are its heads cannot be told from its graph: name them (keep=[...]), or prepare "
-            "the part without post-processing alone.",
+            "%s is a detector, but which layers are its heads cannot be told without its graph: name them (keep=[...]), or "
+            "prepare the part without post-processing alone.",
             type(model).__name__,
         )
         return ()

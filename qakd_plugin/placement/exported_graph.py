@@ -1,15 +1,17 @@
 """The graph of a network that ``torch.fx`` cannot trace, as ``torch.export`` sees it on example inputs.
 
-``torch.export`` captures ATen operators and notes for each the modules it ran in. :func:`exported_layer_graph` puts the operators
-of one call of a module of PyTorch together again, so that the graph reads as one that ``torch.fx`` traced, and one analysis
-serves both.
+``torch.export`` captures ATen operators and notes for each the modules it ran in. :func:`exported_layer_graph` puts the
+operators of one call of a module of PyTorch together again, so that the graph reads as one that ``torch.fx`` traced, and one
+analysis serves both.
 """
 
 from __future__ import annotations
 
+import copy
 import io
 import operator
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from typing import Any
@@ -18,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from .._common.module_mode import eval_mode
 from ..tasks.inputs import Inputs, arguments
 from .frozen_batch_norm import is_frozen_batch_norm
 from .layer_names import WEIGHTED
@@ -51,8 +52,10 @@ def exported_layer_graph(model: nn.Module, inputs: Inputs) -> fx.Graph:
         Exception: whatever ``torch.export`` or the model's own code raises.
     """
     args, kwargs = arguments(inputs)
-    with eval_mode(model):
-        return _Translation(model).graph(exported(model, args, kwargs).graph)
+    copied = copy.deepcopy(model).eval()  # tensors that a network keeps, such as anchors, would be left without values
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about those
+        return _Translation(copied).graph(exported(copied, args, kwargs).graph)
 
 
 def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any = None) -> fx.GraphModule:

@@ -1,7 +1,7 @@
 """BatchNorms whose numbers never change, folded into the convolutions before them.
 
-``FrozenBatchNorm2d`` of torchvision, detectron2 and Hugging Face's DETR is no BatchNorm to any toolkit: it multiplies and adds, and
-both stay in floating point between integer convolutions. Being constant, it can become part of the convolution at once.
+``FrozenBatchNorm2d`` of torchvision, detectron2 and Hugging Face's DETR is no BatchNorm to any toolkit: it multiplies and adds,
+and both stay in floating point between integer convolutions. Being constant, it can become part of the convolution at once.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def frozen_batch_norms(model: nn.Module) -> list[str]:
 
 @torch.no_grad()
 def fold_frozen_batch_norms(model: nn.Module, graph: fx.Graph | None) -> nn.Module:
-    """A copy of ``model`` with its frozen BatchNorms folded into the convolutions before them; what cannot be is named in the log.
+    """A copy of ``model`` with frozen BatchNorms folded into the convolutions before them; those that cannot be are named.
 
     The shift becomes a bias of the convolution, which learns as its weight does.
 

@@ -8,6 +8,7 @@ levels are lost. Both are questions about the graph; this module answers them on
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,8 +18,8 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from .._common.module_mode import eval_mode
 from ..tasks.inputs import Inputs
+from .detection_heads import detection_heads
 from .exported_graph import exported_layer_graph
 from .frozen_batch_norm import is_frozen_batch_norm
 from .fx_graph import GRID_KEEPING, TRANSPARENT, called_module, only_reader, outermost, readers, relu_bounds
@@ -61,19 +62,22 @@ class Placement:
     outputs: tuple[OutputQuantizer, ...] = field(default=())
 
 
-def place_quantizers(model: nn.Module, keep: Sequence[str] = (), inputs: Inputs | None = None) -> Placement:
+def place_quantizers(model: nn.Module, keep: Sequence[str] | None = None, inputs: Inputs | None = None) -> Placement:
     """Look at the graph of a float model and say where quantizers belong.
 
     Args:
         model: the float model; it is not changed.
-        keep: names or patterns of modules that stay in floating point.
+        keep: names or patterns of modules that stay in floating point; None: the heads of a detector, see
+            :func:`.detection_heads.detection_heads`.
         inputs: a batch of the model, with which ``torch.export`` reads what ``torch.fx`` cannot trace.
 
     Raises:
         QakdError: as :func:`.layer_names.quantizable_layers`.
     """
-    layers = quantizable_layers(model, keep)
+    layers = quantizable_layers(model, keep or ())
     graph = layer_graph(model, inputs)
+    if keep is None and (heads := detection_heads(model, graph)):
+        layers = quantizable_layers(model, heads)
     if graph is None:
         _log.warning(
             "Quantizers go in front of each layer only: %s. Those of them that feed an add, a concatenation or a pooling will "
@@ -103,8 +107,8 @@ def layer_graph(model: nn.Module, inputs: Inputs | None) -> fx.Graph | None:
         As ``torch.fx`` traces it, else as ``torch.export`` sees it; None, with a warning that says why, where neither can.
     """
     try:
-        with eval_mode(model):
-            return _Tracer().trace(model)
+        # A copy: a network may keep what it computes, and a tracer has no value of it.
+        return _Tracer().trace(copy.deepcopy(model).eval())
     except Exception as error:  # user code runs under the tracer: whatever it raises means "cannot be traced"  # noqa: BLE001
         reason = f"by torch.fx ({_first_line(error)})"
     if inputs is None:

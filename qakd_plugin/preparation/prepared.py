@@ -11,7 +11,6 @@ from torch import nn
 
 from ..errors import NotPreparedError, QakdError
 from ..placement.attention import open_attention
-from ..placement.detection_heads import detection_heads
 from ..placement.frozen_batch_norm import fold_frozen_batch_norms, frozen_batch_norms
 from ..placement.placement import layer_graph
 from ..placement.targets import TARGETS, Target
@@ -69,7 +68,7 @@ def prepare(
         NotPreparedError: the model is prepared already.
         MissingPackageError: the toolkit is not installed.
     """
-    adapter = _parse_request(toolkit, weight_bits, activation_bits, target)
+    adapter, precision = _parse_request(toolkit, weight_bits, activation_bits, keep, target)
     _require_float(model)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     split = batch_splitter(batch_fn, model)
@@ -81,7 +80,7 @@ def prepare(
     network = open_attention(model)
     if frozen_batch_norms(network):
         network = fold_frozen_batch_norms(network, layer_graph(network, batches[0]))
-    return adapter.prepare(network, batches, _precision(network, batches[0], weight_bits, activation_bits, keep, target))
+    return adapter.prepare(network, batches, precision)
 
 
 def configuration(
@@ -114,30 +113,21 @@ def configuration(
         QakdError: as :func:`prepare`, or the toolkit has no configuration for fewer than 8 activation bits, or for ``target``.
         MissingPackageError: the toolkit is not installed.
     """
-    adapter = _parse_request(toolkit, weight_bits, activation_bits, target)
-    return adapter.configuration(model, _precision(model, None, weight_bits, activation_bits, keep, target))
+    adapter, precision = _parse_request(toolkit, weight_bits, activation_bits, keep, target)
+    return adapter.configuration(model, precision)
 
 
-def _parse_request(toolkit: str, weight_bits: int, activation_bits: int, target: str) -> Adapter:
+def _parse_request(
+    toolkit: str, weight_bits: int, activation_bits: int, keep: Sequence[str] | None, target: str
+) -> tuple[Adapter, Precision]:
     adapter = adapter_named(toolkit)
     for name, bits in (("weight_bits", weight_bits), ("activation_bits", activation_bits)):
         if not 2 <= bits <= 8:
             raise QakdError(f"{name}={bits} is out of range: 2 to 8 bits can be prepared.")
     if target not in TARGETS:
         raise QakdError(f"target={target!r} is unknown: use one of {list(TARGETS)}.")
-    return adapter
-
-
-def _precision(
-    network: nn.Module,
-    inputs: Inputs | None,
-    weight_bits: int,
-    activation_bits: int,
-    keep: Sequence[str] | None,
-    target: str,
-) -> Precision:
-    kept = detection_heads(network, inputs) if keep is None else tuple(keep)
-    return Precision(weight_bits, activation_bits, kept, unsigned_bytes=target != "tensorrt")
+    kept = None if keep is None else tuple(keep)
+    return adapter, Precision(weight_bits, activation_bits, kept, unsigned_bytes=target != "tensorrt")
 
 
 def _require_float(model: nn.Module) -> None:

@@ -48,13 +48,13 @@ class Precision:
     Attributes:
         weight_bits: of all layers but the first and the last, which take 8.
         activation_bits: likewise, of their inputs.
-        keep: names or patterns of modules that stay in floating point.
+        keep: names or patterns of modules that stay in floating point; None: the heads of a detector.
         unsigned_bytes: let 8-bit activations that cannot be negative take codes 0..255, which TensorRT cannot.
     """
 
     weight_bits: int = 8
     activation_bits: int = 8
-    keep: tuple[str, ...] = ()
+    keep: tuple[str, ...] | None = None
     unsigned_bytes: bool = False
 
     def is_unsigned(self, bits: int, non_negative: bool) -> bool:

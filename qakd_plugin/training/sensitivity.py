@@ -134,8 +134,8 @@ def sensitivity(
         budget: how much may be lost against the model with all quantizers off: of the metric, in its own unit, where one is
             given, else of the matched loss. None: nothing is recommended.
         blocks: patterns ("layer1.*") whose layers are measured together, one row each; other layers get rows of their own.
-        match: which outputs are compared, and how, as in :class:`qakd_plugin.SQAKD`; None where exactly one reading is possible.
-            A KL without a temperature of its own has 1.
+        match: which outputs are compared, and how, as in :class:`qakd_plugin.SQAKD`; None where one reading is possible. A KL
+            without a temperature of its own has 1.
         metric: of torchmetrics: layers are then ordered by what it loses.
         metric_fn: what it takes of outputs and targets.
         monitor: which of its numbers counts, where it has several.
@@ -146,8 +146,8 @@ def sensitivity(
 
     Raises:
         NotPreparedError: no toolkit prepared the model.
-        QakdError: there is no batch or no teacher, the budget is negative, a pattern matches no quantized layer, or outputs can be
-            compared in more than one way.
+        QakdError: there is no batch or no teacher, the budget is negative, a pattern matches no quantized layer, or outputs
+            can be compared in more than one way.
     """
     if budget is not None and not budget >= 0:
         raise QakdError(f"budget={budget} must be 0 or more: how much may be lost against the model without quantizers.")
@@ -273,8 +273,8 @@ class _Meter:
 class _Switches:
     """Which layers' quantizers are on.
 
-    A quantizer belongs to the layers that read it; one that no layer reads, in front of an add or after a convolution, belongs to
-    the layer that ran last before it.
+    A quantizer belongs to the layers that read it; one that no layer reads, in front of an add or after a convolution, belongs
+    to the layer that ran last before it.
 
     Args:
         adapter: of the toolkit.
@@ -344,7 +344,7 @@ def _groups(layers: Sequence[str], blocks: Sequence[str]) -> dict[str, tuple[str
     for pattern in blocks:
         if pattern not in groups:
             raise QakdError(
-                f"blocks: {pattern!r} matches no quantized layer, or only such that patterns before it match; layers are called, "
-                f"e.g., {list(layers[:4])}."
+                f"blocks: {pattern!r} matches no quantized layer, or none that patterns before it leave; layers are called, e.g., "
+                f"{list(layers[:4])}."
             )
     return groups

@@ -198,8 +198,8 @@ def _refuse_recurrent(model: nn.Module) -> None:
         if isinstance(module, nn.RNNBase) and hasattr(module, "functionals_to_replace"):
             kind = next(base.__name__ for base in (nn.LSTM, nn.GRU, nn.RNN) if isinstance(module, base))
             raise UnsupportedQuantizerError(
-                f"{name or '(root)'}: what ModelOpt makes of nn.{kind} has no export form and cannot be copied. Leave recurrent "
-                f"layers in floating point: call mtq.unregister(torch.nn.{kind}) before mtq.quantize, or use qakd_plugin.prepare."
+                f"{name or '(root)'}: what ModelOpt makes of nn.{kind} has no export form and cannot be copied. Leave it in "
+                f"floating point: mtq.unregister(torch.nn.{kind}) before mtq.quantize, or prepare with qakd_plugin.prepare."
             )
 
 

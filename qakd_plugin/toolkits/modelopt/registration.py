@@ -23,8 +23,8 @@ def registered(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
     """Within the block ModelOpt takes the classes of all modules of these names.
 
     By itself it leaves classes out that override the forward of PyTorch's layers, and activations. Only within the block: what
-    the user's own calls of ``mtq.quantize`` choose must not depend on whether this package ran before. Recurrent layers, of which
-    ModelOpt makes something that can be neither copied nor exported, it does not recognize within the block.
+    the user's own calls of ``mtq.quantize`` choose must not depend on whether this package ran before. Within the block it leaves
+    recurrent layers alone, of which it makes something that can be neither copied nor exported.
     """
     toolkit = require("modelopt.torch.quantization.nn", extra="modelopt", purpose="quantize a model")
     registry, base = toolkit.QuantModuleRegistry, toolkit.QuantInputBase

@@ -139,7 +139,7 @@ class SymmetricQuantizer(Quantizer):  # type: ignore[misc]
 
     def _all(self, calls: Sequence[fx.Node], graph: fx.Graph, positive: set[fx.Node]) -> dict[fx.Node, _Layer]:
         """Every layer but those kept in floating point, by the exported graph alone."""
-        chosen = [node for node in calls if not any(within(layer_name(node), pattern) for pattern in self.precision.keep)]
+        chosen = [node for node in calls if not any(within(layer_name(node), pattern) for pattern in self.precision.keep or ())]
         edges = outermost(list(graph.nodes), set(chosen))
         layers = {}
         for node in chosen:
