@@ -13,7 +13,7 @@ from .layer_names import quantizable_layers
 
 _log = logging.getLogger(__name__)
 _HEADS = (
-    ("torchvision.models.detection.", ("SSDHead", "RetinaNetHead", "FCOSHead")),
+    ("torchvision.models.detection.", ("SSDHead", "SSDLiteHead", "RetinaNetHead", "FCOSHead")),
     ("ultralytics.nn.modules.head", ("Detect",)),
 )
 """Classes that are the heads of one-stage detectors: where they are defined, and their names or those of a base."""

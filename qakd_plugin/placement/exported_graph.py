@@ -114,7 +114,8 @@ class _Translation:
         if node.op == "placeholder":
             return self._new.placeholder(node.name)
         if node.op == "output":
-            return self._new.output(self._argument(node.args[0]))
+            returned: fx.Node = self._new.output(self._argument(node.args[0]))
+            return returned
         if node.op != "call_function" or not _is_computed(node):
             return None
         call = self._leaf(node)

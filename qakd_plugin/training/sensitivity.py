@@ -344,7 +344,7 @@ def _groups(layers: Sequence[str], blocks: Sequence[str]) -> dict[str, tuple[str
     for pattern in blocks:
         if pattern not in groups:
             raise QakdError(
-                f"blocks: {pattern!r} matches no quantized layer, or none that patterns before it leave; layers are called, e.g., "
-                f"{list(layers[:4])}."
+                f"blocks: {pattern!r} matches no quantized layer, or none that patterns before it leave; layers are "
+                f"called, e.g., {list(layers[:4])}."
             )
     return groups

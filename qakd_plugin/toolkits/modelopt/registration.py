@@ -23,8 +23,8 @@ def registered(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
     """Within the block ModelOpt takes the classes of all modules of these names.
 
     By itself it leaves classes out that override the forward of PyTorch's layers, and activations. Only within the block: what
-    the user's own calls of ``mtq.quantize`` choose must not depend on whether this package ran before. Within the block it leaves
-    recurrent layers alone, of which it makes something that can be neither copied nor exported.
+    the user's own calls of ``mtq.quantize`` choose must not depend on whether this package ran before. Recurrent layers, of
+    which ModelOpt makes something that can be neither copied nor exported, are left alone.
     """
     toolkit = require("modelopt.torch.quantization.nn", extra="modelopt", purpose="quantize a model")
     registry, base = toolkit.QuantModuleRegistry, toolkit.QuantInputBase
@@ -46,7 +46,7 @@ def registered(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
 @contextlib.contextmanager
 def _unrecognized(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Within the block the modules are of a class with a forward of its own, which ModelOpt leaves alone."""
-    classes = {module: type(module) for module in modules}
+    classes: dict[nn.Module, Any] = {module: type(module) for module in modules}
     for module, kind in classes.items():
         module.__class__ = _with_own_forward(kind)
     try:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ...export_form.modules import ActivationQDQ, StoredWeight, store_weight
+from ...placement.exported_graph import layer_name
 from ..adapter import Adapter
 from .graph import (
     BATCH_NORM,
@@ -18,7 +19,6 @@ from .graph import (
     from_inputs,
     is_quantizer,
     join,
-    layer_name,
     only_user,
     writes,
 )
