@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: demo check test quick test-lowest coverage matrix resume fuzz docs lint clean
+.PHONY: demo check test tests quick test-lowest coverage matrix resume fuzz docs lint clean
 
 # A covering part: pure functions and formulas, the loop's pieces, one student of each large toolkit to a proven file.
 QUICK := tests/test_losses.py tests/tasks tests/common tests/quantizers/test_quantizers.py tests/augment/test_cmi.py \
@@ -22,16 +22,18 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-test: check
+test: check tests
+
+tests: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 quick: check
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(QUICK)
 	$(BIN)/python -m pytest tests/conformance/test_matrix.py -k "modelopt-LSQ or pt2e-LSQ"
 
-# The lowest versions that pyproject.toml allows.
+# The lowest versions that pyproject.toml allows; style and types are checked with current ones alone.
 test-lowest: lowest.txt
-	$(MAKE) test CONSTRAINTS=lowest.txt VENV=.venv-lowest
+	$(MAKE) tests CONSTRAINTS=lowest.txt VENV=.venv-lowest
 
 coverage: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal --cov=qakd_plugin --cov-report=term:skip-covered

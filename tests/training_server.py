@@ -125,6 +125,37 @@ class Deaths:
         Path.write_bytes, os.fsync, os.replace = write_bytes, flush, move
 
 
+class Failure:
+    """Makes one part of a run fail in this process, after a few steps: ``kind`` says which; None for none."""
+
+    def __init__(self, kind, error=ValueError):
+        self.kind, self.error, self.trained = kind, error, 0
+
+    def reach(self, kind):
+        if kind == self.kind and self.trained > 2:
+            raise self.error(f"the {kind} fails")
+
+    def watch(self, student, teacher):
+        def student_is_called(*_):
+            self.reach("student" if torch.is_grad_enabled() else "evaluation")
+            self.trained += torch.is_grad_enabled()
+
+        student.register_forward_pre_hook(student_is_called)
+        teacher.register_forward_pre_hook(lambda *_: self.reach("teacher"))
+        inside = student.get_submodule("conv2.input_fake_quant" if hasattr(student.conv2, "input_fake_quant") else "conv2")
+        inside.register_forward_pre_hook(lambda *_: self.reach("layer"))
+
+    def loss(self, outputs, targets):
+        self.reach("loss")
+        return F.cross_entropy(outputs, targets)
+
+    def on_step_end(self, step, losses):
+        self.reach("callback")
+
+    def on_epoch_end(self, row):
+        self.reach("last callback")
+
+
 class Trainings:
     """Prepared students, each made once, and runs of them."""
 
@@ -154,6 +185,27 @@ class Trainings:
         return DataLoader(
             dataset, 32 // processes, shuffle=True, generator=own, num_workers=workers, collate_fn=noisy if workers else None
         )
+
+    def failing(self, order, rank):
+        """Runs of which each fails in one process: by kind, what this process raises, and after how many seconds."""
+        found = {}
+        for kind, victim in order["failing"].items():
+            teacher = copy.deepcopy(self.teachers[True])
+            student = self.student(order["toolkit"], order["quantizers"])
+            fails = kind.removesuffix(" interrupted")
+            failure = Failure(fails if rank == victim else None, ValueError if fails == kind else KeyboardInterrupt)
+            failure.watch(student, teacher)
+            started = time.monotonic()
+            try:
+                distill(
+                    student, teacher, self.loader(order, 2), method=QKD(0, 1, 0), epochs=1, seed=3, trackers=(),
+                    task_loss=failure.loss, callbacks=[failure], val_loader=self.loader(order, 2),
+                )  # fmt: skip
+                text = "nothing"
+            except BaseException as error:  # noqa: BLE001
+                text = f"{type(error).__name__}: {error}"
+            found[kind] = text, time.monotonic() - started
+        return found
 
     def run(self, order, deaths):
         """One run, as ``order`` says; gives what is compared."""
@@ -205,7 +257,7 @@ def child(trainings, order, rank, port, steps):
             resource.setrlimit(resource.RLIMIT_FSIZE, (order["file_limit"], order["file_limit"]))
         deaths = Deaths(order.get("die") if rank == order.get("victim", 0) else None, steps)
         deaths.watch_writes()
-        result = trainings.run(order, deaths)
+        result = trainings.failing(order, rank) if "failing" in order else trainings.run(order, deaths)
         torch.save(result, Path(order["out"]) / f"result-{rank}.pt")
         if "kill" in order:  # a fast run is over before its moment: it is killed all the same
             steps[:8] = struct.pack("q", STEPS)

@@ -47,8 +47,8 @@ class Counted:
 
     def __init__(self, metric: AnyMetric, metric_fn: MetricFn, device: torch.device | str = "cpu", bootstraps: int = 0) -> None:
         check_metric(metric)
-        self._metric = _fresh(metric, device)
-        self._copies = [_fresh(metric, device) for _ in range(bootstraps)]
+        self._metric = fresh(metric, device)
+        self._copies = [fresh(metric, device) for _ in range(bootstraps)]
         self._fn = metric_fn
         self._device = torch.device(device)
         self._generator = torch.Generator().manual_seed(0)
@@ -157,7 +157,8 @@ def higher_is_better(metric: AnyMetric, name: str) -> bool:
     return bool(direction)
 
 
-def _fresh(metric: AnyMetric, device: torch.device | str) -> AnyMetric:
+def fresh(metric: AnyMetric, device: torch.device | str) -> AnyMetric:
+    """A copy that has counted nothing."""
     copied = copy.deepcopy(metric)
     copied.reset()
     return copied.to(device)

@@ -30,7 +30,7 @@ from .methods import Method, Phase
 from .networks import Learner, Networks, on_device
 from .objective import Objective
 from .optimizers import cosine_schedule, quantizer_parameters, student_optimizer, teacher_optimizer
-from .preflight import check_against_teacher, check_exportable, check_first_batch, check_taught
+from .preflight import check_against_teacher, check_counted, check_exportable, check_first_batch, check_taught
 from .run_state import RunState, Stateful
 from .teacher_cache import TeacherCache
 from .trainer import Trainer
@@ -108,7 +108,8 @@ def assembled(
             masks=_masks(lesson.phases),
         )
         validate = _validation(data, teacher, lesson.phases, processes)
-        _check_first_batch(lesson, batches, settings, processes, computing)
+        _check_first_batch(lesson, data, batches, settings, processes, computing)
+        processes.agree()
         networks = Networks.of(model, teacher, processes, teacher_learns=lesson.teacher_learns)
         objective = Objective(adapter, networks, lesson.phases, computing)
         try:
@@ -194,6 +195,7 @@ def _no_metrics(_: nn.Module) -> dict[str, float]:
 
 def _check_first_batch(
     lesson: Lesson,
+    data: Data,
     batches: Batches,
     settings: Settings,
     processes: Processes,
@@ -214,6 +216,8 @@ def _check_first_batch(
                 student = named_outputs(model(*args, **kwargs))
                 taught = None if teacher is None else named_outputs(frozen_output(teacher, *args, **kwargs))
             check_first_batch(model, student, inputs)
+            if data.val_loader is not None:
+                check_counted(lesson.phases, student, inputs, metric=data.metric is not None, teacher=teacher is not None)
             if taught is not None:
                 check_taught(lesson.phases, student, taught, inputs, first.targets)
             if teacher is not None and taught is not None and settings.mixed_precision == "no":

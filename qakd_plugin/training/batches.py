@@ -92,7 +92,7 @@ class Batches:
 
         Raises:
             TrainingError: the epoch holds no batch.
-            QakdError: a batch cannot be split or augmented, in this process or in another.
+            QakdError: a batch cannot be split or augmented.
         """
         batches = self._begin(number, done)
         if self._cache is not None:
@@ -140,17 +140,14 @@ class Batches:
         return batches
 
     def _group(self, batches: Iterator[tuple[Any, bool]], size: int, left: int, labels: bool) -> list[Batch]:
-        def mine() -> tuple[list[Batch], list[float]]:
-            drawn = list(islice(batches, size))
-            if len(drawn) < min(size, left) and self._processes.count > 1:
-                raise QakdError(f"loader: it ended {left - len(drawn)} batches before its length ({len(self)}) said.")
-            group = [self._ready(batch, counts, labels) for batch, counts in drawn]
-            if self._cache is not None:
-                group = [replace(batch, taught=self._cache.find(batch.inputs)) for batch in group]
-            weights = [float(batch.weight) for batch in group]
-            return group, weights + [0.0] * (self._accumulate - len(group))
-
-        group, totals = self._processes.together(mine, self._accumulate)
+        drawn = list(islice(batches, size))
+        if len(drawn) < min(size, left) and self._processes.count > 1:
+            raise QakdError(f"loader: it ended {left - len(drawn)} batches before its length ({len(self)}) said.")
+        group = [self._ready(batch, counts, labels) for batch, counts in drawn]
+        if self._cache is not None:
+            group = [replace(batch, taught=self._cache.find(batch.inputs)) for batch in group]
+        weights = [float(batch.weight) for batch in group]
+        totals = self._processes.sums(weights + [0.0] * (self._accumulate - len(group)))
         return [replace(batch, total=int(total)) for batch, total in zip(group, totals, strict=False)]
 
     def _ready(self, batch: Any, counts: bool, labels: bool, augmented: bool = True) -> Batch:

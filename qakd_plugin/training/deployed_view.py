@@ -83,6 +83,7 @@ class DeployedView:
         with self._batches.aside() as batches, torch.no_grad(), self._autocast():
             for batch in islice(batches, self._recalibrate_batches):
                 call(self._model, batch.inputs)
+        self._processes.agree()
         self._processes.average_buffers(self._model)
         try:
             yield

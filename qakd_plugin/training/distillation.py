@@ -255,24 +255,24 @@ def _run(
     callbacks: Sequence[object],
 ) -> Iterator[Trainer]:
     """Processes, seeds, files and trackers, and the trainer that uses them."""
-    processes = Processes()
-    _announce(lesson, processes)
-    if seed is not None:
-        set_seed(seed + processes.index)  # processes augment different images: not with the same draws
-    store = _store(lesson, data, settings, checkpoints, seed)
-    tracking = _tracking(lesson, settings, checkpoints, trackers)
-    trainer = assembled(
-        _with_own_teacher(lesson),
-        data,
-        settings,
-        processes,
-        cache=_cache(lesson, settings, cache_teacher),
-        store=store,
-        checkpoint_every=checkpoints.every,
-        callbacks=(*callbacks, tracking),
-    )
-    with tracking, trainer as ready:
-        yield ready
+    with Processes() as processes:
+        _announce(lesson, processes)
+        if seed is not None:
+            set_seed(seed + processes.index)  # processes augment different images: not with the same draws
+        store = _store(lesson, data, settings, checkpoints, seed)
+        tracking = _tracking(lesson, settings, checkpoints, trackers)
+        trainer = assembled(
+            _with_own_teacher(lesson),
+            data,
+            settings,
+            processes,
+            cache=_cache(lesson, settings, cache_teacher),
+            store=store,
+            checkpoint_every=checkpoints.every,
+            callbacks=(*callbacks, tracking),
+        )
+        with tracking, trainer as ready:
+            yield ready
 
 
 def _announce(lesson: Lesson, processes: Processes) -> None:

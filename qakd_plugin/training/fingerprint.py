@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedQuantizerError
+from ..tasks.metrics import fresh
 from ..toolkits import Adapter, Quantizer
 from .config import Data, Settings
 from .methods import Method
@@ -49,6 +50,9 @@ def fingerprint(
         "parameters of the augmentation": facts(data.augment, "augment"),
         "batch_fn": facts(data.batch_fn, "batch_fn"),
         "task_loss": facts(data.task_loss, "task_loss"),
+        "metric": None if data.metric is None else facts(fresh(data.metric, "cpu"), "metric"),
+        "metric_fn": facts(data.metric_fn, "metric_fn"),
+        "monitor": data.monitor,
     }
 
 

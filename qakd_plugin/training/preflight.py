@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ..errors import NotPreparedError, QakdError, TrainingError, UnsupportedQuantizerError
 from ..preparation.feasibility import export_problems
 from ..tasks.inputs import Inputs, call, first_samples
-from ..tasks.matching import check_match
-from ..tasks.outputs import Outputs, named_outputs
+from ..tasks.matching import check_match, default_match
+from ..tasks.outputs import Outputs, listed, named_outputs
 from ..toolkits import Adapter
 from .divergence import blame, require_finite_input
 from .methods import Phase
@@ -97,6 +97,32 @@ def check_taught(phases: Sequence[Phase], student: Outputs, teacher: Outputs, in
     match = imitation.matched(student, inputs)
     here = {name: matcher for name, matcher in match.items() if name in student and name in teacher}
     check_match(here, student, teacher, inputs, targets)
+
+
+def check_counted(phases: Sequence[Phase], student: Outputs, inputs: Inputs, *, metric: bool, teacher: bool) -> None:
+    """What is counted on held-out batches can be read in one way.
+
+    Args:
+        phases: one that compares outputs says which.
+        student: outputs in eval mode.
+        inputs: of the batch.
+        metric: whether the user's metric is counted.
+        teacher: whether there is one, with which outputs are compared even then.
+
+    Raises:
+        QakdError: more than one reading is possible; shows the line to write.
+    """
+    if any(phase.imitation is not None for phase in phases) or (metric and not teacher):
+        return
+    try:
+        default_match(student, inputs)
+    except QakdError as problem:
+        needed = "" if metric else ", metric=..., metric_fn=lambda outputs, targets: (outputs[...], targets)"
+        raise QakdError(
+            f"val_loader: the network outputs {listed(student)}; what is counted can be read in more than one way, and the "
+            f"method compares none of them with a teacher. Write distill(prepared_model, None, loader{needed}), or leave "
+            "val_loader out."
+        ) from problem
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ from .divergence import Moment, require_finite_gradient, require_finite_losses
 from .ema import Ema
 from .methods import Phase
 from .networks import Learner, Networks
-from .objective import Objective
+from .objective import Losses, Objective
 from .run_state import Best, RunState
 
 
@@ -120,15 +120,15 @@ class Trainer:
         for index, batch in enumerate(group):
             with self._gradients_stay_here(learners, index + 1 < len(group)):
                 losses = self.objective(phase, batch)
-                share = batch.weight * self.processes.count / samples  # gradients are averaged over processes
-                for loss in (losses.student, losses.teacher):
-                    if loss is not None:
-                        self.processes.accelerator.backward(loss if share == 1 else share * loss)
+                self.processes.agree()
+                with self.processes.waiting():
+                    self._backward(losses, batch.weight * self.processes.count / samples)
+                    for learner in learners:
+                        self.processes.average_buffers(learner.called)
             numbers.append(losses.numbers)
-            for learner in learners:
-                self.processes.average_buffers(learner.called)
-        norms = [learner.clip(self.settings.grad_clip) for learner in learners]
-        values = self._finite_values(phase, group, numbers, norms)
+        with self.processes.waiting():
+            norms = [learner.clip(self.settings.grad_clip) for learner in learners]
+            values = self._finite_values(phase, group, numbers, norms)
         for learner in learners:
             learner.step()
         if self.ema is not None:
@@ -142,6 +142,12 @@ class Trainer:
         self.state.position.step += 1
         step.pop("agreement", None)
         return step
+
+    def _backward(self, losses: Losses, share: float) -> None:
+        """``share``: of the batch in the step, times the number of processes, over which gradients are averaged."""
+        for loss in (losses.student, losses.teacher):
+            if loss is not None:
+                self.processes.accelerator.backward(loss if share == 1 else share * loss)
 
     def _finite_values(
         self,
@@ -193,6 +199,7 @@ class Trainer:
         """On one batch, in eval mode; draws nothing from training."""
         with self.batches.aside(labels=phase.needs_labels) as batches, evaluated(self.adapter, self.networks.model):
             self.objective.refresh_curvature(phase, next(batches))
+        self.processes.agree()
         self.processes.average_buffers(self.networks.model)
 
     def _switch_to_training(self, phase: Phase) -> None:

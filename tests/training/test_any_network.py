@@ -49,6 +49,26 @@ def _distilled(network, loader=LOADER, toolkit="modelopt", **options):
     return result
 
 
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [({}, r"None, loader, metric=\.\.\., metric_fn"), ({"metric": MeanSquaredError()}, r"None, loader\),")],
+)
+def test_outputs_that_cannot_be_counted_are_refused_before_training(options, line):
+    steps = []
+
+    class Steps:
+        def on_step_end(self, step, losses):
+            steps.append(step)
+
+    labelled = [(X, torch.zeros(12, dtype=torch.long))]
+    with pytest.raises(QakdError, match=rf"val_loader: the network outputs .*Write distill\(prepared_model, {line}"):
+        _distilled(
+            Net({"a": 5, "b": 3}), labelled, method=QAT(), val_loader=labelled, callbacks=[Steps()],
+            task_loss=lambda outputs, targets: outputs["a"].square().mean(), **options,
+        )  # fmt: skip
+    assert not steps
+
+
 @pytest.mark.parametrize("toolkit", ["modelopt", "pt2e", "torch_ao"])
 def test_segmentation_learns_from_the_pixels_of_the_teacher(toolkit):
     network = Net({"out": 5}, pixels=True, wrap=_only)

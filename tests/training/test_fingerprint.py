@@ -5,6 +5,8 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from torchvision.transforms import v2
 
 from qakd_plugin import CheckpointError, CMISelector, distill
@@ -30,6 +32,10 @@ class _Dim:
         return images * self.factor
 
 
+def _two_metrics():
+    return MetricCollection([MulticlassAccuracy(10), MulticlassF1Score(10)])
+
+
 @pytest.fixture
 def resumed(tmp_path, make_student, teacher, batches):
     """Trains a run of one epoch, and then tries to go on with other options."""
@@ -50,6 +56,8 @@ def test_the_same_options_made_anew_go_on(resumed):
             "augment": v2.Compose([v2.Lambda(_scaled(0.5)), v2.RandomErasing(p=0.25)]),
             "batch_fn": lambda batch: (batch[0], batch[1]),
             "input_stats": ([0.0], [1.0]),
+            "metric": _two_metrics(),
+            "monitor": "multiclass_accuracy",
         }
 
     resumed(options(), options())
@@ -59,6 +67,21 @@ def test_the_same_options_made_anew_go_on(resumed):
     ("first", "second", "message"),
     [
         ({"seed": 1}, {"seed": 2}, "seed is 1 there and 2 here"),
+        (
+            {"metric": MulticlassAccuracy(10)},
+            {"metric": MulticlassF1Score(10)},
+            "metric is 'metric = MulticlassAccuracy' there and 'metric = MulticlassF1Score' here",
+        ),
+        (
+            {"metric": MulticlassAccuracy(10, average="macro")},
+            {"metric": MulticlassAccuracy(10, average="micro")},
+            r"metric is \"metric.average = 'macro'\" there and \"metric.average = 'micro'\" here",
+        ),
+        (
+            {"metric": _two_metrics(), "monitor": "multiclass_accuracy"},
+            {"metric": _two_metrics(), "monitor": "multiclass_f1_score"},
+            "monitor is 'multiclass_accuracy' there and 'multiclass_f1_score' here",
+        ),
         ({}, {"input_stats": ([0.5], [0.25])}, "input_stats is 'input_stats = None' there and 'input_stats = tuple' here"),
         (
             {"augment": v2.RandomErasing(p=0.25)},
@@ -83,7 +106,19 @@ def test_the_same_options_made_anew_go_on(resumed):
         ({"augment": _Dim(0.5)}, {"augment": _Dim(0.25)}, "parameters of the augmentation is 'augment.factor = 0.5' there"),
         ({}, {"batch_fn": lambda batch: (1 - batch[0], batch[1])}, "batch_fn is 'batch_fn = default_batch' there"),
     ],
-    ids=["seed", "input_stats", "transform", "partial", "lambda", "closure", "attributes", "batch_fn"],
+    ids=[
+        "seed",
+        "metric",
+        "average",
+        "monitor",
+        "input_stats",
+        "transform",
+        "partial",
+        "lambda",
+        "closure",
+        "attributes",
+        "batch_fn",
+    ],
 )
 def test_other_options_are_refused_and_named(first, second, message, resumed):
     with pytest.raises(CheckpointError, match=f"belongs to another run: {message}"):

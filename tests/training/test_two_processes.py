@@ -257,16 +257,34 @@ def test_an_error_in_one_process_ends_both_with_its_message(victim, server, tmp_
     assert errors[1 - victim] == f"QakdError: process {victim} of 2 failed: ValueError: this image cannot be read"
 
 
-def test_an_error_of_the_package_keeps_its_class_everywhere():
-    class Two(Processes):
-        """The other of two processes."""
+@pytest.mark.parametrize(
+    ("toolkit", "kinds"),
+    [
+        ("modelopt", ["student", "loss", "evaluation", "callback", "last callback", "student interrupted"]),
+        ("pt2e", ["layer"]),  # whose observers wait for those of the other process within the forward pass
+    ],
+    ids=["modelopt", "pt2e"],
+)
+def test_an_error_anywhere_in_one_process_ends_both_in_seconds(toolkit, kinds, server, tmp_path):
+    """All in the same two processes, one run after the other: a run that failed leaves nothing behind for the next."""
+    victims = dict.fromkeys(kinds, 1) | ({"teacher": 0} if toolkit == "modelopt" else {})
+    assert server.run(tmp_path, processes=2, toolkit=toolkit, failing=victims) == [0, 0], _log(tmp_path)
+    results = [torch.load(tmp_path / f"result-{rank}.pt", weights_only=True) for rank in range(2)]
+    for kind, victim in victims.items():
+        part = kind.removesuffix(" interrupted")
+        text = f"{'ValueError' if part == kind else 'KeyboardInterrupt'}: the {part} fails"
+        assert results[victim][kind][0] == text
+        assert results[1 - victim][kind][0] == f"QakdError: process {victim} of 2 failed: {text}"
+        assert abs(results[0][kind][1] - results[1][kind][1]) < 20
 
-        def __init__(self):
-            super().__init__()
-            self.count = 2
 
-        def gather(self, item):
-            return [item, (LabelsRequiredError, "no labels")]
+def test_an_error_of_the_package_keeps_its_class_everywhere(monkeypatch):
+    def gathered(told, mine, group):
+        told[:] = [mine, (LabelsRequiredError, "no labels")]
 
+    processes = Processes()
+    processes.count = 2
+    monkeypatch.setattr(dist, "all_reduce", lambda failed, group: failed.fill_(1))
+    monkeypatch.setattr(dist, "all_gather_object", gathered)
     with pytest.raises(LabelsRequiredError, match="process 1 of 2 failed: no labels"):
-        Two()._end(None)
+        processes.agree()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ def joint_ranges(processes: Processes, adapter: Adapter, model: nn.Module) -> It
     before the scale is computed from it.
     """
     observers = [] if processes.count == 1 else _observers(adapter, model)
-    handles = [observer.register_forward_hook(_join_range) for observer in observers]
+    handles = [observer.register_forward_hook(partial(_join_range, processes)) for observer in observers]
     try:
         yield
     finally:
@@ -41,8 +42,11 @@ def _observers(adapter: Adapter, model: nn.Module) -> Sequence[nn.Module]:
     return list(found.values())
 
 
-def _join_range(observer: Any, *_: object) -> None:
+def _join_range(processes: Processes, observer: Any, *_: object) -> None:
     if not torch.is_grad_enabled():  # one process alone looks for the layer that went wrong
         return
-    dist.all_reduce(observer.min_val, dist.ReduceOp.MIN)
-    dist.all_reduce(observer.max_val, dist.ReduceOp.MAX)
+    processes.agree()
+    both = torch.stack([-observer.min_val, observer.max_val])
+    dist.all_reduce(both, dist.ReduceOp.MAX)
+    observer.min_val.copy_(-both[0])
+    observer.max_val.copy_(both[1])

@@ -6,8 +6,10 @@ over all samples, statistics of BatchNorm, what is written and what is read, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TypeVar
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from ...errors import QakdError
 from .launch import on_cpu, require_data_parallel, require_not_divided, require_plain, require_started
 
+_log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -41,36 +44,80 @@ class Processes:
         require_started(self.count)
         self.index: int = self.accelerator.process_index
         self.is_main: bool = self.accelerator.is_main_process
+        self._hosts: Any = None  # their group; None for all
+        self._is_waiting = self._is_over = False
+
+    # -- errors
+
+    def __enter__(self) -> Self:
+        if self.count > 1:
+            # On the host: agreeing waits for no device, and never meets what other libraries exchange.
+            timeout = dist.distributed_c10d._get_default_group()._get_backend(self.device).options._timeout
+            self._hosts = dist.new_group(backend="gloo", timeout=timeout)
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        """End all processes with this one's error; or end where all others have come to their end."""
+        if self.count == 1:
+            return
+        try:
+            if error is None:
+                self.agree()
+            elif not (self._is_over or self._is_waiting):
+                self._tell(error)
+        finally:
+            dist.destroy_process_group(self._hosts)
+
+    def agree(self) -> None:
+        """Wait until all processes are here. Called before whatever else they wait for each other in.
+
+        Raises:
+            QakdError: another process has failed: of its error's class, with its message.
+        """
+        if self.count > 1:
+            self._agree(None)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Within the block processes wait for each other without agreeing, as a backward pass does.
+
+        An error within it cannot be told, since others do not listen: it is raised in its process alone.
+        """
+        self._is_waiting = True
+        yield
+        self._is_waiting = False
+
+    def _tell(self, error: BaseException) -> None:
+        _log.error("process %d of %d failed, and tells the others: %s", self.index, self.count, _described(error))
+        try:
+            self._agree(error)
+        except RuntimeError as problem:  # of the connection: this process's own error is what counts
+            _log.error("process %d of %d could not tell the others: %s", self.index, self.count, problem)
+
+    def _agree(self, error: BaseException | None) -> None:
+        failed = torch.tensor(float(error is not None))
+        dist.all_reduce(failed, group=self._hosts)
+        if not failed:
+            return
+        self._is_over = True
+        told: list[Any] = [None] * self.count
+        kind = type(error) if isinstance(error, QakdError) else QakdError
+        dist.all_gather_object(told, None if error is None else (kind, _described(error)), group=self._hosts)
+        if error is None:
+            index, (kind, text) = next((index, problem) for index, problem in enumerate(told) if problem is not None)
+            raise kind(f"process {index} of {self.count} failed: {text}")
 
     # -- work
 
-    def together(self, work: Callable[[], tuple[T, Sequence[float]]], size: int = 0) -> tuple[T, list[float]]:
-        """Let every process do its part, and sum numbers over all. An error in one ends all, with that process's message.
-
-        Args:
-            work: gives a result, which stays in its process, and ``size`` numbers. It must not wait for other processes.
-            size: how many numbers, the same everywhere.
-
-        Raises:
-            QakdError: where this process's work went well, of the same class as another's error, with its message.
-        """
+    def sums(self, numbers: Sequence[float]) -> list[float]:
+        """Each number summed over all processes; as many everywhere."""
         if self.count == 1:
-            result, numbers = work()
-            return result, list(numbers)
-        done: list[T] = []
-        problem: Exception | None = None
-        numbers = [0.0] * size
-        try:
-            result, numbers = work()
-            done.append(result)
-        except Exception as error:  # noqa: BLE001
-            problem = error
-        sums = torch.tensor([*numbers, float(problem is not None)], dtype=torch.float64, device=self.device)
-        dist.all_reduce(sums)
-        *totals, failed = sums.tolist()
-        if failed:
-            self._end(problem)
-        return done[0], totals
+            return list(numbers)
+        self.agree()
+        sums = torch.tensor(numbers, dtype=torch.float64)
+        dist.all_reduce(sums, group=self._hosts)
+        totals: list[float] = sums.tolist()
+        return totals
 
     def on_main(self, work: Callable[[], T]) -> T:
         """Let the first process do something, and give its result, or its error, to all.
@@ -80,20 +127,9 @@ class Processes:
         """
         if self.count == 1:
             return work()
-        outcome: list[Any] = [None, None]
-        own: Exception | None = None
-        if self.is_main:
-            try:
-                outcome[0] = work()
-            except Exception as error:  # noqa: BLE001
-                own = error
-                named = QakdError(f"the first process failed: {type(error).__name__}: {error}")
-                outcome[1] = error if isinstance(error, QakdError) else named
+        outcome: list[Any] = [work() if self.is_main else None]
+        self.agree()
         broadcast_object_list(outcome)
-        if own is not None:
-            raise own
-        if outcome[1] is not None:
-            raise outcome[1]
         result: T = outcome[0]
         return result
 
@@ -105,6 +141,7 @@ class Processes:
         """What each process has, in the order of processes."""
         if self.count == 1:
             return [item]
+        self.agree()
         gathered: list[T] = gather_object([item])
         return gathered
 
@@ -154,12 +191,6 @@ class Processes:
             for buffer, value in zip(buffers, torch.split(first, [buffer.numel() for buffer in buffers]), strict=True):
                 buffer.copy_(value.reshape(buffer.shape))
 
-    def _end(self, problem: Exception | None) -> NoReturn:
-        """Raise this process's own problem, or else the first of the others'."""
-        kind = type(problem) if isinstance(problem, QakdError) else QakdError
-        text = str(problem) if isinstance(problem, QakdError) else f"{type(problem).__name__}: {problem}"
-        found = self.gather(None if problem is None else (kind, text))
-        if problem is not None:
-            raise problem
-        index, (kind, text) = next((index, error) for index, error in enumerate(found) if error is not None)
-        raise kind(f"process {index} of {self.count} failed: {text}")
+
+def _described(error: BaseException) -> str:
+    return str(error) if isinstance(error, QakdError) else f"{type(error).__name__}: {error}"

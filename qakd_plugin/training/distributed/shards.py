@@ -115,19 +115,19 @@ def shared(loader: Iterable[Any], processes: Processes) -> Shares:
 
 def held_out(loader: Iterable[Any], processes: Processes) -> Iterable[Any]:
     """Batches that this process evaluates, as often as it is asked: a share of them where each process gets one, else all."""
-    if isinstance(loader, Sized) and len(loader) >= processes.count:
-        return _Counting(shared(loader, processes))
-    return loader
+    divided = isinstance(loader, Sized) and len(loader) >= processes.count
+    return _Counting(shared(loader, processes) if divided else Whole(loader), processes)
 
 
 class _Counting:
-    """The batches that count."""
+    """The batches that count; at their end processes agree, before metrics wait for each other."""
 
-    def __init__(self, shares: Shares) -> None:
-        self._shares = shares
+    def __init__(self, shares: Shares, processes: Processes) -> None:
+        self._shares, self._processes = shares, processes
 
     def __iter__(self) -> Iterator[Any]:
-        return (batch for batch, counts in self._shares if counts)
+        yield from (batch for batch, counts in self._shares if counts)
+        self._processes.agree()
 
 
 class _SharedIndices:
