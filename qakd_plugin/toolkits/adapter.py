@@ -72,6 +72,8 @@ class Quantizer:
         role: what it quantizes.
         layers: dotted names of the weighted layers that read its output; empty where none does, or none is known.
         layer: whose weight it quantizes; None for activations.
+        after: dotted name of the weighted layer before an activation's quantizer, where the order in which modules are called
+            does not tell it; else empty.
         weight: that weight as the quantizer would see it now (BatchNorm folded in where the toolkit does that).
     """
 
@@ -81,6 +83,7 @@ class Quantizer:
     layers: tuple[str, ...] = ()
     layer: nn.Module | None = None
     weight: Callable[[], Tensor] | None = None
+    after: str = ""
 
 
 def weight_of(layer: nn.Module) -> Callable[[], Tensor]:

@@ -296,7 +296,8 @@ class _Switches:
             if quantizer.role == "weight":
                 before = quantizer.layers
             read = [layer for layer in quantizer.layers if layer in weighted]
-            owners.setdefault(quantizer.fqn, frozenset(name.removeprefix(prefix) for name in (read or before)))
+            last = (quantizer.after,) if quantizer.after in weighted else before
+            owners.setdefault(quantizer.fqn, frozenset(name.removeprefix(prefix) for name in (read or last)))
         self._owned = [(quantizer, owners[quantizer.fqn]) for quantizer in quantizers if quantizer.fqn in owners]
         of_weights = (layer for q, layers in self._owned if q.role == "weight" for layer in sorted(layers))
         self.layers = tuple(dict.fromkeys(of_weights))

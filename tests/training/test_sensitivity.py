@@ -11,6 +11,7 @@ from torchmetrics.classification import MulticlassAccuracy
 import qakd_plugin as qakd
 from qakd_plugin import QakdError
 from qakd_plugin.toolkits import TOOLKITS, adapter_for
+from qakd_plugin.training.sensitivity import _Switches
 
 X = torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 BATCHES = [X[:16], X[16:]]
@@ -103,6 +104,21 @@ def test_every_toolkit_names_layers_as_keep_takes_them_and_leaves_the_model_as_i
     assert [module.training for module in student.modules()] == modes
     assert all(torch.equal(tensor, state[name]) for name, tensor in student.state_dict().items())
     assert set(found.keep) <= dict(network.named_modules()).keys()
+
+
+@pytest.mark.parametrize("toolkit", ["modelopt", "pt2e"])
+def test_what_an_add_reads_is_switched_with_the_convolution_before_it(toolkit):
+    student = _prepared(toolkit)
+    adapter = adapter_for(student)
+    switches = _Switches(adapter, student, X)
+    switches.only(frozenset({"left"}))
+
+    def is_on(q):
+        return q.module._if_quant if toolkit == "modelopt" else bool(q.module.fake_quant_enabled[0])
+
+    own = {q.fqn: is_on(q) for q in adapter.quantizers(student) if q.fqn.split(".")[0] in OWN}
+    assert {name for name, on in own.items() if on} == {name for name in own if name.startswith("left.")}
+    assert any("left.output" in name for name in own)
 
 
 def test_a_metric_orders_layers_by_what_it_loses_and_blocks_are_measured_together():

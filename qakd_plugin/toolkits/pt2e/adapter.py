@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -71,7 +72,7 @@ class PT2EAdapter(FakeQuantizeAdapter):
             nodes = calls[module]
             layers = tuple(dict.fromkeys(layer_name(u) for node in nodes for u in node.users if u.target in WEIGHTED))
             if any(node in dynamic for node in nodes):
-                found.append(Quantizer(fqn, module, "activation", layers))
+                found.append(Quantizer(fqn, module, "activation", layers, after=_layer_before(nodes[0], dynamic)))
             else:
                 found.append(Quantizer(fqn, module, "weight", layers, weight=_weight_before(model, nodes[0])))
         return found
@@ -158,6 +159,17 @@ class PT2EAdapter(FakeQuantizeAdapter):
         self.freeze_ranges(copied, True)
         with torch.no_grad():
             return ExportForm(self, copied).build()
+
+
+def _layer_before(quantizer: fx.Node, dynamic: set[fx.Node]) -> str:
+    """Dotted name of the nearest layer that a quantized value comes from; empty where it is an input's."""
+    pending = deque(quantizer.all_input_nodes)
+    while pending:
+        node = pending.popleft()
+        if node.target in WEIGHTED:
+            return layer_name(node)
+        pending += [source for source in node.all_input_nodes if source in dynamic]
+    return ""
 
 
 def _configuration(placement: Placement, precision: Precision) -> Any:
