@@ -87,7 +87,7 @@ def test_transformers_of_hugging_face_are_placed_by_their_graph(caplog):
     convolutions = {name for name, m in network.named_modules() if isinstance(m, nn.Conv2d)}
     read_by_layers = {"decode_head.linear_fuse", "decode_head.classifier"}
     assert {output.name for output in segformer.outputs} == convolutions - read_by_layers
-    assert not caplog.records
+    assert "cannot be traced" not in caplog.text
 
 
 class Looping(nn.Module):

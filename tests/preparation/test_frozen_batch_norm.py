@@ -67,6 +67,14 @@ def test_what_is_not_the_only_reader_of_one_call_of_a_plain_convolution_stays_an
     assert kept == ["second", "third", "fourth"]
 
 
+@pytest.mark.parametrize("toolkit", ["modelopt", "pt2e", "torch_ao"])
+def test_one_that_stays_is_exported(toolkit, tmp_path):
+    network = _network()
+    network.insert(2, _norm(8))
+    student = qakd.prepare(network, [X], toolkit)
+    assert qakd.export_onnx(student, X, tmp_path / "net.onnx", target="onnxruntime").parity.toolkit_deviation < 1e-4
+
+
 def test_one_that_does_not_tell_its_eps_is_folded_by_what_it_computes():
     class DetrFrozenBatchNorm2d(FrozenBatchNorm2d):
         def forward(self, x):  # the eps of its own is 1e-2, whatever its attribute says
