@@ -84,12 +84,12 @@ def rank(
     print(draw_ranking(as_document(ranking)["records"], out))
 
 
-def sensitivity(recipe: str, *, batches: PositiveInt = 8, budget: float | None = None) -> None:
+def sensitivity(recipe: str, *, max_batches: PositiveInt = 8, budget: float | None = None) -> None:
     """Measure how much each layer's quantizers cost, and which layers to keep in floating point.
 
     Args:
         recipe: as for distill: prepared_model, teacher, and loader or batches; match, metric, blocks ... where wanted
-        batches: how many of them are measured at most
+        max_batches: how many batches are measured at most
         budget: in place of the recipe's: how much may be lost, of the metric where there is one, else of the matched loss
     """
     arguments = read_recipe(recipe, "sensitivity").arguments("prepared_model", "teacher", "batches")
@@ -99,4 +99,4 @@ def sensitivity(recipe: str, *, batches: PositiveInt = 8, budget: float | None =
 
     if budget is not None:
         arguments["budget"] = budget
-    print(run(**arguments | {"batches": list(islice(arguments["batches"], batches))}))
+    print(run(**arguments | {"batches": list(islice(arguments["batches"], max_batches))}))
