@@ -24,6 +24,8 @@ _HOME = {
     "distill": "training.distillation",
     "DistillResult": "training.distillation",
     "attach": "training.attached",
+    "sensitivity": "training.sensitivity",
+    "Sensitivity": "training.sensitivity",
     "prepare": "preparation.prepared",
     "configuration": "preparation.prepared",
     "use_quantizers": "preparation.exchange",
@@ -136,6 +138,8 @@ if TYPE_CHECKING:
     from .training.methods import QAT as QAT
     from .training.methods import QKD as QKD
     from .training.methods import SQAKD as SQAKD
+    from .training.sensitivity import Sensitivity as Sensitivity
+    from .training.sensitivity import sensitivity as sensitivity
 
 
 _find = lazy(__name__, _HOME)

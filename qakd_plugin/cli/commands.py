@@ -53,6 +53,11 @@ COMMANDS = {
         "rank augmentations with the teacher alone, by contextual mutual information",
         "Nothing was written.",
     ),
+    "sensitivity": Command(
+        "train",
+        "measure how much each layer's quantizers cost, and which layers to keep in floating point",
+        "Nothing was written.",
+    ),
     "export": Command("deploy", "write a trained, prepared model as ONNX, gated on parity", "Nothing half-written was left."),
     "tune": Command("deploy", "fit a file for ONNX Runtime to this machine's processor, by measuring", "Nothing was written."),
     "engine": Command(

@@ -13,7 +13,7 @@ import docstring_parser
 from .recipes import APIS, STAND_INS, api_function, api_parameters
 
 _HEAD = """\
-# A recipe of qakd distill, rank and export: qakd distill recipe.yaml --out run
+# A recipe of qakd distill, rank, sensitivity and export: qakd distill recipe.yaml --out run
 #
 # `class_path` names a function or class, yours or a package's, and `init_args` its arguments: what it returns is the
 # value. `batch_fn: my_code.split` names a function itself. `loader: &images {...}` and `data: *images` are one object.

@@ -1,4 +1,4 @@
-"""Recipes: the arguments of ``distill``, ``rank_augmentations`` and ``export_onnx``, as a YAML file or a Python function.
+"""Recipes: the arguments of ``distill``, ``rank_augmentations``, ``sensitivity`` and ``export_onnx``, in YAML or Python.
 
 A recipe is code: a YAML file names functions that are imported and called. Whoever runs one trusts it.
 """
@@ -19,6 +19,7 @@ from .yaml_objects import Builder, imported, load_yaml
 APIS = {
     "distill": ("training.distillation", "distill"),
     "rank": ("augment.ranking", "rank_augmentations"),
+    "sensitivity": ("training.sensitivity", "sensitivity"),
     "export": ("deploy.export", "export_onnx"),
 }
 """By command, the function whose arguments are keys of a recipe: its module and name."""
@@ -26,7 +27,7 @@ APIS = {
 BY_FLAG = {"checkpoint_dir": "--out", "resume": "--resume", "path": "--out"}
 """Arguments that the command line gives, so that no recipe does."""
 
-STAND_INS = {"data": "loader", "example_inputs": "loader"}
+STAND_INS = {"data": "loader", "example_inputs": "loader", "batches": "loader"}
 """Keys that may be missing, and what is taken then."""
 
 
@@ -67,7 +68,7 @@ def read_recipe(name: str, command: str) -> Recipe:
 
     Args:
         name: a file that ends in .yaml or .yml; or MODULE:FUNCTION, which is called and returns a dict.
-        command: "distill", "rank" or "export".
+        command: "distill", "rank", "sensitivity" or "export".
 
     Raises:
         RecipeError: it cannot be read, or a key is unknown; names it.

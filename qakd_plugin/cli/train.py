@@ -1,4 +1,4 @@
-"""Commands that run networks: distill, rank.
+"""Commands that run networks: distill, rank, sensitivity.
 
 What takes seconds to import is imported after what the user wrote was read.
 """
@@ -82,3 +82,21 @@ def rank(
     print(f"{ranking.teacher_forwards} images went through the teacher.")
     print(path)
     print(draw_ranking(as_document(ranking)["records"], out))
+
+
+def sensitivity(recipe: str, *, max_batches: PositiveInt = 8, budget: float | None = None) -> None:
+    """Measure how much each layer's quantizers cost, and which layers to keep in floating point.
+
+    Args:
+        recipe: as for distill: prepared_model, teacher, and loader or batches; match, metric, blocks ... where wanted
+        max_batches: how many batches are measured at most
+        budget: in place of the recipe's: how much may be lost, of the metric where there is one, else of the matched loss
+    """
+    arguments = read_recipe(recipe, "sensitivity").arguments("prepared_model", "teacher", "batches")
+    from itertools import islice
+
+    from ..training.sensitivity import sensitivity as run
+
+    if budget is not None:
+        arguments["budget"] = budget
+    print(run(**arguments | {"batches": list(islice(arguments["batches"], max_batches))}))

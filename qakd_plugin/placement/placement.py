@@ -8,6 +8,7 @@ levels are lost. Both are questions about the graph; this module answers them on
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,10 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from .._common.module_mode import eval_mode
+from ..tasks.inputs import Inputs
+from .detection_heads import detection_heads
+from .exported_graph import exported_layer_graph
+from .frozen_batch_norm import is_frozen_batch_norm
 from .fx_graph import GRID_KEEPING, TRANSPARENT, called_module, only_reader, outermost, readers, relu_bounds
 from .layer_names import WEIGHTED, quantizable_layers
 from .sign_analysis import non_negative
@@ -58,26 +62,27 @@ class Placement:
     outputs: tuple[OutputQuantizer, ...] = field(default=())
 
 
-def place_quantizers(model: nn.Module, keep: Sequence[str] = ()) -> Placement:
+def place_quantizers(model: nn.Module, keep: Sequence[str] | None = None, inputs: Inputs | None = None) -> Placement:
     """Look at the graph of a float model and say where quantizers belong.
 
     Args:
         model: the float model; it is not changed.
-        keep: names or patterns of modules that stay in floating point.
+        keep: names or patterns of modules that stay in floating point; None: the heads of a detector, see
+            :func:`.detection_heads.detection_heads`.
+        inputs: a batch of the model, with which ``torch.export`` reads what ``torch.fx`` cannot trace.
 
     Raises:
         QakdError: as :func:`.layer_names.quantizable_layers`.
     """
-    layers = quantizable_layers(model, keep)
-    try:
-        with eval_mode(model):  # what a network does in training only is not deployed
-            graph = _Tracer().trace(model)
-    except Exception as error:  # user code runs under the tracer: whatever it raises means "cannot be traced"  # noqa: BLE001
+    layers = quantizable_layers(model, keep or ())
+    graph = layer_graph(model, inputs)
+    if keep is None and (heads := detection_heads(model, graph)):
+        layers = quantizable_layers(model, heads)
+    if graph is None:
         _log.warning(
-            "%s cannot be traced by torch.fx (%s): quantizers go in front of each layer only. Convolutions that feed an add "
-            "or a concatenation will stay in floating point in ONNX Runtime.",
-            type(model).__name__,
-            str(error).splitlines()[0] if str(error) else type(error).__name__,
+            "Quantizers go in front of each layer only: %s. Those of them that feed an add, a concatenation or a pooling will "
+            "stay in floating point in ONNX Runtime.",
+            ", ".join(layers),
         )
         return Placement(tuple(layers), edges=frozenset({layers[0], layers[-1]}))
     placement = _Analysis(model, graph, set(layers)).placement()
@@ -91,6 +96,36 @@ def place_quantizers(model: nn.Module, keep: Sequence[str] = ()) -> Placement:
     return placement
 
 
+def layer_graph(model: nn.Module, inputs: Inputs | None) -> fx.Graph | None:
+    """The graph of calls of a float model in eval mode: what it does in training only is not deployed.
+
+    Args:
+        model: the float model; it is not changed.
+        inputs: see :func:`place_quantizers`.
+
+    Returns:
+        As ``torch.fx`` traces it, else as ``torch.export`` sees it; None, with a warning that says why, where neither can.
+    """
+    try:
+        # A copy: a network may keep what it computes, and a tracer has no value of it.
+        return _Tracer().trace(copy.deepcopy(model).eval())
+    except Exception as error:  # user code runs under the tracer: whatever it raises means "cannot be traced"  # noqa: BLE001
+        reason = f"by torch.fx ({_first_line(error)})"
+    if inputs is None:
+        reason += ", and torch.export, which may, needs example inputs: qakd_plugin.prepare has them"
+    else:
+        try:
+            return exported_layer_graph(model, inputs)
+        except Exception as error:  # likewise  # noqa: BLE001
+            reason += f", nor by torch.export ({_first_line(error)})"
+    _log.warning("%s cannot be traced %s.", type(model).__name__, reason)
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def has_own_forward(module: nn.Module) -> bool:
     """Whether a convolution or linear layer is of a class that computes in its own way, or may."""
     base = next(kind for kind in _LAYER_CLASSES if isinstance(module, kind))
@@ -98,10 +133,10 @@ def has_own_forward(module: nn.Module) -> bool:
 
 
 class _Tracer(fx.Tracer):
-    """Sees a layer as one call also where its class is not PyTorch's own."""
+    """Sees a layer or a frozen BatchNorm as one call also where its class is not PyTorch's own."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, WEIGHTED) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, WEIGHTED) or is_frozen_batch_norm(m) or super().is_leaf_module(m, module_qualified_name)
 
 
 class _Analysis:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,10 +11,14 @@ from torch import nn
 
 from ..errors import NotPreparedError, QakdError
 from ..placement.attention import open_attention
+from ..placement.frozen_batch_norm import fold_frozen_batch_norms, frozen_batch_norms
+from ..placement.placement import layer_graph
 from ..placement.targets import TARGETS, Target
 from ..tasks.batches import BatchFn, batch_splitter, default_batch
 from ..tasks.inputs import HALF, Inputs, dtypes_named, named_tensors, precision_of, to_device
 from ..toolkits import Adapter, Precision, adapter_for, adapter_named
+
+_log = logging.getLogger(__name__)
 
 
 def prepare(
@@ -22,7 +27,7 @@ def prepare(
     toolkit: str = "modelopt",
     weight_bits: int = 8,
     activation_bits: int = 8,
-    keep: Sequence[str] = (),
+    keep: Sequence[str] | None = None,
     *,
     target: Target = "tensorrt",
     batch_fn: BatchFn = default_batch,
@@ -46,7 +51,8 @@ def prepare(
             "torch_ao" (FX graph mode); "torch_ao_eager" (adds and concatenations must be written with ``FloatFunctional``).
         weight_bits: 2 to 8.
         activation_bits: 2 to 8.
-        keep: names or patterns ("fc", "layer1.*") of modules that stay in floating point.
+        keep: names or patterns ("fc", "layer1.*") of modules that stay in floating point. None: the heads of a detector (see
+            docs/tasks.md), and nothing of other networks.
         target: "tensorrt": every target takes the model. "onnxruntime" or "openvino" (the same): TensorRT does not, because
             8-bit activations that cannot be negative get codes 0..255 in the place of 0..127: a grid twice as fine, and no
             clamp after each ReLU. (Quantizers in front of a ReLU stay signed: ModelOpt's after a convolution that an add, a
@@ -69,8 +75,13 @@ def prepare(
     batches = [to_device(_inputs(split, batch, index), device) for index, batch in enumerate(calibration_batches)]
     if not batches:
         raise QakdError("calibration_batches is empty: ranges need at least one batch, and are better with several.")
+    if recurrent := [name for name, module in model.named_modules() if isinstance(module, nn.RNNBase | nn.RNNCellBase)]:
+        _log.warning("%s: recurrent layers stay in floating point.", ", ".join(recurrent))
+    network = open_attention(model)
+    if frozen_batch_norms(network):
+        network = fold_frozen_batch_norms(network, layer_graph(network, batches[0]))
     with dtypes_named(model, batches[0], "calibration_batches"):
-        return adapter.prepare(open_attention(model), batches, precision)
+        return adapter.prepare(network, batches, precision)
 
 
 def configuration(
@@ -78,7 +89,7 @@ def configuration(
     toolkit: str = "modelopt",
     weight_bits: int = 8,
     activation_bits: int = 8,
-    keep: Sequence[str] = (),
+    keep: Sequence[str] | None = None,
     *,
     target: Target = "tensorrt",
 ) -> Any:
@@ -89,7 +100,7 @@ def configuration(
         toolkit: as in :func:`prepare`.
         weight_bits: 2 to 8.
         activation_bits: 2 to 8; 8 for torch.ao.
-        keep: names or patterns of modules that stay in floating point.
+        keep: as in :func:`prepare`; without inputs, what only ``torch.export`` can read is not read.
         target: as in :func:`prepare`; "tensorrt" for torch.ao.
 
     Returns:
@@ -108,7 +119,7 @@ def configuration(
 
 
 def _parse_request(
-    toolkit: str, weight_bits: int, activation_bits: int, keep: Sequence[str], target: str
+    toolkit: str, weight_bits: int, activation_bits: int, keep: Sequence[str] | None, target: str
 ) -> tuple[Adapter, Precision]:
     adapter = adapter_named(toolkit)
     for name, bits in (("weight_bits", weight_bits), ("activation_bits", activation_bits)):
@@ -116,7 +127,8 @@ def _parse_request(
             raise QakdError(f"{name}={bits} is out of range: 2 to 8 bits can be prepared.")
     if target not in TARGETS:
         raise QakdError(f"target={target!r} is unknown: use one of {list(TARGETS)}.")
-    return adapter, Precision(weight_bits, activation_bits, tuple(keep), unsigned_bytes=target != "tensorrt")
+    kept = None if keep is None else tuple(keep)
+    return adapter, Precision(weight_bits, activation_bits, kept, unsigned_bytes=target != "tensorrt")
 
 
 def _require_float(model: nn.Module) -> None:

@@ -48,13 +48,13 @@ class Precision:
     Attributes:
         weight_bits: of all layers but the first and the last, which take 8.
         activation_bits: likewise, of their inputs.
-        keep: names or patterns of modules that stay in floating point.
+        keep: names or patterns of modules that stay in floating point; None: the heads of a detector.
         unsigned_bytes: let 8-bit activations that cannot be negative take codes 0..255, which TensorRT cannot.
     """
 
     weight_bits: int = 8
     activation_bits: int = 8
-    keep: tuple[str, ...] = ()
+    keep: tuple[str, ...] | None = None
     unsigned_bytes: bool = False
 
     def is_unsigned(self, bits: int, non_negative: bool) -> bool:
@@ -72,6 +72,8 @@ class Quantizer:
         role: what it quantizes.
         layers: dotted names of the weighted layers that read its output; empty where none does, or none is known.
         layer: whose weight it quantizes; None for activations.
+        after: dotted name of the weighted layer before an activation's quantizer, where the order in which modules are called
+            does not tell it; else empty.
         weight: that weight as the quantizer would see it now (BatchNorm folded in where the toolkit does that).
     """
 
@@ -81,6 +83,7 @@ class Quantizer:
     layers: tuple[str, ...] = ()
     layer: nn.Module | None = None
     weight: Callable[[], Tensor] | None = None
+    after: str = ""
 
 
 def weight_of(layer: nn.Module) -> Callable[[], Tensor]:
@@ -138,6 +141,9 @@ class Adapter(Protocol):
 
     def set_fake_quant(self, model: nn.Module, enabled: bool) -> None:
         """Switch every quantizer that :meth:`quantizers` lists off (the float model) or on again, and no other."""
+
+    def switch(self, quantizer: Quantizer, enabled: bool) -> None:
+        """The same for one quantizer."""
 
     def freeze_ranges(self, model: nn.Module, frozen: bool) -> None:
         """Stop (or let go on) whatever updates ranges during forward passes."""

@@ -52,8 +52,10 @@ class FakeQuantizeAdapter(ABC):
     def set_fake_quant(self, model: nn.Module, enabled: bool) -> None:
         for q in self.fake_quantizers(model):
             if is_active(q):
-                q.enable_fake_quant(enabled)
-                set_paused(q, not enabled)
+                _switch(q, enabled)
+
+    def switch(self, quantizer: Quantizer, enabled: bool) -> None:
+        _switch(quantizer.module, enabled)
 
     def freeze_ranges(self, model: nn.Module, frozen: bool) -> None:
         for q in self.fake_quantizers(model):
@@ -71,6 +73,11 @@ class FakeQuantizeAdapter(ABC):
 
     def learned(self, quantizer: Quantizer) -> Rule | None:
         return rule_of(quantizer.module)
+
+
+def _switch(fake_quantizer: Any, enabled: bool) -> None:
+    fake_quantizer.enable_fake_quant(enabled)
+    set_paused(fake_quantizer, not enabled)
 
 
 def is_active(fake_quantizer: Any) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .._common.optional import require
 from ..errors import NotPreparedError, QakdError, UnsupportedQuantizerError
 from ..export_form.modules import QuantizedLayer, replace_modules, store_weight
-from ..placement.placement import place_quantizers
+from ..placement.placement import Placement, place_quantizers
 from ..quantizers import Rule
 from ..tasks.inputs import Inputs
 from .adapter import Precision, QParams, Quantizer, loaded_class, weight_of
@@ -85,9 +85,12 @@ class TorchAOQATAdapter:
 
     def set_fake_quant(self, model: nn.Module, enabled: bool) -> None:
         for quantizer in self.quantizers(model):
-            q: Any = quantizer.module
-            q.enabled = enabled
-            set_paused(q, not enabled)
+            self.switch(quantizer, enabled)
+
+    def switch(self, quantizer: Quantizer, enabled: bool) -> None:
+        q: Any = quantizer.module
+        q.enabled = enabled
+        set_paused(q, not enabled)
 
     def freeze_ranges(self, model: nn.Module, frozen: bool) -> None:
         """Nothing to do: ranges follow the weight, or are trained like one."""
@@ -97,8 +100,10 @@ class TorchAOQATAdapter:
 
     def configuration(self, model: nn.Module, precision: Precision) -> Any:
         """Pairs of a ``QATConfig`` and the ``filter_fn`` to call ``quantize_`` with."""
+        return self._configuration(model, place_quantizers(model, precision.keep), precision)
+
+    def _configuration(self, model: nn.Module, placement: Placement, precision: Precision) -> Any:
         qat = require("torchao.quantization.qat", extra="torchao", purpose="make a QATConfig")
-        placement = place_quantizers(model, precision.keep)
         # Not a subclass: torchao would put its own forward pass in the place of the subclass's, or it is never called at all.
         layers = [name for name in placement.layers if type(model.get_submodule(name)) is nn.Linear]
         if not layers:
@@ -122,7 +127,8 @@ class TorchAOQATAdapter:
         purpose = "prepare a model with toolkit='torchao'"
         quantize_ = require("torchao.quantization", extra="torchao", purpose=purpose).quantize_
         prepared: nn.Module = copy.deepcopy(model).eval()
-        for config, chosen in self.configuration(model, precision):
+        placement = place_quantizers(model, precision.keep, batches[0])
+        for config, chosen in self._configuration(model, placement, precision):
             quantize_(prepared, config, chosen)
         return prepared
 

@@ -192,7 +192,7 @@ def test_the_printed_recipe_names_every_key_with_its_default_and_trains(code, ca
     assert text.strip() == commented_recipe().strip()
     tree = yaml.safe_load(text)
     every = {key: parameter.default for command in reversed(APIS) for key, parameter in api_parameters(command).items()}
-    assert tree.keys() | {"data", "example_inputs"} == every.keys()
+    assert tree.keys() | {"data", "example_inputs", "batches"} == every.keys()
     assert {key: tree[key] for key in ("epochs", "lr", "grad_clip", "mixed_precision", "labels", "target", "float16")} == {
         key: every[key] for key in ("epochs", "lr", "grad_clip", "mixed_precision", "labels", "target", "float16")
     }
@@ -210,6 +210,13 @@ def test_the_printed_recipe_names_every_key_with_its_default_and_trains(code, ca
     (code / "recipe.yaml").write_text(text[:start] + text[end:] + text[start:end])  # anchors come before aliases
     assert main(["distill", "recipe.yaml", "--out", "run", "--epochs", "1"]) == 0
     assert (code / "run" / "student.safetensors").is_file()
+
+
+def test_sensitivity_prints_what_to_keep(code, capsys):
+    assert main(["sensitivity", "my_code:build", "--max-batches", "1", "--budget", "0"]) == 0
+    shown = capsys.readouterr().out
+    assert "each alone; together loss" in shown
+    assert "quantized layers leave integer arithmetic" in shown
 
 
 NETWORK = {"class_path": "my_code.network"}

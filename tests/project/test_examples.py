@@ -85,6 +85,12 @@ def test_a_causal_language_model_in_int4_keeps_its_perplexity():
     assert 1 < own < 1.05 * other
 
 
+def test_a_detector_keeps_most_of_the_teachers_map():
+    own, other = run("by_feature/detection", epochs=1, teacher_epochs=3, width=8)
+    assert other > 0.01
+    assert own > 0.5 * other
+
+
 def test_a_resumed_run_ends_with_the_same_bits():
     found = run("by_feature/resume", epochs=2, kill_after=20, width=4)
     assert found["epochs"] == (2, 2)

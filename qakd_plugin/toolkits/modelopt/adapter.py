@@ -50,6 +50,7 @@ class ModelOptAdapter:
     def quantizers(self, model: nn.Module) -> list[Quantizer]:
         kind = quantizer_class()
         assert kind is not None
+        _refuse_recurrent(model)
         found = []
         idle = never_called(model)
         for fqn, module in model.named_modules():
@@ -94,12 +95,15 @@ class ModelOptAdapter:
 
     def set_fake_quant(self, model: nn.Module, enabled: bool) -> None:
         for quantizer in self.quantizers(model):
-            q: Any = quantizer.module
-            if enabled:
-                q.enable_quant()
-            else:
-                q.disable_quant()
-            set_paused(q, not enabled)
+            self.switch(quantizer, enabled)
+
+    def switch(self, quantizer: Quantizer, enabled: bool) -> None:
+        q: Any = quantizer.module
+        if enabled:
+            q.enable_quant()
+        else:
+            q.disable_quant()
+        set_paused(q, not enabled)
 
     def freeze_ranges(self, model: nn.Module, frozen: bool) -> None:
         """Nothing to do: ModelOpt's ranges change only when they are calibrated."""
@@ -112,7 +116,7 @@ class ModelOptAdapter:
 
     def prepare(self, model: nn.Module, batches: Sequence[Inputs], precision: Precision) -> nn.Module:
         mtq = require("modelopt.torch.quantization", extra="modelopt", purpose="prepare a model with toolkit='modelopt'")
-        placement = place_quantizers(model, precision.keep)
+        placement = place_quantizers(model, precision.keep, batches[0])
         config = modelopt_config(placement, precision)
         prepared: nn.Module = copy.deepcopy(model).eval()
 
@@ -182,6 +186,21 @@ def _set_learned(quantizer: nn.Module, learned: bool) -> None:
 def _is_active(quantizer: Any) -> bool:
     """Whether a quantizer works, or did until ``set_fake_quant`` paused it: not one that the user switched off."""
     return not quantizer._disabled and (quantizer._if_quant or is_paused(quantizer))
+
+
+def _refuse_recurrent(model: nn.Module) -> None:
+    """Refuse recurrent layers that ModelOpt took, even with their quantizers off: they can be neither copied nor exported.
+
+    Raises:
+        UnsupportedQuantizerError: names one.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.RNNBase) and hasattr(module, "functionals_to_replace"):
+            kind = next(base.__name__ for base in (nn.LSTM, nn.GRU, nn.RNN) if isinstance(module, base))
+            raise UnsupportedQuantizerError(
+                f"{name or '(root)'}: what ModelOpt makes of nn.{kind} has no export form and cannot be copied. Leave it in "
+                f"floating point: mtq.unregister(torch.nn.{kind}) before mtq.quantize, or prepare with qakd_plugin.prepare."
+            )
 
 
 def _require_exportable_place(quantizer: Quantizer) -> None:

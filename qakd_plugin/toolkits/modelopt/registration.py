@@ -7,11 +7,14 @@ import copy
 import io
 import os
 from collections.abc import Iterable, Iterator
+from functools import cache
+from typing import Any
 
 from torch import nn
 
 from ..._common.optional import require
 from ...placement.attention import open_attention
+from ...placement.frozen_batch_norm import fold_as_saved
 from ...placement.layer_names import WEIGHTED
 
 
@@ -20,7 +23,8 @@ def registered(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
     """Within the block ModelOpt takes the classes of all modules of these names.
 
     By itself it leaves classes out that override the forward of PyTorch's layers, and activations. Only within the block: what
-    the user's own calls of ``mtq.quantize`` choose must not depend on whether this package ran before.
+    the user's own calls of ``mtq.quantize`` choose must not depend on whether this package ran before. Recurrent layers, of
+    which ModelOpt makes something that can be neither copied nor exported, are left alone.
     """
     toolkit = require("modelopt.torch.quantization.nn", extra="modelopt", purpose="quantize a model")
     registry, base = toolkit.QuantModuleRegistry, toolkit.QuantInputBase
@@ -32,17 +36,39 @@ def registered(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
                 parent = next((cls for cls in kind.__mro__ if issubclass(cls, WEIGHTED) and cls in registry), None)
                 registry.register({kind: f"{kind.__module__}.{kind.__qualname__}"})(registry[parent] if parent else base)
                 added.append(kind)
-        yield
+        with _unrecognized([module for module in model.modules() if isinstance(module, nn.RNNBase)]):
+            yield
     finally:
         for kind in added:
             registry.unregister(kind)
 
 
+@contextlib.contextmanager
+def _unrecognized(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the block the modules are of a class with a forward of its own, which ModelOpt leaves alone."""
+    classes: dict[nn.Module, Any] = {module: type(module) for module in modules}
+    for module, kind in classes.items():
+        module.__class__ = _with_own_forward(kind)
+    try:
+        yield
+    finally:
+        for module, kind in classes.items():
+            module.__class__ = kind
+
+
+@cache
+def _with_own_forward(kind: Any) -> Any:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return kind.forward(self, *args, **kwargs)
+
+    return type(kind.__name__, (kind,), {"forward": forward})
+
+
 def restore_modelopt(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Put what ``modelopt.torch.opt.save`` wrote of a model from :func:`qakd_plugin.prepare` back into its float model.
 
-    ``modelopt.torch.opt.restore`` does the same where the model holds neither ``nn.MultiheadAttention`` nor layers of classes
-    that are not PyTorch's own; it knows nothing of those.
+    ``modelopt.torch.opt.restore`` does the same where the model holds neither ``nn.MultiheadAttention``, nor frozen
+    BatchNorms, nor recurrent layers, nor layers of classes that are not PyTorch's own; it knows nothing of those.
 
     Args:
         model: the float model; it is not changed.
@@ -55,6 +81,7 @@ def restore_modelopt(model: nn.Module, path: str | os.PathLike[str]) -> nn.Modul
     utils = require("modelopt.torch.utils", extra="modelopt", purpose="restore a model that it saved")
     copied = copy.deepcopy(open_attention(model))
     saved = utils.safe_load(path, map_location="cpu")["model_state_dict"]
+    fold_as_saved(copied, saved)
     names = {key.rpartition("_quantizer.")[0].rpartition(".")[0] for key in saved if "_quantizer." in key}
     with contextlib.redirect_stdout(io.StringIO()), registered(copied, sorted(names - {""})):
         restored: nn.Module = mto.restore(copied, path)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,14 +21,15 @@ from torch import Tensor, fx, nn
 
 from ..._common.optional import require
 from ...errors import UnsupportedQuantizerError
-from ...placement.placement import place_quantizers
+from ...placement.exported_graph import layer_name
+from ...placement.placement import Placement, place_quantizers
 from ...tasks.inputs import Inputs
 from ..adapter import Precision, QParams, Quantizer
 from ..fake_quantizers import FakeQuantizeAdapter, is_active, require_calibrated, restored_fake_quantize, rule_of, substitute
 from .calibration import calibrate
 from .capture import exported, refuse_zero_gammas, rename_quantizers, restore_momenta, unify_batch_norms
 from .export_form import ExportForm
-from .graph import BATCH_NORM, WEIGHTED, Constants, attribute, from_inputs, is_quantizer, layer_name, quantizer_class
+from .graph import BATCH_NORM, WEIGHTED, Constants, attribute, from_inputs, is_quantizer, quantizer_class
 
 _aten = torch.ops.aten
 _TRAINING_ARGUMENT = {
@@ -70,7 +72,7 @@ class PT2EAdapter(FakeQuantizeAdapter):
             nodes = calls[module]
             layers = tuple(dict.fromkeys(layer_name(u) for node in nodes for u in node.users if u.target in WEIGHTED))
             if any(node in dynamic for node in nodes):
-                found.append(Quantizer(fqn, module, "activation", layers))
+                found.append(Quantizer(fqn, module, "activation", layers, after=_layer_before(nodes[0], dynamic)))
             else:
                 found.append(Quantizer(fqn, module, "weight", layers, weight=_weight_before(model, nodes[0])))
         return found
@@ -120,21 +122,13 @@ class PT2EAdapter(FakeQuantizeAdapter):
         setattr(model, "_exported_training", training)  # noqa: B010 - what torchao's two functions look at first
 
     def configuration(self, model: nn.Module, precision: Precision) -> Any:
-        require("torchao.quantization.pt2e.quantize_pt2e", extra="torchao", purpose="make a quantizer for prepare_qat_pt2e")
-        from .quantizer import SymmetricQuantizer
-
-        return SymmetricQuantizer(
-            place_quantizers(model, precision.keep),
-            precision.weight_bits,
-            precision.activation_bits,
-            unsigned_bytes=precision.unsigned_bytes,
-        )
+        return _configuration(place_quantizers(model, precision.keep), precision)
 
     def prepare(self, model: nn.Module, batches: Sequence[Inputs], precision: Precision) -> nn.Module:
         pt2e = require(
             "torchao.quantization.pt2e.quantize_pt2e", extra="torchao", purpose="prepare a model with toolkit='pt2e'"
         )
-        quantizer = self.configuration(model, precision)
+        quantizer = _configuration(place_quantizers(model, precision.keep, batches[0]), precision)
         network = copy.deepcopy(model).eval()
         unify_batch_norms(network)
         graph = exported(network, batches[0])
@@ -165,6 +159,27 @@ class PT2EAdapter(FakeQuantizeAdapter):
         self.freeze_ranges(copied, True)
         with torch.no_grad():
             return ExportForm(self, copied).build()
+
+
+def _layer_before(quantizer: fx.Node, dynamic: set[fx.Node]) -> str:
+    """Dotted name of the nearest layer that a quantized value comes from; empty where it is an input's."""
+    pending = deque(quantizer.all_input_nodes)
+    while pending:
+        node = pending.popleft()
+        if node.target in WEIGHTED:
+            return layer_name(node)
+        pending += [source for source in node.all_input_nodes if source in dynamic]
+    return ""
+
+
+def _configuration(placement: Placement, precision: Precision) -> Any:
+    """The Quantizer for ``prepare_qat_pt2e``."""
+    require("torchao.quantization.pt2e.quantize_pt2e", extra="torchao", purpose="make a quantizer for prepare_qat_pt2e")
+    from .quantizer import SymmetricQuantizer
+
+    return SymmetricQuantizer(
+        placement, precision.weight_bits, precision.activation_bits, unsigned_bytes=precision.unsigned_bytes
+    )
 
 
 def _weight_before(model: fx.GraphModule, quantizer: fx.Node) -> Callable[[], Tensor]:

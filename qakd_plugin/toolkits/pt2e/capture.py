@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...errors import QakdError, UnsupportedQuantizerError
+from ...placement.exported_graph import exported as capture
+from ...placement.exported_graph import layer_name
 from ...tasks.inputs import Inputs, arguments, doubled, named, sample_count
 from ..adapter import require_no_zero_gamma
-from .graph import BATCH_NORM, CONVOLUTIONS, TRANSPOSED, activation_name, attribute, from_inputs, is_quantizer, join, layer_name
+from .graph import BATCH_NORM, CONVOLUTIONS, TRANSPOSED, activation_name, attribute, from_inputs, is_quantizer, join
 
 _EPS = 1e-5
 """The only BatchNorm eps that ``prepare_qat_pt2e`` knows; it puts it in the place of any other."""
@@ -30,9 +29,7 @@ def exported(network: nn.Module, batch: Inputs) -> fx.GraphModule:
         name: {0: dimension} if isinstance(v, Tensor) and v.ndim else None for name, v in named(network, args, kwargs).items()
     }
     try:
-        with torch.enable_grad(), _without_fast_path():
-            program = torch.export.export(network, args, kwargs, dynamic_shapes=shapes)
-            graph = program.module(check_guards=False)
+        return capture(network, args, kwargs, shapes)
     except Exception as error:  # user code runs under the tracer: whatever it raises means "cannot be exported"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         remedy = "Check that neither values nor the batch size steer its control flow"
@@ -42,19 +39,6 @@ def exported(network: nn.Module, batch: Inputs) -> fx.GraphModule:
             f"torch.export cannot trace {type(network).__name__}, which toolkit='pt2e' needs: {reason} {remedy}, or use "
             "toolkit='modelopt'."
         ) from error
-    assert isinstance(graph, fx.GraphModule)
-    return graph
-
-
-@contextmanager
-def _without_fast_path() -> Iterator[None]:
-    """nn.MultiheadAttention as separate operators, not as the one that only inference knows."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 @torch.no_grad()

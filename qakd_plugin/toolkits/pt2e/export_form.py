@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ...export_form.modules import ActivationQDQ, StoredWeight, store_weight
+from ...placement.exported_graph import layer_name
 from ..adapter import Adapter
 from .graph import (
     BATCH_NORM,
@@ -18,7 +19,6 @@ from .graph import (
     from_inputs,
     is_quantizer,
     join,
-    layer_name,
     only_user,
     writes,
 )
@@ -52,9 +52,11 @@ class ExportForm:
         activations: dict[nn.Module, str] = {}
         for node, name in zip(quantizers, names, strict=True):
             self._activation(node, name, activations)
-        for node in self._pending():
-            if node not in self.dynamic and node.op not in {"get_attr", "output"}:
-                self._constant(node)
+        constants = [node for node in self._pending() if node not in self.dynamic and node.op not in {"get_attr", "output"}]
+        values = [self._read_constant(node) for node in constants]  # of all of them: some read others, which are replaced next
+        for node, value in zip(constants, values, strict=True):
+            if value is not None:
+                node.replace_all_uses_with(self._insert_constant(node, node.name, value))
         self._drop_unused()
         kept: dict[str, str] = {}
         for node in self._pending():
@@ -142,14 +144,12 @@ class ExportForm:
             made[module] = self._add(name, ActivationQDQ(self.qparams(quantizer), quantizer.fqn))
         self._retarget(node, made[module])
 
-    def _constant(self, node: fx.Node) -> None:
-        """Replace by a tensor a calculation that no input of the model takes part in."""
+    def _read_constant(self, node: fx.Node) -> Tensor | None:
+        """The tensor that a calculation without inputs of the model makes; None where nothing that has some reads it."""
         if not any(user in self.dynamic or user.op == "output" for user in node.users):
-            return
+            return None
         value = self._value(node)
-        if not isinstance(value, Tensor):
-            return
-        node.replace_all_uses_with(self._insert_constant(node, node.name, value))
+        return value if isinstance(value, Tensor) else None
 
     def _drop_unused(self) -> None:
         """Constants nobody reads any more (among them the counters of BatchNorm), and torch.export's checks of its inputs."""

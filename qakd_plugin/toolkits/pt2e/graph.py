@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from ...placement.exported_graph import layer_name
 from ..adapter import loaded_class
 
 _aten = torch.ops.aten
@@ -56,16 +57,6 @@ def from_inputs(model: fx.GraphModule) -> set[fx.Node]:
         if node.op == "placeholder" or random or any(source in dynamic for source in node.all_input_nodes):
             dynamic.add(node)
     return dynamic
-
-
-def layer_name(node: fx.Node) -> str:
-    """Dotted name of the module of the float model that a node of the exported graph belongs to; "" for the model itself."""
-    stack = node.meta.get("nn_module_stack") or {}
-    if not stack:
-        return ""
-    path = str(list(stack.values())[-1][0])
-    # Repeated calls of a module are told apart by "@1", "@2", ...
-    return path.partition("@")[0].removeprefix("L['self']").removeprefix(".")
 
 
 def activation_name(model: fx.GraphModule, node: fx.Node, what: str) -> str:

@@ -15,11 +15,12 @@ from torchao.quantization.pt2e.observer import MovingAverageMinMaxObserver, Movi
 from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
 
 from ...errors import QakdError
+from ...placement.exported_graph import layer_name
 from ...placement.fx_graph import outermost
 from ...placement.layer_names import within
 from ...placement.placement import Placement
 from ..adapter import Precision
-from .graph import ADDS, CONVOLUTIONS, RELUS, TRANSPOSED, WEIGHTED, from_inputs, is_tensor, layer_name, readers
+from .graph import ADDS, CONVOLUTIONS, RELUS, TRANSPOSED, WEIGHTED, from_inputs, is_tensor, readers
 from .sign_analysis import non_negative
 
 _aten = torch.ops.aten
@@ -138,7 +139,7 @@ class SymmetricQuantizer(Quantizer):  # type: ignore[misc]
 
     def _all(self, calls: Sequence[fx.Node], graph: fx.Graph, positive: set[fx.Node]) -> dict[fx.Node, _Layer]:
         """Every layer but those kept in floating point, by the exported graph alone."""
-        chosen = [node for node in calls if not any(within(layer_name(node), pattern) for pattern in self.precision.keep)]
+        chosen = [node for node in calls if not any(within(layer_name(node), pattern) for pattern in self.precision.keep or ())]
         edges = outermost(list(graph.nodes), set(chosen))
         layers = {}
         for node in chosen:

@@ -64,7 +64,7 @@ class TorchAOEagerAdapter(TorchAOAdapter):
         return {name: qconfig for name, qconfig in found if qconfig is not None}
 
     def prepare(self, model: nn.Module, batches: Sequence[Inputs], precision: Precision) -> nn.Module:
-        placement = place_quantizers(model, precision.keep)
+        placement = place_quantizers(model, precision.keep, batches[0])
         plan = _Plan(model, placement)
         prepared: nn.Module = copy.deepcopy(model).train()
         if plan.fusions:

@@ -96,7 +96,7 @@ class TorchAOAdapter(FakeQuantizeAdapter):
         return torch_ao_qconfig_mapping(model, place_quantizers(model, precision.keep), precision.weight_bits)
 
     def prepare(self, model: nn.Module, batches: Sequence[Inputs], precision: Precision) -> nn.Module:
-        placement = place_quantizers(model, precision.keep)
+        placement = place_quantizers(model, precision.keep, batches[0])
         mapping = torch_ao_qconfig_mapping(model, placement, precision.weight_bits)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)

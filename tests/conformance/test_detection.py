@@ -1,0 +1,211 @@
+"""Detectors: torchvision's one-stage ones and a small YOLO of our own, from images to the raw outputs of their heads."""
+
+import importlib.util
+import logging
+import runpy
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.models.detection import FCOS, RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
+from torchvision.models.detection.ssd import SSD
+from torchvision.models.detection.ssdlite import SSDLiteHead
+from torchvision.ops import FrozenBatchNorm2d
+
+import qakd_plugin as qakd
+from qakd_plugin.placement.placement import place_quantizers
+from qakd_plugin.toolkits import adapter_for
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "by_feature" / "detection.py"
+X = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+LOADER = [X[:2], X[2:]]
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+class Backbone(nn.Module):
+    """Two levels, with BatchNorms that are frozen, as detectors are fine-tuned."""
+
+    out_channels = 32
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, 4, 1, bias=False), FrozenBatchNorm2d(16), nn.ReLU())
+        self.fine = nn.Sequential(nn.Conv2d(16, 32, 3, 2, 1, bias=False), FrozenBatchNorm2d(32), nn.ReLU())
+        self.coarse = nn.Sequential(nn.Conv2d(32, 32, 3, 2, 1, bias=False), FrozenBatchNorm2d(32), nn.ReLU())
+        for norm in (self.stem[1], self.fine[1], self.coarse[1]):
+            nn.init.uniform_(norm.running_var, 0.5, 2.0)
+            nn.init.normal_(norm.bias)
+
+    def forward(self, x):
+        fine = self.fine(self.stem(x))
+        return OrderedDict(fine=fine, coarse=self.coarse(fine))
+
+
+class Heads(nn.Module):
+    """From images to the outputs of the heads."""
+
+    def __init__(self, detector):
+        super().__init__()
+        self.backbone, self.head = detector.backbone, detector.head
+
+    def forward(self, images):
+        return self.head(list(self.backbone(images).values()))
+
+
+def _ssdlite():
+    norm = lambda channels: nn.BatchNorm2d(channels, eps=0.001)  # noqa: E731
+    anchors = DefaultBoxGenerator([[2], [2]])
+    head = SSDLiteHead([32, 32], anchors.num_anchors_per_location(), 5, norm)
+    return SSD(Backbone(), anchors, (32, 32), 5, head=head)
+
+
+def _anchors():
+    return AnchorGenerator(sizes=((8,), (16,)), aspect_ratios=((1.0,), (1.0,)))
+
+
+DETECTORS = {
+    "ssdlite": (_ssdlite, {"module_list.0.1", "module_list.1.1"}),
+    "fcos": (lambda: FCOS(Backbone(), 5, anchor_generator=_anchors()), {"cls_logits", "bbox_reg", "bbox_ctrness"}),
+    "retinanet": (lambda: RetinaNet(Backbone(), 5, anchor_generator=_anchors()), {"cls_logits", "bbox_reg"}),
+}
+MATCH = {"cls_logits": qakd.BinaryKL(), "bbox_regression": qakd.SmoothL1(beta=0.1)}
+
+
+def _quantized_layers(student):
+    return {name for q in adapter_for(student).quantizers(student) if q.role == "weight" for name in q.layers}
+
+
+@pytest.mark.parametrize(
+    ("name", "toolkit"),
+    [
+        ("ssdlite", "modelopt"),
+        ("fcos", "modelopt"),
+        ("retinanet", "modelopt"),
+        ("retinanet", "pt2e"),
+        ("retinanet", "torch_ao"),
+    ],
+)
+def test_detectors_of_torchvision_learn_from_what_their_heads_output(name, toolkit, caplog):
+    torch.manual_seed(0)
+    make, last = DETECTORS[name]
+    network = Heads(make()).eval()
+    student = qakd.prepare(network, LOADER, toolkit)
+    layers = {name for name, module in network.named_modules() if isinstance(module, nn.Conv2d)}
+    heads = layers - _quantized_layers(student)
+    assert heads
+    assert all(name.startswith("head.") and any(name.endswith(end) for end in last) for name in heads)
+    assert all(name in caplog.text for name in heads)
+    result = qakd.distill(student, network, LOADER, method=qakd.SQAKD(match=MATCH), epochs=1, seed=0)
+    (row,) = result.history
+    assert row["kl"] == pytest.approx(row["kl_cls_logits"] + row["kl_bbox_regression"], rel=1e-5)
+    assert row["kl"] > 0
+
+
+def test_keep_of_nothing_quantizes_the_heads_as_well():
+    network = Heads(DETECTORS["retinanet"][0]()).eval()
+    student = qakd.prepare(network, LOADER, keep=())
+    assert _quantized_layers(student) == {n for n, m in network.named_modules() if isinstance(m, nn.Conv2d)}
+
+
+def test_both_networks_learn_from_a_detectors_own_loss_and_from_each_other():
+    torch.manual_seed(0)
+    wrapper = runpy.run_path(str(EXAMPLE))["RawHeads"]
+    teacher = wrapper(DETECTORS["retinanet"][0]()).eval()
+    boxes = [{"boxes": torch.tensor([[4.0, 4.0, 20.0, 20.0]]), "labels": torch.tensor([1])} for _ in X]
+    loader = [(X[:2], boxes[:2]), (X[2:], boxes[2:])]
+    student = qakd.prepare(teacher, LOADER)  # torch.fx cannot trace it: the targets steer it
+    result = qakd.distill(student, teacher, loader, method=qakd.QKD(1, 1, 1, match=MATCH), task_loss="model", epochs=3, seed=0)
+    alone, together, tutored = result.history
+    expected = teacher(*loader[0])["loss"]
+    assert 0 < alone["ce"] < 10 * float(expected)
+    assert together["teacher_ce"] > 0
+    assert tutored["kl_cls_logits"] > 0
+
+
+class Dfl(nn.Module):
+    """The mean of a distribution over 0 ... bins - 1 for each side of a box."""
+
+    def __init__(self, bins):
+        super().__init__()
+        self.conv = nn.Conv2d(bins, 1, 1, bias=False).requires_grad_(False)
+        self.conv.weight.data[:] = torch.arange(bins).reshape(1, bins, 1, 1)
+        self.bins = bins
+
+    def forward(self, x):
+        batch, _, height, width = x.shape
+        x = x.view(batch, 4, self.bins, height * width).transpose(2, 1).softmax(1)
+        return self.conv(x).view(batch, 4, height, width)
+
+
+def _conv(inputs, outputs, size=3, stride=1):
+    return nn.Sequential(nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=False), nn.BatchNorm2d(outputs), nn.SiLU())
+
+
+class Yolo(nn.Module):
+    """A decoupled head with DFL on two levels, a neck that upsamples and concatenates, anchors that are kept by shape."""
+
+    def __init__(self, bins=4, classes=3):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.fine, self.coarse = _conv(3, 8, stride=2), _conv(8, 16, stride=2), _conv(16, 16, stride=2)
+        self.neck = _conv(32, 16)
+        self.boxes = nn.ModuleList(nn.Sequential(_conv(16, 8), nn.Conv2d(8, 4 * bins, 1)) for _ in range(2))
+        self.classes = nn.ModuleList(nn.Sequential(_conv(16, 8), nn.Conv2d(8, classes, 1)) for _ in range(2))
+        self.dfl, self.shape = Dfl(bins), None
+
+    def forward(self, x):
+        fine = self.fine(self.stem(x))
+        coarse = self.coarse(fine)
+        levels = [self.neck(torch.cat([fine, F.interpolate(coarse, scale_factor=2.0)], 1)), coarse]
+        if self.shape != x.shape[-2:]:
+            self.shape = x.shape[-2:]
+            self.offsets = [torch.arange(float(level.shape[-1]), device=x.device) + 0.5 for level in levels]
+        raw = [box(level) for box, level in zip(self.boxes, levels, strict=True)]
+        scores = [head(level).flatten(2) for head, level in zip(self.classes, levels, strict=True)]
+        sides = [(offset + self.dfl(side)).flatten(2) for offset, side in zip(self.offsets, raw, strict=True)]
+        return {
+            "boxes": torch.cat(sides, 2),
+            "scores": torch.cat(scores, 2),
+            "sides": torch.cat([side.flatten(2) for side in raw], 2),
+        }
+
+
+def test_a_small_yolo_keeps_its_heads_and_its_dfl_in_floating_point_and_learns(tmp_path):
+    network = Yolo().eval()
+    student = qakd.prepare(network, LOADER)
+    assert network.shape is None  # looking at the graph leaves nothing in the network
+    layers = {name for name, module in network.named_modules() if isinstance(module, nn.Conv2d)}
+    assert layers - _quantized_layers(student) == {"boxes.0.1", "boxes.1.1", "classes.0.1", "classes.1.1", "dfl.conv"}
+    placement = place_quantizers(network, (), X)
+    assert {output.name for output in placement.outputs} >= {"fine.1", "coarse.1"}  # the SiLU reads them
+    match = {"sides": qakd.KL(dim=1), "scores": qakd.BinaryKL()}
+    result = qakd.distill(student, network, LOADER, method=qakd.SQAKD(match=match), epochs=1, seed=0)
+    assert result.history[0]["kl"] > 0
+    file = qakd.export_onnx(result.model, X, tmp_path / "yolo.onnx", target="onnxruntime")
+    assert file.parity.toolkit_deviation < 1e-4
+
+
+def test_a_whole_detector_with_its_post_processing_is_told_layer_by_layer(caplog):
+    detector = DETECTORS["retinanet"][0]().eval()
+    with caplog.at_level(logging.WARNING):
+        placement = place_quantizers(detector, None, [X[0], X[1]])
+    assert not placement.outputs
+    assert "RetinaNet cannot be traced by torch.fx" in caplog.text
+    assert "nor by torch.export" in caplog.text
+    assert "is a detector, but which layers are its heads cannot be told" in caplog.text
+    assert "in front of each layer only: backbone.stem.0, backbone.fine.0" in caplog.text
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ultralytics") is None, reason="Ultralytics is not installed")
+@pytest.mark.parametrize("name", ["yolov8n.yaml", "yolo11n.yaml", "yolo26n.yaml"])
+def test_ultralytics_keep_their_bare_layers_in_floating_point(name):
+    from ultralytics.nn.tasks import DetectionModel
+
+    network = DetectionModel(name, verbose=False).eval()
+    placement = place_quantizers(network, None, torch.rand(1, 3, 64, 64))
+    layers = {name for name, module in network.named_modules() if isinstance(module, nn.Conv2d)}
+    assert layers - set(placement.layers) == {name for name in layers if not name.endswith(".conv") or ".dfl." in name}
