@@ -11,7 +11,7 @@ from .graph import constant
 
 _NON_NEGATIVE = {"Relu", "Sigmoid", "HardSigmoid", "Softmax"}
 _KEEP_SIGN = {"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Identity", "GlobalAveragePool",
-              "AveragePool", "ReduceMean", "Split", "Slice", "Gather", "Clip", "DequantizeLinear",
+              "AveragePool", "ReduceMean", "Expand", "Tile", "Split", "Slice", "Gather", "Clip", "DequantizeLinear",
               "QuantizeLinear"}  # fmt: skip
 """Operators whose output is not negative where their first input is not; further inputs are sizes, positions and scales."""
 
@@ -43,6 +43,8 @@ def _is_non_negative(node: ir.Node, known: Collection[ir.Value | None]) -> bool:
         return True
     if node.op_type in _KEEP_SIGN:
         return node.inputs[0] in known
+    if node.op_type == "Resize":
+        return node.inputs[0] in known and node.attributes.get_string("mode", "nearest") != "cubic"  # which overshoots
     return node.op_type in _JOIN and all(value in known or _holds_no_negative(value) for value in node.inputs)
 
 

@@ -19,9 +19,14 @@ becomes
 
 torch.ao FX repeats a quantizer after every operator that only moves numbers. Quantizing what lies on the grid already changes
 nothing, but the runtime would do it each time; see :func:`drop_repeated_quantizers`.
+
+Tensors of different grids that are concatenated and then quantized are brought onto one coarser grid by the runtime, which
+changes the numbers. Quantizing each of them is the same as quantizing all; see :func:`quantize_before_concat`.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import numpy as np
 import onnx_ir as ir
@@ -80,6 +85,69 @@ def drop_repeated_quantizers(model: ir.Model) -> ir.Model:
                 replace(dequantize, source)
     common.RemoveUnusedNodesPass()(model)
     return model
+
+
+def quantize_before_concat(model: ir.Model) -> ir.Model:
+    """A copy that quantizes what is concatenated one by one, where its parts come from different grids.
+
+        Concat -> [Clip ->] Q -> DQ
+    becomes
+        [Clip ->] Q -> DQ -> Concat
+
+    To be called after parity has been checked, as :func:`drop_repeated_quantizers` is.
+    """
+    model = copied(model)
+    for quantize in list(activation_quantizers(model.graph)):
+        steps = _from_concat(quantize)
+        if steps and _differ_in_grid(steps[0]):
+            _quantize_parts(model.graph, steps)
+    return model
+
+
+def _from_concat(quantize: ir.Node) -> list[ir.Node]:
+    """A Concat, the clamp after it, a quantizer and its dequantizer, where nobody else reads what is between; or nothing."""
+    dequantize = only_consumer(quantize.outputs[0])
+    steps = [quantize] if dequantize is None else [quantize, dequantize]
+    clip = producer(quantize.inputs[0], "Clip")
+    if clip is not None:
+        steps.insert(0, clip)
+    concat = producer(steps[0].inputs[0], "Concat")
+    if concat is None or dequantize is None or dequantize.outputs[0].is_graph_output():
+        return []
+    steps.insert(0, concat)
+    alone = all(only_consumer(one.outputs[0]) is other for one, other in pairwise(steps))
+    return steps if alone else []
+
+
+def _differ_in_grid(concat: ir.Node) -> bool:
+    grids = [_grid(part) for part in concat.inputs]
+    return len({grid for grid in grids if grid is not None}) > 1
+
+
+def _grid(value: ir.Value | None) -> object:
+    """Numbers of the dequantizer that a value comes from by operators that its codes pass through; None where there is none."""
+    node = producer(value, "DequantizeLinear", "MaxPool", "Resize", *_MOVES)
+    while node is not None and node.op_type != "DequantizeLinear":
+        node = producer(node.inputs[0], "DequantizeLinear", "MaxPool", "Resize", *_MOVES)
+    return None if node is None else tuple(identity(number) for number in node.inputs[1:])
+
+
+def _quantize_parts(graph: ir.Graph, steps: list[ir.Node]) -> None:
+    concat, *rest = steps
+    parts: list[ir.Value | None] = []
+    for index, part in enumerate(concat.inputs):
+        value = part
+        for node in rest:
+            again = ir.node(node.op_type, [value, *node.inputs[1:]], name=f"{node.name}/part_{index}")
+            again.outputs[0].name, again.outputs[0].dtype = f"{again.name}:out", node.outputs[0].dtype
+            graph.insert_before(concat, again)
+            value = again.outputs[0]
+        parts.append(value)
+    joined = ir.node("Concat", parts, {"axis": concat.attributes.get_int("axis", 1)}, name=f"{concat.name}/quantized")
+    joined.outputs[0].name, joined.outputs[0].dtype = f"{joined.name}:out", ir.DataType.FLOAT
+    graph.insert_before(concat, joined)
+    ir.convenience.replace_all_uses_with(rest[-1].outputs[0], joined.outputs[0])
+    graph.remove([*reversed(rest), concat], safe=True)
 
 
 def _leads_on(value: ir.Value) -> bool:
