@@ -7,6 +7,7 @@ holds what it measures alone.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ..errors import QakdError
@@ -51,7 +52,14 @@ def make_runner(path: str | os.PathLike[str] | nn.Module, runtime: str, threads:
 
 
 def node_times(
-    path: str | os.PathLike[str], runtime: str, threads: int, precision: str, images: Array, *, warm_up: int, calls: int
+    path: str | os.PathLike[str],
+    runtime: str,
+    threads: int,
+    precision: str,
+    inputs: Mapping[str, Array],
+    *,
+    warm_up: int,
+    calls: int,
 ) -> list[LayerTime]:
     """Median time of each node that ONNX Runtime or OpenVINO runs.
 
@@ -60,14 +68,14 @@ def node_times(
         runtime: "onnxruntime" or "openvino".
         threads: of the runtime.
         precision: of what is not quantized.
-        images: (N, ...), one batch.
+        inputs: one batch, by name.
         warm_up: calls that do not count.
         calls: that do.
     """
     if runtime == "openvino":
         from ..runtimes import openvino
 
-        return openvino.node_times(path, threads, precision, images, warm_up=warm_up, calls=calls)
+        return openvino.node_times(path, threads, precision, inputs, warm_up=warm_up, calls=calls)
     from ..runtimes import onnxruntime
 
-    return onnxruntime.node_times(path, threads, precision, images, warm_up=warm_up, calls=calls)
+    return onnxruntime.node_times(path, threads, precision, inputs, warm_up=warm_up, calls=calls)

@@ -1,6 +1,6 @@
 """Peak resident memory of running a file: a process of its own loads it, runs ten calls, and says how large it became.
 
-    python -m qakd_plugin.bench.peak_memory model.onnx onnxruntime float32 1 1 3 224 224
+    python -m qakd_plugin.bench.peak_memory model.onnx onnxruntime float32 1 '{"input": ["float32", [1, 3, 224, 224]]}'
 
 prints how many MiB it took with one thread and one image of 3x224x224. The process is fresh, because what another one allocated
 and gave back before would count as well.
@@ -8,16 +8,18 @@ and gave back before would count as well.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import QakdError
+from ..runtimes.base import Array
 from .loading import make_runner
 
 CALLS = 10
@@ -28,7 +30,7 @@ _STATUS = Path("/proc/self/status")
 
 
 def peak_rss_mib(
-    path: str | os.PathLike[str], runtime: str, precision: str, threads: int, shape: Sequence[int]
+    path: str | os.PathLike[str], runtime: str, precision: str, threads: int, inputs: Mapping[str, Array]
 ) -> float | None:
     """Measure in a process of its own.
 
@@ -37,7 +39,7 @@ def peak_rss_mib(
         runtime: "onnxruntime" or "openvino".
         precision: of what is not quantized.
         threads: of the runtime.
-        shape: of one batch.
+        inputs: one batch, by name; the process runs zeros of the same types and shapes.
 
     Returns:
         MiB, Python and the runtime's library included; None where the system does not tell (it is read from Linux's /proc).
@@ -47,7 +49,8 @@ def peak_rss_mib(
     """
     if _high_water_mib() is None:
         return None
-    command = [sys.executable, "-m", __name__, os.fspath(path), runtime, precision, str(threads), *map(str, shape)]
+    shapes = json.dumps({name: (str(array.dtype), array.shape) for name, array in inputs.items()})
+    command = [sys.executable, "-m", __name__, os.fspath(path), runtime, precision, str(threads), shapes]
     root = str(Path(__file__).resolve().parents[2])
     known = os.environ.get("PYTHONPATH")
     environment = {**os.environ, "PYTHONPATH": root if not known else f"{root}{os.pathsep}{known}"}
@@ -67,11 +70,11 @@ def peak_rss_mib(
 
 
 def _main(arguments: Sequence[str]) -> None:
-    path, runtime, precision, threads, *shape = arguments
+    path, runtime, precision, threads, shapes = arguments
     runner = make_runner(path, runtime, int(threads), precision)
-    images = np.zeros([int(size) for size in shape], dtype=np.float32)
+    inputs = {name: np.zeros(shape, dtype) for name, (dtype, shape) in json.loads(shapes).items()}
     for _ in range(CALLS):
-        runner.run(images)
+        runner.run(inputs)
     print(f"{_high_water_mib()} MiB")
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
 
@@ -22,6 +22,53 @@ Milliseconds = Annotated[float, Ge(0), Le(1e9)]
 Mebibytes = Annotated[float, Ge(0), Le(1e9)]
 Share = Annotated[float, Ge(0), Le(1)]
 Ratio = Annotated[float, Ge(0), Le(1e16)]
+Decibels = Annotated[float, Ge(-1e4), Le(1e4)]
+
+
+@dataclass(frozen=True)
+class MetricValue:
+    """One number that a metric counted through the runtime.
+
+    Attributes:
+        name: "multiclass_f1_score", "map_50".
+        value: as the metric computes it.
+        low: lower end of its 95 % interval; None where there is none.
+        high: upper end.
+        higher_is_better: None where the metric does not say.
+        unit: "%": the value is a share, and is shown in percent; "" where none is known.
+    """
+
+    name: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    higher_is_better: bool | None = None
+    unit: Literal["", "%"] = ""
+
+    @property
+    def kind(self) -> tuple[str, str]:
+        """What values must share to be compared: name and unit. A user's "accuracy" need not be top-1 in percent."""
+        return self.name, self.unit
+
+    @property
+    def text(self) -> str:
+        """To read."""
+        return f"{100 * self.value:.2f} %" if self.unit == "%" else f"{self.value:.4g}"
+
+
+@dataclass(frozen=True)
+class OutputAgreement:
+    """One of several outputs against the trained model's.
+
+    Attributes:
+        output: its name.
+        agreement: share of labels that are the same; None of what holds none.
+        sqnr_db: None of outputs that are equal.
+    """
+
+    output: str
+    agreement: Share | None
+    sqnr_db: Decibels | None
 
 
 @dataclass(frozen=True)
@@ -50,9 +97,11 @@ class Row:
         accuracy: top-1 of the deployed file through the runtime.
         accuracy_low: lower end of its 95 % interval (Wilson).
         accuracy_high: upper end.
-        samples: images that the accuracy was counted on.
-        agreement: share of images on which it agrees with the reference logits.
-        sqnr_db: against the reference logits.
+        metrics: numbers of the metric that was counted in place of accuracy; the first one decides.
+        samples: that accuracy or metric was counted on.
+        agreement: share of labels that are those of the reference; of the output called "logits" where there are several.
+        sqnr_db: against the reference, likewise.
+        outputs: agreement of each output, where several were compared.
         integer_layers: convolutions and matrix products that the runtime computes in integers.
         total_layers: all of them.
         speedup: over the fastest FP32 row of the same runtime, model, batch and threads, in the same run.
@@ -90,7 +139,7 @@ class Row:
     accuracy_high: Share | None = None
     samples: Count = 0
     agreement: Share | None = None
-    sqnr_db: Annotated[float, Ge(-1e4), Le(1e4)] | None = None
+    sqnr_db: Decibels | None = None
     integer_layers: Count | None = None
     total_layers: Count | None = None
     speedup: Ratio | None = None
@@ -103,6 +152,25 @@ class Row:
     conditions: Conditions | None = None
     findings: tuple[Finding, ...] = ()
     layers: tuple[LayerTime, ...] = ()
+    metrics: tuple[MetricValue, ...] = ()
+    outputs: tuple[OutputAgreement, ...] = ()
+
+    @property
+    def metric(self) -> MetricValue | None:
+        """What rows are ranked by: the first number of the metric, or accuracy."""
+        if self.metrics:
+            return self.metrics[0]
+        if self.accuracy is None:
+            return None
+        return MetricValue("accuracy", self.accuracy, self.accuracy_low, self.accuracy_high, higher_is_better=True, unit="%")
+
+    @property
+    def rank(self) -> float | None:
+        """Larger is better: the metric in its own direction; None where there is none, or it has no direction."""
+        found = self.metric
+        if found is None or found.higher_is_better is None:
+            return None
+        return found.value if found.higher_is_better else -found.value
 
     @property
     def name(self) -> str:
@@ -125,7 +193,7 @@ class Row:
         """Plain data, as the schema has it."""
         data = asdict(self)
         data["findings"] = [{**finding, "layers": list(finding["layers"])} for finding in data["findings"]]
-        data["layers"] = list(data["layers"])
+        data |= {name: list(data[name]) for name in ("layers", "metrics", "outputs")}
         return data
 
     @classmethod
@@ -137,7 +205,8 @@ class Row:
         values["findings"] = tuple(
             Finding(entry["kind"], tuple(entry["layers"]), entry["advice"]) for entry in values.get("findings", ())
         )
-        values["layers"] = tuple(LayerTime(**entry) for entry in values.get("layers", ()))
+        for name, kind in (("layers", LayerTime), ("metrics", MetricValue), ("outputs", OutputAgreement)):
+            values[name] = tuple(kind(**entry) for entry in values.get(name, ()))
         return cls(**values)
 
 

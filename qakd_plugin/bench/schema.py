@@ -19,8 +19,9 @@ from typing_extensions import TypedDict
 from ..errors import QakdError
 from .rows import Row
 
-SCHEMA_VERSION = 2
-"""2: a report may hold several runs, each with its environment; rows name their run. Version 1 had one."""
+SCHEMA_VERSION = 3
+"""3: rows hold the numbers of any metric, and agreement output by output. 2: a report may hold several runs, each with its
+environment; rows name their run. Version 1 had one."""
 
 _DEEPEST = 32
 _LARGEST = 2**63
@@ -123,7 +124,7 @@ class Engine(TypedDict):
 class Report(TypedDict):
     """A whole ``report.json``."""
 
-    schema_version: Literal[2]
+    schema_version: Literal[3]
     title: str
     created: str
     runs: Annotated[list[Run], Field(min_length=1)]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from .._common.files import with_extension
 from ..errors import QakdError
 from ..runtimes.base import FILE_RUNTIMES
 from .options import OneOf, PositiveInt
-from .recipes import resolve
+from .recipes import read_recipe, resolve
 
 
 def bench(
@@ -24,6 +24,7 @@ def bench(
     threads: list[PositiveInt] | None = None,
     calls: PositiveInt = 200,
     loader: str | None = None,
+    recipe: str | None = None,
     profile_layers: bool = False,
     out: Path = Path("report.html"),
 ) -> None:
@@ -37,7 +38,8 @@ def bench(
         batch: images per call; may be repeated (1)
         threads: of the runtime; may be repeated (1)
         calls: timed calls of each file
-        loader: MODULE:FUNCTION that returns batches (images, labels): accuracy through the runtime
+        loader: MODULE:FUNCTION that returns batches (inputs, targets): accuracy, or the recipe's metric, through the runtime
+        recipe: as for distill: metric, metric_fn, batch_fn and, without --loader, val_loader are taken from it
         profile_layers: also record time and precision of each layer, in a pass of its own
         out: the HTML file; Markdown and JSON beside it
     """
@@ -53,19 +55,28 @@ def bench(
     if module:
         measured.append(resolve(module)())
         runtimes = [*runtimes, "torch", "torch.compile"]
+    counted = _counted_by(recipe) if recipe else {}
+    held_out = counted.pop("val_loader", None)
     rows = benchmark(
         [replace(candidate_from_path(one), model=model) for one in measured],
-        resolve(loader)() if loader else None,
+        resolve(loader)() if loader else held_out,
         runtimes=runtimes,
         batch_sizes=batch or (1,),
         threads=threads or (1,),
         calls=calls,
         profile_layers=profile_layers,
         progress=lambda line: print(line, file=sys.stderr),
+        **counted,
     )
     path = write_report(rows, out)
     Console().print(console_table(rows))
     print(path)
+
+
+def _counted_by(recipe: str) -> dict[str, Any]:
+    """What a recipe says of how held-out samples are counted."""
+    values = read_recipe(recipe, "distill").values
+    return {key: values[key] for key in ("batch_fn", "metric", "metric_fn", "val_loader") if key in values}
 
 
 def report(json: list[Path], *, out: Path | None = None, title: str | None = None) -> None:

@@ -76,7 +76,7 @@ class LayerTable:
 def training_run(entry: Mapping[str, Any]) -> TrainingRun:
     """Lay out one entry of a document's training."""
     history: list[Mapping[str, Any]] = list(entry["history"])
-    metric = next((name for name in ("val_accuracy", "val_agreement") if any(name in row for row in history)), None)
+    metric = _shown_metric(history)
     names = [name for name in ("loss", metric) if name is not None]
     curves = [curve for name in names if (curve := _curve(name, [number(row.get(name)) for row in history])) is not None]
     thinned = history[:: max(1, len(history) // _POINTS)]
@@ -131,6 +131,14 @@ def _curve(name: str, values: Sequence[float | None]) -> Curve | None:
     thinned += [] if thinned[-1] == known[-1] else [known[-1]]
     points = " ".join(f"{x(index):.1f},{y(value):.1f}" for index, value in thinned)
     return Curve(name, points, y.ticks(4), known[-1][1], low, high)
+
+
+def _shown_metric(history: Sequence[Mapping[str, Any]]) -> str | None:
+    """Accuracy, the first number of another metric, or agreement with the teacher."""
+    names = list(dict.fromkeys(key for row in history for key in row if key.startswith("val_")))
+    compared = [name for name in names if name.startswith(("val_agreement", "val_sqnr_db"))]
+    own = [name for name in names if name not in compared and not name.startswith("val_teacher_")]
+    return next((name for name in ("val_accuracy", *own, *compared) if name in names), None)
 
 
 def _phases(history: Sequence[Mapping[str, Any]]) -> str:

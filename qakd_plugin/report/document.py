@@ -67,7 +67,7 @@ def build_document(
 
 
 def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a ``report.json`` of this schema version or of version 1.
+    """Read a ``report.json`` of this schema version or of an earlier one.
 
     Returns:
         The document as this version has it.
@@ -91,12 +91,12 @@ def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise QakdError(f"{path} is not a report: an object is expected.")
     version = document.get("schema_version")
-    if type(version) is not int or version not in (1, SCHEMA_VERSION):
+    if type(version) is not int or version not in range(1, SCHEMA_VERSION + 1):
         raise QakdError(
             f"{path} is not a report that this version reads: its schema_version is {str(version)[:40]!r}, "
-            f"1 and {SCHEMA_VERSION} are known."
+            f"1 to {SCHEMA_VERSION} are known."
         )
-    current = _from_version_1(document) if version == 1 else document
+    current = _from_version_1(document) if version == 1 else {**document, "schema_version": SCHEMA_VERSION}
     try:
         validate(current)
     except QakdError as error:

@@ -37,16 +37,17 @@ def markdown(document: Mapping[str, Any]) -> str:
 
 def _rows(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
     columns = shown_columns(rows)
+    better = "better" if any(row.metrics for row in rows) else "more accurate"
     several = len(names) > 1
     header = ["", *(["machine"] if several else []), *(column.heading for column in columns)]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines = ["| " + " | ".join(map(_md, header)) + " |", "|" + "---|" * len(header)]
     for row, best in zip(rows, pareto(rows), strict=True):
         cells = ["*" if best else "", *([names[row.run]] if several else []), *(column.text(row) for column in columns)]
         lines.append("| " + " | ".join(map(_md, cells)) + " |")
     return [
         *lines,
         "",
-        "\\* on the left: no other row of its model, batch, threads and machine is more accurate and faster.",
+        f"\\* on the left: no other row of its model, batch, threads and machine is {better} and faster.",
         "",
     ]
 
@@ -66,8 +67,8 @@ def _side_by_side(beside: SideBySide, names: Sequence[str]) -> list[str]:
 def _cell(row: Row | None) -> str:
     if row is None:
         return "-"
-    accuracy = "" if row.accuracy is None else f"{100 * row.accuracy:.2f} %, "
-    return f"{accuracy}{row.p50_ms:.3f} ms"
+    counted = "" if row.metric is None else f"{row.metric.text}, "
+    return f"{counted}{row.p50_ms:.3f} ms"
 
 
 def _diagnosis(rows: Sequence[Row]) -> list[str]:

@@ -9,15 +9,17 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from markupsafe import Markup
 
-from ..bench.rows import Row
+from ..bench.rows import MetricValue, Row
 from .charts import latency_bars, layer_table, training_run
 from .document import rows_of
-from .scatter import accuracy_latency_plot, pareto
+from .scatter import accuracy_latency_plot, metric_words, pareto
 from .tables import CONFIGURATION, Column, common_setting, family, run_names, short, shown_columns, side_by_side
 from .templates import static, template
 from .verdicts import verdicts
@@ -28,7 +30,7 @@ _AXES = {
     "file_mib": "file, MiB",
     "peak_rss_mib": "peak memory, MiB",
 }
-_MEASURES = {"accuracy": "top-1 accuracy, %", "agreement": "agreement with the trained model, %", "sqnr_db": "SQNR, dB"}
+_AGREEMENTS = {"agreement": "agreement with the trained model, %", "sqnr_db": "SQNR, dB"}
 _FAMILIES = {"float": "floating point", "ptq": "PTQ", "qat": "QAT", "distilled": "QAT with distillation"}
 _MARKERS = {
     "onnxruntime": "M-5 0a5 5 0 1 0 10 0a5 5 0 1 0-10 0Z",
@@ -37,7 +39,6 @@ _MARKERS = {
     "torch": "M0-6L6 0L0 6L-6 0Z",
 }
 _NO_BASE_NO_FORM = "base-uri 'none'; form-action 'none'"
-_PERCENT = {"accuracy", "agreement"}
 
 
 def render(document: Mapping[str, Any]) -> str:
@@ -78,21 +79,83 @@ def embedded(data: object) -> Markup:
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
 
+@dataclass(frozen=True)
+class _Measure:
+    """What the plot may show upwards: accuracy, a number of a metric, agreement or SQNR.
+
+    Attributes:
+        key: of a row's entry.
+        name: of the axis.
+        lower: whether lower is better.
+        ranked: whether better and worse are known.
+        percent: whether values are shares, and end at 100.
+        value: of a row, and the ends of its interval.
+    """
+
+    key: str
+    name: str
+    lower: bool
+    ranked: bool
+    percent: bool
+    value: Callable[[Row], tuple[float | None, float | None, float | None]]
+
+    def as_data(self) -> dict[str, Any]:
+        return {"name": short(self.name, 80), "lower": self.lower, "ranked": self.ranked, "percent": self.percent}
+
+    def figures(self, row: Row) -> dict[str, float | None]:
+        factor = 100 if self.percent else 1
+        keys = (self.key, f"{self.key}_low", f"{self.key}_high")
+        return {key: None if value is None else value * factor for key, value in zip(keys, self.value(row), strict=True)}
+
+
+def _measures(rows: Sequence[Row]) -> list[_Measure]:
+    """Those that some row has, what rows are ranked by first."""
+    metrics: dict[tuple[str, str], MetricValue] = {}
+    for value in (value for row in rows for value in _values(row)):
+        metrics.setdefault(value.kind, value)
+    found = []
+    for index, (kind, first) in enumerate(metrics.items()):  # names come from outside, keys do not
+        lower, ranked = first.higher_is_better is False, first.higher_is_better is not None
+        found.append(_Measure(f"metric{index}", metric_words(first)[0], lower, ranked, first.unit == "%", partial(_ends, kind)))
+    for key, name in _AGREEMENTS.items():
+        if any(getattr(row, key) is not None for row in rows):
+            ends = partial(_attribute, key)
+            found.append(_Measure(key, name, lower=False, ranked=True, percent=key == "agreement", value=ends))
+    return found
+
+
+def _values(row: Row) -> Sequence[MetricValue]:
+    return row.metrics or ([] if row.metric is None else [row.metric])
+
+
+def _ends(kind: tuple[str, str], row: Row) -> tuple[float | None, float | None, float | None]:
+    found = next((value for value in _values(row) if value.kind == kind), None)
+    return (None, None, None) if found is None else (found.value, found.low, found.high)
+
+
+def _attribute(name: str, row: Row) -> tuple[float | None, float | None, float | None]:
+    return getattr(row, name), None, None
+
+
 def _data(rows: Sequence[Row], columns: Sequence[Column], names: Sequence[str], best: Sequence[bool]) -> dict[str, Any]:
     """What the script needs: sort keys of every cell, filters, and coordinates."""
+    measures = _measures(rows)
+    descending = [column.descending for column in columns]
+    descending[1:1] = [False] if len(names) > 1 else []
     return {
         "axes": {key: name for key, name in _AXES.items() if any(getattr(row, key) is not None for row in rows)},
-        "measures": {key: name for key, name in _MEASURES.items() if any(getattr(row, key) is not None for row in rows)},
-        "rows": [_entry(row, columns, names, pareto) for row, pareto in zip(rows, best, strict=True)],
+        "measures": {measure.key: measure.as_data() for measure in measures},
+        "descending": descending,
+        "rows": [_entry(row, columns, names, pareto, measures) for row, pareto in zip(rows, best, strict=True)],
     }
 
 
-def _entry(row: Row, columns: Sequence[Column], names: Sequence[str], best: bool) -> dict[str, Any]:
+def _entry(
+    row: Row, columns: Sequence[Column], names: Sequence[str], best: bool, measures: Sequence[_Measure]
+) -> dict[str, Any]:
     several = len(names) > 1
     keys = [short(value) if isinstance(value := column.value(row), str) else value for column in columns]
     keys[1:1] = [row.run] if several else []
-    figures = {key: getattr(row, key) for key in (*_AXES, *_MEASURES, "accuracy_low", "accuracy_high")}
-    percent = {*_PERCENT, "accuracy_low", "accuracy_high"}
     return {
         "label": short(row.name, 60),
         "family": family(row),
@@ -110,7 +173,8 @@ def _entry(row: Row, columns: Sequence[Column], names: Sequence[str], best: bool
             "batch": row.batch,
             "threads": row.threads,
         },
-        **{key: value * 100 if key in percent and value is not None else value for key, value in figures.items()},
+        **{key: getattr(row, key) for key in _AXES},
+        **{key: value for measure in measures for key, value in measure.figures(row).items()},
     }
 
 

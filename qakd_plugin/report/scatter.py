@@ -1,12 +1,13 @@
-"""Accuracy against latency, as the numbers an SVG needs."""
+"""Accuracy, or another metric, against latency, as the numbers an SVG needs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from ..bench.rows import Row
+from ..bench.rows import MetricValue, Row
 
 WIDTH, HEIGHT = 760.0, 400.0
 LEFT, RIGHT, TOP, BOTTOM = 58.0, 20.0, 16.0, 46.0
@@ -63,9 +64,10 @@ class Axis:
 
 @dataclass(frozen=True)
 class Point:
-    """A row in the plane: center, ends of its accuracy interval, label ("" without room), and whether nothing beats it."""
+    """A row in the plane: its metric, center, ends of the interval, label ("" without room), and whether nothing beats it."""
 
     row: Row
+    metric: MetricValue
     x: float
     y: float
     y_low: float
@@ -79,24 +81,31 @@ class Point:
 
 @dataclass(frozen=True)
 class Plot:
-    """Points, ticks as (position, text), and for each setting the line through the points that nothing beats."""
+    """Points, ticks as (position, text), and for each setting the line through the points that nothing beats.
+
+    ``y_name`` is the metric, with its unit; ``better`` says what a better row is, ``corner`` where it lies; both are empty
+    where the metric has no direction.
+    """
 
     points: tuple[Point, ...]
     x_ticks: tuple[tuple[float, str], ...]
     y_ticks: tuple[tuple[float, str], ...]
     frontiers: tuple[str, ...]
+    y_name: str
+    better: str
+    corner: str
     width: float = WIDTH
     height: float = HEIGHT
 
 
 def pareto(rows: Sequence[Row]) -> list[bool]:
-    """For each row with an accuracy, whether no other one of its run, model, batch and threads is at least as accurate and as
-    fast, and better in one."""
+    """For each row with a metric that has a direction, whether no other one of its run, model, batch, threads and metric is at
+    least as good and as fast, and better in one."""
     flags = [False] * len(rows)
-    settings: dict[tuple[int, str, int, int], list[tuple[float, float, int]]] = {}
+    settings: dict[tuple[Any, ...], list[tuple[float, float, int]]] = {}
     for index, row in enumerate(rows):
-        if row.accuracy is not None:
-            settings.setdefault(row.setting, []).append((row.p50_ms, -row.accuracy, index))
+        if row.metric is not None and row.rank is not None:
+            settings.setdefault((*row.setting, row.metric.kind), []).append((row.p50_ms, -row.rank, index))
     for entries in settings.values():
         most, fastest = -math.inf, math.inf  # of the last row that nothing beats
         for p50_ms, negative, index in sorted(entries):
@@ -106,20 +115,35 @@ def pareto(rows: Sequence[Row]) -> list[bool]:
 
 
 def accuracy_latency_plot(rows: Sequence[Row]) -> Plot | None:
-    """Lay out rows that have an accuracy; None where there is none."""
-    shown = [(row, best) for row, best in zip(rows, pareto(rows), strict=True) if row.accuracy is not None]
-    if not shown:
+    """Lay out rows that have the metric of the first row that has one; None where there is none."""
+    first = next((row.metric for row in rows if row.metric is not None), None)
+    if first is None:
         return None
-    x, y = _axes([row for row, _ in shown])
-    placed: list[tuple[float, float, float, float]] = [_box(x(row.p50_ms) - 5, y(_percent(row)), 10) for row, _ in shown]
+    shown = [
+        (row, row.metric, best)
+        for row, best in zip(rows, pareto(rows), strict=True)
+        if row.metric is not None and row.metric.kind == first.kind
+    ]
+    x, y = _axes([row for row, _, _ in shown], [metric for _, metric, _ in shown])
+    placed = [_box(x(row.p50_ms) - 5, y(_drawn(metric, metric.value)), 10) for row, metric, _ in shown]
     points = []
-    for row, best in sorted(shown, key=lambda entry: (not entry[1], entry[0].p50_ms)):
+    for row, metric, best in sorted(shown, key=lambda entry: (not entry[2], entry[0].p50_ms)):
         label, label_x, label_y, anchor = "", 0.0, 0.0, "start"
+        at = y(_drawn(metric, metric.value))
         if len(shown) <= _LABELLED:
-            label, label_x, label_y, anchor = _label(row, x(row.p50_ms), y(_percent(row)), placed)
-        low, high = (100 * value if value is not None else _percent(row) for value in (row.accuracy_low, row.accuracy_high))
-        points.append(Point(row, x(row.p50_ms), y(_percent(row)), y(low), y(high), label, label_x, label_y, anchor, best))
-    return Plot(tuple(points), x.ticks(6), y.ticks(5), tuple(_frontiers(points)))
+            label, label_x, label_y, anchor = _label(row, x(row.p50_ms), at, placed)
+        low, high = (y(_drawn(metric, metric.value if end is None else end)) for end in (metric.low, metric.high))
+        points.append(Point(row, metric, x(row.p50_ms), at, low, high, label, label_x, label_y, anchor, best))
+    names = metric_words(first)
+    return Plot(tuple(points), x.ticks(6), y.ticks(5), tuple(_frontiers(points)), *names)
+
+
+def metric_words(metric: MetricValue) -> tuple[str, str, str]:
+    """What an axis says of a metric, what a better row is in it, and in which corner of the plot better rows lie."""
+    if metric.kind == ("accuracy", "%"):
+        return "top-1 accuracy, %", "more accurate", "upper left"
+    corner = {True: "upper left", False: "lower left", None: ""}[metric.higher_is_better]
+    return f"{metric.name}{', %' if metric.unit == '%' else ''}", "better" if corner else "", corner
 
 
 def nice_step(rough: float) -> float:
@@ -128,16 +152,19 @@ def nice_step(rough: float) -> float:
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
 
 
-def _percent(row: Row) -> float:
-    return 100 * (row.accuracy or 0.0)
+def _drawn(metric: MetricValue, value: float) -> float:
+    return 100 * value if metric.unit == "%" else value
 
 
-def _axes(rows: Sequence[Row]) -> tuple[Axis, Axis]:
-    latencies, accuracies = [row.p50_ms for row in rows], [_percent(row) for row in rows]
+def _axes(rows: Sequence[Row], metrics: Sequence[MetricValue]) -> tuple[Axis, Axis]:
+    latencies, values = [row.p50_ms for row in rows], [_drawn(metric, metric.value) for metric in metrics]
     logarithmic = max(latencies) > _LOGARITHMIC * min(latencies)
-    step = nice_step(max(max(accuracies) - min(accuracies), 0.4) / 4)
-    low = max(0.0, (math.floor(min(accuracies) / step - 0.5)) * step)
-    high = min(100.0, (math.ceil(max(accuracies) / step + 0.5)) * step)
+    percent = metrics[0].unit == "%"
+    least = 0.4 if percent else abs(max(values)) * 0.01 or 1.0
+    step = nice_step(max(max(values) - min(values), least) / 4)
+    low, high = (math.floor(min(values) / step - 0.5)) * step, (math.ceil(max(values) / step + 0.5)) * step
+    low = max(0.0, low) if min(values) >= 0 else low
+    high = min(100.0, high) if percent else high
     left, right = (min(latencies) / 1.3, max(latencies) * 1.3) if logarithmic else (0.0, max(latencies) * 1.12)
     return Axis(left, right, LEFT, WIDTH - RIGHT, logarithmic), Axis(low, high, HEIGHT - BOTTOM, TOP)
 

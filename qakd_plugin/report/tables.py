@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
-from ..bench.rows import Row, baselines
+from ..bench.rows import MetricValue, OutputAgreement, Row, baselines
 from .scatter import pareto
 
 Value = str | int | float | None
@@ -27,24 +29,34 @@ class Column:
         meaning: for those who do not know it.
         value: to sort by.
         text: to read.
+        descending: whether the best value is the largest, so that it is sorted that way first.
     """
 
     heading: str
     meaning: str
     value: Callable[[Row], Value]
     text: Callable[[Row], str]
+    descending: bool = False
 
     def is_numeric(self, rows: Sequence[Row]) -> bool:
         """Whether its values are numbers."""
         return not any(isinstance(self.value(row), str) for row in rows)
 
 
-def _number(heading: str, meaning: str, value: Callable[[Row], float | None], form: str, factor: float = 1.0) -> Column:
+def _number(
+    heading: str,
+    meaning: str,
+    value: Callable[[Row], float | None],
+    form: str,
+    factor: float = 1.0,
+    *,
+    descending: bool = False,
+) -> Column:
     def text(row: Row) -> str:
         found = value(row)
         return "-" if found is None else format(int(found) if form == "d" else found * factor, form)
 
-    return Column(heading, meaning, value, text)
+    return Column(heading, meaning, value, text, descending)
 
 
 def _text(heading: str, meaning: str, value: Callable[[Row], str]) -> Column:
@@ -66,7 +78,9 @@ MODEL = _text("model", "name of the network", lambda row: row.model)
 RUNTIME = _text("runtime", "runtime, and what it computes in", lambda row: f"{row.runtime} {row.precision}")
 BATCH = _number("batch", "images per call", lambda row: row.batch, "d", 1)
 THREADS = _number("threads", "threads of the runtime", lambda row: row.threads, "d", 1)
-ACCURACY = _number("accuracy %", "top-1 of the deployed file, through the runtime", lambda row: row.accuracy, ".2f", 100)
+ACCURACY = _number(
+    "accuracy %", "top-1 of the deployed file, through the runtime", lambda row: row.accuracy, ".2f", 100, descending=True
+)
 INTERVAL = Column("95 % interval", "of the accuracy (Wilson)", lambda row: row.accuracy_low, _interval)
 P50 = _number("p50 ms", "median latency of a call", lambda row: row.p50_ms, ".3f")
 P90 = _number("p90 ms", "90th percentile; needs 64 calls", lambda row: row.p90_ms, ".3f")
@@ -115,12 +129,76 @@ COLUMNS = (
     _number("calls", "timed calls", lambda row: row.calls, "d", 1),
 )
 _CONSTANTS = (MODEL, BATCH, THREADS)
+_LONGEST_NAME = 40
+
+
+def metric_columns(rows: Sequence[Row]) -> list[Column]:
+    """Two columns for each number of the rows' metrics: its value, and its interval."""
+    kinds: dict[tuple[str, str], MetricValue] = {}
+    for value in (value for row in rows for value in row.metrics):
+        kinds.setdefault(value.kind, value)
+    return [column for first in kinds.values() for column in _columns_of(first)]
+
+
+def _columns_of(first: MetricValue) -> list[Column]:
+    name, factor = short(first.name, _LONGEST_NAME), 100.0 if first.unit == "%" else 1.0
+    better = {True: "; higher is better", False: "; lower is better", None: ""}[first.higher_is_better]
+    heading = f"{name} {first.unit}".strip()
+
+    def found(row: Row) -> MetricValue | None:
+        return next((value for value in row.metrics if value.kind == first.kind), None)
+
+    def number(row: Row) -> float | None:
+        value = found(row)
+        return None if value is None else value.value
+
+    def low(row: Row) -> float | None:
+        value = found(row)
+        return None if value is None else value.low
+
+    def interval(row: Row) -> str:
+        value = found(row)
+        if value is None or value.low is None or value.high is None:
+            return "-"
+        return f"{factor * value.low:.4g} to {factor * value.high:.4g}"
+
+    meaning = f"{name} of the deployed file, through the runtime{better}"
+    return [
+        _number(heading, meaning, number, ".4g", factor, descending=first.higher_is_better is True),
+        Column(f"95 % of {name}", f"interval of {name} (percentile bootstrap over samples)", low, interval),
+    ]
+
+
+def _output_columns(rows: Sequence[Row]) -> list[Column]:
+    """Agreement and SQNR of each of several outputs."""
+    names = dict.fromkeys(found.output for row in rows for found in row.outputs)
+    return [column for name in names for column in _columns_of_output(name)]
+
+
+def _columns_of_output(name: str) -> list[Column]:
+    def found(row: Row) -> OutputAgreement | None:
+        return next((found for found in row.outputs if found.output == name), None)
+
+    def agreement(row: Row) -> float | None:
+        compared = found(row)
+        return None if compared is None else compared.agreement
+
+    def sqnr_db(row: Row) -> float | None:
+        compared = found(row)
+        return None if compared is None else compared.sqnr_db
+
+    shown = short(name, _LONGEST_NAME)
+    return [
+        _number(f"agree % {shown}", f"share of labels of {shown} that are the trained model's", agreement, ".2f", 100),
+        _number(f"SQNR dB {shown}", f"{shown} against the trained model's", sqnr_db, ".1f"),
+    ]
 
 
 def shown_columns(rows: Sequence[Row]) -> list[Column]:
     """Columns in which something stands, without those that say the same of all rows and are told in one line above."""
     shown = []
-    for column in COLUMNS:
+    after = COLUMNS.index(INTERVAL) + 1
+    for column in (*COLUMNS[:after], *metric_columns(rows), *COLUMNS[after:], *_output_columns(rows)):
         values = {column.value(row) for row in rows}
         constant = column in _CONSTANTS or column.heading == "calls"
         if values - {None} and not (constant and len(values) == 1):
@@ -182,7 +260,7 @@ def side_by_side(rows: Sequence[Row]) -> SideBySide | None:
     """FP32, the best float row, PTQ, QAT and QAT with distillation beside each other; None without quantized rows.
 
     FP32 is the fastest of the same runtime, the best float row the fastest of any; where several rows belong in one place, the
-    most accurate one (the fastest one, without accuracies) stands there.
+    best one by its metric (the fastest one, where there is none) stands there.
     """
     quantized = [row for row in rows if not row.is_float]
     if not quantized:
@@ -204,7 +282,7 @@ def side_by_side(rows: Sequence[Row]) -> SideBySide | None:
 
 
 def _preference(row: Row) -> tuple[float, float]:
-    return row.accuracy or 0.0, -row.p50_ms
+    return -math.inf if row.rank is None else row.rank, -row.p50_ms
 
 
 def _what(row: Row) -> tuple[str, ...]:
@@ -222,7 +300,8 @@ def console_table(rows: Sequence[Row], title: str | None = None) -> Table:
     """The report's table for a terminal of 80 columns: what tells the rows apart, and the figures that matter most."""
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     several = {column: len({column.value(row) for row in rows}) > 1 for column in (MODEL, RUNTIME, BATCH, THREADS)}
-    wanted = [ROW, *(column for column, varies in several.items() if varies), ACCURACY, P50, SPEEDUP, INTEGER]
+    counted = metric_columns(rows)[:1] or [ACCURACY]
+    wanted = [ROW, *(column for column, varies in several.items() if varies), *counted, P50, SPEEDUP, INTEGER]
     table.add_column("", no_wrap=True, min_width=1)
     cells = [[short(column.text(row), 60) for column in wanted] for row in rows]
     for index, column in enumerate(wanted):
@@ -231,7 +310,7 @@ def console_table(rows: Sequence[Row], title: str | None = None) -> Table:
         word = max(map(len, heading.split()))
         # Where the terminal is narrow, headings take two lines, then long names do; figures are never cut.
         table.add_column(
-            heading,
+            escape(heading),
             justify="right" if numeric else "left",
             no_wrap=not numeric and longest <= 24,
             min_width=max(longest, word) if numeric else None,

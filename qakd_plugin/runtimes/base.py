@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Protocol
 
@@ -18,8 +18,21 @@ MODULE_RUNTIMES = ("torch", "torch.compile")
 RUNTIMES = (*FILE_RUNTIMES, "tensorrt", *MODULE_RUNTIMES)
 
 
+@dataclass(frozen=True)
+class Input:
+    """What a runner takes under one name.
+
+    Attributes:
+        shape: its sizes, None for open ones; None as a whole where nothing is known of them, as of a module.
+        dtype: its type; None where it is not known.
+    """
+
+    shape: tuple[int | None, ...] | None
+    dtype: np.dtype[Any] | None
+
+
 class Runner(Protocol):
-    """A loaded file. ``run`` takes float32 (N, ...) and returns the first output."""
+    """A loaded file or a module: named arrays in, named arrays out."""
 
     @property
     def runtime(self) -> str:
@@ -33,8 +46,26 @@ class Runner(Protocol):
     def load_ms(self) -> float | None:
         """Of the file; None where there is none."""
 
-    def run(self, images: Array) -> Array:
-        """One call."""
+    @property
+    def inputs(self) -> Mapping[str, Input]:
+        """By the file's own names, in its order; of a module, what its forward takes."""
+
+    @property
+    def outputs(self) -> tuple[str, ...] | None:
+        """The file's own names, in its order; None of a module, which tells them when it runs."""
+
+    def fit(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Its inputs by its own names and in its types, so that a call has nothing left to convert.
+
+        Args:
+            inputs: by name, or by position: {"0": ..}.
+
+        Raises:
+            QakdError: they are not those that it takes (:func:`fitted`).
+        """
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """One call: outputs by name. Inputs are what :meth:`fit` takes."""
 
     def close(self) -> None:
         """Let go of what it holds."""
@@ -62,18 +93,63 @@ def median_ms(times: Sequence[float]) -> float:
     return float(np.median(times)) if len(times) else 0.0
 
 
-def check_shape(name: str, expected: Sequence[Any], images: Array) -> None:
-    """Refuse a batch that does not fit an input.
+def fitted(expected: Mapping[str, Input], given: Mapping[str, Array]) -> dict[str, Array]:
+    """Arrays by the names of a file's inputs, in its order and in its types.
+
+    Floats become the file's float type, whatever its width; everything else is converted only where no number changes, and
+    floats never become integers.
 
     Args:
-        name: of the input.
-        expected: its sizes; anything but a positive number stands for any size.
-        images: the batch.
+        expected: inputs of the file.
+        given: by the same names, or by position: {"0": ..} is the file's only input, whatever its name.
 
     Raises:
-        QakdError: says what the input takes.
+        QakdError: a name is missing or unknown, a shape or a type does not fit; says what the file takes.
     """
-    fixed = [size if isinstance(size, int) and size > 0 else None for size in expected]
-    fits = len(fixed) == images.ndim and all(want in (None, got) for want, got in zip(fixed, images.shape, strict=True))
-    if not fits:
-        raise QakdError(f"loader: the file's input {name!r} takes shape {list(expected)}, a batch has {list(images.shape)}.")
+    if given.keys() != expected.keys():
+        if list(given) != [str(index) for index in range(len(expected))]:
+            raise QakdError(
+                f"inputs: the file takes {', '.join(map(repr, expected))}, got {_described(given)}. Yield a mapping with these "
+                "names, or pass batch_fn=lambda batch: ({name: array, ...}, targets)."
+            )
+        given = dict(zip(expected, given.values(), strict=True))
+    return {name: _fit(name, wanted, given[name]) for name, wanted in expected.items()}
+
+
+def _fit(name: str, wanted: Input, array: Array) -> Array:
+    if wanted.shape is not None:
+        fits = len(wanted.shape) == array.ndim and all(
+            size in (None, got) for size, got in zip(wanted.shape, array.shape, strict=True)
+        )
+        if not fits:
+            sizes = ", ".join("any" if size is None else str(size) for size in wanted.shape)
+            raise QakdError(f"input {name!r} takes shape [{sizes}], got {list(array.shape)}.")
+    return array if wanted.dtype in (None, array.dtype) else _converted(name, wanted.dtype, array)
+
+
+def _converted(name: str, dtype: np.dtype[Any], array: Array) -> Array:
+    if array.dtype.kind == dtype.kind == "f":
+        with np.errstate(over="ignore"):
+            return array.astype(dtype)
+    if array.dtype.kind in "iub" and dtype.kind in "iubf" and _holds(dtype, array):
+        return array.astype(dtype)
+    raise QakdError(
+        f"input {name!r} takes {dtype}, got {array.dtype}"
+        f"{' with numbers that it cannot hold' if array.dtype.kind in 'iub' else ''}. Convert it in the loader or in batch_fn."
+    )
+
+
+def _holds(dtype: np.dtype[Any], whole: Array) -> bool:
+    """Whether a type has each of some whole numbers."""
+    if whole.size == 0 or dtype == np.bool_:
+        return bool(np.isin(whole, (0, 1)).all())
+    if dtype.kind == "f":
+        return bool(np.array_equal(whole.astype(dtype).astype(whole.dtype), whole))
+    limits = np.iinfo(dtype)
+    return limits.min <= int(whole.min()) and int(whole.max()) <= limits.max
+
+
+def _described(given: Mapping[str, Array]) -> str:
+    positions = list(given) == [str(index) for index in range(len(given))]
+    names = "nothing" if not given else ", ".join(map(repr, given))
+    return f"{len(given)} without a name" if positions and given else names

@@ -11,6 +11,7 @@ import logging
 import os
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ import numpy as np
 
 from .._common.cpu_features import adds_products_in_16_bits
 from ..errors import QakdError
-from .base import Array, LayerTime, check_shape
+from .base import Array, Input, LayerTime, fitted
 from .onnxruntime_profile import read_profile
 
 _log = logging.getLogger(__name__)
 
 _PRECISION = "session.x64quantprecision"
+_TYPES = {"float": "float32", "double": "float64"}
+"""ONNX Runtime's names of types that NumPy calls otherwise."""
 
 
 def session_options(threads: int = 0, *, fusions: bool = True, profile: Path | None = None) -> Any:
@@ -106,13 +109,22 @@ class OnnxRuntimeRunner:
         except Exception as error:  # the runtime's own exception types share no base class but Exception
             raise QakdError(f"{path}: ONNX Runtime cannot load it: {str(error)[:300]}") from error
         self.load_ms = (time.perf_counter() - started) * 1e3
-        self.precision = precision
-        self._input = self._session.get_inputs()[0]
+        self.precision, self._path = precision, path
+        self.inputs = {entry.name: _input(path, entry) for entry in self._session.get_inputs()}
+        self.outputs = tuple(entry.name for entry in self._session.get_outputs())
 
-    def run(self, images: Array) -> Array:
+    def fit(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """By the file's names and in its types."""
+        return fitted(self.inputs, inputs)
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """One call."""
-        check_shape(self._input.name, self._input.shape, images)
-        return np.asarray(self._session.run(None, {self._input.name: images})[0])
+        fed = self.fit(inputs)
+        try:
+            found = self._session.run(None, fed)
+        except Exception as error:  # the runtime's own exception types share no base class but Exception
+            raise QakdError(f"{self._path}: ONNX Runtime cannot compute it: {str(error)[:300]}") from error
+        return dict(zip(self.outputs, map(np.asarray, found), strict=True))
 
     def close(self) -> None:
         """Let go of the session."""
@@ -123,8 +135,18 @@ class OnnxRuntimeRunner:
         return Path(self._session.end_profiling())
 
 
+def _input(path: str | os.PathLike[str], entry: Any) -> Input:
+    """Of a session's input: its open sizes have names, or none."""
+    kind = entry.type.removeprefix("tensor(").removesuffix(")")
+    try:
+        dtype = np.dtype(_TYPES.get(kind, kind))
+    except TypeError as error:
+        raise QakdError(f"{path}: its input {entry.name!r} is {entry.type}, which NumPy's arrays cannot hold.") from error
+    return Input(tuple(size if isinstance(size, int) and size > 0 else None for size in entry.shape), dtype)
+
+
 def node_times(
-    path: str | os.PathLike[str], threads: int, precision: str, images: Array, *, warm_up: int, calls: int
+    path: str | os.PathLike[str], threads: int, precision: str, inputs: Mapping[str, Array], *, warm_up: int, calls: int
 ) -> list[LayerTime]:
     """Median time of each node that ONNX Runtime runs, in a session of its own that records them.
 
@@ -132,13 +154,13 @@ def node_times(
         path: ONNX file.
         threads: of the runtime.
         precision: of what is not quantized.
-        images: (N, ...), one batch.
+        inputs: one batch, by name.
         warm_up: calls that do not count.
         calls: that do.
     """
     with tempfile.TemporaryDirectory() as folder:
         runner = OnnxRuntimeRunner(path, threads, precision, profile=Path(folder))
         for _ in range(warm_up + calls):
-            runner.run(images)
+            runner.run(inputs)
         nodes = read_profile(runner.end_profiling())
     return [LayerTime(node.name, node.operator, node.precision, node.median_ms(warm_up)) for node in nodes]

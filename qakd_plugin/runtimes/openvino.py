@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from .._common.optional import require
 from ..errors import QakdError
-from .base import Array, LayerTime, check_shape, median_ms
+from .base import Array, Input, LayerTime, fitted, median_ms
 
 _PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 _LAYERS = {"Convolution", "Deconvolution", "FullyConnected", "MatMul"}
@@ -54,16 +55,23 @@ class OpenVINORunner:
         except RuntimeError as error:
             raise QakdError(f"{path}: OpenVINO cannot load it: {str(error)[:300]}") from error
         self.load_ms = (time.perf_counter() - started) * 1e3
-        self.precision = precision
+        self.precision, self._path = precision, path
         self._request = self._compiled.create_infer_request()
-        tensor = self._compiled.inputs[0]
-        self._name = tensor.get_any_name()
-        self._shape = [dimension.get_length() if dimension.is_static else None for dimension in tensor.get_partial_shape()]
+        self.inputs = {_name(port): _input(port) for port in self._compiled.inputs}
+        self.outputs = tuple(map(_name, self._compiled.outputs))
 
-    def run(self, images: Array) -> Array:
+    def fit(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """By the file's names and in its types."""
+        return fitted(self.inputs, inputs)
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """One call."""
-        check_shape(self._name, self._shape, images)
-        return np.asarray(next(iter(self._request.infer([images]).values())))
+        fed = list(self.fit(inputs).values())
+        try:
+            found = self._request.infer(fed)
+        except RuntimeError as error:
+            raise QakdError(f"{self._path}: OpenVINO cannot compute it: {str(error)[:300]}") from error
+        return dict(zip(self.outputs, map(np.asarray, found.values()), strict=True))
 
     def close(self) -> None:
         """Let go of the compiled graph."""
@@ -83,8 +91,20 @@ class OpenVINORunner:
         return [entry for entry in self._request.get_profiling_info() if str(entry.status).endswith(".EXECUTED")]
 
 
+def _name(port: Any) -> str:
+    """A port's name in the file: a tensor may have several, those of the nodes that were folded into it as well."""
+    names: set[str] = set(port.get_names())
+    own = str(port.get_node().get_friendly_name()).partition("/sink_port_")[0]
+    return own if own in names or not names else min(names)
+
+
+def _input(port: Any) -> Input:
+    sizes = (dimension.get_length() if dimension.is_static else None for dimension in port.get_partial_shape())
+    return Input(tuple(sizes), np.dtype(port.get_element_type().to_dtype()))
+
+
 def node_times(
-    path: str | os.PathLike[str], threads: int, precision: str, images: Array, *, warm_up: int, calls: int
+    path: str | os.PathLike[str], threads: int, precision: str, inputs: Mapping[str, Array], *, warm_up: int, calls: int
 ) -> list[LayerTime]:
     """Median time of each node that OpenVINO runs, in a runner of its own that records them.
 
@@ -92,7 +112,7 @@ def node_times(
         path: canonical ONNX file, or OpenVINO's own .xml.
         threads: of the runtime.
         precision: of what is not quantized.
-        images: (N, ...), one batch.
+        inputs: one batch, by name.
         warm_up: calls that do not count.
         calls: that do.
     """
@@ -100,9 +120,9 @@ def node_times(
     kinds: dict[str, tuple[str, str]] = {}
     times: dict[str, list[float]] = {}
     for _ in range(warm_up):
-        runner.run(images)
+        runner.run(inputs)
     for _ in range(calls):
-        runner.run(images)
+        runner.run(inputs)
         for entry in runner.events():
             kind = entry.exec_type.rpartition("_")[2].lower()  # "brgconv_avx512_amx_I8"
             kinds[entry.node_name] = entry.node_type, _NAMES.get(kind, kind)

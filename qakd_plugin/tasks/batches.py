@@ -7,14 +7,12 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
+from .._common.batch_keys import INPUT_KEYS, TARGET_KEYS
 from ..errors import QakdError
 from .inputs import Inputs, forward_names
 
 BatchFn: TypeAlias = Callable[[Any], tuple[Inputs, Any]]
 """Splits a batch into inputs (a tensor, a tuple of positional arguments, a mapping of keywords) and targets, or None."""
-
-_INPUT_KEYS = ("pixel_values", "image", "images", "input", "inputs", "x")
-_TARGET_KEYS = ("labels", "label", "targets", "target", "y")
 
 
 def default_batch(batch: Any) -> tuple[Any, Any]:
@@ -29,7 +27,7 @@ def default_batch(batch: Any) -> tuple[Any, Any]:
     if isinstance(batch, Tensor):
         return batch, None
     if isinstance(batch, Mapping):
-        x = next((batch[key] for key in _INPUT_KEYS if key in batch), None)
+        x = next((batch[key] for key in INPUT_KEYS if key in batch), None)
         y = _targets(batch)
     elif isinstance(batch, Sequence) and len(batch) > 0:
         x, y = batch[0], batch[1] if len(batch) > 1 else None
@@ -57,7 +55,7 @@ def batch_splitter(batch_fn: BatchFn, network: nn.Module) -> BatchFn:
     def split(batch: Any) -> tuple[Inputs, Any]:
         if not isinstance(batch, Mapping):
             return default_batch(batch)
-        known = [key for key in batch if key not in _TARGET_KEYS and (key in names or takes_any)]
+        known = [key for key in batch if key not in TARGET_KEYS and (key in names or takes_any)]
         if not any(isinstance(batch[key], Tensor) for key in known):
             return default_batch(batch)
         if len(known) == 1 and names[:1] == known:
@@ -68,4 +66,4 @@ def batch_splitter(batch_fn: BatchFn, network: nn.Module) -> BatchFn:
 
 
 def _targets(batch: Mapping[Any, Any]) -> Any:
-    return next((batch[key] for key in _TARGET_KEYS if key in batch), None)
+    return next((batch[key] for key in TARGET_KEYS if key in batch), None)

@@ -49,6 +49,7 @@ class Counted:
         check_metric(metric)
         self._metric = fresh(metric, device)
         self._copies = [fresh(metric, device) for _ in range(bootstraps)]
+        self._drawn = set[int]()  # of the copies, those that were given something
         self._fn = metric_fn
         self._device = torch.device(device)
         self._generator = torch.Generator().manual_seed(0)
@@ -66,15 +67,21 @@ class Counted:
         """
         if targets is None:
             raise QakdError("metric: the batch holds no targets. Yield (x, y), or pass a batch_fn that finds them.")
-        found = self._fn(simplified(outputs), targets)
-        if not isinstance(found, Sequence):
-            raise QakdError(f"metric_fn must return a tuple, what metric.update takes, got {type(found).__name__}.")
-        args = [_on(part, self._device) for part in found]
-        count = len(args[0])
+        args = [_on(part, self._device) for part in self._parts(outputs, targets)]
+        lengths = {length for part in args for length in _lengths(part)}
+        if self._copies and len(lengths) != 1:
+            raise QakdError(
+                "metric_fn must return what metric.update takes, with one entry per sample in each part, which are then "
+                f"resampled; got {', '.join(map(_described, args))}. Write metric_fn=lambda outputs, targets: (..., ...)."
+            )
+        count = max(lengths, default=1)
         self._update(self._metric, args)
-        for resampled in self._copies:
-            rows = torch.randint(count, (count,), generator=self._generator).tolist()
-            self._update(resampled, [_rows(part, rows) for part in args])
+        for index, resampled in enumerate(self._copies):
+            times = torch.poisson(torch.ones(count), generator=self._generator).long()
+            rows = torch.repeat_interleave(torch.arange(count), times).tolist()
+            if rows:
+                self._update(resampled, [_rows(part, rows) for part in args])
+                self._drawn.add(index)
         self.samples += count
 
     def compute(self) -> dict[str, float]:
@@ -91,22 +98,40 @@ class Counted:
         return numbers
 
     def intervals(self, level: float = 0.95) -> dict[str, tuple[float, float]]:
-        """Percentile bootstrap intervals by name: batches are resampled with replacement, sample by sample."""
-        drawn = [_numbers(metric) for metric in self._copies]
+        """Percentile bootstrap intervals by name.
+
+        Each copy counted every sample as often as a Poisson variable of mean 1 says, which is what resampling with replacement
+        comes to over many samples, whatever the batches (Hanley and MacGibbon, Computer Methods and Programs in Biomedicine
+        2006). What is not finite in a copy, which may have drawn too few samples, is left out.
+        """
+        drawn = [_numbers(self._copies[index]) for index in sorted(self._drawn)]
         tail = (1 - level) / 2
         found = {}
         for name in self.compute():
             values = torch.tensor([numbers[name] for numbers in drawn if name in numbers], dtype=torch.float64)
+            values = values[values.isfinite()]
             if len(values):
                 low, high = torch.quantile(values, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
                 found[name] = (low, high)
+        return found
+
+    def _parts(self, outputs: Mapping[str, Tensor], targets: Any) -> Sequence[Any]:
+        try:
+            found = self._fn(simplified(outputs), targets)
+        except KeyError as error:
+            raise QakdError(f"metric_fn: there is no {error}. The network outputs {listed(outputs)}.") from error
+        if not isinstance(found, Sequence) or isinstance(found, str) or not found:
+            raise QakdError(
+                f"metric_fn must return a tuple, what metric.update takes, got {type(found).__name__}: "
+                "metric_fn=lambda outputs, targets: (..., ...)."
+            )
         return found
 
     def _update(self, metric: AnyMetric, args: Sequence[Any]) -> None:
         try:
             metric.update(*args)
         except (ValueError, TypeError, RuntimeError, IndexError, KeyError) as error:
-            shapes = ", ".join(f"{tuple(a.shape)} {a.dtype}" if isinstance(a, Tensor) else type(a).__name__ for a in args)
+            shapes = ", ".join(map(_described, args))
             raise QakdError(
                 f"metric: {type(metric).__name__} does not take {shapes} ({' '.join(str(error).split())[:200]}). "
                 "Say what it takes: metric_fn=lambda outputs, targets: (..., ...)."
@@ -146,15 +171,27 @@ def higher_is_better(metric: AnyMetric, name: str) -> bool:
     Raises:
         QakdError: there is no such number, or the metric does not say.
     """
-    parts = _parts(metric)
-    alone = not isinstance(metric, MetricCollection)  # its numbers may have any names: mean average precision's have
-    owner = next((part for key, part in parts.items() if alone or name == key or name.startswith(f"{key}_")), None)
-    if owner is None:
-        raise QakdError(f"monitor={name!r} is none of the metric's numbers; there are {', '.join(parts)}.")
-    direction = owner.higher_is_better
-    if direction is None:
+    found = direction(metric, name)
+    if found is None:
+        owner = _owner(metric, name)
+        if owner is None:
+            raise QakdError(f"monitor={name!r} is none of the metric's numbers; there are {', '.join(_parts(metric))}.")
         raise QakdError(f"monitor={name!r}: {type(owner).__name__} does not say whether higher is better. Choose another.")
-    return bool(direction)
+    return found
+
+
+def direction(metric: AnyMetric, name: str) -> bool | None:
+    """As :func:`higher_is_better`; None where the metric does not say."""
+    owner = _owner(metric, name)
+    found = None if owner is None else owner.higher_is_better
+    return None if found is None else bool(found)
+
+
+def _owner(metric: AnyMetric, name: str) -> Metric | None:
+    """Whose number it is."""
+    alone = not isinstance(metric, MetricCollection)  # its numbers may have any names: mean average precision's have
+    parts = _parts(metric).items()
+    return next((part for key, part in parts if alone or name == key or name.startswith(f"{key}_")), None)
 
 
 def fresh(metric: AnyMetric, device: torch.device | str) -> AnyMetric:
@@ -202,4 +239,20 @@ def _on(part: Any, device: torch.device) -> Any:
 
 
 def _rows(part: Any, rows: list[int]) -> Any:
-    return part[rows] if isinstance(part, Tensor) else [part[row] for row in rows]
+    """Some samples of a part; what is no list of samples stays as it is."""
+    if isinstance(part, Mapping):
+        return {key: _rows(value, rows) for key, value in part.items()}
+    if isinstance(part, Tensor) and part.ndim:
+        return part[rows]
+    return [part[row] for row in rows] if isinstance(part, list) else part
+
+
+def _lengths(part: Any) -> set[int]:
+    """Numbers of entries; none of what is no list of samples."""
+    if isinstance(part, Mapping):
+        return {length for value in part.values() for length in _lengths(value)}
+    return {len(part)} if isinstance(part, list) or (isinstance(part, Tensor) and part.ndim) else set()
+
+
+def _described(part: Any) -> str:
+    return f"{tuple(part.shape)} {part.dtype}" if isinstance(part, Tensor) else type(part).__name__

@@ -38,6 +38,7 @@ from qakd_plugin.deploy.engine.manifest import sealed
 from qakd_plugin.deploy.engine.runner import EngineRunner, StageTimes
 from qakd_plugin.deploy.targets.float16 import to_float16
 from qakd_plugin.runtimes import host as bench_environment
+from qakd_plugin.runtimes.base import Input, fitted
 from qakd_plugin.runtimes.host import BUSY_SHARE, Watch, environment
 from qakd_plugin.runtimes.onnxruntime import session_options, start_session
 
@@ -116,12 +117,20 @@ class Recorder:
     """A runner that says who was called with how much, in place of a runtime."""
 
     runtime, precision, load_ms = "onnxruntime", "float32", 1.0
+    inputs, outputs = {"input": Input((None, 1, 32, 32), np.dtype("float32"))}, ("logits",)
 
     def __init__(self, path, calls):
         self.name, self.calls = os.path.basename(path), calls
 
-    def run(self, images):
+    def fit(self, inputs):
+        return fitted(self.inputs, inputs)
+
+    def run(self, inputs):
+        (images,) = inputs.values()
         self.calls.append((self.name, len(images)))
+        return {"logits": self.logits(images)}
+
+    def logits(self, images):
         return np.eye(10, dtype=np.float32)[np.arange(len(images)) % 10]
 
     def close(self):
@@ -202,19 +211,22 @@ def test_labels_that_are_not_one_class_for_each_image_are_refused(change, found,
     ("loader", "message"),
     [
         ([], "loader is empty"),
-        ([(np.ones((40, 1, 32, 32)), np.zeros(40, int)), (np.ones((40, 1, 16, 16)), np.zeros(40, int))], "must have one shape"),
+        (
+            [(np.ones((40, 1, 32, 32)), np.zeros(40, int)), (np.ones((40, 1, 16, 16)), np.zeros(40, int))],
+            r"input 'input' takes shape .*, got \[64, 1, 16, 16\]",
+        ),
         ([([[1.0], [1.0, 2.0]], [0, 1])], "cannot be read as arrays"),
         ([(torch.ones(4, 1, 32, 32, requires_grad=True), torch.zeros(4, dtype=int))], "cannot be read as arrays"),
     ],
 )
 def test_a_loader_that_cannot_be_scored_says_why(loader, message, files, recorded):
-    with pytest.raises(QakdError, match=f"loader.*{message}" if loader else message):
+    with pytest.raises(QakdError, match=message):
         benchmark([files / "fp32.onnx"], loader)
 
 
 @pytest.mark.parametrize("shape", [(10, 1, 1), (1,), (10, 4)])
 def test_an_output_that_is_no_list_of_logits_has_no_accuracy(shape, files, digits, recorded, monkeypatch):
-    monkeypatch.setattr(Recorder, "run", lambda self, images: np.zeros((len(images), *shape), np.float32))
+    monkeypatch.setattr(Recorder, "logits", lambda self, images: np.zeros((len(images), *shape), np.float32))
     with pytest.raises(QakdError, match=r"fp32\.onnx: accuracy needs logits of shape \[64, classes\]"):
         benchmark([files / "fp32.onnx"], digits.loader("test"))
 
@@ -342,8 +354,8 @@ def test_layers_are_those_of_the_graph_that_runs(files, tmp_path):
 @linux
 def test_peak_memory_counts_the_file_and_not_this_process(files):
     ballast = np.ones(300 * 2**20, dtype=np.uint8)
-    small = peak_rss_mib(files / "fp32.onnx", "onnxruntime", "float32", 1, (1, 1, 32, 32))
-    large = peak_rss_mib(files / "fp32.onnx", "onnxruntime", "float32", 1, (512, 1, 32, 32))
+    small = peak_rss_mib(files / "fp32.onnx", "onnxruntime", "float32", 1, {"input": np.zeros((1, 1, 32, 32), "f")})
+    large = peak_rss_mib(files / "fp32.onnx", "onnxruntime", "float32", 1, {"input": np.zeros((512, 1, 32, 32), "f")})
     assert ballast.nbytes / 2**20 > small > 20
     activations = 2 * 512 * 8 * 32 * 32 * 4 / 2**20
     assert large - small > activations, "input and output of the first block"
@@ -353,7 +365,7 @@ def test_peak_memory_counts_the_file_and_not_this_process(files):
 def test_a_child_that_fails_is_told_with_its_reason(tmp_path):
     (tmp_path / "bad.onnx").write_bytes(b"rubbish")
     with pytest.raises(QakdError, match=r"(?s)process of its own failed.*cannot load"):
-        peak_rss_mib(tmp_path / "bad.onnx", "onnxruntime", "float32", 1, (1, 1))
+        peak_rss_mib(tmp_path / "bad.onnx", "onnxruntime", "float32", 1, {"input": np.zeros((1, 1), "f")})
 
 
 @linux
@@ -381,7 +393,7 @@ def test_the_figure_of_the_child_is_found_among_what_a_runtime_prints(monkeypatc
     run = subprocess.run
     child = [sys.executable, "-c", "print('loading 3.0 MiB of kernels')\nprint('12.5 MiB')\nprint('done')"]
     monkeypatch.setattr(peak_memory.subprocess, "run", lambda _, **options: run(child, **options))
-    assert peak_rss_mib(files / "fp32.onnx", "onnxruntime", "float32", 1, (1, 1, 32, 32)) == 12.5
+    assert peak_rss_mib(files / "fp32.onnx", "onnxruntime", "float32", 1, {"input": np.zeros((1, 1, 32, 32), "f")}) == 12.5
 
 
 def test_layers_that_cannot_be_timed_lose_no_row(files, monkeypatch, caplog):
@@ -554,14 +566,18 @@ class StagedEngine(EngineRunner):
     """An engine's runner without its GPU: times that a GPU would have measured."""
 
     runtime, precision, load_ms = "tensorrt", "float16", 2.0
+    inputs, outputs = {"input": Input((None, 1, 32, 32), np.dtype("float32"))}, ("logits",)
 
     def __init__(self):
         pass
 
-    def run(self, images):
-        return np.zeros((len(images), 10), np.float32)
+    def fit(self, inputs):
+        return fitted(self.inputs, inputs)
 
-    def time(self, images):
+    def run(self, inputs):
+        return {"logits": np.zeros((len(inputs["input"]), 10), np.float32)}
+
+    def time(self, inputs):
         return StageTimes(0.25, 1.5, 0.125)
 
     def close(self):

@@ -41,6 +41,9 @@ def no_batches():
 def module():
     return DigitNet(width=4)
 
+def swapped(batch):
+    return batch[0], batch[1] * 0 + 3
+
 def batches():
     return [(torch.rand(16, 1, 32, 32), torch.randint(10, (16,))) for _ in range(2)]
 """
@@ -70,6 +73,13 @@ def test_distill_export_engine_bench_and_report_in_a_row(recipe, tmp_path, capsy
     assert [(row["model"], row["method"], row["batch"]) for row in rows] == [("net", "s.ort", 1), ("net", "s.ort", 2)]
     assert all(row["layers"] for row in rows)
     (tmp_path / "r.html").unlink()
+    counted = tmp_path / "counted.yaml"
+    metric = "{class_path: torchmetrics.classification.MulticlassF1Score, init_args: {num_classes: 10}}"
+    counted.write_text(f"metric: {metric}\nval_loader: {{class_path: my_recipe.batches}}\nbatch_fn: my_recipe.swapped\n")
+    assert main(["bench", "s.ort.onnx", "--recipe", "counted.yaml", "--calls", "2", "--out", "f1.html"]) == 0
+    (row,) = json.loads((tmp_path / "f1.json").read_text())["rows"]
+    assert [value["name"] for value in row["metrics"]] == ["multiclass_f1_score"]
+    assert (row["accuracy"], row["samples"]) == (None, 32)
     assert main(["report", "r.json", "--title", "again"]) == 0
     output = capsys.readouterr().out
     assert "9 of 9 in int8" in output

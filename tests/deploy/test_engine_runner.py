@@ -19,6 +19,7 @@ from qakd_plugin.deploy.engine.cuda import Buffer, CudaGraph, CudaPythonDevice, 
 from qakd_plugin.deploy.engine.manifest import LoadedEngine
 from qakd_plugin.deploy.engine.runner import EngineRunner, EngineSession, check_shape
 from qakd_plugin.errors import EngineError, MissingPackageError
+from qakd_plugin.runtimes.base import Input
 
 SMALLEST, LARGEST = (1, 3), (8, 3)
 no_gpu = pytest.mark.skipif(cuda_driver() is not None, reason="there is a GPU")
@@ -121,31 +122,31 @@ def test_the_first_output_is_what_the_engine_computes_for_each_batch_size() -> N
     session, _ = make_session()
     for batch in (1, 8, 8, 3):
         x = images(batch, seed=batch)
-        np.testing.assert_allclose(session.run(x), 2 * x + 1, rtol=1e-6)
+        np.testing.assert_allclose(session.run({"x": x})["y"], 2 * x + 1, rtol=1e-6)
 
 
 def test_an_output_is_not_overwritten_by_the_next_call() -> None:
     session, _ = make_session()
     first, second = images(4, seed=1), images(4, seed=2)
-    output = session.run(first)
-    session.run(second)
+    output = session.run({"x": first})["y"]
+    session.run({"x": second})
     np.testing.assert_allclose(output, 2 * first + 1, rtol=1e-6)
 
 
 def test_buffers_are_made_and_warmed_up_once_for_a_shape() -> None:
     session, device = make_session()
-    session.run(images(2))
+    session.run({"0": images(2)})
     assert device.queue == ["execute", "synchronize", "upload", "execute", "download", "download", "synchronize"]
     device.queue.clear()
-    session.run(images(2))
+    session.run({"0": images(2)})
     assert device.queue == ["upload", "execute", "download", "download", "synchronize"]
 
 
 def test_parts_are_timed_between_their_own_marks() -> None:
     session, device = make_session()
-    session.run(images(2))
+    session.run({"0": images(2)})
     device.queue.clear()
-    times = session.time(images(2))
+    times = session.time({"x": images(2)})
     assert device.queue == ["mark", "upload", "mark", "execute", "mark", "download", "download", "mark", "synchronize"]
     assert (times.upload_ms, times.compute_ms, times.download_ms) == (2.0, 2.0, 3.0)
 
@@ -153,17 +154,17 @@ def test_parts_are_timed_between_their_own_marks() -> None:
 def test_wider_floats_are_converted_and_other_numbers_refused() -> None:
     session, _ = make_session()
     x = images(2).astype(np.float64)
-    np.testing.assert_allclose(session.run(x), 2 * x + 1, rtol=1e-6)
+    np.testing.assert_allclose(session.run({"x": x})["y"], 2 * x + 1, rtol=1e-6)
     with pytest.raises(EngineError, match="input 'x' takes float32, got complex64"):
-        session.run(x.astype(np.complex64))
+        session.run({"x": x.astype(np.complex64)})
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (9, 3), (4, 2), (4, 3, 1), (3,)])
 def test_shapes_outside_the_profile_are_refused_and_the_session_goes_on(shape: tuple[int, ...]) -> None:
     session, _ = make_session()
     with pytest.raises(EngineError, match=r"input 'x' takes \[1 to 8, 3\], got"):
-        session.run(np.zeros(shape, np.float32))
-    session.run(images(4))
+        session.run({"x": np.zeros(shape, np.float32)})
+    session.run({"0": images(4)})
 
 
 def test_the_whole_profile_is_taken() -> None:
@@ -174,7 +175,7 @@ def test_the_whole_profile_is_taken() -> None:
 def test_a_failing_engine_says_what_the_library_said() -> None:
     session, _ = make_session(fails=True)
     with pytest.raises(EngineError, match="failed to run: out of luck"):
-        session.run(images(1))
+        session.run({"0": images(1)})
 
 
 class GraphDriver:
@@ -198,7 +199,7 @@ class GraphDriver:
 def test_a_captured_engine_is_launched_as_a_graph() -> None:
     driver = GraphDriver()
     session, device = make_session(driver=driver)
-    session.run(images(2))
+    session.run({"0": images(2)})
     assert session.captured
     assert device.queue.count("execute") == 2, "once to warm up, once while it is captured"
     assert driver.called == [
@@ -208,10 +209,10 @@ def test_a_captured_engine_is_launched_as_a_graph() -> None:
         "cuGraphDestroy",
         "cuGraphLaunch",
     ]
-    session.run(images(2))
+    session.run({"0": images(2)})
     assert driver.called[-1] == "cuGraphLaunch"
     assert device.queue.count("execute") == 2
-    session.run(images(3))
+    session.run({"0": images(3)})
     assert driver.called[-1] == "cuGraphLaunch"
     assert driver.called.count("cuGraphExecDestroy") == 1, "the graph of the former shape is freed"
 
@@ -220,7 +221,7 @@ def test_a_captured_engine_is_launched_as_a_graph() -> None:
 def test_an_engine_that_cannot_be_captured_is_launched_call_by_call(function: str, caplog: pytest.LogCaptureFixture) -> None:
     session, _ = make_session(driver=GraphDriver(**{function: 900}))
     x = images(2)
-    np.testing.assert_allclose(session.run(x), 2 * x + 1, rtol=1e-6)
+    np.testing.assert_allclose(session.run({"x": x})["y"], 2 * x + 1, rtol=1e-6)
     assert not session.captured
     assert "launched one by one" in caplog.text
     assert "900" in caplog.text
@@ -240,16 +241,60 @@ def test_capture_ends_also_when_the_captured_function_fails() -> None:
     assert driver.called[-1] == "cuGraphDestroy"
 
 
-def test_engines_with_several_inputs_are_refused() -> None:
-    class TwoInputs(Affine):
-        def get_tensor_mode(self, name: str) -> str:
-            return "out" if name == "total" else "in"
+class Masked(Affine):
+    """Token ids and a mask in, their product and its sum out."""
 
+    num_io_tensors = 4
+
+    def __init__(self, device: HostDevice) -> None:
+        super().__init__(device)
+        self.shapes = dict[str, tuple[int, ...]]()
+
+    def get_tensor_name(self, index: int) -> str:
+        return ("ids", "mask", "y", "total")[index]
+
+    def get_tensor_mode(self, name: str) -> str:
+        return "in" if name in ("ids", "mask") else "out"
+
+    def get_tensor_dtype(self, name: str) -> Any:
+        return np.int32 if name in ("ids", "mask") else np.float32
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self.shapes[name] = self.shape = shape
+        return True
+
+    def execute_async_v3(self, stream: int) -> bool:
+        self.device.queue.append("execute")
+        assert set(self.shapes.values()) == {self.shape}
+        ids, mask = (self._integers(name) for name in ("ids", "mask"))
+        self._at("y")[...] = ids * mask
+        self._at("total")[...] = (ids * mask).sum(axis=1, keepdims=True)
+        return True
+
+    def _integers(self, name: str) -> np.ndarray[Any, Any]:
+        numbers = (ctypes.c_int32 * int(np.prod(self.shape))).from_address(self.addresses[name])
+        return np.ctypeslib.as_array(numbers).reshape(self.shape)
+
+
+def test_engines_of_several_inputs_take_them_by_name_and_give_all_outputs() -> None:
     device = HostDevice()
+    engine = Masked(device)
     module = SimpleNamespace(TensorIOMode=SimpleNamespace(INPUT="in"), nptype=lambda dtype: dtype)
-    engine = TwoInputs(device)
-    with pytest.raises(EngineError, match=r"inputs \['x', 'y'\]: one was expected"):
-        EngineSession(LoadedEngine(engine, Runtime("tensorrt", module), [], {}), engine, device)
+    session = EngineSession(LoadedEngine(engine, Runtime("tensorrt", module), [], {}), engine, device)
+    assert session.inputs["ids"] == Input((None, 3), np.dtype(np.int32))
+    for batch in (2, 2, 5):
+        ids, mask = np.arange(3 * batch).reshape(batch, 3), np.arange(3 * batch).reshape(batch, 3) % 2
+        for inputs in ({"mask": mask, "ids": ids}, {"0": ids, "1": mask.astype(bool)}):
+            found = session.run(inputs)
+            assert list(found) == ["y", "total"]
+            np.testing.assert_array_equal(found["y"], ids * mask)
+            np.testing.assert_array_equal(found["total"][:, 0], (ids * mask).sum(1))
+    with pytest.raises(EngineError, match="takes 'ids', 'mask', got 'ids'"):
+        session.run({"ids": ids})
+    with pytest.raises(EngineError, match="input 'mask' takes int32, got float32"):
+        session.run({"ids": ids, "mask": mask.astype(np.float32)})
+    with pytest.raises(EngineError, match=r"input 'ids' takes int32, got int64 with numbers that it cannot hold"):
+        session.run({"ids": ids + 2**40, "mask": mask})
 
 
 def test_the_time_to_load_an_engine_counts_neither_imports_nor_the_start_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,9 +114,9 @@ def test_bad_input_is_named(file, tmp_path):
     path, images = file
     with pytest.raises(ExportError, match="no quantized convolution in ONNX Runtime's form"):
         tune_for_host(residual_net(tmp_path / "trt.onnx"), tmp_path / "tuned.onnx")
-    with pytest.raises(ExportError, match=r"samples: expected float32 \(N, 1, 32, 32\)"):
+    with pytest.raises(ExportError, match=r"samples: input 'input' takes shape \[any, 1, 32, 32\]"):
         tune_for_host(path, tmp_path / "tuned.onnx", samples=images[:, :, :8])
-    with pytest.raises(ExportError, match="N of 64 at least"):
+    with pytest.raises(ExportError, match="samples: expected 64 or more"):
         tune_for_host(path, tmp_path / "tuned.onnx", samples=images, batch=64)
     with pytest.raises(ExportError, match=r"none\.onnx"):
         tune_for_host(tmp_path / "none.onnx", tmp_path / "tuned.onnx")
@@ -196,6 +196,31 @@ def test_an_input_beyond_memory_asks_for_samples(tmp_path):
     onnx.save(model, path)
     with pytest.raises(ExportError, match=r"input 'input': 4 images of .* do not fit into memory: pass samples"):
         tune_for_host(path, tmp_path / "tuned.onnx")
+
+
+def test_a_file_of_several_inputs_is_tuned_with_samples_by_name(tmp_path):
+    """A number for each sample, beside the image, is added to what the convolution computes."""
+    model = onnx.load(_small(tmp_path))
+    last, output = model.graph.node[-1], model.graph.output[0].name
+    last.output[0] = "image"
+    model.graph.input.append(onnx.helper.make_tensor_value_info("number", onnx.TensorProto.INT64, ["batch", 1, 1, 1]))
+    model.graph.node.append(onnx.helper.make_node("Cast", ["number"], ["value"], to=onnx.TensorProto.FLOAT))
+    model.graph.node.append(onnx.helper.make_node("Add", ["image", "value"], [output]))
+    onnx.save(model, tmp_path / "two.onnx")
+    draw = np.random.default_rng(0)
+    samples = {"input": draw.random((4, 8, 8, 8), dtype=np.float32), "number": draw.integers(9, size=(4, 1, 1, 1))}
+    tuned = tune_for_host(tmp_path / "two.onnx", tmp_path / "t.onnx", samples=samples, calls=2, minimum_gain=-100.0)
+    first, second = (
+        start_session(path, session_options()).run(None, samples)[0] for path in (tmp_path / "two.onnx", tmp_path / "t.onnx")
+    )
+    np.testing.assert_array_equal(first, second)
+    assert tuned.layers == ("conv/Conv",)
+    with pytest.raises(ExportError, match="input 'number' holds int64, which is not drawn at random: pass samples"):
+        tune_for_host(tmp_path / "two.onnx", tmp_path / "t.onnx")
+    with pytest.raises(ExportError, match="samples: inputs: the file takes 'input', 'number', got 1 without a name"):
+        tune_for_host(tmp_path / "two.onnx", tmp_path / "t.onnx", samples=samples["input"])
+    with pytest.raises(ExportError, match=r"as many of each input; got 'input' \[3, 8, 8, 8\], 'number' \[4, 1, 1, 1\]"):
+        tune_for_host(tmp_path / "two.onnx", tmp_path / "t.onnx", samples=samples | {"input": samples["input"][:3]})
 
 
 @pytest.mark.parametrize("options", [{"batch": 0}, {"calls": 0}, {"threads": -1}, {"calls": 2.5}])

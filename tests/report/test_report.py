@@ -17,7 +17,7 @@ from markdown_it import MarkdownIt
 from report_rows import CONDITIONS, FINDING, LAYERS, ROW
 
 from qakd_plugin import QakdError, write_report
-from qakd_plugin.bench.rows import Row
+from qakd_plugin.bench.rows import MetricValue, OutputAgreement, Row
 from qakd_plugin.bench.schema import SCHEMA_VERSION, schema, validate
 from qakd_plugin.cli import main
 from qakd_plugin.report import build_document, console_table, merge_reports, read_report
@@ -82,7 +82,8 @@ def document(rows=ROWS, **details):
 def hostile_document(text):
     finding, layer = replace(FINDING, kind=text, layers=(text,), advice=text), replace(LAYERS[0], name=text, op=text)
     named = replace(ROW, model=text, method=text, toolkit=text, runtime=text, precision=text, p50_ms=9.0)
-    rows = [replace(named, findings=(finding,), layers=(replace(layer, precision=text),)), replace(FP32, model=text)]
+    counted = {"metrics": (MetricValue(text, 0.5, 0.4, 0.6, True),), "outputs": (OutputAgreement(text, 0.5, 20.0),)}
+    rows = [replace(named, findings=(finding,), layers=(replace(layer, precision=text),), **counted), replace(FP32, model=text)]
     row = {"epoch": text, "phase": text, "loss": text, text: 1.0, "augmentation": text, "augmentation_scores": {text: 1.0}}
     row["augmentation_ranking"] = [{"name": text, "cmi": 1.0, "cross_entropy": 0.5, "form": text}]
     made = build_document(
@@ -161,7 +162,7 @@ def test_a_report_survives_the_round_trip(tmp_path):
     read = read_report(path.with_suffix(".json"))
     assert rows_of(read) == ROWS
     assert read["runs"][0]["seeds"] == {"split": 3}
-    assert read["schema_version"] == SCHEMA_VERSION == 2
+    assert read["schema_version"] == SCHEMA_VERSION == 3
     again = write_report(read, tmp_path / "again.html")
     assert again.read_text() == path.read_text()
     assert "SQAKD W8A8" in path.with_suffix(".md").read_text()
@@ -200,7 +201,7 @@ VERSION_1 = {
 def test_a_report_of_version_1_is_read(tmp_path):
     (tmp_path / "old.json").write_text(json.dumps(VERSION_1))
     read = read_report(tmp_path / "old.json")
-    assert read["schema_version"] == 2
+    assert read["schema_version"] == 3
     assert read["runs"] == [{key: VERSION_1[key] for key in ("created", "environment", "seeds", "notes")}]
     (row,) = rows_of(read)
     assert (row.p50_ms, row.run, row.layers) == (1.5, 0, ())
@@ -209,10 +210,22 @@ def test_a_report_of_version_1_is_read(tmp_path):
     assert "as it was" in page
 
 
+def test_a_report_of_version_2_is_read(tmp_path):
+    """It had no metrics but accuracy."""
+    old = document()
+    for row in old["rows"]:
+        del row["metrics"], row["outputs"]
+    old["schema_version"] = 2
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    assert rows_of(read_report(tmp_path / "old.json")) == rows_of(document())
+
+
 @pytest.mark.parametrize(
     ("change", "place"),
     [
         ({"accuracy": 2.0}, "accuracy"),
+        ({"metrics": (MetricValue("f1", float("inf")),)}, "metrics/0/value: inf is not a finite number"),
+        ({"metrics": (MetricValue("f1", 0.5, unit="dB"),)}, "metrics/0/unit"),
         ({"p50_ms": 0.0}, "p50_ms"),
         ({"p50_ms": float("nan")}, "p50_ms"),
         ({"batch": 0}, "batch"),
@@ -242,11 +255,11 @@ GOOD = json.dumps(document())
         b"\x00" * 100,
         b"[" * 100_000,
         b'{"a":' * 100_000,
-        ('{"schema_version": 2, "title": ' + "[" * 500 + "]" * 500 + "}").encode(),
-        GOOD.replace('"schema_version": 2', '"schema_version": 3').encode(),
-        GOOD.replace('"schema_version": 2', '"schema_version": true').encode(),
-        GOOD.replace('"schema_version": 2', '"schema_version": [2]').encode(),
-        GOOD.replace('"schema_version": 2, ', "").encode(),
+        ('{"schema_version": 3, "title": ' + "[" * 500 + "]" * 500 + "}").encode(),
+        GOOD.replace('"schema_version": 3', '"schema_version": 4').encode(),
+        GOOD.replace('"schema_version": 3', '"schema_version": true').encode(),
+        GOOD.replace('"schema_version": 3', '"schema_version": [3]').encode(),
+        GOOD.replace('"schema_version": 3, ', "").encode(),
         GOOD.replace('"p50_ms": 2.0', '"p50_ms": NaN').encode(),
         GOOD.replace('"p50_ms": 2.0', '"p50_ms": -Infinity').encode(),
         GOOD.replace('"p50_ms": 2.0', '"p50_ms": 1e999').encode(),
@@ -423,6 +436,51 @@ def test_pareto_keeps_what_nothing_of_its_setting_beats():
 
     expected = [row.accuracy is not None and not any(beaten(row, other) for other in rows) for row in rows]
     assert pareto(rows) == expected
+
+
+RMSE = MetricValue("root_mean_squared_error", 0.25, 0.2, 0.3, higher_is_better=False)
+DEPTH = [
+    replace(row, accuracy=None, accuracy_low=None, accuracy_high=None, metrics=(replace(RMSE, value=value),), p50_ms=time)
+    for row, value, time in ((FP32, 0.2, 4.0), (PTQ, 0.5, 1.0), (QAT, 0.3, 1.0), (ROW, 0.25, 0.5))
+]
+
+
+def test_rows_are_ranked_by_their_metric_in_its_own_direction(tmp_path):
+    """The smallest error is the best one; in the other direction the same rows are ranked the other way round."""
+    assert pareto(DEPTH) == [True, False, False, True]
+    turned = [replace(row, metrics=(replace(row.metrics[0], higher_is_better=True),)) for row in DEPTH]
+    assert pareto(turned) == [False, True, False, True]
+    unknown = [replace(row, metrics=(replace(row.metrics[0], higher_is_better=None),)) for row in DEPTH]
+    assert not any(pareto(unknown))
+    both = [DEPTH[2], replace(DEPTH[2], metrics=(replace(RMSE, value=0.1),), runtime=QAT.runtime, p50_ms=2.0)]
+    assert side_by_side(both).lines[0][2][2] is both[1]
+    plot = accuracy_latency_plot(DEPTH)
+    assert (plot.y_name, plot.better, plot.corner) == (RMSE.name, "better", "lower left")
+    heights = {point.metric.value: point.y for point in plot.points}
+    assert sorted(heights, key=heights.get) == sorted(heights, reverse=True), "the axis goes up all the same"
+    assert accuracy_latency_plot(unknown).frontiers == ()
+    path = write_report(DEPTH, tmp_path / "depth.html")
+    assert rows_of(read_report(path.with_suffix(".json"))) == [replace(row, run=0) for row in DEPTH]
+    page, text = path.read_text(), path.with_suffix(".md").read_text()
+    assert "lower left is better" in page
+    assert "accurate" not in page + text
+    assert "0.2 to 0.3" in text
+    assert all(f"{row.metrics[0].value:.4g}" in text for row in DEPTH)
+    data = json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', page).group(1))
+    assert data["measures"] == {"metric0": {"name": RMSE.name, "lower": True, "ranked": True, "percent": False}}
+    assert not any(data["descending"]), "the smallest error comes first"
+    assert data["rows"][0]["metric0"] == 0.2
+    higher = json.loads(re.search(r'json">(.*?)</script>', render(build_document(turned))).group(1))
+    assert sum(higher["descending"]) == 1
+
+
+def test_a_users_accuracy_is_not_taken_for_top_1_in_percent():
+    own = replace(QAT, metrics=(MetricValue("accuracy", 0.5, higher_is_better=True),))
+    assert own.metric.text == "0.5"
+    assert QAT.metric.text == "96.00 %"
+    assert pareto([replace(own, p50_ms=QAT.p50_ms * 2), QAT]) == [True, True], "they are not compared"
+    data = json.loads(re.search(r'json">(.*?)</script>', render(build_document([own, QAT]))).group(1))
+    assert [measure["percent"] for measure in data["measures"].values()] == [False, True]
 
 
 def test_the_plot_keeps_points_inside_labels_apart_and_needs_an_accuracy():
@@ -751,7 +809,7 @@ def test_a_report_without_accuracy_draws_latencies():
 
 def test_a_document_of_another_version_is_refused():
     made = document()
-    made["schema_version"] = 3
+    made["schema_version"] = 4
     with pytest.raises(QakdError, match="schema_version"):
         validate(made)
     assert isinstance(rows_of(document())[0], Row)

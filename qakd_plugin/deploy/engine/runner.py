@@ -8,19 +8,20 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from ..._common.files import write_atomic
-from ...errors import EngineError
+from ...errors import EngineError, QakdError
+from ...runtimes.base import Input, fitted
 from .bindings import cuda_driver, last, load_runtime
 from .cuda import Buffer, CudaGraph, Device, open_device
 from .layer_inspector import ask, read_report
@@ -84,23 +85,50 @@ class EngineRunner:
             undo.callback(self._write_cache)
             self._undo = undo.pop_all()
 
-    def run(self, images: Array) -> Array:
+    @property
+    def inputs(self) -> Mapping[str, Input]:
+        """Names, shapes (None where the profile has a range) and types of the engine's inputs."""
+        return self._session.inputs
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the engine's outputs."""
+        return self._session.outputs
+
+    @overload
+    def run(self, inputs: Array) -> Array: ...
+
+    @overload
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]: ...
+
+    def run(self, inputs: Array | Mapping[str, Array]) -> Array | dict[str, Array]:
         """Compute one batch.
 
         Args:
-            images: (N, ...) of the engine's input size; N within its profile.
+            inputs: by the engine's names, or by position: {"0": ..}; or the array (N, ...) of its only input. N is within its
+                profile.
 
         Returns:
-            The first output, (N, ...).
+            All outputs by name; of an array, the first output alone, (N, ...).
 
         Raises:
-            EngineError: the shape is outside the engine's profile, or the GPU failed.
+            EngineError: a name, shape or type is none that the engine takes, or the GPU failed.
         """
-        return self._session.run(images)
+        if isinstance(inputs, Mapping):
+            return self._session.run(inputs)
+        return self._session.run({"0": inputs})[self.outputs[0]]
 
-    def time(self, images: Array) -> StageTimes:
+    def time(self, inputs: Array | Mapping[str, Array]) -> StageTimes:
         """Compute one batch as :meth:`run` does, and return how long its parts took."""
-        return self._session.time(images)
+        return self._session.time(inputs if isinstance(inputs, Mapping) else {"0": inputs})
+
+    def fit(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Inputs by the engine's names and in its types.
+
+        Raises:
+            EngineError: they are none that the engine takes.
+        """
+        return self._session.fit(inputs)
 
     def layers(self) -> tuple[PlanLayer, ...] | None:
         """Convolutions and matrix products as the engine inspector shows them for the last input; None where it shows none."""
@@ -127,17 +155,14 @@ class EngineRunner:
 
 
 class EngineSession:
-    """An engine's context with the buffers of one input shape at a time.
+    """An engine's context with the buffers of one set of input shapes at a time.
 
     Args:
-        loaded: an engine with one input.
+        loaded: an engine.
         context: its ``IExecutionContext``.
         device: where buffers and the stream are.
         driver: to capture each shape's launch in a CUDA graph; None to launch call by call, as is done with what cannot be
             captured.
-
-    Raises:
-        EngineError: the engine has not exactly one input.
     """
 
     def __init__(self, loaded: LoadedEngine, context: Any, device: Device, driver: Any = None) -> None:
@@ -146,12 +171,11 @@ class EngineSession:
         self._messages = loaded.messages
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
-        if len(inputs) != 1:
-            raise EngineError(f"the engine has the inputs {inputs}: one was expected.")
-        self._input = inputs[0]
-        self._outputs = [name for name in names if name not in inputs]
+        self._profiles = {name: _profile(engine, name) for name in inputs}
+        self.inputs = {name: _input(trt, engine, name, *self._profiles[name]) for name in inputs}
+        self.outputs = tuple(name for name in names if name not in inputs)
         self._buffers: dict[str, Buffer] = {}
-        self._shape: tuple[int, ...] | None = None
+        self._shapes: dict[str, tuple[int, ...]] | None = None
         self._graph: CudaGraph | None = None
 
     @property
@@ -159,25 +183,35 @@ class EngineSession:
         """Whether calls of the last shape are launched as a CUDA graph captured here."""
         return self._graph is not None
 
-    def run(self, images: Array) -> Array:
-        """Compute one batch and return the first output."""
-        self._fill(images)
-        self._device.upload(self._buffers[self._input])
+    def fit(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """By the engine's names and in its types; shapes within its profile."""
+        try:
+            found = fitted({name: replace(spec, shape=None) for name, spec in self.inputs.items()}, inputs)
+        except QakdError as error:
+            raise EngineError(str(error)) from error
+        for name, array in found.items():
+            check_shape(name, array.shape, *self._profiles[name])
+        return found
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Compute one batch and return its outputs by name."""
+        self._fill(inputs)
+        self._upload()
         self._launch()
-        for name in self._outputs:
+        for name in self.outputs:
             self._device.download(self._buffers[name])
         self._device.synchronize()
-        return self._buffers[self._outputs[0]].host.copy()
+        return {name: self._buffers[name].host.copy() for name in self.outputs}
 
-    def time(self, images: Array) -> StageTimes:
+    def time(self, inputs: Mapping[str, Array]) -> StageTimes:
         """Compute one batch and return how long its parts took."""
-        self._fill(images)
+        self._fill(inputs)
         marks = [self._device.mark()]
-        self._device.upload(self._buffers[self._input])
+        self._upload()
         marks.append(self._device.mark())
         self._launch()
         marks.append(self._device.mark())
-        for name in self._outputs:
+        for name in self.outputs:
             self._device.download(self._buffers[name])
         marks.append(self._device.mark())
         self._device.synchronize()
@@ -187,25 +221,28 @@ class EngineSession:
         """Free the graph and the buffers."""
         if self._graph is not None:
             self._graph.close()
-        self._graph, self._shape = None, None
+        self._graph, self._shapes = None, None
         self._buffers.clear()
 
-    def _fill(self, images: Array) -> None:
-        if images.shape != self._shape:
-            self._bind(images.shape)
-        host = self._buffers[self._input].host
-        if not np.can_cast(images.dtype, host.dtype, "same_kind"):
-            raise EngineError(f"input {self._input!r} takes {host.dtype}, got {images.dtype}.")
-        np.copyto(host, images, casting="same_kind")
+    def _fill(self, inputs: Mapping[str, Array]) -> None:
+        found = self.fit(inputs)
+        shapes = {name: array.shape for name, array in found.items()}
+        if shapes != self._shapes:
+            self._bind(shapes)
+        for name, array in found.items():
+            np.copyto(self._buffers[name].host, array)
 
-    def _bind(self, shape: tuple[int, ...]) -> None:
-        """Make buffers for an input shape, and warm the engine up on it: the first call may compile and allocate."""
-        profile = self._engine.get_tensor_profile_shape(self._input, 0)
-        check_shape(self._input, shape, tuple(profile[0]), tuple(profile[2]))
+    def _upload(self) -> None:
+        for name in self.inputs:
+            self._device.upload(self._buffers[name])
+
+    def _bind(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Make buffers for input shapes, and warm the engine up on them: the first call may compile and allocate."""
         self.close()
-        if not self._context.set_input_shape(self._input, shape):
-            raise EngineError(f"input {self._input!r}: the engine refused the shape {list(shape)}.")
-        for name in (self._input, *self._outputs):
+        for name, shape in shapes.items():
+            if not self._context.set_input_shape(name, shape):
+                raise EngineError(f"input {name!r}: the engine refused the shape {list(shape)}.")
+        for name in (*self.inputs, *self.outputs):
             size = tuple(self._context.get_tensor_shape(name))
             if any(length < 0 for length in size):
                 raise EngineError(f"output {name!r}: its size {list(size)} depends on the data, which is not supported.")
@@ -214,7 +251,7 @@ class EngineSession:
             self._buffers[name] = buffer
         self._launch()
         self._device.synchronize()
-        self._shape = shape
+        self._shapes = shapes
         if self._driver is not None:
             self._graph = self._captured_launch()
 
@@ -256,6 +293,17 @@ def check_shape(name: str, shape: Sequence[int], smallest: Sequence[int], larges
             f"input {name!r} takes [{', '.join(map(str, takes))}], got {list(shape)}. Give it batches of that size, or build "
             "the engine with another min_batch and max_batch."
         )
+
+
+def _profile(engine: Any, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Smallest and largest sizes of an input."""
+    smallest, _, largest = engine.get_tensor_profile_shape(name, 0)
+    return tuple(smallest), tuple(largest)
+
+
+def _input(trt: Any, engine: Any, name: str, smallest: tuple[int, ...], largest: tuple[int, ...]) -> Input:
+    sizes = (low if low == high else None for low, high in zip(smallest, largest, strict=True))
+    return Input(tuple(sizes), np.dtype(trt.nptype(engine.get_tensor_dtype(name))))
 
 
 def _make_context(loaded: LoadedEngine, cuda_graph: bool, cache_file: Path | None) -> tuple[Any, Any]:

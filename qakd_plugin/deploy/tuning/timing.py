@@ -5,21 +5,22 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ...errors import ExportError
+from ...runtimes.base import Array
 from ...runtimes.interleaving import turns
 from ...runtimes.onnxruntime import session_options, start_session
 from ...runtimes.onnxruntime_profile import read_profile
 
-Images = npt.NDArray[np.float32]
+Inputs = Mapping[str, Array]
+"""One batch, by the names of the file's inputs."""
 
 WARM_UP_CALLS = 5
 PROFILED_CALLS = 15
@@ -46,37 +47,37 @@ class Variants:
         with self._in_one_line("load"):
             return start_session(data, session_options(self.threads, fusions=fusions, profile=profile))
 
-    def run(self, session: Any, images: Images) -> Images:
-        """The first output for one batch.
+    def run(self, session: Any, inputs: Inputs) -> list[Array]:
+        """All outputs for one batch.
 
         Raises:
             ExportError: the runtime cannot compute it.
         """
         with self._in_one_line("run"):
-            return np.asarray(session.run(None, {session.get_inputs()[0].name: images})[0])
+            return [np.asarray(output) for output in session.run(None, dict(inputs))]
 
-    def layer_times(self, variants: Sequence[bytes], images: Images) -> list[dict[str, float]]:
+    def layer_times(self, variants: Sequence[bytes], inputs: Inputs) -> list[dict[str, float]]:
         """Median time of each node in each variant, milliseconds, by its name, from profiles of interleaved calls."""
         with tempfile.TemporaryDirectory() as folder:
             sessions = [self.session(data, profile=Path(folder) / f"{index}") for index, data in enumerate(variants)]
             for _ in range(WARM_UP_CALLS + PROFILED_CALLS):
                 for session in sessions:
-                    self.run(session, images)
+                    self.run(session, inputs)
             profiles = [read_profile(session.end_profiling()) for session in sessions]
         return [{node.name: node.median_ms(WARM_UP_CALLS) for node in nodes} for nodes in profiles]
 
-    def interleaved(self, variants: Sequence[bytes], images: Sequence[Images], calls: int) -> list[float]:
+    def interleaved(self, variants: Sequence[bytes], batches: Sequence[Inputs], calls: int) -> list[float]:
         """Median processor time of a call of each variant, milliseconds: in turns."""
         sessions = [self.session(data) for data in variants]
         times: list[list[float]] = [[] for _ in sessions]
         for session in sessions * WARM_UP_CALLS:
-            self.run(session, images[0])
+            self.run(session, batches[0])
         for turn in turns(calls):
             for session, taken in zip(sessions, times, strict=True):
-                self.run(session, images[turn[0] % len(images)])
+                self.run(session, batches[turn[0] % len(batches)])
                 for index in turn:
                     start = time.process_time()
-                    self.run(session, images[index % len(images)])
+                    self.run(session, batches[index % len(batches)])
                     taken.append(time.process_time() - start)
         return [statistics.median(taken) * 1e3 for taken in times]
 

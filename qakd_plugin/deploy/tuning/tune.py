@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ import onnx_ir as ir
 import onnxruntime
 
 from ..._common.files import with_extension, write_atomic
-from ...errors import ExportError, ParityError
+from ...errors import ExportError, ParityError, QakdError
+from ...runtimes.base import Array, Input, fitted
 from ...runtimes.host import environment
 from ..canonical.graph import read_onnx
-from .timing import Images, Variants
+from .timing import Inputs, Variants
 from .zero_point import eligible_layers, with_weight_zero_point
 
 
@@ -31,7 +32,7 @@ class Tuning:
         eligible: how many convolutions could have got it.
         plain_ms: median processor time of a call of the given file.
         tuned_ms: likewise of the fastest variant, in the same interleaved run.
-        batch: images per call.
+        batch: samples per call.
         threads: of the runtime.
         cpu: the processor this holds for.
         cpu_flags: what it can do, as far as it matters here.
@@ -62,7 +63,7 @@ def tune_for_host(
     path: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    samples: Images | None = None,
+    samples: Array | Mapping[str, Array] | None = None,
     batch: int = 1,
     threads: int = 1,
     calls: int = 40,
@@ -77,8 +78,9 @@ def tune_for_host(
     Args:
         path: a file exported with ``target="onnxruntime"``.
         out: where the tuned file goes.
-        samples: float32 (N, ...) inputs for the check and the measurement; random ones by default.
-        batch: images per call, as it will be deployed.
+        samples: (N, ...) inputs for the check and the measurement: of the file's only input, or by name; random ones by
+            default, where all inputs are floats of fixed sizes.
+        batch: samples per call, as it will be deployed.
         threads: of the runtime, likewise.
         calls: timed calls of each variant.
         minimum_gain: least share of the time that must be saved; measurements repeat within 1 to 3 %.
@@ -101,15 +103,15 @@ def tune_for_host(
             f"{source}: no quantized convolution in ONNX Runtime's form: export it with target='onnxruntime'. Depthwise and "
             "grouped convolutions never gain."
         )
-    images = _images(model, samples, batch)
+    batches = _batches(model, samples, batch)
     variants = {(): plain, eligible: _bytes(with_weight_zero_point(model, eligible), source)}
-    before, after = runtime.layer_times(list(variants.values()), images[0])
+    before, after = runtime.layer_times(list(variants.values()), batches[0])
     faster = tuple(name for name in eligible if after.get(name, np.inf) < before.get(name, np.inf))
     if faster not in variants:
         variants[faster] = _bytes(with_weight_zero_point(model, faster), source)
-    times = dict(zip(variants, runtime.interleaved(list(variants.values()), images, calls), strict=True))
+    times = dict(zip(variants, runtime.interleaved(list(variants.values()), batches, calls), strict=True))
     best = min((layers for layers in variants if layers), key=times.__getitem__)
-    _check_same_bits(runtime, plain, variants[best], images)
+    _check_same_bits(runtime, plain, variants[best], batches)
     gained = times[best] <= (1 - minimum_gain) * times[()]
     host = environment()
     tuning = Tuning(
@@ -138,36 +140,52 @@ def _bytes(model: ir.Model, source: Path) -> bytes:
     return data
 
 
-def _images(model: ir.Model, samples: Images | None, batch: int) -> list[Images]:
-    """Batches of the size that will be deployed."""
-    value = model.graph.inputs[0]
-    sizes = [size if isinstance(size, int) else None for size in value.shape or ()][1:]
-    if samples is None:
-        fixed = [size for size in sizes if size is not None]
-        if not sizes or len(fixed) < len(sizes):
-            raise ExportError(f"input {value.name!r} has no fixed image size: pass samples.")
+def _batches(model: ir.Model, samples: Array | Mapping[str, Array] | None, batch: int) -> list[Inputs]:
+    """Batches of the size that will be deployed; an input's first dimension counts samples."""
+    stored = model.graph.initializers
+    expected = {str(value.name): _input(value) for value in model.graph.inputs if value.name not in stored}
+    given = _random(expected, batch) if samples is None else samples if isinstance(samples, Mapping) else {"0": samples}
+    try:
+        found = fitted(expected, given)
+    except QakdError as error:
+        raise ExportError(f"samples: {error}") from error
+    count = min((len(array) for array in found.values() if array.ndim), default=0)
+    if count < batch or any(not array.ndim or len(array) != count for array in found.values()):
+        shapes = ", ".join(f"{name!r} {list(array.shape)}" for name, array in found.items())
+        raise ExportError(f"samples: expected {batch} or more, as many of each input; got {shapes}.")
+    return [
+        {name: np.ascontiguousarray(array[start : start + batch]) for name, array in found.items()}
+        for start in range(0, count - batch + 1, batch)
+    ]
+
+
+def _input(value: ir.Value) -> Input:
+    """Any number of samples, whatever the batch that the file says: how many are given is checked elsewhere."""
+    sizes = [size if isinstance(size, int) else None for size in value.shape or ()]
+    return Input((None, *sizes[1:]), None if value.dtype is None else value.dtype.numpy())
+
+
+def _random(expected: Mapping[str, Input], batch: int) -> dict[str, Array]:
+    draw, arrays = np.random.default_rng(0), {}
+    for name, spec in expected.items():
+        sizes = [size for size in (spec.shape or ())[1:] if size is not None]
+        if spec.dtype is None or spec.dtype.kind != "f":
+            raise ExportError(f"input {name!r} holds {spec.dtype}, which is not drawn at random: pass samples.")
+        if not sizes or len(sizes) < len(spec.shape or ()) - 1:
+            raise ExportError(f"input {name!r} has no fixed image size: pass samples.")
         try:
-            samples = np.random.default_rng(0).random((4 * batch, *fixed), dtype=np.float32)
+            arrays[name] = draw.random((4 * batch, *sizes), dtype=np.float32)
         except (MemoryError, ValueError) as error:
-            raise ExportError(
-                f"input {value.name!r}: {4 * batch} images of {fixed} do not fit into memory: pass samples."
-            ) from error
-    fits = samples.ndim == len(sizes) + 1 and all(
-        size in (None, got) for size, got in zip(sizes, samples.shape[1:], strict=True)
-    )
-    if not fits or samples.dtype != np.float32 or len(samples) < batch:
-        expected = ", ".join("any" if size is None else str(size) for size in sizes)
-        raise ExportError(
-            f"samples: expected float32 (N, {expected}) with N of {batch} at least, got {samples.dtype} {samples.shape}."
-        )
-    return [np.ascontiguousarray(samples[start : start + batch]) for start in range(0, len(samples) - batch + 1, batch)]
+            raise ExportError(f"input {name!r}: {4 * batch} images of {sizes} do not fit into memory: pass samples.") from error
+    return arrays
 
 
-def _check_same_bits(runtime: Variants, plain: bytes, tuned: bytes, images: Sequence[Images]) -> None:
+def _check_same_bits(runtime: Variants, plain: bytes, tuned: bytes, batches: Sequence[Inputs]) -> None:
     for fusions in (False, True):
         first, second = (runtime.session(data, fusions=fusions) for data in (plain, tuned))
-        for batch in images:
-            if not np.array_equal(runtime.run(first, batch), runtime.run(second, batch)):
+        for batch in batches:
+            pairs = zip(runtime.run(first, batch), runtime.run(second, batch), strict=True)
+            if not all(np.array_equal(one, other) for one, other in pairs):
                 raise ParityError(
                     f"the tuned file computes other numbers with fusions {'on' if fusions else 'off'}: a fault of ONNX Runtime "
                     f"{onnxruntime.__version__}. Deploy the plain file."

@@ -3,7 +3,7 @@
 (() => {
   const table = document.getElementById("rows");
   if (!table) return;
-  const { rows, axes, measures } = JSON.parse(document.getElementById("data").textContent);
+  const { rows, axes, measures, descending } = JSON.parse(document.getElementById("data").textContent);
   const lines = [...table.tBodies[0].rows];
   const SVG = "http://www.w3.org/2000/svg";
 
@@ -51,7 +51,8 @@
       const input = element("input", label, { type: "search", size: "16" });
       input.addEventListener("input", () => { words = input.value.toLowerCase(); update(); });
     }
-    for (const [name, options] of [["x", axes], ["y", measures]]) {
+    const named = Object.fromEntries(Object.entries(measures).map(([key, measure]) => [key, measure.name]));
+    for (const [name, options] of [["x", axes], ["y", named]]) {
       if (Object.keys(options).length < 2 || !document.getElementById("plot")) continue;
       const label = element("label", bar, {}, `plot ${name}`);
       const select = element("select", label);
@@ -66,7 +67,8 @@
   // -- table -------------------------------------------------------------------------------------------------------------------
 
   function sortBy(column, heading) {
-    const up = heading.getAttribute("aria-sort") !== "ascending";
+    const first = descending[column] ? "descending" : "ascending"; // the best comes first
+    const up = heading.getAttribute("aria-sort") === first ? descending[column] : !descending[column];
     for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
     heading.setAttribute("aria-sort", up ? "ascending" : "descending");
     const key = line => rows[line.dataset.i].keys[column];
@@ -116,21 +118,25 @@
     const [xs, ys] = [shown.map(row => row[state.x]), shown.map(row => row[state.y])];
     const [xMin, xMax, yMin, yMax] = [Math.min(...xs), Math.max(...xs), Math.min(...ys), Math.max(...ys)];
     const logarithmic = xMin > 0 && xMax > 12 * xMin;
-    const step = niceStep(Math.max(yMax - yMin, 0.4) / 4);
-    const top = state.y === "sqnr_db" ? Infinity : 100;
+    const { percent } = measures[state.y];
+    const step = niceStep(Math.max(yMax - yMin, percent ? 0.4 : Math.abs(yMax) * 0.01 || 1) / 4);
+    const [top, bottom] = [percent ? 100 : Infinity, yMin >= 0 ? 0 : -Infinity];
     return {
       x: scale(logarithmic ? xMin / 1.3 : 0, logarithmic ? xMax * 1.3 : xMax * 1.12 || 1, box.left, box.right, logarithmic),
-      y: scale(top === 100 ? Math.max(0, (Math.floor(yMin / step - 0.5)) * step) : (Math.floor(yMin / step - 0.5)) * step, Math.min(top, Math.ceil(yMax / step + 0.5) * step), box.bottom, box.top, false),
+      y: scale(Math.max(bottom, Math.floor(yMin / step - 0.5) * step), Math.min(top, Math.ceil(yMax / step + 0.5) * step), box.bottom, box.top, false),
     };
   }
 
   // A row is on the frontier when no other shown row of its setting is at least as good in both, and better in one.
   function frontiers(shown) {
+    const { lower, ranked } = measures[state.y];
     const lines = new Map();
-    for (const row of [...shown].sort((a, b) => a[state.x] - b[state.x] || b[state.y] - a[state.y])) {
+    if (!ranked) return [];
+    const rank = row => (lower ? -row[state.y] : row[state.y]);
+    for (const row of [...shown].sort((a, b) => a[state.x] - b[state.x] || rank(b) - rank(a))) {
       const line = lines.get(row.setting) ?? [];
       const last = line.at(-1);
-      if (!last || row[state.y] > last[state.y] || (row[state.x] === last[state.x] && row[state.y] === last[state.y])) line.push(row);
+      if (!last || rank(row) > rank(last) || (row[state.x] === last[state.x] && row[state.y] === last[state.y])) line.push(row);
       lines.set(row.setting, line);
     }
     return [...lines.values()];
@@ -159,7 +165,7 @@
     const root = document.createElementNS(SVG, "svg");
     root.setAttribute("viewBox", `0 0 ${width} ${height}`);
     root.setAttribute("role", "img");
-    root.setAttribute("aria-label", `${measures[state.y]} against ${axes[state.x]}, ${shown.length} rows`);
+    root.setAttribute("aria-label", `${measures[state.y].name} against ${axes[state.x]}, ${shown.length} rows`);
     points = [];
     canvas.replaceChildren(root);
     canvas.classList.add("drawn");
@@ -175,7 +181,7 @@
     }
     for (const value of x.ticks) svg("text", root, { x: x.at(value), y: box.bottom + 18, "text-anchor": "middle" }, shorten(value));
     svg("text", root, { class: "axis", x: box.right, y: box.bottom + 37, "text-anchor": "end" }, axes[state.x]);
-    svg("text", root, { class: "axis", x: box.left, y: 11 }, measures[state.y]);
+    svg("text", root, { class: "axis", x: box.left, y: 11 }, measures[state.y].name);
     const lines = frontiers(shown);
     const best = new Set(lines.flat());
     // Lines of many settings would cross each other and tell nothing.
@@ -185,12 +191,13 @@
     const placed = shown.map(row => ({ row, x: x.at(row[state.x]), y: y.at(row[state.y]) }));
     placed.sort((a, b) => best.has(b.row) - best.has(a.row) || a.x - b.x);
     const taken = placed.map(point => [point.x - 5, point.y - 7, point.x + 5, point.y + 7]);
-    const intervals = shown.length <= 40 && state.y === "accuracy";
+    const [low, high] = [`${state.y}_low`, `${state.y}_high`];
+    const intervals = shown.length <= 40;
     const labelled = shown.length <= 200 ? placed : [];
     for (const point of placed) {
       point.group = svg("g", root, { class: `${point.row.family}${best.has(point.row) ? " best" : ""}` });
-      if (intervals && point.row.accuracy_low !== null && point.row.accuracy_high !== null) {
-        svg("line", point.group, { class: "interval", x1: point.x, x2: point.x, y1: y.at(point.row.accuracy_low), y2: y.at(point.row.accuracy_high) });
+      if (intervals && point.row[low] !== null && point.row[high] !== null) {
+        svg("line", point.group, { class: "interval", x1: point.x, x2: point.x, y1: y.at(point.row[low]), y2: y.at(point.row[high]) });
       }
       svg("path", point.group, { class: "point", d: point.row.marker, transform: `translate(${point.x} ${point.y})` });
     }
