@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from .fx_graph import called_module
-from .layer_names import quantizable_layers
+from .layer_names import quantizable_layers, within
 
 _log = logging.getLogger(__name__)
 _HEADS = (
@@ -19,7 +20,7 @@ _HEADS = (
 """Classes that are the heads of one-stage detectors: where they are defined, and their names or those of a base."""
 
 
-def detection_heads(model: nn.Module, graph: fx.Graph | None) -> tuple[str, ...]:
+def detection_heads(model: nn.Module, graph: fx.Graph | None, keep: Sequence[str] | None = None) -> tuple[str, ...]:
     """Layers that make the outputs of a detector, and what turns distributions into distances (DFL); none of other networks.
 
     A network is a detector where it holds the head of a one-stage detector of torchvision or Ultralytics, or a convolution of
@@ -29,9 +30,12 @@ def detection_heads(model: nn.Module, graph: fx.Graph | None) -> tuple[str, ...]
     Args:
         model: the float model; it is not changed.
         graph: of calls of its modules; None where there is none.
+        keep: what the user asked to keep: heads that are not among it are named in the log, and no others are added.
     """
     integrals = {name for name, module in model.named_modules() if _is_integral(module)}
     if not integrals and not any(_is_head(module) for module in model.modules()):
+        return ()
+    if graph is None and keep is not None:
         return ()
     if graph is None:
         _log.warning(
@@ -41,6 +45,14 @@ def detection_heads(model: nn.Module, graph: fx.Graph | None) -> tuple[str, ...]
         )
         return ()
     heads = (*_last_layers(model, graph, integrals), *sorted(integrals))
+    if keep is not None:
+        if left := [name for name in heads if not any(within(name, pattern) for pattern in keep)]:
+            _log.warning(
+                "%s is a detector, and its heads are quantized: %s. keep=None keeps them.",
+                type(model).__name__,
+                ", ".join(left),
+            )
+        return ()
     _log.warning(
         "%s is a detector: its heads stay in floating point: %s. keep=() quantizes them as well.",
         type(model).__name__,

@@ -76,7 +76,7 @@ def place_quantizers(model: nn.Module, keep: Sequence[str] | None = None, inputs
     """
     layers = quantizable_layers(model, keep or ())
     graph = layer_graph(model, inputs)
-    if keep is None and (heads := detection_heads(model, graph)):
+    if heads := detection_heads(model, graph, keep):
         layers = quantizable_layers(model, heads)
     if graph is None:
         _log.warning(

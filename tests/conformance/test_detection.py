@@ -105,9 +105,10 @@ def test_detectors_of_torchvision_learn_from_what_their_heads_output(name, toolk
     assert row["kl"] > 0
 
 
-def test_keep_of_nothing_quantizes_the_heads_as_well():
+def test_keep_of_nothing_quantizes_the_heads_as_well_and_says_so(caplog):
     network = Heads(DETECTORS["retinanet"][0]()).eval()
     student = qakd.prepare(network, LOADER, keep=())
+    assert "its heads are quantized: head.classification_head.cls_logits, head.regression_head.bbox_reg" in caplog.text
     assert _quantized_layers(student) == {n for n, m in network.named_modules() if isinstance(m, nn.Conv2d)}
 
 
