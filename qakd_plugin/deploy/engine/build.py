@@ -150,15 +150,15 @@ def _request(
     source = inspect_onnx(onnx_path)
     if not source.quantized and not allow_float:
         raise EngineError(
-            f"{onnx_path} holds no QuantizeLinear: the engine would compute in floating point. Export a prepared model with "
-            "export_onnx(..., target='tensorrt'), or pass allow_float=True for a floating-point baseline."
+            f"{os.fspath(onnx_path)} holds no QuantizeLinear: the engine would compute in floating point. Export a prepared "
+            "model with export_onnx(..., target='tensorrt'), or pass allow_float=True for a floating-point baseline."
         )
     shapes = profile_shapes(source.inputs, batches, sizes)
     library, gpu = load_runtime(runtime), gpu_capability()
     targets = choose_capabilities(library, capabilities, gpu)
     if timing_cache is not None and library.is_rtx:
         raise EngineError("timing_cache: tensorrt_rtx has none, it measures nothing while it builds. Leave it out.")
-    return _Request(str(onnx_path), source, profile, shapes, library, gpu, targets, require_int8, timing_cache)
+    return _Request(os.fspath(onnx_path), source, profile, shapes, library, gpu, targets, require_int8, timing_cache)
 
 
 def _manifest(request: _Request, plan: bytes) -> dict[str, Any]:

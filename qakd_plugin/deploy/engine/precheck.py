@@ -100,7 +100,8 @@ def inspect_onnx(path: str | os.PathLike[str]) -> OnnxContents:
     )
 
 
-def _read(path: str | os.PathLike[str]) -> tuple[bytes, ir.Model]:
+def _read(file: str | os.PathLike[str]) -> tuple[bytes, ir.Model]:
+    path = os.fspath(file)
     try:
         data = Path(path).read_bytes()
     except OSError as error:

@@ -40,7 +40,12 @@ def trtexec_command(
         EngineError: a dynamic dimension has no sizes.
     """
     rtx = runtime == "tensorrt_rtx"
-    words = ["tensorrt_rtx" if rtx else "trtexec", f"--onnx={onnx_path}", f"--saveEngine={engine_path}", "--skipInference"]
+    words = [
+        "tensorrt_rtx" if rtx else "trtexec",
+        f"--onnx={os.fspath(onnx_path)}",
+        f"--saveEngine={os.fspath(engine_path)}",
+        "--skipInference",
+    ]
     if not rtx:
         words.append("--stronglyTyped")
     elif list(capabilities) == ["CURRENT"]:

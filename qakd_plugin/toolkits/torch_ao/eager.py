@@ -26,6 +26,7 @@ from ..adapter import Precision
 from .calibration import calibrate
 from .configuration import fixed_fake_quantize, require_signed_bytes, torch_ao_qconfig, unsigned_byte
 from .fx import TorchAOAdapter
+from .fx_graph import traceable
 from .qat_layers import QAT_LAYERS
 
 with warnings.catch_warnings():
@@ -140,7 +141,7 @@ class _Plan:
     """
 
     def __init__(self, model: nn.Module, placement: Placement) -> None:
-        with eval_mode(model):
+        with eval_mode(model), traceable(model, "torch_ao_eager"):
             graph_module = fx.symbolic_trace(model)
         self.modules = dict(graph_module.named_modules())
         self.floats = dict(model.named_modules())

@@ -24,7 +24,14 @@ from ..adapter import Precision, QParams, Quantizer
 from ..fake_quantizers import FakeQuantizeAdapter, is_active, require_calibrated, restored_fake_quantize, rule_of, substitute
 from .calibration import calibrate
 from .configuration import require_signed_bytes, torch_ao_qconfig_mapping
-from .fx_graph import follow_the_mode, insert_low_bit_inputs, is_fake_quant, leave_output_in_float, use_unsigned_bytes
+from .fx_graph import (
+    follow_the_mode,
+    insert_low_bit_inputs,
+    is_fake_quant,
+    leave_output_in_float,
+    traceable,
+    use_unsigned_bytes,
+)
 from .qat_layers import FUSED_RELU, QAT_LAYERS, bake_weight, folded, folded_weight_of
 
 with warnings.catch_warnings():
@@ -98,7 +105,7 @@ class TorchAOAdapter(FakeQuantizeAdapter):
     def prepare(self, model: nn.Module, batches: Sequence[Inputs], precision: Precision) -> nn.Module:
         placement = place_quantizers(model, precision.keep, batches[0])
         mapping = torch_ao_qconfig_mapping(model, placement, precision.weight_bits)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), traceable(model, self.name):
             warnings.simplefilter("ignore", DeprecationWarning)
             warnings.simplefilter("ignore", UserWarning)  # one per observer, on a default that changed years ago
             prepared = prepare_qat_fx(

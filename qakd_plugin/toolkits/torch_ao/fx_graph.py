@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from ...errors import QakdError
 from ...placement.fx_graph import relu_bounds
 from ...placement.placement import Placement
 from ...placement.sign_analysis import non_negative
@@ -21,6 +23,25 @@ with warnings.catch_warnings():
     # torch.ao.quantization announces its migration to torchao on import; the models it prepared live on.
     warnings.simplefilter("ignore", DeprecationWarning)
     from torch.ao.quantization.fake_quantize import FakeQuantizeBase
+
+
+@contextmanager
+def traceable(model: nn.Module, toolkit: str) -> Iterator[None]:
+    """Within the block torch.fx traces ``model``.
+
+    Raises:
+        QakdError: it cannot; says why, and which toolkits need no torch.fx.
+    """
+    try:
+        yield
+    except QakdError:
+        raise
+    except Exception as error:  # user code runs under the tracer: whatever it raises means "cannot be traced"
+        reason = (str(error).splitlines() or [""])[0].split(". ")[0]
+        raise QakdError(
+            f"toolkit={toolkit!r} needs torch.fx, which cannot trace {type(model).__name__} ({type(error).__name__}: "
+            f"{reason}). Use toolkit='modelopt' or 'pt2e', which do not, or make the control flow of its forward independent of inputs."
+        ) from error
 
 
 def is_fake_quant(prepared: fx.GraphModule, node: Any) -> bool:
