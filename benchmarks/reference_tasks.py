@@ -8,12 +8,14 @@ anything out: a loop written by hand would draw what `distill` has drawn already
 from __future__ import annotations
 
 import functools
+import runpy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from page_tables import ROOT
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import (
@@ -24,6 +26,7 @@ from torchmetrics.classification import (
     MulticlassJaccardIndex,
     MultilabelAveragePrecision,
 )
+from torchmetrics.detection import MeanAveragePrecision
 from torchmetrics.regression import MeanSquaredError, SpearmanCorrCoef
 from torchmetrics.text import Perplexity
 
@@ -53,7 +56,8 @@ class Task:
         metric_fn: what the metric takes; None for the output and the targets.
         batch_fn: splits a batch.
         dynamic: dimensions of the file that are open beside the batch.
-        bits: of weights; activations have 8.
+        bits: of weights and activations.
+        options: of ``distill`` besides.
     """
 
     name: str
@@ -68,9 +72,10 @@ class Task:
     bits: int = 8
     options: dict[str, Any] = field(default_factory=dict)
 
-    def inputs(self) -> Inputs:
-        """Those of the first batch."""
-        return batch_splitter(self.batch_fn, self.network())(self.batches()[0])[0]
+    @property
+    def tokens(self) -> bool:
+        """Whether the network reads tokens."""
+        return "sequence" in str(self.dynamic)
 
     def methods(self) -> dict[str, Any]:
         """The methods that a cell trains with, by name."""
@@ -275,6 +280,42 @@ def _labelled_pixel_values() -> list[Any]:
     return [{"pixel_values": images, "labels": labels} for images, labels in _cut(*_digits())]
 
 
+# -- detection
+
+
+@functools.cache
+def _example() -> dict[str, Any]:
+    return runpy.run_path(str(ROOT / "examples" / "by_feature" / "detection.py"))
+
+
+def _detector(kind: str) -> nn.Module:
+    """A detector of torchvision from images to the raw outputs of its heads."""
+    from torchvision.models import detection
+    from torchvision.models.detection.anchor_utils import AnchorGenerator
+
+    anchors = AnchorGenerator(sizes=((24,), (40,)), aspect_ratios=((1.0,), (1.0,)))
+    make = getattr(detection, kind)
+    network: nn.Module = _example()["RawHeads"](
+        make(_example()["Backbone"](16), 10, anchor_generator=anchors, score_thresh=0.0)
+    )
+    return network
+
+
+def _places() -> list[Any]:
+    images, labels = _digits()
+    scenes, targets = _example()["scenes"](images, labels, seed=0)
+    return [(scenes[start : start + BATCH], targets[start : start + BATCH]) for start in range(0, SAMPLES, BATCH)]
+
+
+def _detections(kind: str) -> Callable[[Any, Any], tuple[Any, Any]]:
+    """What mAP takes: boxes of raw outputs, whoever computed them; post-processing needs a detector's anchors alone."""
+    network = functools.cache(lambda: _made(lambda: _detector(kind)))
+    return lambda outputs, targets: (network().detections(outputs), targets)
+
+
+_HEADS = {"cls_logits": qakd.BinaryKL(), "bbox_regression": qakd.SmoothL1(beta=0.1)}
+
+
 # -- tokens
 
 
@@ -437,6 +478,19 @@ TASKS = (
         task_loss=_pixel_loss,
         metric_fn=_pixel_metric,
     ),
+    *(
+        Task(
+            f"detection, {kind}",
+            functools.partial(_detector, kind),
+            _places,
+            lambda: MeanAveragePrecision(backend="pycocotools"),
+            match=_HEADS | ({"bbox_ctrness": qakd.BinaryKL()} if kind == "FCOS" else {}),
+            task_loss="model",
+            metric_fn=_detections(kind),
+            options={"monitor": "map"},
+        )
+        for kind in ("RetinaNet", "FCOS")
+    ),
     Task(
         "segmentation, SegFormer",
         _segformer,
@@ -479,7 +533,7 @@ TASKS = (
         Perplexity,
         task_loss="model",
         metric_fn=_shifted,
-        dynamic={"input_ids": {1: "sequence"}},
+        dynamic={"input": {1: "sequence"}},
     ),
     Task(
         "keyword spotting, Conv1d + GRU",

@@ -220,8 +220,8 @@ def _check_first_batch(
                 student = named_outputs(model(*args, **kwargs))
                 taught = None if teacher is None else named_outputs(frozen_output(teacher, *args, **kwargs))
             check_first_batch(model, student, inputs)
-            if data.val_loader is not None:
-                check_counted(lesson.phases, student, inputs, metric=data.metric is not None, teacher=teacher is not None)
+            if data.val_loader is not None and data.metric is None:
+                check_counted(lesson.phases, student, inputs)
             if taught is not None:
                 check_taught(lesson.phases, student, taught, inputs, first.targets, validated=data.val_loader is not None)
             if teacher is not None and taught is not None and settings.mixed_precision == "no":

@@ -117,29 +117,26 @@ def check_taught(
     check_match(here, student, teacher, inputs, targets)
 
 
-def check_counted(phases: Sequence[Phase], student: Outputs, inputs: Inputs, *, metric: bool, teacher: bool) -> None:
-    """What is counted on held-out batches can be read in one way.
+def check_counted(phases: Sequence[Phase], student: Outputs, inputs: Inputs) -> None:
+    """What is counted on held-out batches, where there is no metric of the user's, can be read in one way.
 
     Args:
         phases: one that compares outputs says which.
         student: outputs in eval mode.
         inputs: of the batch.
-        metric: whether the user's metric is counted.
-        teacher: whether there is one, with which outputs are compared even then.
 
     Raises:
         QakdError: more than one reading is possible; shows the line to write.
     """
-    if any(phase.imitation is not None for phase in phases) or (metric and not teacher):
+    if any(phase.imitation is not None for phase in phases):
         return
     try:
         default_match(student, inputs)
     except QakdError as problem:
-        needed = "" if metric else ", metric=..., metric_fn=lambda outputs, targets: (outputs[...], targets)"
         raise QakdError(
             f"val_loader: the network outputs {listed(student)}; what is counted can be read in more than one way, and the "
-            f"method compares none of them with a teacher. Write distill(prepared_model, None, loader{needed}), or leave "
-            "val_loader out."
+            "method compares none of them with a teacher. Pass metric=..., metric_fn=lambda outputs, targets: (outputs[...], "
+            "targets), or leave val_loader out."
         ) from problem
 
 

@@ -139,7 +139,7 @@ def _quantize_parts(graph: ir.Graph, steps: list[ir.Node]) -> None:
         value = part
         for node in rest:
             again = ir.node(node.op_type, [value, *node.inputs[1:]], name=f"{node.name}/part_{index}")
-            again.outputs[0].name, again.outputs[0].dtype = f"{again.name}:out", node.outputs[0].dtype
+            again.outputs[0].name, again.outputs[0].type = f"{again.name}:out", node.outputs[0].type
             graph.insert_before(concat, again)
             value = again.outputs[0]
         parts.append(value)

@@ -39,8 +39,8 @@ def traceable(model: nn.Module, toolkit: str) -> Iterator[None]:
     except Exception as error:  # user code runs under the tracer: whatever it raises means "cannot be traced"
         reason = (str(error).splitlines() or [""])[0].split(". ")[0]
         raise QakdError(
-            f"toolkit={toolkit!r} needs torch.fx, which cannot trace {type(model).__name__} ({type(error).__name__}: "
-            f"{reason}). Use toolkit='modelopt' or 'pt2e', which do not, or make the control flow of its forward independent of inputs."
+            f"toolkit={toolkit!r} needs torch.fx, which cannot trace {type(model).__name__} ({reason}). Use "
+            "toolkit='modelopt' or 'pt2e', or let no input steer the control flow of its forward."
         ) from error
 
 
