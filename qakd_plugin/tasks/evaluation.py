@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
-from torchmetrics.aggregation import MeanMetric
+from torchmetrics.aggregation import MeanMetric, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from ..errors import QakdError, TrainingError
@@ -75,7 +75,7 @@ class _Counts:
         self._device, self._metric, self._metric_fn = device, metric, metric_fn
         self._own: dict[str, Metric] = {}
         self._users: dict[str, Counted] = {}
-        self._power: dict[str, list[float]] = {}
+        self._power: dict[str, tuple[Metric, Metric]] = {}
 
     def add(self, outputs: Outputs, expected: Outputs | None, inputs: Inputs, targets: Any, match: Match | None) -> None:
         """Count one batch."""
@@ -102,7 +102,8 @@ class _Counts:
         numbers = {name: float(metric.compute()) for name, metric in self._own.items()}
         for prefix, counted in self._users.items():
             numbers |= {f"val_{prefix}{name}": value for name, value in counted.compute().items()}
-        for name, (signal, noise) in self._power.items():
+        for name, sums in self._power.items():
+            signal, noise = (float(total.compute()) for total in sums)  # over all processes, as every metric
             numbers[name] = math.inf if noise == 0 else -math.inf if signal == 0 else 10 * math.log10(signal / noise)
         if not numbers:
             raise TrainingError(
@@ -134,9 +135,12 @@ class _Counts:
             same = self._own.setdefault(f"val_agreement{suffix}", MeanMetric().to(self._device))
             same.update((own == others).float())
             return
-        power = self._power.setdefault(f"val_sqnr_db{suffix}", [0.0, 0.0])
-        power[0] += float(expected.double().square().sum())
-        power[1] += float((output.double() - expected.double()).square().sum())
+        signal, noise = self._power.setdefault(f"val_sqnr_db{suffix}", (self._sum(), self._sum()))
+        signal.update(expected.double().square().sum())
+        noise.update((output.double() - expected.double()).square().sum())
+
+    def _sum(self) -> Metric:
+        return SumMetric().set_dtype(torch.float64).to(self._device)
 
     def _accuracy(self, matcher: KL, output: Tensor, expected: Tensor | None, targets: Any) -> None:
         logits = output.movedim(matcher.dim, 1)

@@ -296,3 +296,14 @@ def test_a_float_model_is_written_likewise(tmp_path: Path) -> None:
     other = {name: tensor[:1, ..., :10, :12] for name, tensor in inputs.items()}
     with torch.no_grad():
         assert np.allclose(_run(path, other)[1], network(**other)["heads"]["box"], atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 8])
+def test_one_number_for_each_sample_has_the_range_of_all_samples(count, digits, tmp_path):
+    """A sample alone has no range: its rounding would be infinitely large."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 8, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 1)).eval()
+    student = prepare(net, [digits.test[0][:32]])
+    for start in range(0, 24, 8):
+        exported = export_onnx(student, digits.test[0][start : start + count], tmp_path / "s.onnx")
+        assert exported.parity.runtime_deviation < 1e-4

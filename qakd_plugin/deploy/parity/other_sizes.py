@@ -14,7 +14,7 @@ from ...tasks.inputs import Inputs, call, named_tensors, with_tensors
 from ..canonical.graph import batch_symbol, dynamic_sizes
 from .programs import LOGIT_TOLERANCE, InFile, Program, Reference, same
 from .recorded_codes import Codes
-from .report import Array, deviations
+from .report import Array, deviations, range_of
 
 
 def check_other_sizes(in_file: InFile, reference: Reference, program: Program) -> None:
@@ -31,6 +31,7 @@ def check_other_sizes(in_file: InFile, reference: Reference, program: Program) -
         ParityError: the file computes something else at other sizes, or for a sample alone than for it in a batch.
         ExportError: the model itself takes no other size of a dimension that is dynamic in the file.
     """
+    reference = replace(reference, ranges=[range_of(output) for output in program.outputs])
     sizes = dynamic_sizes(in_file.file.graph)
     batch = batch_symbol(in_file.file.graph)
     other = reference.samples
@@ -52,13 +53,14 @@ def check_other_sizes(in_file: InFile, reference: Reference, program: Program) -
 
 def _check_alone(alone: Reference, single: Program, whole: Program, count: int) -> None:
     """What the file computes for a sample alone is what it computes for it as the first of a batch of ``count``."""
-    names, pairs = [], []
+    names, pairs, ranges = [], [], []
     for name, one, many in zip(alone.output_names, single.outputs, whole.outputs, strict=True):
         first = None if one.shape == many.shape else _first(many, one.shape, count)
         if first is not None:  # else a number for the whole batch, or one for each pair of samples
             names.append(name)
             pairs.append((one, first))
-    found = deviations([one for one, _ in pairs], [first for _, first in pairs])
+            ranges.append(range_of(many))
+    found = deviations([one for one, _ in pairs], [first for _, first in pairs], ranges=ranges)
     if all(deviation <= LOGIT_TOLERANCE for deviation in found):
         return
     codes = _first_codes(whole.codes, single.codes, count)

@@ -59,12 +59,14 @@ class Reference:
         samples: what it is called with, on the CPU.
         output_names: of the file, in order.
         tail: layers after the last quantizers, compared one by one where outputs differ although all codes agree.
+        ranges: of the outputs, where ``samples`` are too few to show them.
     """
 
     form: nn.Module
     samples: Inputs
     output_names: Sequence[str]
     tail: Sequence[str]
+    ranges: Sequence[float] | None = None
 
 
 class InFile:
@@ -106,7 +108,7 @@ def same(reference: Reference, program: Program) -> tuple[ImposedCodes, float]:
     ):
         expected = arrays(call(reference.form, reference.samples))
     outcome.raise_first(program.name, "its export form")
-    found = deviations(program.outputs, expected)
+    found = deviations(program.outputs, expected, ranges=reference.ranges)
     worst = int(np.argmax(found))  # of NaN, too
     if not found[worst] <= LOGIT_TOLERANCE:
         _raise_for_output(reference.output_names[worst], found[worst], program, settled)

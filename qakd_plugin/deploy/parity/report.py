@@ -103,7 +103,7 @@ def agreement(reference: Array, logits: Array) -> Agreement:
     return Agreement(
         top1=float((reference.argmax(1) == logits.argmax(1)).mean()),
         sqnr_db=float("inf") if power == 0 else float(10 * np.log10((signal**2).sum() / power)),
-        max_deviation=float(np.abs(noise).max()) / max(float(np.ptp(signal)), _SMALLEST_RANGE),
+        max_deviation=float(np.abs(noise).max()) / max(range_of(signal), _SMALLEST_RANGE),
         samples=len(reference),
     )
 
@@ -123,25 +123,35 @@ def least_agreement(references: Sequence[Array], outputs: Sequence[Array]) -> Ag
     )
 
 
-def deviations(actual: Sequence[Array], expected: Sequence[Array], flips: float = FLIPS) -> list[float]:
+def deviations(
+    actual: Sequence[Array], expected: Sequence[Array], flips: float = FLIPS, ranges: Sequence[float] | None = None
+) -> list[float]:
     """Largest difference of each output over the range of what is expected of it; infinite where shapes or numbers differ.
 
-    Of integers and truth values no difference counts as small, but a share of ``flips`` may differ.
+    Of integers and truth values no difference counts as small, but a share of ``flips`` may differ. ``ranges`` are those of
+    more samples, where ``expected`` has too few to have one.
     """
     if len(actual) != len(expected):
         return [float("inf")] * max(len(expected), 1)
-    return [_deviation(one, other, flips) for one, other in zip(actual, expected, strict=True)]
+    least = ranges or [0.0] * len(expected)
+    return [_deviation(one, other, flips, floor) for one, other, floor in zip(actual, expected, least, strict=True)]
 
 
-def _deviation(one: Array, other: Array, flips: float) -> float:
+def range_of(output: Array) -> float:
+    """Largest less smallest finite value; of a single value, its distance from 0."""
+    finite = output[np.isfinite(output)] if output.dtype.kind == "f" else output[:0]
+    spread = float(np.ptp(finite)) if finite.size else 0.0
+    return spread or float(np.abs(finite).max(initial=0))
+
+
+def _deviation(one: Array, other: Array, flips: float, floor: float) -> float:
     if one.shape != other.shape:
         return float("inf")
     if other.dtype.kind != "f":
         return 0.0 if not other.size or float((one != other).mean()) <= flips else float("inf")
     with np.errstate(invalid="ignore"):
         difference = np.where(one == other, np.float32(0), np.abs(one - other))  # infinite, as masks are, is no difference
-    finite = other[np.isfinite(other)]
-    return float(difference.max(initial=0)) / max(float(np.ptp(finite)) if finite.size else 0.0, _SMALLEST_RANGE)
+    return float(difference.max(initial=0)) / max(range_of(other), floor, _SMALLEST_RANGE)
 
 
 def largest_deviation(actual: Sequence[Array], expected: Sequence[Array], flips: float = FLIPS) -> float:
