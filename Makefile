@@ -39,7 +39,7 @@ coverage: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal --cov=qakd_plugin --cov-report=term:skip-covered
 
 matrix: $(STAMP)
-	$(BIN)/python -m pytest -m '' tests/conformance/test_matrix.py
+	$(BIN)/python -m pytest -m matrix
 
 resume: $(STAMP)
 	$(BIN)/python -m pytest -m '' tests/training/test_resume.py tests/training/test_two_processes.py

@@ -68,6 +68,7 @@ def test_what_is_deployed_is_what_was_trained(study, monkeypatch):
         assert agreement(student(images).numpy(), logits.numpy()).sqnr_db > tolerated_sqnr_db(student, images)
 
 
+@pytest.mark.matrix
 def test_the_teachers_cached_answers_change_no_number(study, monkeypatch):
     cell = evidence.Cell("LSQ", 4, "SQAKD", 1.0, seed=3)
     cached = study.run(cell)
@@ -76,6 +77,7 @@ def test_the_teachers_cached_answers_change_no_number(study, monkeypatch):
     assert study.run(cell) == cached
 
 
+@pytest.mark.matrix
 def test_students_that_are_there_are_kept_and_the_others_are_trained_by_several_processes(tmp_path, capsys):
     (tmp_path / "a.json").write_text("kept")
     wanted = {tmp_path / f"{name}.json": ({"accuracy": share},) for name, share in (("a", 0.1), ("b", 0.2), ("c", 0.3))}

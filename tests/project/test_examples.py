@@ -99,6 +99,7 @@ def test_a_resumed_run_ends_with_the_same_bits():
         assert torch.equal(value, found["resumed"][name]), name
 
 
+@pytest.mark.matrix
 def test_two_processes_of_torchrun_end_with_the_same_weights():
     script = ROOT / "examples" / "by_feature" / "two_processes.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]

@@ -156,10 +156,10 @@ def test_bf16_trains_and_quantizers_see_float32(toolkit, make_student, teacher, 
 @pytest.mark.parametrize(
     ("toolkit", "method", "stop"),
     [
-        ("modelopt", SQAKD(), 4),
+        pytest.param("modelopt", SQAKD(), 4, marks=pytest.mark.matrix),
         ("torch_ao", SQAKD(), 17),  # in the middle of an epoch
         ("modelopt", QKD(0.25, 0.5, 0.25), 11),  # while the teacher learns too
-        ("torch_ao", QKD(0.25, 0.5, 0.25), 18),  # between two phases
+        pytest.param("torch_ao", QKD(0.25, 0.5, 0.25), 18, marks=pytest.mark.matrix),  # between two phases
     ],
 )
 def test_resume_is_bit_identical(toolkit, method, stop, tmp_path, make_student, teacher, digits):
