@@ -44,8 +44,8 @@ SIZES = (8, 24, 64)
 """Smallest, usual and largest size of an engine's dynamic dimension that is no batch."""
 
 TIES_DB = 10 * math.log10(2)
-"""A runtime settles ties its own way. If all codes were ties, its rounding errors would be independent of the student's, each as
-large as the student's against itself with quantizers off."""
+"""A runtime settles ties its own way. If all codes were ties, its rounding errors would be independent of the student's, each
+as large as the student's against itself with quantizers off."""
 
 TIES = 0.05
 """What they may change of a metric of 24 samples."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import runpy
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +30,8 @@ from torchmetrics.classification import (
 from torchmetrics.detection import MeanAveragePrecision
 from torchmetrics.regression import MeanSquaredError, SpearmanCorrCoef
 from torchmetrics.text import Perplexity
+from torchvision.models.segmentation import LRASPP, DeepLabV3
+from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 
 import qakd_plugin as qakd
 from qakd_plugin.demo.data import load
@@ -204,16 +207,30 @@ def _scene() -> list[Any]:
     return _cut(images.expand(-1, 3, -1, -1).contiguous(), masks)
 
 
-def _lraspp() -> nn.Module:
-    from torchvision.models.segmentation import lraspp_mobilenet_v3_large
+class TwoLevels(nn.Module):
+    """A small backbone for torchvision's heads: features at a quarter and an eighth of the image's size."""
 
-    return lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=11)  # type: ignore[no-any-return]
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+
+        def block(inputs: int, outputs: int) -> nn.Sequential:
+            return nn.Sequential(nn.Conv2d(inputs, outputs, 3, 2, 1, bias=False), nn.BatchNorm2d(outputs), nn.Hardswish())
+
+        self.stem = nn.Sequential(block(3, width), block(width, width))
+        self.high = block(width, 2 * width)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        low = self.stem(x)
+        high = self.high(low)
+        return OrderedDict(low=low, high=high, out=high)
+
+
+def _lraspp() -> nn.Module:
+    return LRASPP(TwoLevels(), low_channels=8, high_channels=16, num_classes=11, inter_channels=16)
 
 
 def _deeplab() -> nn.Module:
-    from torchvision.models.segmentation import deeplabv3_mobilenet_v3_large
-
-    return deeplabv3_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=11)  # type: ignore[no-any-return]
+    return DeepLabV3(TwoLevels(), DeepLabHead(16, 11, atrous_rates=(1, 2, 3)))
 
 
 def _pixel_loss(outputs: Any, masks: Tensor) -> Tensor:
