@@ -22,10 +22,10 @@ SIZE = 64
 
 
 class RawHeads(nn.Module):
-    """A RetinaNet or FCOS from images of its own size, normalized, to what its heads output: the part that is deployed.
+    """A RetinaNet from images of its own size, normalized, to what its heads output: the part that is deployed.
 
-    Called with targets it computes the detector's own loss as well, for ``task_loss="model"``. An SSD's ``compute_loss`` takes
-    matched anchors, too: call its ``forward`` there.
+    Called with targets it computes the detector's own loss as well, for ``task_loss="model"``. The others' ``compute_loss``
+    takes more, FCOS' the anchors of each level and SSD's those that were matched.
     """
 
     def __init__(self, detector: nn.Module) -> None:
