@@ -241,7 +241,8 @@ class Study:
         with tempfile.TemporaryDirectory() as folder:
             path = export_onnx(student, images[:32], Path(folder) / "student.onnx", target="onnxruntime")
             runner = make_runner(path, "onnxruntime", 1)
-            answers = torch.cat([torch.from_numpy(runner.run(x.numpy())).argmax(1) for x in images.split(500)])
+            logits = [next(iter(runner.run({"0": x.numpy()}).values())) for x in images.split(500)]
+            answers = torch.cat([torch.from_numpy(part).argmax(1) for part in logits])
         return int((answers == labels).sum()) / len(labels)
 
 

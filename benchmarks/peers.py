@@ -167,7 +167,10 @@ def _deployed(path: Path, runtime: str, test: Split, folder: Path) -> dict[str, 
     """Name and accuracy of a file through its runtime, or the runtime's error."""
     try:
         runner = make_runner(path, runtime, 1)
-        return {"file": path.name, "accuracy": _accuracy(lambda x: torch.from_numpy(runner.run(x.numpy())), test)}
+        return {
+            "file": path.name,
+            "accuracy": _accuracy(lambda x: torch.from_numpy(next(iter(runner.run({"0": x.numpy()}).values()))), test),
+        }
     except Exception as error:  # noqa: BLE001
         return {"error": _message(error, folder)}
 

@@ -24,6 +24,7 @@ from qakd_plugin.deploy.targets.float16 import to_float16
 from qakd_plugin.deploy.targets.onnxruntime import to_onnxruntime_form
 from qakd_plugin.deploy.targets.openvino import to_openvino_form
 from qakd_plugin.deploy.targets.tensorrt import to_tensorrt_form
+from qakd_plugin.export_form.tracing import trace
 from qakd_plugin.toolkits import adapter_for
 
 
@@ -240,7 +241,7 @@ def pooled():
         for _ in range(20):
             model(images)
     student = prepare(model.eval(), [images], weight_bits=4, activation_bits=4)
-    return write._export(adapter_for(student).export_form(student), images), images.numpy()
+    return write._export(trace(adapter_for(student).export_form(student), images)), images.numpy()
 
 
 OPTIONAL = [FoldBatchNorm, QuantizeAfterRelu, MergeClips, CarryThroughMaxPool, MergeEqualQuantizers, PackInt4, RaiseOpset]

@@ -89,7 +89,7 @@ def test_two_processes_accumulate_average_and_share_cached_logits_as_one_does(se
     (expected,), found = results
     _require_equal_ranks(found)
     _require_close(found[0]["student"], expected["student"])
-    sizes = [len(load_file(tmp_path / f"logits-{processes}.pt")["logits"]) for processes in (1, 2)]
+    sizes = [len(load_file(tmp_path / f"logits-{processes}.pt")["outputs.logits"]) for processes in (1, 2)]
     assert sizes == [32 * BATCHES] * 2
 
 
