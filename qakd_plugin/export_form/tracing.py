@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..errors import ExportError
-from ..tasks.inputs import Inputs, arguments, call, named_inputs
+from ..tasks.inputs import Inputs, arguments, call, named_inputs, runs_on_one_sample
 from ..tasks.outputs import named_outputs
 
 Dynamic: TypeAlias = Mapping[str, Mapping[int, str]]
@@ -214,6 +214,8 @@ def _traced(
         ExportError: it cannot be traced, or not with a dimension that was asked for.
     """
     program = _attempt(module, tensors, dimensions)
+    if isinstance(program, Exception) and any(dimensions.values()) and runs_on_one_sample(module, (*tensors.values(),), {}):
+        program = _attempt(module, tensors, dimensions)  # what it kept for its last shape may have fixed it
     if not isinstance(program, Exception):
         return program, dimensions, ()
     first = program

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from ..tasks.inputs import Inputs, arguments
+from ..tasks.inputs import Inputs, arguments, runs_on_one_sample
 from .frozen_batch_norm import is_frozen_batch_norm
 from .layer_names import WEIGHTED
 
@@ -61,6 +61,8 @@ def exported_layer_graph(model: nn.Module, inputs: Inputs) -> fx.Graph:
 def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any = None) -> fx.GraphModule:
     """What ``torch.export`` captures of a model in its present mode.
 
+    Where ``shapes`` are refused, it is tried again after a call with one sample, for what the model keeps of its last one.
+
     Args:
         model: called with ``args`` and ``kwargs``.
         args: positional.
@@ -70,6 +72,15 @@ def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sh
     Raises:
         Exception: whatever ``torch.export`` or the model's own code raises.
     """
+    try:
+        return _captured(model, args, kwargs, shapes)
+    except Exception:
+        if shapes is None or not runs_on_one_sample(model, args, kwargs):
+            raise
+    return _captured(model, args, kwargs, shapes)
+
+
+def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> fx.GraphModule:
     printed = io.StringIO()  # on failure the whole graph so far
     with redirect_stderr(printed), torch.enable_grad(), _without_fast_path():
         graph = torch.export.export(model, args, kwargs, dynamic_shapes=shapes).module(check_guards=False)

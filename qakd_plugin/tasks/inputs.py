@@ -155,6 +155,21 @@ def first_samples(inputs: Any, count: int) -> Any:
     return _of_tensors(inputs, lambda tensor: tensor[:count] if tensor.ndim else tensor)
 
 
+@torch.no_grad()
+def runs_on_one_sample(network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether ``network`` takes the first sample of a batch alone; it is called with it.
+
+    What a network keeps for the shape that it saw last, as detectors keep anchors, is of one sample then, and so of no batch
+    that torch.export takes for dynamic. Kept from more samples, it fixes the batch to as many.
+    """
+    args, kwargs = first_samples((args, dict(kwargs)), 1)
+    try:
+        network(*args, **kwargs)
+    except Exception:  # noqa: BLE001 - user code, on a size that nobody asked for
+        return False
+    return True
+
+
 def forward_names(network: nn.Module) -> tuple[list[str], bool]:
     """Names of the arguments that ``network.forward`` takes, and whether it takes any others by keyword."""
     parameters = inspect.signature(network.forward).parameters.values()

@@ -6,6 +6,7 @@ import runpy
 from collections import OrderedDict
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 import torch.nn.functional as F
@@ -201,12 +202,57 @@ def test_a_whole_detector_with_its_post_processing_is_told_layer_by_layer(caplog
     assert "in front of each layer only: backbone.stem.0, backbone.fine.0" in caplog.text
 
 
-@pytest.mark.skipif(importlib.util.find_spec("ultralytics") is None, reason="Ultralytics is not installed")
-@pytest.mark.parametrize("name", ["yolov8n.yaml", "yolo11n.yaml", "yolo26n.yaml"])
-def test_ultralytics_keep_their_bare_layers_in_floating_point(name):
-    from ultralytics.nn.tasks import DetectionModel
+ULTRALYTICS = pytest.mark.skipif(importlib.util.find_spec("ultralytics") is None, reason="Ultralytics is not installed")
 
-    network = DetectionModel(name, verbose=False).eval()
-    placement = place_quantizers(network, None, torch.rand(1, 3, 64, 64))
+
+def _ultralytics(name):
+    """Images, and one of its networks with statistics of some: a fresh one lets nothing through to its last layers."""
+    wrapper = runpy.run_path(str(EXAMPLE.with_name("ultralytics_yolo.py")))["Heads"]
+    torch.manual_seed(0)
+    network, images = wrapper(name).train(), torch.rand(4, 3, 64, 64)
+    with torch.no_grad():
+        for _ in range(20):
+            network(torch.rand(8, 3, 64, 64))
+    return images, network.eval()
+
+
+@ULTRALYTICS
+@pytest.mark.parametrize("name", ["yolov8n.yaml", "yolo11n.yaml", "yolo26n.yaml"])
+def test_ultralytics_are_quantized_but_for_bare_layers_learn_and_are_exported_for_any_batch(name, tmp_path, caplog):
+    images, network = _ultralytics(name)
+    network(images)  # keeps anchors for this batch
+    student = qakd.prepare(network, [images])
+    assert "in front of" not in caplog.text  # every quantizer is placed by the graph
     layers = {name for name, module in network.named_modules() if isinstance(module, nn.Conv2d)}
-    assert layers - set(placement.layers) == {name for name in layers if not name.endswith(".conv") or ".dfl." in name}
+    bare = {name for name in layers if not name.endswith(".conv") or ".dfl." in name}
+    assert layers - _quantized_layers(student) == bare
+    outputs = [q.fqn for q in adapter_for(student).quantizers(student) if q.fqn.endswith("output_quantizer")]
+    assert len(outputs) > 5  # after activations and sums: in front of layers only, there were none
+
+    criterion = network.detector.init_criterion()
+    boxes = {"cls": torch.ones(4, 1), "bboxes": torch.full((4, 4), 0.5), "batch_idx": torch.arange(4.0)}
+    match = {f"{head}.scores": qakd.BinaryKL() for head in network(images)}
+    with qakd.attach(student, network, method=qakd.SQAKD(match=match)) as kd:
+        kd.train()
+        own, _ = criterion(student(images)["raw"], boxes)
+        taught = kd.loss()
+        (own.sum() / len(images) + taught).backward()
+        kd.eval()
+    assert 0 < taught.item() < own.sum().item()
+    before_head = student.detector.model[:-1]  # in the head, a box that no anchor is responsible for teaches nothing
+    assert all(bool(p.grad.any()) for name, p in before_head.named_parameters() if name.endswith("conv.weight"))
+
+    student.detector.model[-1].fuse()
+    with caplog.at_level(logging.WARNING, "qakd_plugin"):
+        file = qakd.export_onnx(student, images, tmp_path / "yolo.onnx", target="onnxruntime")
+    assert "is fixed" not in caplog.text
+    assert [value.name for value in onnx.load(file.path).graph.output] == ["one2many.scores", "one2many.distances"]
+    assert file.parity.toolkit_deviation < 1e-4
+
+
+@ULTRALYTICS
+def test_ultralytics_are_prepared_by_pt2e_after_a_call_that_kept_anchors():
+    images, network = _ultralytics("yolov8n.yaml")
+    network(images)
+    student = qakd.prepare(network, [images], "pt2e")
+    assert student(images[:3])["one2many"]["scores"].shape == (3, 10, 84)

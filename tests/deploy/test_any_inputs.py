@@ -196,6 +196,33 @@ def test_a_batch_that_the_network_fixes_is_fixed_and_told(tmp_path: Path, caplog
     assert metadata["qakd.fixed"].startswith("dimension 0 of 'input' (batch) is fixed to 4")
 
 
+@pytest.mark.parametrize("seen", [4, 2])  # the example's own size, and another
+def test_what_a_network_keeps_for_the_shape_it_saw_last_does_not_fix_the_batch(
+    seen: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Keeping(_Sized):
+        shape: torch.Size | None = None
+        columns = torch.empty(0)
+
+        def forward(self, image: Tensor) -> Tensor:
+            x = super().forward(image)
+            if self.shape != x.shape:  # as detectors keep anchors
+                self.shape, self.columns = x.shape, torch.arange(float(x.shape[3]))
+            return x + self.columns
+
+    student = _prepared(Keeping(), IMAGES)
+    student(IMAGES[:seen])
+    with caplog.at_level(logging.WARNING, "qakd_plugin"):
+        exported = export_onnx(student, IMAGES, tmp_path / "s.onnx")
+    assert "fixed" not in caplog.text
+    assert isinstance(_shapes(exported.path)["input"][0], str)
+    assert exported.parity.unfused.max_deviation < 1e-4
+    other = _image(7, 1, 16, 16, seed=1)
+    assert np.allclose(_run(exported.path, {"input": other})[0], student(other).detach(), atol=1e-4)
+    assert student.shape == (7, 3, 8, 8)
+    assert torch.equal(student.columns, torch.arange(8.0))  # and no tensor of the tracer
+
+
 def test_a_size_baked_into_the_graph_is_found_at_a_second_size(tmp_path: Path) -> None:
     class Baked(_Sized):
         cells = 0

@@ -1,6 +1,7 @@
 """Examples run, with a small setting."""
 
 import copy
+import importlib.util
 import os
 import re
 import runpy
@@ -89,6 +90,14 @@ def test_a_detector_keeps_most_of_the_teachers_map():
     own, other = run("by_feature/detection", epochs=1, teacher_epochs=3, width=8)
     assert other > 0.01
     assert own > 0.5 * other
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ultralytics") is None, reason="Ultralytics is not installed")
+def test_a_yolo_of_ultralytics_keeps_most_of_the_teachers_map_and_so_does_its_file():
+    other, own, file = run("by_feature/ultralytics_yolo", epochs=1, teacher_epochs=4)
+    assert other > 0.01
+    assert own > 0.5 * other
+    assert file == pytest.approx(own, abs=0.05)
 
 
 def test_a_resumed_run_ends_with_the_same_bits():

@@ -230,6 +230,25 @@ def test_a_model_that_cannot_be_traced_is_named():
         prepare(Dynamic(), [torch.rand(4, 4)], "pt2e")
 
 
+def test_what_a_network_keeps_for_the_shape_it_saw_last_does_not_fix_the_batch():
+    class Keeping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.shape = nn.Conv2d(3, 4, 3), None
+
+        def forward(self, x):
+            x = self.conv(x)
+            if self.shape != x.shape:  # as detectors keep anchors
+                self.shape, self.columns = x.shape, torch.arange(float(x.shape[3]))
+            return x + self.columns
+
+    network, images = Keeping().eval(), torch.rand(4, 3, 8, 8)
+    network(images)
+    prepared = prepare(network, [images], "pt2e")
+    other = torch.rand(7, 3, 8, 8)
+    assert torch.allclose(prepared(other), network(other), atol=0.05)
+
+
 @pytest.mark.parametrize(("toolkit", "where"), [("pt2e", "stem.2.output_fake_quant"), ("modelopt", "stem.1.output_quantizer")])
 def test_a_dead_tensor_is_named_and_left_in_floating_point(toolkit, where, net, caplog):
     model = copy.deepcopy(net[0])
