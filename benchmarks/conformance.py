@@ -13,6 +13,7 @@ import functools
 import json
 import logging
 import math
+import re
 import tempfile
 import time
 import warnings
@@ -30,7 +31,7 @@ import qakd_plugin as qakd
 from qakd_plugin import QakdError
 from qakd_plugin._common.files import write_atomic
 from qakd_plugin.tasks.batches import batch_splitter
-from qakd_plugin.tasks.inputs import call
+from qakd_plugin.tasks.inputs import Inputs, call
 from qakd_plugin.tasks.metrics import Counted, outputs_and_targets
 from qakd_plugin.tasks.outputs import named_outputs
 from qakd_plugin.tasks.task_loss import with_targets
@@ -146,7 +147,7 @@ def check_deployment(task: Task, toolkit: str, folder: Path) -> dict[str, dict[s
     teacher = trained(task)
     student = distilled(task, prepared(task, teacher, toolkit), teacher, "SQAKD").model
     quiet = _own_sqnr_db(task, student)
-    inputs, _ = batch_splitter(task.batch_fn, student)(task.batches()[0])
+    inputs = _named_inputs(task, student)
     candidates = []
     for target in RUNTIMES:
         path = folder / f"{target}.onnx"
@@ -183,13 +184,22 @@ def check_engine(task: Task, toolkit: str, folder: Path) -> None:
         QakdError: the cell is refused.
     """
     student = prepared(task, trained(task), toolkit)
-    inputs, _ = batch_splitter(task.batch_fn, student)(task.batches()[0])
+    inputs = _named_inputs(task, student)
     dynamic = _dynamic(task, toolkit)
     file = qakd.export_onnx(student, inputs, folder / "tensorrt.onnx", "tensorrt", dynamic=dynamic)
     sizes = {name: SIZES for names in (dynamic or {}).values() for name in names.values()}
     qakd.build_engine(
         file, folder / "student.engine", "tensorrt_rtx", opt_batch=1, max_batch=8, sizes=sizes, capabilities=["SM89"]
     )
+
+
+def _named_inputs(task: Task, student: nn.Module) -> Inputs:
+    """Of the first batch; what a mapping names keeps its name in the file."""
+    batch = task.batches()[0]
+    inputs, _ = batch_splitter(task.batch_fn, student)(batch)
+    if isinstance(batch, Mapping) and isinstance(inputs, torch.Tensor):
+        return {name: value for name, value in batch.items() if value is inputs}
+    return inputs
 
 
 def _dynamic(task: Task, toolkit: str) -> Mapping[str, Mapping[int, str]] | None:
@@ -231,7 +241,9 @@ def outcome(work: Callable[[], object]) -> str:
     try:
         work()
     except QakdError as error:
-        return " ".join(str(error).split("\n")[0].split(". ")[0].split())
+        return re.sub(
+            r"\S*/(\w+\.onnx)", r"\1", " ".join(str(error).split("\n")[0].split(". ")[0].split(": IBuilder")[0].split())
+        )
     return ""
 
 

@@ -416,7 +416,7 @@ def _llama() -> nn.Module:
 
 def _next_tokens() -> list[Any]:
     tokens = _pixels().flatten(1)[:, 16:40].contiguous()
-    return [{"input_ids": ids, "labels": ids} for (ids,) in _cut(tokens)]
+    return [{"input_ids": ids, "labels": ids.clone()} for (ids,) in _cut(tokens)]
 
 
 def _shifted(outputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -546,7 +546,7 @@ TASKS = (
         Perplexity,
         task_loss="model",
         metric_fn=_shifted,
-        dynamic={"input": {1: "sequence"}},
+        dynamic={"input_ids": {1: "sequence"}},
     ),
     Task(
         "keyword spotting, Conv1d + GRU",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from functools import cache
 from pathlib import Path
 
 _BFLOAT16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 _VNNI = frozenset({"avx512_vnni", "avx_vnni"})
+_WITHOUT_BFLOAT16 = frozenset({"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI"})
 TOLD = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm", "avx512_bf16", "amx_bf16", "bf16")
 """Flags that speed depends on, and results."""
 
@@ -25,8 +27,12 @@ def cpu_flags() -> frozenset[str]:
 
 
 def has_bfloat16() -> bool:
-    """Whether the processor computes in bfloat16, rather than in float32 with conversions."""
-    return not cpu_flags().isdisjoint(_BFLOAT16)
+    """Whether the processor computes in bfloat16, rather than in float32 with conversions.
+
+    OpenVINO and torch do it with oneDNN, which ``ONEDNN_MAX_CPU_ISA`` may keep from it.
+    """
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    return limit not in _WITHOUT_BFLOAT16 and not _BFLOAT16.isdisjoint(cpu_flags())
 
 
 def has_amx() -> bool:
