@@ -295,7 +295,9 @@ def main() -> None:
                 results[task.name][toolkit] = found = measure(task, toolkit)
                 print(f"{task.name:32}{toolkit:16}{time.perf_counter() - started:6.1f} s  {cell_text(found)}", flush=True)
             write_atomic(FIGURES, json.dumps(results, indent=1) + "\n")
-    results = {task.name: results[task.name] for task in TASKS if task.name in results}
+    order = [task.name for task in TASKS]
+    results = dict(sorted(results.items(), key=lambda found: order.index(found[0]) if found[0] in order else len(order)))
+    write_atomic(FIGURES, json.dumps(results, indent=1) + "\n")
     write_table("conformance", table(results))
 
 

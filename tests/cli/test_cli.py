@@ -200,7 +200,9 @@ def test_the_demo_writes_a_report_and_goes_on_where_it_was_stopped(tmp_path):
         "70",
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment}
+    # What runs in the background of a shell inherits that Ctrl-C is ignored.
+    first = subprocess.Popen(command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options)
     deadline = time.monotonic() + 120
     while not list((tmp_path / "checkpoints").glob("*-sqakd-*/step-*")) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -337,7 +337,9 @@ def test_what_modelopt_saved_comes_back(make, tmp_path):
 # -- real networks
 
 
-@pytest.mark.parametrize(("name", "bits"), [("mobilenet_v3_small", 4), ("mobilenetv4_conv_small", 8)])
+@pytest.mark.parametrize(
+    ("name", "bits"), [("mobilenet_v3_small", 4), pytest.param("mobilenetv4_conv_small", 8, marks=pytest.mark.matrix)]
+)
 def test_every_layer_of_a_real_network_computes_in_integers(name, bits, tmp_path):
     net = next(net for net in zoo.NETS if net.name == name)
     if net.library == "timm":
