@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+TASKS = ["distill step", "export"]
 STEPS, BATCH, SIZE = 6, 16, 64
 
 
@@ -93,6 +94,7 @@ def main() -> None:
     parser.add_argument("before", type=Path, nargs="?", help="checkout of the commit before")
     parser.add_argument("--after", type=Path, default=ROOT, help="the other checkout (this one)")
     parser.add_argument("--rounds", type=int, default=9, help="of each task and checkout (%(default)s)")
+    parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS, help="what to measure (all)")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
@@ -100,7 +102,7 @@ def main() -> None:
     if options.before is None or not (options.before / "qakd_plugin").is_dir():
         parser.error("name the checkout of the commit before: git worktree add ../before <commit>")
     workers = {"before": _start(options.before.resolve()), "after": _start(options.after.resolve())}
-    for task in ("distill step", "export"):
+    for task in options.tasks:
         found: dict[str, list[dict[str, Any]]] = {name: [_ask(worker, task)][:0] for name, worker in workers.items()}  # warm
         for _ in range(options.rounds):
             for name in random.sample(list(workers), 2):
