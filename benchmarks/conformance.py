@@ -30,7 +30,7 @@ from torch import nn
 import qakd_plugin as qakd
 from qakd_plugin import QakdError
 from qakd_plugin._common.files import write_atomic
-from qakd_plugin.tasks.batches import batch_splitter
+from qakd_plugin.tasks.batches import batch_splitter, default_batch
 from qakd_plugin.tasks.inputs import Inputs, call
 from qakd_plugin.tasks.metrics import Counted, outputs_and_targets
 from qakd_plugin.tasks.outputs import named_outputs
@@ -41,6 +41,7 @@ FIGURES = RESULTS / "conformance.json"
 TOOLKITS = ("modelopt", "pt2e", "torchao", "torch_ao", "torch_ao_eager")
 RUNTIMES = ("onnxruntime", "openvino")
 EPOCHS = 2
+BITS = 8
 SIZES = (8, 24, 64)
 """Smallest, usual and largest size of an engine's dynamic dimension that is no batch."""
 
@@ -76,9 +77,7 @@ class _FirstLosses:
 
 def prepared(task: Task, teacher: nn.Module, toolkit: str) -> nn.Module:
     """The student, calibrated on the task's own batches."""
-    return qakd.prepare(
-        teacher, task.batches(), toolkit, weight_bits=task.bits, activation_bits=task.bits, batch_fn=task.batch_fn
-    )
+    return qakd.prepare(teacher, task.batches(), toolkit, weight_bits=BITS, activation_bits=BITS)
 
 
 def distilled(task: Task, student: nn.Module, teacher: nn.Module, method: str, **options: Any) -> Any:
@@ -87,7 +86,7 @@ def distilled(task: Task, student: nn.Module, teacher: nn.Module, method: str, *
     if task.metric_fn is not None:
         options["metric_fn"] = task.metric_fn
     return qakd.distill(
-        student, teacher, task.batches(), method=task.methods()[method], batch_fn=task.batch_fn, metric=task.metric(),
+        student, teacher, task.batches(), method=task.methods()[method], metric=task.metric(),
         task_loss=task.task_loss, **options,
     )  # fmt: skip
 
@@ -123,7 +122,7 @@ def check_training(task: Task, toolkit: str, method: str, folder: Path) -> None:
 
 
 def _first_loss_by_hand(task: Task, student: nn.Module, teacher: nn.Module, method: str) -> dict[str, float]:
-    inputs, targets = batch_splitter(task.batch_fn, student)(task.batches()[0])
+    inputs, targets = batch_splitter(default_batch, student)(task.batches()[0])
     if task.task_loss == "model" and method != "SQAKD":
         inputs = with_targets(student, inputs, targets)
     with qakd.attach(student, teacher, method=task.methods()[method], task_loss=task.task_loss) as kd:
@@ -152,14 +151,13 @@ def check_deployment(task: Task, toolkit: str, folder: Path) -> dict[str, dict[s
     for target in RUNTIMES:
         path = folder / f"{target}.onnx"
         qakd.export_onnx(student, inputs, path, target, dynamic=_dynamic(task, toolkit))
-        candidates.append(qakd.Candidate(path, "SQAKD", task.name, toolkit, task.bits, task.bits, runtime=target))
+        candidates.append(qakd.Candidate(path, "SQAKD", task.name, toolkit, BITS, BITS, runtime=target))
     counted = {"torch": _numbers(task, student)}
     rows = qakd.benchmark(
         candidates,
         task.batches(),
         RUNTIMES,
         calls=1,
-        batch_fn=task.batch_fn,
         metric=task.metric(),
         metric_fn=task.metric_fn,
         reference=_outputs(task, student),
@@ -196,7 +194,7 @@ def check_engine(task: Task, toolkit: str, folder: Path) -> None:
 def _named_inputs(task: Task, student: nn.Module) -> Inputs:
     """Of the first batch; what a mapping names keeps its name in the file."""
     batch = task.batches()[0]
-    inputs, _ = batch_splitter(task.batch_fn, student)(batch)
+    inputs, _ = batch_splitter(default_batch, student)(batch)
     if isinstance(batch, Mapping) and isinstance(inputs, torch.Tensor):
         return {name: value for name, value in batch.items() if value is inputs}
     return inputs
@@ -210,7 +208,7 @@ def _dynamic(task: Task, toolkit: str) -> Mapping[str, Mapping[int, str]] | None
 def _numbers(task: Task, student: nn.Module) -> dict[str, float]:
     """What the metric says of the student in torch."""
     counted = Counted(task.metric(), task.metric_fn or outputs_and_targets)
-    for inputs, targets in map(batch_splitter(task.batch_fn, student), task.batches()):
+    for inputs, targets in map(batch_splitter(default_batch, student), task.batches()):
         with torch.no_grad():
             counted.update(named_outputs(call(student, inputs)), targets)
     return counted.compute()
@@ -219,7 +217,7 @@ def _numbers(task: Task, student: nn.Module) -> dict[str, float]:
 def _outputs(task: Task, network: nn.Module) -> dict[str, Any]:
     """What a network outputs, sample by sample."""
     found: dict[str, list[Any]] = {}
-    for inputs, _ in map(batch_splitter(task.batch_fn, network), task.batches()):
+    for inputs, _ in map(batch_splitter(default_batch, network), task.batches()):
         with torch.no_grad():
             for name, output in named_outputs(call(network, inputs)).items():
                 found.setdefault(name, []).append(output.numpy())

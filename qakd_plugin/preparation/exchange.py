@@ -18,7 +18,7 @@ from ..placement.targets import TARGETS, Target
 from ..quantizers import QuantizerConfig, Rule
 from ..quantizers.qparams import QParams
 from ..tasks.batches import BatchFn, batch_splitter, default_batch
-from ..tasks.inputs import dtypes_named, to_device
+from ..tasks.inputs import device_of_network, dtypes_named, to_device
 from ..toolkits import Adapter, Quantizer, adapter_for
 
 _log = logging.getLogger(__name__)
@@ -211,7 +211,7 @@ def _observe(
     changed = [swap.quantizer.fqn for swap in swaps if swap.changes_activation]
     if batches is None or not changed:
         return {}
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    device = device_of_network(model)
     split = batch_splitter(batch_fn, model)
     inputs = [to_device(split(batch)[0], device) for batch in batches]
     if not inputs:

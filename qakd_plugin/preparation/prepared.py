@@ -15,7 +15,7 @@ from ..placement.frozen_batch_norm import fold_frozen_batch_norms, frozen_batch_
 from ..placement.placement import layer_graph
 from ..placement.targets import TARGETS, Target
 from ..tasks.batches import BatchFn, batch_splitter, default_batch
-from ..tasks.inputs import HALF, Inputs, dtypes_named, named_tensors, precision_of, to_device
+from ..tasks.inputs import HALF, Inputs, device_of_network, dtypes_named, named_tensors, precision_of, to_device
 from ..toolkits import Adapter, Precision, adapter_for, adapter_named
 
 _log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def prepare(
     """
     adapter, precision = _parse_request(toolkit, weight_bits, activation_bits, keep, target)
     _require_float(model)
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    device = device_of_network(model)
     split = batch_splitter(batch_fn, model)
     batches = [to_device(_inputs(split, batch, index), device) for index, batch in enumerate(calibration_batches)]
     if not batches:

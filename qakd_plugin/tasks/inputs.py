@@ -116,6 +116,11 @@ def to_device(inputs: Any, device: torch.device) -> Any:
     return _of_tensors(inputs, lambda tensor: tensor.to(device, non_blocking=True))
 
 
+def device_of_network(network: nn.Module) -> torch.device:
+    """Of the first parameter; the CPU where there is none."""
+    return next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+
+
 def device_of(inputs: Inputs) -> torch.device:
     """Of the first tensor; the CPU where there is none."""
     return next((tensor.device for tensor in named_tensors(inputs).values()), torch.device("cpu"))

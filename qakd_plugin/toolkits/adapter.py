@@ -136,6 +136,9 @@ class Adapter(Protocol):
     def quantizers(self, model: nn.Module) -> list[Quantizer]:
         """Every enabled quantizer once, in the order of ``named_modules``, also while :meth:`set_fake_quant` has it off."""
 
+    def wrapper_prefix(self, model: nn.Module) -> str:
+        """What the toolkit's wrapper around a model adds to the names of its layers; "" where it puts none."""
+
     def qparams(self, quantizer: Quantizer) -> QParams:
         """The numbers the forward pass uses now. Raises NotPreparedError when no range was calibrated."""
 

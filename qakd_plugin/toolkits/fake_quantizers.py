@@ -49,6 +49,9 @@ class FakeQuantizeAdapter(ABC):
         """All of the toolkit's fake-quantizers, also those that the user switched off."""
         return [module for module in model.modules() if isinstance(module, self.quantizer_class())]
 
+    def wrapper_prefix(self, model: nn.Module) -> str:
+        return ""
+
     def set_fake_quant(self, model: nn.Module, enabled: bool) -> None:
         for q in self.fake_quantizers(model):
             if is_active(q):

@@ -59,6 +59,9 @@ class TorchAOQATAdapter:
                 found.append(Quantizer(fqn, module, "activation", (parent,)))
         return found
 
+    def wrapper_prefix(self, model: nn.Module) -> str:
+        return ""
+
     def qparams(self, quantizer: Quantizer) -> QParams:
         q: Any = quantizer.module
         if quantizer.role == "activation":

@@ -15,13 +15,12 @@ from torch import nn
 from ..errors import QakdError
 from ..placement.layer_names import within
 from ..tasks.batches import BatchFn, batch_splitter, default_batch
-from ..tasks.inputs import Inputs, arguments, call, sample_count, to_device
+from ..tasks.inputs import Inputs, arguments, call, device_of_network, sample_count, to_device
 from ..tasks.matchers import Match
 from ..tasks.matching import check_match
 from ..tasks.metrics import AnyMetric, Counted, MetricFn, check_monitor, higher_is_better, monitored, outputs_and_targets
 from ..tasks.outputs import Outputs, frozen_output, named_outputs
 from ..toolkits import Adapter, Quantizer, adapter_for
-from ..toolkits.adapter import loaded_class
 from .methods import Imitation, total_loss
 from .networks import on_device
 from .teachers import one_teacher
@@ -161,7 +160,7 @@ def sensitivity(
     adapter.set_mode(model, False)
     adapter.freeze_ranges(model, True)
     split = batch_splitter(batch_fn, prepared_model)
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    device = device_of_network(model)
     with on_device(device, network):
         samples = [_Sample.of(split, batch, network, device) for batch in batches]
     if not samples:
@@ -285,7 +284,7 @@ class _Switches:
     def __init__(self, adapter: Adapter, model: nn.Module, inputs: Inputs) -> None:
         self._adapter = adapter
         quantizers = adapter.quantizers(model)
-        prefix = _wrapper_prefix(model)
+        prefix = adapter.wrapper_prefix(model)
         weighted = {layer for q in quantizers if q.role == "weight" for layer in q.layers}
         if not weighted:
             raise QakdError("prepared_model quantizes no weight: there is no layer to switch off.")
@@ -328,12 +327,6 @@ def _call_order(model: nn.Module, quantizers: Sequence[Quantizer], inputs: Input
         for hook in hooks:
             hook.remove()
     return order
-
-
-def _wrapper_prefix(model: nn.Module) -> str:
-    """What torch.ao's QuantWrapper, which eager mode puts around a model, adds to the names of its layers."""
-    wrapper = loaded_class("torch.ao.quantization.stubs", "QuantWrapper")
-    return "module." if wrapper is not None and isinstance(model, wrapper) else ""
 
 
 def _groups(layers: Sequence[str], blocks: Sequence[str]) -> dict[str, tuple[str, ...]]:

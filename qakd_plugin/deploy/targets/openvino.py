@@ -107,16 +107,13 @@ def quantize_before_concat(model: ir.Model) -> ir.Model:
 def _from_concat(quantize: ir.Node) -> list[ir.Node]:
     """A Concat, the clamp after it, a quantizer and its dequantizer, where nobody else reads what is between; or nothing."""
     dequantize = only_consumer(quantize.outputs[0])
-    steps = [quantize] if dequantize is None else [quantize, dequantize]
     clip = producer(quantize.inputs[0], "Clip")
-    if clip is not None:
-        steps.insert(0, clip)
-    concat = producer(steps[0].inputs[0], "Concat")
+    first = quantize if clip is None else clip
+    concat = producer(first.inputs[0], "Concat")
     if concat is None or dequantize is None or dequantize.outputs[0].is_graph_output():
         return []
-    steps.insert(0, concat)
-    alone = all(only_consumer(one.outputs[0]) is other for one, other in pairwise(steps))
-    return steps if alone else []
+    steps = [concat, *([] if clip is None else [clip]), quantize, dequantize]
+    return steps if all(only_consumer(one.outputs[0]) is other for one, other in pairwise(steps)) else []
 
 
 def _differ_in_grid(concat: ir.Node) -> bool:

@@ -66,6 +66,9 @@ class ModelOptAdapter:
                 found.append(Quantizer(fqn, module, role, layers))
         return found
 
+    def wrapper_prefix(self, model: nn.Module) -> str:
+        return ""
+
     def qparams(self, quantizer: Quantizer) -> QParams:
         _require_exportable_place(quantizer)
         q: Any = quantizer.module

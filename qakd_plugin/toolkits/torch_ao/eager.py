@@ -41,6 +41,10 @@ _KEEP_GRID = {torch.flatten, torch.reshape, torch.squeeze, torch.nn.functional.m
 _RELU = {torch.relu, torch.nn.functional.relu, "relu"}
 
 
+_WRAPPED = "module."
+"""Where ``QuantWrapper`` holds the model."""
+
+
 class TorchAOEagerAdapter(TorchAOAdapter):
     """Adapter for ``prepare_qat``."""
 
@@ -48,6 +52,9 @@ class TorchAOEagerAdapter(TorchAOAdapter):
 
     def detect(self, model: nn.Module) -> bool:
         return not isinstance(model, fx.GraphModule) and any(isinstance(m, FakeQuantizeBase) for m in model.modules())
+
+    def wrapper_prefix(self, model: nn.Module) -> str:
+        return _WRAPPED if isinstance(model, QuantWrapper) else ""
 
     def _readers(self, model: nn.Module) -> dict[str, tuple[str, ...]]:
         """Eager mode keeps no graph: a quantizer is known by the module that makes what it quantizes."""
@@ -73,7 +80,7 @@ class TorchAOEagerAdapter(TorchAOAdapter):
         _assign_qconfigs(prepared, placement, precision)
         prefix = ""
         if not any(isinstance(module, QuantStub) for module in model.modules()):
-            prepared, prefix = QuantWrapper(prepared), "module."
+            prepared, prefix = QuantWrapper(prepared), _WRAPPED
             prepared.quant.qconfig = torch_ao_qconfig(8)  # type: ignore[union-attr, assignment]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the toolkit announces its migration, and a default that changed years ago
