@@ -12,7 +12,7 @@ from torchmetrics import MeanSquaredError, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from qakd_plugin import Candidate, QakdError, benchmark, default_batch, write_report
-from qakd_plugin.bench import measure
+from qakd_plugin.bench import row_fields
 from qakd_plugin.bench.loading import make_runner
 from qakd_plugin.runtimes.base import Input
 
@@ -85,7 +85,7 @@ def batches(network, sizes=(16, 16, 8)):
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch, request):
     if "peak" not in request.node.name:
-        monkeypatch.setattr(measure, "peak_rss_mib", lambda *_: None)
+        monkeypatch.setattr(row_fields, "peak_rss_mib", lambda *_: None)
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)

@@ -25,13 +25,13 @@ from torch import nn
 
 from qakd_plugin import EngineError, MissingPackageError, QakdError, benchmark, build_engine, export_float, export_onnx
 from qakd_plugin._common.cpu_features import has_bfloat16
-from qakd_plugin.bench import Candidate, measure, peak_memory
+from qakd_plugin.bench import Candidate, peak_memory, row_fields, session
 from qakd_plugin.bench.accuracy import wilson_interval
 from qakd_plugin.bench.candidates import candidate_from_path
 from qakd_plugin.bench.census import census
-from qakd_plugin.bench.measure import percentiles
 from qakd_plugin.bench.peak_memory import peak_rss_mib
 from qakd_plugin.bench.ratios import with_findings, with_speedups
+from qakd_plugin.bench.row_fields import percentiles
 from qakd_plugin.deploy.canonical.graph import read_onnx
 from qakd_plugin.deploy.engine.bindings import gpu_capability
 from qakd_plugin.deploy.engine.manifest import sealed
@@ -140,8 +140,8 @@ class Recorder:
 @pytest.fixture
 def recorded(monkeypatch):
     calls = []
-    monkeypatch.setattr(measure, "make_runner", lambda path, runtime, threads, precision: Recorder(path, calls))
-    monkeypatch.setattr(measure, "peak_rss_mib", lambda *_: None)
+    monkeypatch.setattr(session, "make_runner", lambda path, runtime, threads, precision: Recorder(path, calls))
+    monkeypatch.setattr(row_fields, "peak_rss_mib", lambda *_: None)
     return calls
 
 
@@ -157,12 +157,12 @@ def test_a_sweep_scores_once_interleaves_every_round_and_closes_what_it_loaded(f
     assert len({row.accuracy for row in rows}) == 1
     measured = [name for name, size in recorded if size in (1, 4)]
     lengths = [6, 6, 6, 2]  # of turns: the first call of each is not timed
-    warm_up = 2 * measure.WARM_UP_CALLS
+    warm_up = 2 * session.WARM_UP_CALLS
     block = warm_up + 2 * sum(lengths)
     assert len(measured) == 4 * block
     for start in range(0, len(measured), block):
         calls = iter(measured[start : start + block])
-        assert list(itertools.islice(calls, warm_up)) == names * measure.WARM_UP_CALLS
+        assert list(itertools.islice(calls, warm_up)) == names * session.WARM_UP_CALLS
         rounds = [list(itertools.islice(calls, 2 * length)) for length in lengths]
         orders = {(one[0], one[-1]) for one in rounds}
         assert orders == {tuple(names), tuple(reversed(names))}, "in both orders"
@@ -267,7 +267,7 @@ def test_the_baseline_is_the_fastest_fp32_row_whatever_the_order():
 
 
 def test_a_file_in_fp16_is_no_fp32_baseline(files, tmp_path, monkeypatch):
-    monkeypatch.setattr(measure, "peak_rss_mib", lambda *_: None)
+    monkeypatch.setattr(row_fields, "peak_rss_mib", lambda *_: None)
     ir.save(to_float16(read_onnx(files / "fp32.onnx")), tmp_path / "fp16.onnx")
     half, single, integer = benchmark([tmp_path / "fp16.onnx", files / "fp32.onnx", files / "int8.onnx"], calls=3)
     assert [row.precision for row in (half, single, integer)] == ["float16", "float32", "int8"]
@@ -400,22 +400,22 @@ def test_layers_that_cannot_be_timed_lose_no_row(files, monkeypatch, caplog):
     def fail(*_, **__):
         raise QakdError("no profile")
 
-    monkeypatch.setattr(measure, "node_times", fail)
-    monkeypatch.setattr(measure, "peak_rss_mib", lambda *_: None)
+    monkeypatch.setattr(row_fields, "node_times", fail)
+    monkeypatch.setattr(row_fields, "peak_rss_mib", lambda *_: None)
     (row,) = benchmark([files / "fp32.onnx"], calls=2, profile_layers=True)
     assert (row.calls, row.layers) == (2, ())
     assert "times of layers are not known: no profile" in caplog.text
 
 
 def test_a_file_that_does_not_load_closes_those_that_did(files, recorded, monkeypatch):
-    load = measure.make_runner
+    load = session.make_runner
 
     def second_fails(path, *rest):
         if path.name == "int8.onnx":
             raise QakdError("cannot load")
         return load(path, *rest)
 
-    monkeypatch.setattr(measure, "make_runner", second_fails)
+    monkeypatch.setattr(session, "make_runner", second_fails)
     with pytest.raises(QakdError, match="cannot load"):
         benchmark([files / "fp32.onnx", files / "int8.onnx"])
     assert recorded == [("fp32.onnx", "closed")]
@@ -586,7 +586,7 @@ class StagedEngine(EngineRunner):
 
 def test_copies_and_computing_of_an_engine_are_told_apart(files, tmp_path, monkeypatch):
     engine = build_engine(files / "canonical.onnx", tmp_path / "s.engine", runtime="tensorrt_rtx", opt_batch=2, max_batch=2)
-    monkeypatch.setattr(measure, "make_runner", lambda *_: StagedEngine())
+    monkeypatch.setattr(session, "make_runner", lambda *_: StagedEngine())
     (row,) = benchmark([engine.path], runtimes=("tensorrt",), batch_sizes=(2,), calls=2)
     assert (row.upload_ms, row.compute_ms, row.download_ms) == (0.25, 1.5, 0.125)
     assert (row.precision, row.weight_bits) == ("int8", 8), "the manifest says what the plan holds"
