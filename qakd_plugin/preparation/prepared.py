@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._common.precision import dtype_name
 from ..errors import NotPreparedError, QakdError
 from ..placement.attention import open_attention
 from ..placement.frozen_batch_norm import fold_frozen_batch_norms, frozen_batch_norms
@@ -134,7 +135,7 @@ def _parse_request(
 def _require_float(model: nn.Module) -> None:
     if (dtype := precision_of(model)) in HALF:
         raise QakdError(
-            f"model holds {str(dtype).removeprefix('torch.')} weights, in which steps of training are lost to rounding and "
+            f"model holds {dtype_name(dtype)} weights, in which steps of training are lost to rounding and "
             'codes do not lie on their grid: pass model.float(), and mixed_precision="bf16" to distill for speed.'
         )
     try:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path, tree_map_only
 
+from .._common.precision import dtype_name
 from ..errors import QakdError
 
 HALF = (torch.float16, torch.bfloat16)
@@ -70,16 +71,12 @@ def dtypes_named(network: nn.Module, inputs: Inputs, name: str) -> Iterator[None
         if not wrong or isinstance(error, QakdError):
             raise
         path, tensor = next(iter(wrong.items()))
-        change = "float() / 255" if tensor.dtype is torch.uint8 else f"to(torch.{_short(computes)})"
+        change = "float() / 255" if tensor.dtype is torch.uint8 else f"to(torch.{dtype_name(computes)})"
         raise QakdError(
-            f"{name}: {path!r} {tuple(tensor.shape)} is {_short(tensor.dtype)}, and {type(network).__name__} computes in "
-            f"{_short(computes)} ({str(error).strip().splitlines()[0]}). Convert it as the network was trained: "
+            f"{name}: {path!r} {tuple(tensor.shape)} is {dtype_name(tensor.dtype)}, and {type(network).__name__} computes in "
+            f"{dtype_name(computes)} ({str(error).strip().splitlines()[0]}). Convert it as the network was trained: "
             f"batch_fn=lambda batch: (batch[0].{change}, batch[1])."
         ) from error
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def named_tensors(inputs: Inputs) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .._common.precision import dtype_name
 from ..errors import QakdError
 from .inputs import Inputs, arguments
 from .matchers import Matcher
@@ -45,7 +46,7 @@ class OutputTable(tuple[OutputLine, ...]):
         width = max([len("output"), *(len(line.name) for line in self)])
         rows = [f"{'output':{width}}  {'shape':20}  {'dtype':10}  matched by default"]
         for line in self:
-            dtype = str(line.dtype).removeprefix("torch.")
+            dtype = dtype_name(line.dtype)
             rows.append(f"{line.name:{width}}  {line.shape!s:20}  {dtype:10}  {line.matched or ''}".rstrip())
         return "\n".join([*rows, *([f"no default: {self.hint}"] if self.hint else [])])
 

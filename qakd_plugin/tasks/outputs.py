@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._common.module_mode import eval_mode
+from .._common.precision import dtype_name
 from ..errors import QakdError
 from .inputs import call_in_own_precision
 
@@ -57,7 +58,7 @@ def _children(value: Any) -> list[tuple[str, Any]]:
 
 def listed(outputs: Mapping[str, Tensor]) -> str:
     """Names, shapes and dtypes, for messages."""
-    shown = [f"{name!r} {tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for name, t in outputs.items()]
+    shown = [f"{name!r} {tuple(t.shape)} {dtype_name(t.dtype)}" for name, t in outputs.items()]
     return ", ".join(shown) or "no tensor"
 
 
