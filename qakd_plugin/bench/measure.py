@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from .._common.one_at_a_time import one_at_a_time
 from ..errors import QakdError
 from ..runtimes.base import Array
 from .accuracy import IMAGES_AT_ONCE
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from ..tasks.metrics import AnyMetric, MetricFn
 
 
+@one_at_a_time
 def benchmark(
     models: Sequence[str | os.PathLike[str] | nn.Module | Candidate],
     loader: Iterable[Any] | None = None,

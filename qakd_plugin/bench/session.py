@@ -10,10 +10,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
-import numpy as np
-
 from ..errors import QakdError
-from ..runtimes.base import Array, Runner
+from ..runtimes.base import Array, Runner, random_inputs
 from ..runtimes.host import Conditions, Watch
 from ..runtimes.interleaving import WARM_UP_CALLS, turns
 from . import row_fields
@@ -123,14 +121,10 @@ class Session:
         if not files:
             raise QakdError("loader: torch modules do not say what size their input has; pass a loader with images.")
         file, runner = files[0]
-        draw, arrays = np.random.default_rng(0), {}
-        for name, spec in runner.inputs.items():
-            if spec.dtype is None or spec.dtype.kind != "f":
-                raise QakdError(f"{file}: its input {name!r} holds {spec.dtype}, which is not drawn at random; pass a loader.")
-            sizes = [size for size in (spec.shape or ())[1:] if size is not None]
-            if not spec.shape or len(sizes) < len(spec.shape) - 1:
-                raise QakdError(f"{file}: its input size is not fixed; pass a loader with real images.")
-            arrays[name] = draw.random((IMAGES_AT_ONCE, *sizes), dtype=np.float32)
+        try:
+            arrays = random_inputs(runner.inputs, IMAGES_AT_ONCE)
+        except QakdError as error:
+            raise QakdError(f"{file}: {error}; pass a loader with real inputs.") from error
         reader = self.reader(lambda batch: (batch, None))
         return reader, reader.split(arrays if len(arrays) > 1 else next(iter(arrays.values())))
 

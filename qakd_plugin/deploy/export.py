@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from .._common.files import write_atomic
+from .._common.module_copy import copied
 from .._common.module_mode import eval_mode
+from .._common.one_at_a_time import one_at_a_time
 from ..errors import ExportError, UnsupportedQuantizerError
 from ..export_form.tracing import Traced, trace
 from ..placement.targets import TARGETS, Target
@@ -58,6 +59,7 @@ class ExportedModel:
         return str(self.path)
 
 
+@one_at_a_time
 @torch.no_grad()
 def export_onnx(
     prepared_model: nn.Module,
@@ -149,6 +151,7 @@ def export_onnx(
     return ExportedModel(Path(path), target, parity, conversion)
 
 
+@one_at_a_time
 def export_float(
     model: nn.Module,
     example_inputs: Inputs,
@@ -196,7 +199,7 @@ def _for_target(canonical: ir.Model, target: Target, storage: WeightStorage) -> 
 
 def _evaluated(adapter: Adapter, prepared: nn.Module) -> nn.Module:
     """A copy of the prepared model as it is evaluated: in eval mode, ranges frozen."""
-    evaluated = copy.deepcopy(prepared).cpu()
+    evaluated = copied(prepared).cpu()
     adapter.set_mode(evaluated, False)
     adapter.freeze_ranges(evaluated, True)
     return evaluated

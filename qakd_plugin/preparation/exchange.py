@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._common.module_copy import copied
 from ..errors import QakdError, UnsupportedQuantizerError
 from ..placement.calibration import RangeObserver, best_weight_clip, observe_inputs
 from ..placement.layer_names import within
@@ -217,7 +217,7 @@ def _observe(
     if not inputs:
         raise QakdError("calibration_batches is empty: ranges need at least one batch, and are better with several.")
     # A copy: what observing asks for, and what passes through the model leave behind, is no business of the model's.
-    observed = copy.deepcopy(model)
+    observed = copied(model)
     adapter.set_mode(observed, False)
     adapter.freeze_ranges(observed, True)
     adapter.set_fake_quant(observed, False)

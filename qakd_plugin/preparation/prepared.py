@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._common.one_at_a_time import one_at_a_time
 from .._common.precision import dtype_name
 from ..errors import NotPreparedError, QakdError
 from ..placement.attention import open_attention
@@ -22,6 +23,7 @@ from ..toolkits import Adapter, Precision, adapter_for, adapter_named
 _log = logging.getLogger(__name__)
 
 
+@one_at_a_time
 def prepare(
     model: nn.Module,
     calibration_batches: Iterable[object],
@@ -85,6 +87,7 @@ def prepare(
         return adapter.prepare(network, batches, precision)
 
 
+@one_at_a_time
 def configuration(
     model: nn.Module,
     toolkit: str = "modelopt",

@@ -17,6 +17,7 @@ from torch.optim import AdamW
 
 from .._common.arguments import positive_whole
 from .._common.console import say
+from .._common.one_at_a_time import one_at_a_time
 from ..augment.data import Stats
 from ..augment.selector import CMISelector
 from ..errors import QakdError
@@ -73,6 +74,7 @@ def _one_way_to_set(function: Callable[P, DistillResult]) -> Callable[P, Distill
     return checked
 
 
+@one_at_a_time
 @_one_way_to_set
 def distill(
     prepared_model: nn.Module,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from .._common.module_copy import copied
+from .._common.one_at_a_time import one_at_a_time
 from ..errors import QakdError
 from ..placement.layer_names import within
 from ..tasks.batches import BatchFn, batch_splitter, default_batch
@@ -106,6 +107,7 @@ class Sensitivity:
         return capture.get() + self.summary()
 
 
+@one_at_a_time
 @torch.no_grad()
 def sensitivity(
     prepared_model: nn.Module,
@@ -156,7 +158,7 @@ def sensitivity(
     network = one_teacher(teacher)
     if network is None:
         raise QakdError("teacher=None: pass the float model, which the quantized one is compared with.")
-    model = copy.deepcopy(prepared_model)
+    model = copied(prepared_model)
     adapter.set_mode(model, False)
     adapter.freeze_ranges(model, True)
     split = batch_splitter(batch_fn, prepared_model)

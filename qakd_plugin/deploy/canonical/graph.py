@@ -22,7 +22,7 @@ DOMAIN = "qakd"
 """Domain of the operators that carry quantizers through the exporter."""
 
 QUANTIZER_KEY = "qakd.quantizer"
-"""Node metadata: the dotted names, comma-separated, of the quantizers of the trained model that this node carries out."""
+"""Node metadata: the calls of quantizers of the trained model that this node carries out, see :mod:`.labels`."""
 
 WEIGHT_KEY = "qakd.weight"
 """Node metadata of a weight's DequantizeLinear: the dotted name of its layer in the trained model."""

@@ -14,6 +14,7 @@ import onnx_ir as ir
 import onnxruntime
 
 from ..._common.files import with_extension, write_atomic
+from ..._common.one_at_a_time import one_at_a_time
 from ...errors import ExportError, ParityError, QakdError
 from ...runtimes.base import Array, Input, fitted
 from ...runtimes.host import environment
@@ -59,6 +60,7 @@ class Tuning:
         return f"{found}, with {len(self.layers)} of {self.eligible} convolutions changed."
 
 
+@one_at_a_time
 def tune_for_host(
     path: str | os.PathLike[str],
     out: str | os.PathLike[str],
