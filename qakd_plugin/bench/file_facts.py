@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
+from ..deploy.canonical.graph import parsed
 from ..deploy.engine.manifest import read_manifest
 from ..errors import EngineError, QakdError
 from .census import engine_layers
@@ -147,6 +148,9 @@ def _layers(path: Path, kind: str) -> list[ElementTree.Element]:
 
 def _load(path: Path) -> onnx.ModelProto:
     try:
-        return onnx.load(path, load_external_data=False)
-    except DecodeError as error:
-        raise QakdError(f"{path}: cannot load it: it is no valid ONNX file.") from error
+        return parsed(path.read_bytes())
+    except OSError as error:
+        raise QakdError(f"{path} cannot be read: {error.strerror}.") from error
+    except Exception as error:  # protobuf and onnx-ir raise many kinds on foreign bytes; all mean the same here
+        reason = "" if isinstance(error, DecodeError) else f" ({str(error)[:200]})"
+        raise QakdError(f"{path}: cannot load it: it is no valid ONNX file{reason}.") from error

@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 import onnx_ir as ir
 
-from ..errors import ExportError
-from .canonical.graph import WEIGHT_KEY, constant, dequantizer_before, is_quantized, producer, read_onnx, scalar
+from .canonical.graph import WEIGHT_KEY, constant, dequantizer_before, is_quantized, producer, read_onnx, scalar, understood
 from .finding import Finding as Finding
 
 NARROW = 16
@@ -40,14 +39,8 @@ def diagnose(path: str | os.PathLike[str], float_layers: Iterable[str] = ()) -> 
         ExportError: the file is missing, damaged or no valid ONNX.
     """
     graph = read_onnx(path).graph
-    try:
+    with understood(path, "diagnosed"):
         return _findings(graph, float_layers)
-    except Exception as error:  # the graph of a damaged file may hold anything
-        reason = " ".join(str(error).split())[:200]
-        raise ExportError(
-            f"{path} cannot be diagnosed ({type(error).__name__}: {reason}). It is damaged if ONNX Runtime does not load it "
-            "either: export it again."
-        ) from error
 
 
 def _findings(graph: ir.Graph, float_layers: Iterable[str]) -> list[Finding]:

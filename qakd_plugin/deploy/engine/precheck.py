@@ -24,6 +24,7 @@ from ..canonical.graph import (
     external_location,
     is_stored,
     is_weight_only,
+    parsed,
     producer,
     tensors,
     weight_dequantizers,
@@ -109,14 +110,11 @@ def _read(file: str | os.PathLike[str]) -> tuple[bytes, ir.Model]:
             f"{path} cannot be read: {error.strerror}. Export it first with export_onnx(..., target='tensorrt')."
         ) from error
     try:
-        proto = onnx.ModelProto.FromString(data)
-        stored = list(tensors(proto))
-        external = [tensor.name for tensor in stored if external_location(tensor) is not None]
+        proto = parsed(data)
+        external = [tensor.name for tensor in tensors(proto) if external_location(tensor) is not None]
         if not external:
             onnx.checker.check_model(data)  # the bytes: a model would be written once more
             model = ir.serde.deserialize_model(proto)
-            for tensor in stored:  # each has as much data as its shape says, or this raises; the checker does not look
-                ir.serde.deserialize_tensor(tensor).numpy()
     except Exception as error:  # protobuf, the checker and onnx-ir raise many kinds on foreign bytes; all mean the same here
         reason = " ".join(str(error).split())[:200]
         raise EngineError(f"{path} is not a valid ONNX file ({type(error).__name__}: {reason}). Export it again.") from error
