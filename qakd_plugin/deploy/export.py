@@ -222,12 +222,19 @@ def _check_inputs(model: nn.Module, example: Inputs) -> None:
             f"example_inputs: a tensor, a tuple of positional arguments or a mapping of keywords was expected, got "
             f"{type(example).__name__}. Pass a batch of real inputs."
         )
+    nowhere = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    if nowhere:
+        raise ExportError(f"{nowhere[0]} lies on the meta device, without numbers: load the weights first.")
     if problem := call_problem(model, example):
         raise ExportError(f"example_inputs: {problem}.")
     tensors = named_inputs(model, example)
     if not any(tensor.ndim for tensor in tensors.values()):
         raise ExportError("example_inputs holds no tensor with dimensions (N, ...). Pass a batch of real inputs.")
     for name, tensor in tensors.items():
+        if tensor.is_meta:
+            raise ExportError(
+                f"example_inputs: {name!r} lies on the meta device, without numbers. Pass a batch of real inputs."
+            )
         # A mask may be minus infinity somewhere; what is the only input may not.
         wrong = torch.isnan(tensor) if len(tensors) > 1 else ~torch.isfinite(tensor)
         if tensor.is_complex() or bool(wrong.any()):

@@ -141,6 +141,16 @@ def _require_float(model: nn.Module) -> None:
             f"model holds {dtype_name(dtype)} weights, in which steps of training are lost to rounding and "
             'codes do not lie on their grid: pass model.float(), and mixed_precision="bf16" to distill for speed.'
         )
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise QakdError(
+                f"model: {name} lies on the meta device, where it has no numbers. Load them first: model.to_empty(device='cpu') "
+                "and model.load_state_dict(...)."
+            )
+        if parameter.dtype == torch.float64:
+            raise QakdError(f"model: {name} is float64, and quantizers compute in float32: pass model.float().")
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            raise QakdError(f"model: {name} holds NaN or infinite weights. Load those from before they were lost.")
     try:
         adapter = adapter_for(model)
     except NotPreparedError:
@@ -151,6 +161,8 @@ def _require_float(model: nn.Module) -> None:
 def _inputs(split: BatchFn, batch: object, index: int) -> Inputs:
     inputs, _ = split(batch)
     for tensor in named_tensors(inputs).values():
+        if tensor.is_meta:
+            raise QakdError(f"calibration_batches: batch {index} lies on the meta device, without numbers. Pass real batches.")
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise QakdError(f"calibration_batches: batch {index} holds NaN or infinite values.")
     return inputs
