@@ -144,8 +144,8 @@ def _require_float(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise QakdError(
-                f"model: {name} lies on the meta device, where it has no numbers. Load them first: model.to_empty(device='cpu') "
-                "and model.load_state_dict(...)."
+                f"model: {name} lies on the meta device, where it has no numbers. Load them first: "
+                "model.to_empty(device='cpu') and model.load_state_dict(...)."
             )
         if parameter.dtype == torch.float64:
             raise QakdError(f"model: {name} is float64, and quantizers compute in float32: pass model.float().")
