@@ -26,6 +26,11 @@ def copied(network: nn.Module) -> nn.Module:
     return made
 
 
+def has_hooks(network: nn.Module) -> bool:
+    """Whether a network has hooks of forward as a whole."""
+    return bool(network._forward_pre_hooks or network._forward_hooks)
+
+
 def carry_hooks(source: nn.Module, target: nn.Module) -> None:
     """Let a network that was made of another one run the hooks of forward that the other has, as a whole, too."""
     for name in _FORWARD_HOOKS:

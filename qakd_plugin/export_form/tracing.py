@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from .._common.module_copy import has_hooks
 from .._common.silenced import silenced
 from ..errors import ExportError
 from ..tasks.inputs import Inputs, arguments, call, named_inputs, runs_on_one_sample
@@ -77,9 +78,11 @@ def trace(
             f"{both[0]!r} is the name of an input and of an output. Pass output_names=[...], {len(outputs)} names."
         )
     dimensions = _dimensions(example, tensors, dynamic)
-    # One tensor in, and a tree of tensors out that torch.export knows: it needs no wrapper.
+    # One tensor in, and a tree of tensors out that torch.export knows: it needs no wrapper. Of a GraphModule it reads the graph
+    # alone, not the hooks around it.
     leaves = tree_leaves(output)
     plain = isinstance(example, Tensor) and len(leaves) == len(named) and all(map(operator.is_, leaves, named.values()))
+    plain = plain and not (isinstance(model, torch.fx.GraphModule) and has_hooks(model))
     program, left, fixed = _traced(model if plain else _Flat(model, example), tensors, dimensions)
     if not plain:
         _drop_wrapper(program)

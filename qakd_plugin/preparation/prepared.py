@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._common.module_copy import copied, has_hooks
+from .._common.module_mode import eval_mode
 from .._common.one_at_a_time import one_at_a_time
 from .._common.precision import dtype_name
 from ..errors import NotPreparedError, QakdError
@@ -17,7 +19,8 @@ from ..placement.frozen_batch_norm import fold_frozen_batch_norms, frozen_batch_
 from ..placement.placement import layer_graph
 from ..placement.targets import TARGETS, Target
 from ..tasks.batches import BatchFn, batch_splitter, default_batch
-from ..tasks.inputs import HALF, Inputs, device_of_network, dtypes_named, named_tensors, precision_of, to_device
+from ..tasks.inputs import HALF, Inputs, call, device_of_network, dtypes_named, named_tensors, precision_of, to_device
+from ..tasks.outputs import named_outputs
 from ..toolkits import Adapter, Precision, adapter_for, adapter_named
 
 _log = logging.getLogger(__name__)
@@ -84,7 +87,9 @@ def prepare(
     if frozen_batch_norms(network):
         network = fold_frozen_batch_norms(network, layer_graph(network, batches[0]))
     with dtypes_named(model, batches[0], "calibration_batches"):
-        return adapter.prepare(network, batches, precision)
+        prepared = adapter.prepare(network, batches, precision)
+    _require_hooks(adapter, model, prepared, batches[0])
+    return prepared
 
 
 @one_at_a_time
@@ -156,6 +161,26 @@ def _require_float(model: nn.Module) -> None:
     except NotPreparedError:
         return
     raise NotPreparedError(f"model is prepared by {adapter.name} already: pass the float model, or call distill with this one.")
+
+
+@torch.no_grad()
+def _require_hooks(adapter: Adapter, model: nn.Module, prepared: nn.Module, inputs: Inputs) -> None:
+    """Refuse a toolkit that lost hooks of forward which change what the network computes; others are no loss."""
+    hooked = [name or type(model).__name__ for name, module in model.named_modules() if has_hooks(module)]
+    if not hooked:
+        return
+    unquantized = copied(prepared)
+    adapter.set_mode(unquantized, False)
+    adapter.freeze_ranges(unquantized, True)
+    adapter.set_fake_quant(unquantized, False)
+    with eval_mode(model):
+        expected = named_outputs(call(model, inputs)).values()
+    for wanted, found in zip(expected, named_outputs(call(unquantized, inputs)).values(), strict=True):
+        if wanted.is_floating_point() and not torch.allclose(wanted, found, rtol=1e-3, atol=1e-3 * float(wanted.abs().max())):
+            raise QakdError(
+                f"model: toolkit={adapter.name!r} loses a hook that changes what the network computes ({', '.join(hooked[:3])}). "
+                "Write what the hook does in forward, or use toolkit='modelopt'."
+            )
 
 
 def _inputs(split: BatchFn, batch: object, index: int) -> Inputs:

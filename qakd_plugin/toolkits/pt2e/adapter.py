@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..._common.module_copy import copied
+from ..._common.module_copy import carry_hooks, copied
 from ..._common.optional import require
 from ...errors import UnsupportedQuantizerError
 from ...placement.exported_graph import layer_name
@@ -134,6 +134,8 @@ class PT2EAdapter(FakeQuantizeAdapter):
         graph = exported(network, batches[0])
         refuse_zero_gammas(graph)
         prepared: fx.GraphModule = pt2e.prepare_qat_pt2e(graph, quantizer)
+        if isinstance(model, fx.GraphModule):  # of which torch.export reads the graph alone
+            carry_hooks(model, prepared)
         restore_momenta(prepared, network)
         rename_quantizers(prepared)
         self.set_mode(prepared, False)
