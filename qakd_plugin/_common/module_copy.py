@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 
 from torch import fx, nn
 
@@ -32,6 +33,23 @@ def has_hooks(network: nn.Module) -> bool:
 
 
 def carry_hooks(source: nn.Module, target: nn.Module) -> None:
-    """Let a network that was made of another one run the hooks of forward that the other has, as a whole, too."""
+    """Let a network that was made of another one run the hooks of forward that the other has as a whole, too."""
     for name in _FORWARD_HOOKS:
         getattr(target, name).update(getattr(source, name))
+
+
+def move_hooks(source: nn.Module, target: nn.Module, *, but_not: Collection[object] = ()) -> None:
+    """The same for a module in whose place another one stands, which may call it: there they would run once more.
+
+    Args:
+        source: has none afterwards.
+        target: gets them.
+        but_not: functions that are hooks of a toolkit, whose work ``target`` does itself.
+    """
+    for name in ("_forward_pre_hooks", "_forward_hooks"):
+        hooks = getattr(source, name)
+        for key in [key for key, hook in hooks.items() if any(hook is own for own in but_not)]:
+            del hooks[key]
+    carry_hooks(source, target)
+    for name in _FORWARD_HOOKS:
+        getattr(source, name).clear()

@@ -178,7 +178,7 @@ def _require_hooks(adapter: Adapter, model: nn.Module, prepared: nn.Module, inpu
     for wanted, found in zip(expected, named_outputs(call(unquantized, inputs)).values(), strict=True):
         if wanted.is_floating_point() and not torch.allclose(wanted, found, rtol=1e-3, atol=1e-3 * float(wanted.abs().max())):
             raise QakdError(
-                f"model: toolkit={adapter.name!r} loses a hook that changes what the network computes ({', '.join(hooked[:3])}). "
+                f"model: toolkit={adapter.name!r} loses a hook of {', '.join(hooked[:3])} that changes what is computed. "
                 "Write what the hook does in forward, or use toolkit='modelopt'."
             )
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..._common.module_copy import copied
+from ..._common.module_copy import copied, move_hooks
 from ...export_form.modules import ActivationQDQ, QuantizedLayer, QuantizedModule, replace_modules, store_weight
 from ...placement.layer_names import never_called
 from ...placement.placement import has_own_forward
@@ -26,6 +26,8 @@ def export_form(adapter: Adapter, model: nn.Module) -> nn.Module:
         adapter.qparams(quantizer)  # refuses what has no export form
     parents = {name: network.get_submodule(name) for name in sorted({fqn.rpartition(".")[0] for fqn in active})}
     made = {module: _exported(adapter, module, name, active) for name, module in parents.items()}
+    for module, replacement in made.items():
+        move_hooks(module, replacement)
     # remove_duplicate=False: a module shared by several names stays shared.
     replacements = {name: made[module] for name, module in network.named_modules(remove_duplicate=False) if module in made}
     replacements |= {name: plain(layer) for name, layer in _idle_layers(network).items()}

@@ -17,9 +17,10 @@ from torch import Tensor, fx, nn
 from torch.ao.quantization import FakeQuantize, FixedQParamsObserver
 from torch.ao.quantization.backend_config import get_tensorrt_backend_config
 from torch.ao.quantization.fake_quantize import FakeQuantizeBase
+from torch.ao.quantization.quantize import _observer_forward_hook, _observer_forward_pre_hook
 from torch.ao.quantization.quantize_fx import prepare_qat_fx
 
-from ..._common.module_copy import carry_hooks, copied
+from ..._common.module_copy import carry_hooks, copied, move_hooks
 from ...errors import QakdError
 from ...export_form.modules import ActivationQDQ, QuantizedLayer, QuantizedModule, replace_modules, store_weight
 from ...placement.placement import place_quantizers
@@ -37,6 +38,9 @@ from .fx_graph import (
     use_unsigned_bytes,
 )
 from .qat_layers import FUSED_RELU, QAT_LAYERS, bake_weight, folded, folded_weight_of
+
+_OWN_HOOKS = (_observer_forward_hook, _observer_forward_pre_hook)
+"""Of eager mode, which run the quantizers of a module's input and output."""
 
 
 class TorchAOAdapter(FakeQuantizeAdapter):
@@ -135,6 +139,7 @@ class TorchAOAdapter(FakeQuantizeAdapter):
                 exported[module] = self._exported(module, name, quantizers)
             if (replacement := exported[module]) is not None:
                 replacements[name] = replacement
+                move_hooks(module, replacement, but_not=_OWN_HOOKS)
         return replace_modules(network, replacements)
 
     def _exported(self, module: nn.Module, name: str, quantizers: dict[nn.Module, Quantizer]) -> nn.Module | None:
