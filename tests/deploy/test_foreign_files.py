@@ -124,9 +124,10 @@ def test_a_diagnosis_ends_or_says_in_one_line_why_not(damage, tmp_path):
     damage(model)
     (tmp_path / "bad.onnx").write_bytes(model.SerializeToString())
     try:
-        assert isinstance(diagnose(tmp_path / "bad.onnx"), list)
+        said = [finding.advice for finding in diagnose(tmp_path / "bad.onnx")]
     except QakdError as error:
-        assert str(error).isprintable()
+        said = [str(error)]
+    assert all(line.isprintable() for line in said)
 
 
 @pytest.mark.parametrize(("size", "count"), [(224, 64), (1024, 21), (5000, 1)])
@@ -152,4 +153,4 @@ def test_an_error_is_one_line_that_a_terminal_does_not_obey(quoted):
 
 
 def test_an_error_says_what_it_is_given():
-    assert str(QakdError("'naïve  conv' has 3 × 3, 日本.")) == "'naïve  conv' has 3 × 3, 日本."
+    assert str(QakdError("'naïve  conv' has 3x3, 日本.")) == "'naïve  conv' has 3x3, 日本."

@@ -1,4 +1,4 @@
-"""Threads of one process that export, prepare and train at once: each is right, and the process's own streams stay as they are."""
+"""Threads of one process that export, prepare and train at once: each is right, and nothing of the process is changed."""
 
 from __future__ import annotations
 
