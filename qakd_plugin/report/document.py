@@ -16,7 +16,8 @@ from ..errors import QakdError
 from ..runtimes.host import environment
 from .verdicts import warnings_of
 
-_LARGEST_FILE = 256 * 2**20
+_LARGEST_FILE = 64 * 2**20
+"""Bytes; a thousand rows take a few MiB, and Python needs twenty times as much memory as a hostile one has bytes."""
 _LISTS = ("training", "parity", "engines")
 
 
