@@ -9,7 +9,7 @@ from .._common.cpu_features import has_bfloat16
 from ..errors import QakdError
 from ..runtimes.base import MODULE_RUNTIMES, RUNTIMES
 from .candidates import Candidate
-from .file_facts import BatchLimits, batch_limits, float_type
+from .file_facts import BatchLimits, batch_limits, float_type, require_valid
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ def jobs_of(candidates: Sequence[Candidate], runtimes: Sequence[str], batch_size
                 f"runtimes: {candidate.label} is measured in none of {list(runtimes)}: engines run in 'tensorrt', ONNX files "
                 "in 'onnxruntime' and 'openvino', torch modules in 'torch' and 'torch.compile'; name them all."
             )
+        if "openvino" in wanted and candidate.existing.suffix == ".onnx":
+            require_valid(candidate.existing)
         limits = BatchLimits(1, None) if candidate.file is None else batch_limits(candidate.file)
         for batch in batch_sizes:
             if not limits.takes(batch):
