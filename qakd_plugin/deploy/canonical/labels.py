@@ -21,11 +21,11 @@ class Call(NamedTuple):
     """A call of a quantizer: its dotted name in the export form, and how many calls of it came before."""
 
     quantizer: str
-    index: int
+    number: int
 
     def __str__(self) -> str:
         name = escaped(self.quantizer)
-        return f"{name}#{self.index}" if self.index else name
+        return f"{name}#{self.number}" if self.number else name
 
 
 def escaped(name: str) -> str:
@@ -36,8 +36,8 @@ def escaped(name: str) -> str:
 def calls_in(labels: str) -> Iterator[Call]:
     """What some labels stand for."""
     for label in filter(None, labels.split(",")):
-        name, _, index = label.partition("#")
-        yield Call(unquote(name), int(index or 0))
+        name, _, number = label.partition("#")
+        yield Call(unquote(name), int(number or 0))
 
 
 def labels_of(quantize: ir.Node) -> str:

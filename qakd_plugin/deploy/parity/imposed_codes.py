@@ -60,10 +60,10 @@ def imposed_codes(form: nn.Module, codes: Codes, tolerance: float, after_relu: C
             call = Call(name, calls[name])
             calls[name] += 1
             if name not in codes:
-                outcome.missing += [name] if call.index == 0 else []
+                outcome.missing += [name] if call.number == 0 else []
                 return output
             # Calls with one and the same input may be one in the other program.
-            given = torch.from_numpy(codes[name][min(call.index, len(codes[name]) - 1)])
+            given = torch.from_numpy(codes[name][min(call.number, len(codes[name]) - 1)])
             return _impose(module, args[0], given, outcome, name, call in after_relu)
 
         return impose
