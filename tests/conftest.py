@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
+from collections.abc import Iterator
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a core each, also for the processes that tests start
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -25,6 +27,16 @@ TOOLKITS = ("modelopt", "torch_ao")
 def _threads() -> None:
     if "OMP_NUM_THREADS" not in os.environ:  # two threads waste most of their time where cores are shared
         torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _operators_read_once() -> Iterator[None]:
+    """The exporter parses the source of all its operators again for every export: half of what a tiny network's takes."""
+    from torch.onnx._internal.exporter._registration import onnxscript_apis
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnxscript_apis, "get_torchlib_ops", functools.cache(onnxscript_apis.get_torchlib_ops))
+        yield
 
 
 @pytest.fixture(scope="session")
