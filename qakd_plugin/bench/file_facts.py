@@ -10,6 +10,7 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from ..deploy.engine.manifest import read_manifest
+from ..deploy.file_record import FileRecord, read_record
 from ..errors import EngineError, QakdError
 from .census import engine_layers
 
@@ -97,6 +98,21 @@ def float_type(path: Path) -> str:
     """
     stored = _stored_types(_load(path).graph)
     return next((name.lower() for name in ("FLOAT16", "BFLOAT16") if name in stored), "float32")
+
+
+def record_of(path: Path) -> FileRecord | None:
+    """What an ONNX file or an engine says of its history; None where it does not.
+
+    Raises:
+        QakdError: the file is damaged.
+    """
+    if path.suffix == ".xml":
+        return None
+    if path.suffix == ".engine":
+        metadata = read_manifest(path).get("metadata") or {}
+    else:
+        metadata = {entry.key: entry.value for entry in _load(path).metadata_props}
+    return read_record(metadata, path.name)
 
 
 def _bits_of_engine(path: Path) -> tuple[int, int]:
