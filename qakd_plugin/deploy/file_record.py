@@ -114,14 +114,14 @@ def read_record(metadata: Mapping[str, str], name: str) -> FileRecord | None:
             raise ValueError("an entry is too long")
         weight_bits, _, activation_bits = found["bits"].removeprefix("W").partition("A")
         return _ADAPTER.validate_python(
-            FileRecord(
-                found["toolkit"],
-                int(weight_bits),
-                int(activation_bits),
-                found["target"],
-                from_json(found["training"]),
-                _PROOF.validate_json(found["parity"]),
-            )
+            {
+                "toolkit": found["toolkit"],
+                "weight_bits": int(weight_bits),
+                "activation_bits": int(activation_bits),
+                "target": found["target"],
+                "training": from_json(found["training"]),
+                "parity": _PROOF.validate_json(found["parity"]),
+            }
         )
     except ValueError as error:
         _log.warning(

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from ..bench.rows import Row
 from ..deploy.file_record import UNTRAINED
 
 _NAMED = {"PTQ": "", "QAT": "QAT", "KD": "KD", "SQAKD": "SQAKD", "QKD": "QKD"}
-"""What a row's ``method`` says by itself, of a file without a record: names that whoever called ``benchmark`` gave it, since files
-are called by their stem."""
+"""What a row's ``method`` says by itself, of a file without a record: names that whoever called ``benchmark`` gave it."""
 
 
 def trained_by(row: Row) -> str | None:
     """The method that a row's model was trained by, as its file's record says; "" where no training is recorded, None where
-    nothing is known. Without a record the row's own method counts, if it is one; never a file's name."""
+    nothing is known. Without a record the row's own method counts, if it is one, unless it is but the file's name."""
     if row.record is not None:
         return row.record.method
-    return None if row.is_float else _NAMED.get(row.method)
+    is_file_name = row.method == PurePath(row.file).stem
+    return None if row.is_float or is_file_name else _NAMED.get(row.method)
 
 
 def training_text(row: Row) -> str:

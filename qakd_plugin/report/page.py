@@ -170,14 +170,15 @@ def _entry(
     names: Sequence[str],
     best: bool,
     measures: Sequence[_Measure],
-    label: str,
+    tag: str,
     scale: float,
 ) -> dict[str, Any]:
     several = len(names) > 1
     keys = [short(value) if isinstance(value := column.value(row), str) else value for column in columns]
     keys[1:1] = [row.run] if several else []
     return {
-        "label": short(label, 60),
+        "label": short(row.name, 60),
+        "tag": short(tag, 44),
         "family": family(row),
         "best": best,
         "marker": marker(row),

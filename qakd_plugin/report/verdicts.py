@@ -71,8 +71,8 @@ def warnings_of(rows: Sequence[Row]) -> list[str]:
     used = f"other processes used up to {others:.1f} processor cores, and " if others >= 0.05 else ""
     return [
         f"The machine was busy: while {len(found)} of {len(rows)} rows were measured, {used}the load average before was up "
-        f"to {load:.1f}. Ratios of one run were disturbed alike; take latencies, and ratios close to 1, with care. Accuracy is not "
-        "affected."
+        f"to {load:.1f}. Ratios of one run were disturbed alike; take latencies, and ratios close to 1, with care. Accuracy is "
+        "not affected."
     ]
 
 

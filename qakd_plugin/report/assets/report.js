@@ -142,6 +142,10 @@
     return [...lines.values()];
   }
 
+  // Of a canvas: asking the drawing itself would lay the whole page out anew for each label.
+  const pen = document.createElement("canvas").getContext("2d");
+  pen.font = `12px ${getComputedStyle(document.body).fontFamily}`;
+
   // Beside the point, above or below it; null where every place covers a point or another label.
   function label(width, x, y, reach, box, taken) {
     const places = [["start", x + reach, y], ["end", x - reach, y], ["middle", x, y - reach - 6], ["middle", x, y + reach + 6],
@@ -208,11 +212,9 @@
       svg("path", point.group, { class: "point", d: point.row.marker, transform: `translate(${point.x} ${point.y}) scale(${point.row.scale})` });
     }
     for (const point of labelled) {
-      const text = point.row.label.length > 44 ? point.row.label.slice(0, 43) + "\u2026" : point.row.label;
-      const drawn = svg("text", point.group, { class: "label" }, text);
-      const place = label(drawn.getComputedTextLength(), point.x, point.y, reach(point) + 4, box, taken);
-      if (!place) drawn.remove();
-      else for (const [key, value] of Object.entries({ x: place.x, y: place.y, "text-anchor": place.anchor })) drawn.setAttribute(key, value);
+      const text = point.row.tag;
+      const place = label(pen.measureText(text).width, point.x, point.y, reach(point) + 4, box, taken);
+      if (place) svg("text", point.group, { class: "label", x: place.x, y: place.y, "text-anchor": place.anchor }, text);
     }
     points = placed.sort((a, b) => a.x - b.x || a.y - b.y);
   }
