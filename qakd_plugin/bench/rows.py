@@ -188,7 +188,7 @@ class Row:
     outputs: tuple[OutputAgreement, ...] = ()
     file: str = ""
     change: Change | None = None
-    record: FileRecord | None = field(default=None, repr=False)
+    record: FileRecord | None = field(default=None, repr=False, hash=False)
 
     @property
     def metric(self) -> MetricValue | None:
