@@ -32,7 +32,8 @@ class TrainingRecord:
         method: name of the method's class: "SQAKD", "QAT", ...
         loop: "distill", or "own": a loop of the user's or of another library, with this package's losses.
         kept: the epoch whose weights the model has, -1 where those it began with were the best; None where that is not known.
-        history: rows of epochs, at most 60 of them: numbers and phases; of ``distill`` alone.
+        history: rows of epochs: numbers and phases; of ``distill`` alone. Of many epochs some sixty rows are kept, the first
+            one and the last one of each phase among them.
     """
 
     method: str
@@ -44,7 +45,12 @@ class TrainingRecord:
     def of_distill(cls, method: str, history: Sequence[Mapping[str, Any]], kept: int | None) -> TrainingRecord:
         """The record of a run of ``distill``."""
         every = max(1, math.ceil(len(history) / _MOST_EPOCHS))
-        rows = [*history[:-1:every], *history[-1:]]
+        phases = [row.get("phase") for row in history]
+        rows = [
+            row
+            for index, row in enumerate(history)
+            if index % every == 0 or index == len(history) - 1 or phases[index] != phases[index + 1]
+        ]
         return cls(method, "distill", kept, tuple(map(_compact, rows)))
 
 

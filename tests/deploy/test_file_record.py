@@ -16,6 +16,7 @@ from qakd_plugin.bench.candidates import candidate_from_path
 from qakd_plugin.bench.file_facts import record_of
 from qakd_plugin.cli.student_file import load_student, write_student
 from qakd_plugin.deploy.file_record import UNTRAINED, FileRecord, read_record
+from qakd_plugin.report.charts import training_run
 
 
 class Net(nn.Module):
@@ -118,9 +119,13 @@ def test_a_student_file_carries_the_training_to_the_file(net, batches, tmp_path)
 def test_a_long_history_is_thinned_and_keeps_its_ends():
     history = [{"epoch": k, "loss": 1 / 3, "nested": {"a": 1}, "bad": float("nan"), "ok": True} for k in range(1000)]
     record = TrainingRecord.of_distill("SQAKD", history, 7)
-    assert len(record.history) <= 60
+    assert len(record.history) <= 61
     assert [record.history[0]["epoch"], record.history[-1]["epoch"]] == [0, 999]
     assert record.history[0] == {"epoch": 0, "loss": 0.333333, "bad": None}
+    phases = [{"epoch": k, "phase": "first" if k < 501 else "second"} for k in range(1000)]
+    run = training_run({"name": "r", "history": TrainingRecord.of_distill("QKD", phases, 7).history})
+    assert (run.phases, run.epochs) == ("first 501 epochs, second 499 epochs", 1000)
+    assert training_run({"name": "r", "history": [{"epoch": -1}, {"epoch": 0}, {"epoch": 1}]}).epochs == 2
     kept = TrainingRecord("SQAKD", "distill", kept=-1)
     assert method_of([kept]) == ""
     assert method_of([kept, TrainingRecord("QAT", "own"), TrainingRecord("QAT", "own")]) == "QAT"
