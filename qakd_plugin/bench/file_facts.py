@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from ..deploy.canonical.graph import parsed
 from ..deploy.engine.manifest import read_manifest
+from ..deploy.file_record import FileRecord, read_record
 from ..errors import EngineError, QakdError
 from .census import engine_layers
 
@@ -113,6 +114,21 @@ def require_valid(path: Path) -> None:
         onnx.checker.check_model(os.fspath(path))
     except Exception as error:  # the checker's exceptions and protobuf's share no other base class
         raise QakdError(f"{path}: cannot load it: it is no valid ONNX file ({str(error)[:200]}).") from error
+
+
+def record_of(path: Path) -> FileRecord | None:
+    """What an ONNX file or an engine says of its history; None where it does not.
+
+    Raises:
+        QakdError: the file is damaged.
+    """
+    if path.suffix == ".xml":
+        return None
+    if path.suffix == ".engine":
+        metadata = read_manifest(path).get("metadata") or {}
+    else:
+        metadata = {entry.key: entry.value for entry in _load(path).metadata_props}
+    return read_record(metadata, path.name)
 
 
 def _bits_of_engine(path: Path) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from ..runtimes.host import Conditions, Watch
 from ..runtimes.interleaving import WARM_UP_CALLS, turns
 from . import row_fields
 from .accuracy import IMAGES_AT_ONCE, Accuracy, Agreement, Count, Tally, labels_of, score_all
+from .changes import with_changes
 from .file_facts import batch_limits
 from .jobs import Job
 from .loading import make_runner
@@ -146,7 +147,7 @@ class Session:
             size = at_once if file is None else batch_limits(file).nearest(at_once)
             tallies.append(Tally(label, runner, size, counted.counts(label, has_labels)))
         samples = score_all(tallies, batches, reader, keep, cut=cut)
-        return Scored(reader, samples, [tally.score() for tally in tallies])
+        return Scored(reader, samples, with_changes(self._jobs, tallies))
 
     def _check_purpose(self, is_counted: bool) -> None:
         """A loader without labels is there for its inputs, where random ones would not do."""
@@ -214,6 +215,8 @@ class Session:
                 total_layers=total,
                 peak_rss_mib=row_fields.peak_memory(job, self._threads, feed),
                 conditions=timed.conditions,
+                file="" if job.candidate.file is None else job.candidate.file.name,
+                record=job.record,
                 layers=row_fields.layer_times(job, self._threads, feed) if profile_layers else (),
                 **row_fields.latency(wall, cpu, batch),
                 **row_fields.stages(job, runner, feed),

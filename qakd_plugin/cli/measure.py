@@ -48,6 +48,8 @@ def bench(
     from ..bench.candidates import candidate_from_path
     from ..bench.measure import benchmark
     from ..report import console_table, write_report
+    from ..report.tables import short
+    from ..report.verdicts import recommendations
 
     measured = list(models)
     engines = [path for path in models if path.suffix == ".engine"]
@@ -70,6 +72,8 @@ def bench(
     )
     path = write_report(rows, out)
     Console().print(console_table(rows))
+    for one in recommendations(rows):
+        print(short(f"{one.setting}: {'deploy ' if one.row else ''}{one.text} {one.why}", 2000))
     print(path)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .._common.files import write_atomic
 from .._common.tensor_file import pack, unpack
+from .._common.training_record import TrainingRecord, as_json, from_json, set_training_records, training_records
 from ..errors import CheckpointError, QakdError
 from ..preparation.description import describe
 from ..training.checkpoint import load_plain
@@ -30,11 +31,13 @@ class _Student:
         state: a state_dict.
         grids: by the name of a quantizer: its kind and its codes; None where the file does not say.
         toolkit: that prepared it; None where the file does not say.
+        training: how it was trained; nothing where the file does not say.
     """
 
     state: Mapping[str, Any]
     grids: Mapping[str, str] | None = None
     toolkit: str | None = None
+    training: tuple[TrainingRecord, ...] = ()
 
 
 def write_student(model: nn.Module, path: Path) -> Path:
@@ -54,6 +57,7 @@ def write_student(model: nn.Module, path: Path) -> Path:
         "model": type(model).__name__,
         "toolkit": describe(model).toolkit,
         "quantizers": json.dumps(_grids(model)),
+        "training": as_json(training_records(model)),
         "module_versions": json.dumps(getattr(state, "_metadata", {})),
         "pickled": json.dumps(others),
     }
@@ -87,6 +91,7 @@ def load_student(model: nn.Module, path: Path) -> None:
     except (RuntimeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise QakdError(f"--weights: {path} does not fit the prepared model: {reason}") from error
+    set_training_records(model, student.training)
 
 
 def _grids(model: nn.Module) -> dict[str, str]:
@@ -123,7 +128,7 @@ def _from_tensors(tensors: dict[str, Tensor], facts: dict[str, str]) -> _Student
     for name in json.loads(facts["pickled"]):
         state[name] = load_plain(io.BytesIO(state[name].numpy().tobytes()))
     state._metadata = json.loads(facts["module_versions"])  # type: ignore[attr-defined]  # where torch looks for it
-    return _Student(state, json.loads(facts["quantizers"]), facts["toolkit"])
+    return _Student(state, json.loads(facts["quantizers"]), facts["toolkit"], from_json(facts.get("training", "[]")))
 
 
 def _by_name(content: object) -> Mapping[str, Any]:

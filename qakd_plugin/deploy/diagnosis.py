@@ -25,12 +25,13 @@ _BETWEEN = {"Relu", "Clip"}
 """Operators that a runtime takes into the convolution before them."""
 
 
-def diagnose(path: str | os.PathLike[str], float_layers: Iterable[str] = ()) -> list[Finding]:
+def diagnose(path: str | os.PathLike[str], float_layers: Iterable[str] = (), runtime: str = "onnxruntime") -> list[Finding]:
     """Look for everything that is known to keep an INT8 model from being fast.
 
     Args:
         path: an ONNX file of any target, quantized or not.
         float_layers: names of nodes that the runtime left in floating point, as ``census(path).float_layers`` has them.
+        runtime: that is to run the file: "onnxruntime" or "openvino". What keeps one from being fast need not keep the other.
 
     Returns:
         Findings, the ones that cost most first; none where nothing is known to be wrong.
@@ -40,15 +41,16 @@ def diagnose(path: str | os.PathLike[str], float_layers: Iterable[str] = ()) -> 
     """
     graph = read_onnx(path).graph
     with understood(path, "diagnosed"):
-        return _findings(graph, float_layers)
+        return _findings(graph, float_layers, runtime)
 
 
-def _findings(graph: ir.Graph, float_layers: Iterable[str]) -> list[Finding]:
+def _findings(graph: ir.Graph, float_layers: Iterable[str], runtime: str) -> list[Finding]:
     if not any(node.op_type in {"QuantizeLinear", "DequantizeLinear"} for node in graph):
         return [Finding("not quantized", (), "The file has no quantizers. Prepare the model, train it, and export it again.")]
     findings = [
         Finding(kind, layers, advice)
         for kind, find, advice in _CHECKS
+        if not (runtime == "openvino" and kind in _OF_ONNXRUNTIME)
         if (layers := tuple(dict.fromkeys(name for name in find(graph))))
     ]
     named = {layer for finding in findings if finding.kind not in _HARMLESS_KINDS for layer in finding.layers}
@@ -231,6 +233,12 @@ _CHECKS: tuple[tuple[str, Callable[[ir.Graph], Iterator[str]], str], ...] = (
         "comes from the other layers.",
     ),
 )
+_OF_ONNXRUNTIME = {
+    "signed codes", "clamp before quantizer", "output not quantized", "untied pool", "separate bias", "transposed convolution",
+    "narrow", "depthwise",
+}  # fmt: skip
+"""Findings of how ONNX Runtime fuses and computes. OpenVINO, for one, computes a convolution in integers whatever reads it."""
+
 _HARMLESS_KINDS = {"narrow", "depthwise", "untied pool", "add with one float input"}
 """Findings that do not explain why a layer runs in floating point."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from .._common.files import write_atomic
 from .._common.module_copy import copied
 from .._common.module_mode import eval_mode
 from .._common.one_at_a_time import one_at_a_time
+from .._common.training_record import training_records
 from ..errors import ExportError, UnsupportedQuantizerError
 from ..export_form.tracing import Traced, trace
 from ..placement.targets import TARGETS, Target
@@ -25,6 +27,7 @@ from ..tasks.inputs import Inputs, call, call_problem, named_inputs, named_tenso
 from ..toolkits import Adapter, adapter_for
 from .canonical.clamps import quantizers_after_relu
 from .canonical.write import to_canonical, to_proto
+from .file_record import FileRecord, finite
 from .parity.float16 import Float16Parity, check_float16
 from .parity.gate import check_parity
 from .parity.openvino import check_openvino
@@ -93,6 +96,10 @@ def export_onnx(
     default quantizes the activations of layers that have none on its own: set DYNAMIC_QUANTIZATION_GROUP_SIZE to 0 for the
     numbers that were trained.
 
+    The file's metadata ("qakd.method", "qakd.toolkit", "qakd.bits", "qakd.target", "qakd.parity", "qakd.training") says by what
+    the model was prepared and trained, as far as :func:`~qakd_plugin.distill`, :func:`~qakd_plugin.attach` and the bridges to
+    other trainers saw it, and what was proven: reports show it.
+
     Args:
         prepared_model: prepared by a supported toolkit, trained or calibrated; it is not changed.
         example_inputs: a tensor (N, ...), a tuple of positional arguments or a mapping of keywords; floats, integers (token
@@ -147,6 +154,10 @@ def export_onnx(
     if float16:
         model = to_float16(model)
         conversion = check_float16(model, form, samples)
+    record = FileRecord(
+        adapter.name, *_bits(adapter, prepared_model), target, training_records(prepared_model), finite(parity.as_dict())
+    )
+    model.metadata_props.update(record.as_metadata())
     write_atomic(path, to_proto(model).SerializeToString(), ExportError)
     return ExportedModel(Path(path), target, parity, conversion)
 
@@ -195,6 +206,16 @@ def _for_target(canonical: ir.Model, target: Target, storage: WeightStorage) -> 
     model = to_tensorrt_form(canonical) if storage == "int4" else canonical
     check_weights(model)
     return model
+
+
+def _bits(adapter: Adapter, model: nn.Module) -> tuple[int, int]:
+    """Of most weights and of most activations, the fewer where two are as common; 32 where none is quantized."""
+    quantizers = adapter.quantizers(model)
+    found = []
+    for role in ("weight", "activation"):
+        counted = Counter(adapter.qparams(quantizer).bits for quantizer in quantizers if quantizer.role == role)
+        found.append(min(counted, key=lambda bits: (-counted[bits], bits), default=32))
+    return found[0], found[1]
 
 
 def _evaluated(adapter: Adapter, prepared: nn.Module) -> nn.Module:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .._common.optional import require
+from .._common.training_record import TrainingRecord, record_training
 from ..errors import QakdError
 from ..tasks.outputs import named_outputs
 from ..tasks.task_loss import TaskLoss, check_task_loss
@@ -122,6 +123,7 @@ class DistillationTrainer(_Trainer):  # type: ignore[misc]
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's; under ``bf16`` quantizers compute in float32."""
+        record_training(unwrapped(self.model), TrainingRecord(type(self.method).__name__, "own"))
         with float32_quantizers(self.adapter, unwrapped(self.model)):
             return super().train(*args, **kwargs)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .._common.optional import require
+from .._common.training_record import TrainingRecord, record_training
 from ..errors import QakdError
 from ..tasks.batches import BatchFn, batch_splitter, default_batch
 from ..tasks.evaluation import evaluate
@@ -139,6 +140,9 @@ class DistillationModule(_LightningModule):  # type: ignore[misc]
     def teardown(self, stage: str) -> None:
         for handle in self._float32:
             handle.remove()
+
+    def on_train_start(self) -> None:
+        record_training(self.student, TrainingRecord(type(self.method).__name__, "own"))
 
     def on_train_epoch_start(self) -> None:
         self._phase = self._epochs[self.current_epoch]

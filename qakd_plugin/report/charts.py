@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from ..bench.rows import LayerTime, Row
@@ -84,7 +85,7 @@ def training_run(entry: Mapping[str, Any]) -> TrainingRun:
     return TrainingRun(
         name=str(entry["name"]),
         phases=_phases(history),
-        epochs=len(history),
+        epochs=sum(_epochs(history)),
         curves=tuple(curves),
         columns=columns,
         lines=tuple(tuple(_cell(row.get(column)) for column in columns) for row in thinned),
@@ -143,10 +144,18 @@ def _shown_metric(history: Sequence[Mapping[str, Any]]) -> str | None:
 
 def _phases(history: Sequence[Mapping[str, Any]]) -> str:
     counted: dict[str, int] = {}
-    for row in history:
+    for row, count in zip(history, _epochs(history), strict=True):
         name = str(row.get("phase", "training"))
-        counted[name] = counted.get(name, 0) + 1
-    return ", ".join(f"{name} {count} epoch{'s' * (count > 1)}" for name, count in counted.items())
+        counted[name] = counted.get(name, 0) + count
+    return ", ".join(f"{name} {count} epoch{'s' * (count > 1)}" for name, count in counted.items() if count)
+
+
+def _epochs(history: Sequence[Mapping[str, Any]]) -> list[int]:
+    """How many epochs each row stands for: those since the row before, where a history was thinned; none, of the start."""
+    numbers = [-1, *(number for row in history if type(number := row.get("epoch")) is int)]
+    counts = [after - before for before, after in pairwise(numbers)]
+    in_order = len(counts) == len(history) and all(count >= (index > 0) for index, count in enumerate(counts))
+    return counts if in_order else [1] * len(history)
 
 
 def _is_cell(value: object) -> bool:

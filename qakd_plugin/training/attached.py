@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
+from .._common.training_record import TrainingRecord, record_training
 from ..errors import QakdError
 from ..tasks.inputs import forward_names
 from ..tasks.outputs import Outputs, named_outputs
@@ -60,6 +61,7 @@ class Attached:
         self._phases = list(phases)
         self._index = 0
         self._batch: _Seen | None = None
+        self._recorded = False
         self._check = MatchCheck()
         self._model = unwrapped(prepared_model)
         self._adapter = adapter_for(self._model)
@@ -121,6 +123,9 @@ class Attached:
             loss = self._taps.added(loss, self.parts)
         if not self.phase.teacher:
             self._batch = None
+        if not self._recorded:
+            record_training(self._model, TrainingRecord(type(self.method).__name__, "own"))
+            self._recorded = True
         return loss
 
     def teacher_loss(self, labels: Any = None) -> Tensor:

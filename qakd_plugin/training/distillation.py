@@ -18,6 +18,7 @@ from torch.optim import AdamW
 from .._common.arguments import positive_whole
 from .._common.console import say
 from .._common.one_at_a_time import one_at_a_time
+from .._common.training_record import TrainingRecord, record_training
 from ..augment.data import Stats
 from ..augment.selector import CMISelector
 from ..errors import QakdError
@@ -203,8 +204,14 @@ def distill(
     _check(lesson, data, settings, cache_teacher)
     run = _run(lesson, data, settings, checkpoints, seed, cache_teacher, trackers, callbacks)
     with run as trainer:
-        trainer.train(resume=resume)
-    return _result(trainer)
+        try:
+            trainer.train(resume=resume)
+        except BaseException:
+            _record(trainer, lesson.method, kept=None)  # the weights that it leaves are trained as well
+            raise
+    result = _result(trainer)
+    _record(trainer, lesson.method, kept=result.metrics["epoch"])
+    return result
 
 
 def _lesson(model: nn.Module, teacher: nn.Module | None, method: Method, epochs: int, task_loss: TaskLoss | None) -> Lesson:
@@ -319,6 +326,12 @@ def _result(trainer: Trainer) -> DistillResult:
     state = trainer.state
     kept = state.history[state.best.epoch] if state.best.epoch >= 0 else state.history[-1]
     return DistillResult(trainer.networks.model, state.history, kept, trainer.networks.teacher)
+
+
+def _record(trainer: Trainer, method: Method, kept: int | None) -> None:
+    if trainer.state.position.step:
+        name = type(method).__name__
+        record_training(trainer.networks.model, TrainingRecord.of_distill(name, trainer.state.history, kept))
 
 
 def _require_length(loader: Iterable[Any]) -> None:

@@ -753,7 +753,7 @@ def test_points_are_told_by_pointer_and_keys(browser, tmp_path):
         tip = "document.querySelector('.tip')"
         assert page.evaluate(f"{tip}.firstChild.textContent") == fastest.name
         assert f"p50 ms: {fastest.p50_ms:.3f}" in page.evaluate(f"[...{tip}.children].map(line => line.textContent)")
-        assert page.evaluate("document.querySelector('#rows tr.active th').textContent").strip(" ★") == fastest.name
+        assert page.evaluate("document.querySelector('#rows tr.active th .key').textContent") == fastest.name
         page.evaluate("scrollTo(0, 0); document.getElementById('plot').scrollIntoView()")
         place = page.evaluate(
             "(() => {const p = document.querySelectorAll('#plot .float .point');"

@@ -29,6 +29,7 @@ from ..canonical.graph import (
     tensors,
     weight_dequantizers,
 )
+from ..file_record import PREFIX
 from ..targets.tensorrt import ADVICE, CONVOLUTIONS, PRODUCTS, stored_weight, weight_problem
 from .rtx_plan import Kind
 
@@ -59,6 +60,7 @@ class OnnxContents:
         float16: whether what is not quantized is stored in FP16.
         quantized: whether it holds any QuantizeLinear, or a linear layer whose weight alone is stored as integers.
         int4_weights: number of weights stored in 4 bits.
+        metadata: what this package wrote of the file's history.
     """
 
     data: bytes
@@ -67,6 +69,7 @@ class OnnxContents:
     float16: bool
     quantized: bool
     int4_weights: int
+    metadata: dict[str, str]
 
     @property
     def dynamic(self) -> bool:
@@ -98,6 +101,7 @@ def inspect_onnx(path: str | os.PathLike[str]) -> OnnxContents:
         any(node.op_type == "QuantizeLinear" for node in nodes)
         or any(is_weight_only(node) for node in weight_dequantizers(graph)),
         sum(codes is not None and codes.dtype.name == "int4" for codes in weights),
+        {key: text for key, text in model.metadata_props.items() if key.startswith(PREFIX)},
     )
 
 
