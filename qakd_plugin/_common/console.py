@@ -1,4 +1,4 @@
-"""A progress bar on terminals; silence elsewhere."""
+"""A progress bar on terminals, silence elsewhere; and names as cells of tables."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.progress import track as rich_track
+from rich.text import Text
+
+from .text import visible
 
 T = TypeVar("T")
 
@@ -18,6 +21,11 @@ def track(items: Sequence[T], description: str) -> Iterator[T]:
     """Iterate with a progress bar on terminals."""
     console = Console(stderr=True)
     yield from rich_track(items, description, console=console, transient=True, disable=not console.is_terminal)
+
+
+def cell(text: str) -> Text:
+    """Text in a table of rich: what would be its markup, or what a terminal would obey, is shown."""
+    return Text(visible(text))
 
 
 def say(line: str) -> None:

@@ -9,10 +9,12 @@ import argparse
 import importlib
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
+from .._common.text import visible
 from ..errors import QakdError
 
 
@@ -34,6 +36,8 @@ class Command:
     renamed: dict[str, str] = field(default_factory=dict)
     printed: tuple[str, str, str, str] | None = None
 
+
+VERBOSE, QUIET = "say more", "say nothing but how it ends, and errors"
 
 COMMANDS = {
     "demo": Command(
@@ -59,6 +63,11 @@ COMMANDS = {
         "Nothing was written.",
     ),
     "export": Command("deploy", "write a trained, prepared model as ONNX, gated on parity", "Nothing half-written was left."),
+    "export-float": Command(
+        "deploy", "write the float network of a recipe as ONNX, to compare with", "Nothing half-written was left."
+    ),
+    "val": Command("answers", "count how often an ONNX file or an engine is right", "Nothing was written."),
+    "predict": Command("answers", "print the classes that a file sees in images", "Nothing was written."),
     "tune": Command("deploy", "fit a file for ONNX Runtime to this machine's processor, by measuring", "Nothing was written."),
     "engine": Command(
         "deploy",
@@ -85,39 +94,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else list(arguments)
     at = next((index for index, word in enumerate(given) if not word.startswith("-")), len(given))
     options = _parser().parse_args(given[: at + 1])
-    logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
-    return _run(options.command, given[at + 1 :])
+    before = [word for word, said in (("--verbose", options.verbose), ("--quiet", options.quiet)) if said]
+    return _run(options.command, [*before, *given[at + 1 :]])
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, and exit status 2."""
+        print(f"{self.prog}: error: {visible(message)} ({self.prog} --help explains)", file=sys.stderr)
+        sys.exit(2)
 
 
 def _parser() -> argparse.ArgumentParser:
     """Reads what comes before a command's own arguments, and its name."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="qakd",
         description="Quantization-aware distillation, from a prepared model to hardware.",
         epilog="qakd COMMAND --help explains a command.",
     )
-    parser.add_argument("-v", "--verbose", action="store_true", help="say more")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser.add_argument("-v", "--verbose", action="store_true", help=VERBOSE)
+    parser.add_argument("--quiet", action="store_true", help=QUIET)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=argparse.ArgumentParser)
     for name, command in COMMANDS.items():
         commands.add_parser(name, help=command.text, add_help=False)
     return parser
 
 
 def _run(name: str, arguments: Sequence[str]) -> int:
+    from .noise import quiet
     from .options import CommandParser, in_flags
     from .value_types import RecipeError
 
     command = COMMANDS[name]
-    function = getattr(importlib.import_module(f".{command.module}", __package__), name)
+    function = getattr(importlib.import_module(f".{command.module}", __package__), name.replace("-", "_"))
     parser = CommandParser(name, command.text, function)
+    parser.add_argument("-v", "--verbose", action="store_true", help=VERBOSE)
+    parser.add_argument("--quiet", action="store_true", help=QUIET)
     if command.printed is not None:
         parser.add_printing_flag(*command.printed)
     values = {name: _plain(value) for name, value in vars(parser.parse_args(arguments)).items()}
+    level = _level(verbose=values.pop("verbose"), quiet=values.pop("quiet"))
     try:
-        function(**values)
+        with _logging(level), quiet():
+            function(**values)
     except QakdError as error:
         text = str(error) if isinstance(error, RecipeError) else in_flags(str(error), parser.flags | command.renamed)
-        print(f"qakd: error: {_one_line(text)}", file=sys.stderr)
+        print(f"qakd: error: {visible(text)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"\nqakd: stopped. {command.stopped}", file=sys.stderr)
@@ -125,13 +147,34 @@ def _run(name: str, arguments: Sequence[str]) -> int:
     return 0
 
 
+def _level(*, verbose: bool, quiet: bool) -> int:
+    return logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING
+
+
+@contextmanager
+def _logging(level: int) -> Iterator[None]:
+    """Show records from a level on, each as one line; of our own loggers until the context ends only."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_OneLine())
+    logging.basicConfig(level=level, handlers=[handler])
+    own = logging.getLogger(__name__.partition(".")[0])
+    before = own.level
+    own.setLevel(level)
+    try:
+        yield
+    finally:
+        own.setLevel(before)
+
+
+class _OneLine(logging.Formatter):
+    """A record as one line that a terminal only shows."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
 def _plain(value: Any) -> Any:
     """A number as a number: jsonargparse's own classes of int would go into checkpoints, which hold plain data only."""
     if isinstance(value, list):
         return [_plain(item) for item in value]
     return int(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-def _one_line(text: str) -> str:
-    """Without line breaks, and without what a terminal would obey: names come from files of others."""
-    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))

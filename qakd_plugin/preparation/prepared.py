@@ -18,6 +18,7 @@ from ..placement.targets import TARGETS, Target
 from ..tasks.batches import BatchFn, batch_splitter, default_batch
 from ..tasks.inputs import HALF, Inputs, device_of_network, dtypes_named, named_tensors, precision_of, to_device
 from ..toolkits import Adapter, Precision, adapter_for, adapter_named
+from .recorded import Preparation, described_inputs, record
 
 _log = logging.getLogger(__name__)
 
@@ -82,7 +83,11 @@ def prepare(
     if frozen_batch_norms(network):
         network = fold_frozen_batch_norms(network, layer_graph(network, batches[0]))
     with dtypes_named(model, batches[0], "calibration_batches"):
-        return adapter.prepare(network, batches, precision)
+        prepared = adapter.prepare(network, batches, precision)
+    kept = None if keep is None else list(keep)
+    asked = Preparation(adapter.name, weight_bits, activation_bits, kept, target, described_inputs(batches[0]))
+    record(prepared, asked)
+    return prepared
 
 
 def configuration(

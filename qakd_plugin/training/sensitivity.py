@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from .._common.console import cell
 from ..errors import QakdError
 from ..placement.layer_names import within
 from ..tasks.batches import BatchFn, batch_splitter, default_batch
@@ -83,7 +84,7 @@ class Sensitivity:
             table.add_column(column, justify="right")
         for row in self.rows:
             numbers = [f"{row.loss:+.4g}", *([] if row.metric is None else [f"{-row.metric:+.4g}"])]
-            table.add_row(row.name, str(len(row.layers)), *numbers, "float" if row.name in (self.keep or ()) else "")
+            table.add_row(cell(row.name), str(len(row.layers)), *numbers, "float" if row.name in (self.keep or ()) else "")
         return table
 
     def summary(self) -> str:

@@ -141,7 +141,7 @@ def test_weights_of_another_grid_are_refused_by_the_name_of_the_quantizer(recipe
     sys.modules.pop("my_recipe")
     assert main(["export", recipe, "--weights", "run/student.safetensors", "--out", "x.onnx"]) == 1
     error = " ".join(capsys.readouterr().err.split())
-    assert "was trained as toolkit, codes -127..127, and the recipe prepares toolkit, codes -8..7" in error
+    assert "was trained as toolkit, codes -127..127, and the model is prepared with toolkit, codes -8..7" in error
     assert not (tmp_path / "x.onnx").exists()
 
 
@@ -156,7 +156,7 @@ def test_weights_of_another_grid_are_refused_by_the_name_of_the_quantizer(recipe
         ({"other.weight": torch.ones(2)}, "does not fit the prepared model: "),
         ({"state_dict": 1, "quantizers": {}}, "holds no state_dict (int)"),
         ({"state_dict": {}, "quantizers": [1]}, "holds no state_dict (list)"),
-        ({"state_dict": {}, "quantizers": {"a": "b"}}, "a was trained as b, and the recipe prepares no quantizer"),
+        ({"state_dict": {}, "quantizers": {"a": "b"}}, "a was trained as b, and the model is prepared with no quantizer"),
         ({"state": {"weight": torch.ones(2)}}, "does not fit the prepared model: "),
     ],
 )

@@ -1,0 +1,213 @@
+"""``save`` and ``load``: the weights of a trained student in one file, and what they were trained as."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._common.files import write_atomic
+from .._common.tensor_file import pack, unpack
+from ..errors import CheckpointError, NotPreparedError, QakdError
+from ..preparation.description import describe
+from ..preparation.exchange import install_rules
+from ..preparation.prepared import prepare
+from ..preparation.recorded import inputs_like, recorded
+from ..quantizers.base import Rule, rule_from_dict
+from ..tasks.inputs import device_of_network
+from ..toolkits import adapter_for
+from .checkpoint import load_plain
+
+FORMAT, VERSION = "qakd student", "1"
+
+
+@dataclass(frozen=True)
+class _Student:
+    """What a file holds.
+
+    Attributes:
+        state: a state_dict.
+        grids: by the name of a quantizer: its kind and its codes; None where the file does not say.
+        toolkit: that prepared it; None where the file does not say.
+        preparation: arguments of ``prepare``; None where it did not prepare the model.
+        rules: what each learned quantizer computes, by its name.
+    """
+
+    state: Mapping[str, Any]
+    grids: Mapping[str, str] | None = None
+    toolkit: str | None = None
+    preparation: Mapping[str, Any] | None = None
+    rules: Mapping[str, Any] = field(default_factory=dict)
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
+    """Write a prepared model, trained or calibrated, to one safetensors file: weights, quantizers and their grids.
+
+    The file holds tensors and plain text, never code, and shows when it is damaged. :func:`load` reads it.
+
+    Args:
+        model: prepared by a toolkit.
+        path: of the file, ``student.safetensors``; it appears whole or not at all.
+
+    Returns:
+        The path.
+
+    Raises:
+        NotPreparedError: no toolkit prepared the model.
+        QakdError: the file cannot be written.
+    """
+    state = model.state_dict()
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    others = [name for name in state if name not in tensors]  # a module's own extra state
+    tensors |= {name: _as_bytes(state[name]) for name in others}
+    facts = {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": type(model).__name__,
+        "toolkit": describe(model).toolkit,
+        "quantizers": json.dumps(_grids(model)),
+        "rules": json.dumps({name: rule.as_dict() for name, rule in _rules(model).items()}),
+        "module_versions": json.dumps(getattr(state, "_metadata", {})),
+        "pickled": json.dumps(others),
+    }
+    if (preparation := recorded(model)) is not None:
+        facts["preparation"] = json.dumps(preparation.as_dict())
+    return write_atomic(path, pack(tensors, facts))
+
+
+def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
+    """The student of a file of :func:`save`: its weights, quantizers and grids, in eval mode.
+
+        student = qakd.load("student.safetensors", torchvision.models.resnet18(num_classes=10))
+
+    Args:
+        path: a file of :func:`save` (``qakd distill`` writes one), the ``student.pt`` of earlier versions, or a plain
+            ``state_dict``.
+        model: the float network, of any weights, where :func:`qakd_plugin.prepare` prepared the student: it is not changed. Or
+            a network that is prepared as the student was, which is loaded in place.
+
+    Returns:
+        The prepared model, on the device of ``model``.
+
+    Raises:
+        QakdError: the file cannot be read, is damaged, does not say how the float network is to be prepared, or does not fit
+            the network; says what differs.
+    """
+    try:
+        student = _read(Path(path).read_bytes())
+    except (CheckpointError, OSError) as error:
+        raise QakdError(
+            f"{path}: {error}. Name a file of qakd_plugin.save, such as qakd distill's student.safetensors."
+        ) from error
+    try:
+        adapter_for(model)
+    except NotPreparedError:
+        model = _prepared(path, student, model)
+    description = describe(model)
+    if student.toolkit not in (None, description.toolkit):
+        raise QakdError(
+            f"{path} does not fit the prepared model: it was trained with {student.toolkit}, and the model is prepared with "
+            f"{description.toolkit}."
+        )
+    if student.grids:
+        _check_grids(path, student.grids, _grids(model))
+    try:
+        model.load_state_dict(student.state)
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise QakdError(f"{path} does not fit the prepared model: {reason}") from error
+    adapter_for(model).set_mode(model, False)
+    return model
+
+
+def _prepared(path: str | os.PathLike[str], student: _Student, network: nn.Module) -> nn.Module:
+    """A float network, prepared as the student was. What calibration finds is overwritten by the student's state."""
+    if student.preparation is None:
+        toolkit = "" if student.toolkit is None else f" ({student.toolkit})"
+        raise QakdError(
+            f"{path}: model is a float network, and the file does not say how it was prepared{toolkit}: it was not by "
+            f"qakd_plugin.prepare. Prepare it as for training, and pass that: qakd_plugin.load({os.fspath(path)!r}, prepared)."
+        )
+    given = dict(student.preparation)
+    try:
+        batch = inputs_like(given.pop("inputs"), device_of_network(network))
+        prepared = prepare(network, [batch], batch_fn=_is_inputs, **given)
+        install_rules(prepared, {name: rule_from_dict(rule) for name, rule in student.rules.items()})
+    except QakdError as error:
+        raise QakdError(f"{path}: model cannot be prepared as the student was: {error}") from error
+    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise QakdError(
+            f"{path}: model ({type(network).__name__}) cannot be prepared as the student was: {reason}. Pass a network of the "
+            "student's own architecture."
+        ) from error
+    return prepared
+
+
+def _is_inputs(batch: Any) -> tuple[Any, None]:
+    return batch, None
+
+
+def _rules(model: nn.Module) -> dict[str, Rule]:
+    """Of the learned quantizers, by name."""
+    adapter = adapter_for(model)
+    found = {quantizer.fqn: adapter.learned(quantizer) for quantizer in adapter.quantizers(model)}
+    return {name: rule for name, rule in found.items() if rule is not None}
+
+
+def _grids(model: nn.Module) -> dict[str, str]:
+    """What a state_dict does not say of the quantizers that its scales belong to."""
+    return {q.name: f"{q.kind}, codes {q.quant_min}..{q.quant_max}" for q in describe(model).quantizers}
+
+
+def _check_grids(path: str | os.PathLike[str], trained: Mapping[str, str], prepared: Mapping[str, str]) -> None:
+    for name in sorted(trained.keys() | prepared.keys()):
+        before, now = (grids.get(name, "no quantizer") for grids in (trained, prepared))
+        if before != now:
+            raise QakdError(
+                f"{path} does not fit the prepared model: {name} was trained as {before}, and the model is prepared with "
+                f"{now}. Prepare what was trained: the same toolkit, bits, quantizers and target."
+            )
+
+
+def _read(data: bytes) -> _Student:
+    if data[8:9] == b"{":  # after the eight bytes that say how long the header is
+        return _from_tensors(*unpack(data))
+    content = load_plain(io.BytesIO(data))
+    if isinstance(content, dict) and content.keys() == {"state_dict", "quantizers"}:  # student.pt; else somebody's own
+        return _Student(_by_name(content["state_dict"]), _by_name(content["quantizers"]))
+    return _Student(_by_name(content))
+
+
+def _from_tensors(tensors: dict[str, Tensor], facts: dict[str, str]) -> _Student:
+    if not facts:
+        return _Student(tensors)
+    if (facts.get("format"), facts.get("version")) != (FORMAT, VERSION):
+        written = f"{facts.get('format')}, version {facts.get('version')}"
+        raise CheckpointError(f"it is a file of another kind ({written}; {FORMAT}, version {VERSION} is read)")
+    state: OrderedDict[str, Any] = OrderedDict(tensors)
+    for name in json.loads(facts["pickled"]):
+        state[name] = load_plain(io.BytesIO(state[name].numpy().tobytes()))
+    state._metadata = json.loads(facts["module_versions"])  # type: ignore[attr-defined]  # where torch looks for it
+    preparation, rules = (json.loads(facts.get(name, "null")) for name in ("preparation", "rules"))
+    return _Student(state, json.loads(facts["quantizers"]), facts["toolkit"], preparation, rules or {})
+
+
+def _by_name(content: object) -> Mapping[str, Any]:
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise CheckpointError(f"it holds no state_dict ({type(content).__name__})")
+    return content
+
+
+def _as_bytes(value: object) -> Tensor:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
