@@ -80,7 +80,7 @@ class Preprocessing:
         except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError, SyntaxError) as error:
             raise QakdError(f"{path} cannot be read as an image: {error}") from error
         values = np.asarray(self._cropped(self._resized(image)), dtype=np.float32) / np.float32(255)
-        mean, std = np.float32(self.mean), np.float32(self.std)
+        mean, std = (np.asarray(numbers, dtype=np.float32) for numbers in (self.mean, self.std))
         normalized = (np.atleast_3d(values) - mean) / std
         return np.ascontiguousarray(normalized.transpose(2, 0, 1), dtype=np.float32)
 

@@ -18,6 +18,7 @@ from ..placement.targets import TARGETS, Target
 from ..tasks.batches import BatchFn, batch_splitter, default_batch
 from ..tasks.inputs import HALF, Inputs, device_of_network, dtypes_named, named_tensors, precision_of, to_device
 from ..toolkits import Adapter, Precision, adapter_for, adapter_named
+from .pretrained import mark_pretrained
 from .recorded import Preparation, described_inputs, record
 
 _log = logging.getLogger(__name__)
@@ -87,6 +88,7 @@ def prepare(
     kept = None if keep is None else list(keep)
     asked = Preparation(adapter.name, weight_bits, activation_bits, kept, target, described_inputs(batches[0]))
     record(prepared, asked)
+    mark_pretrained(prepared)
     return prepared
 
 

@@ -1,0 +1,29 @@
+"""Networks of the transformers library, prepared: ``from_pretrained`` must not take them for float ones."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..toolkits.adapter import loaded_class
+
+MARK = {
+    "qakd_plugin": "from_pretrained does not restore its quantizers: save it with qakd_plugin.save, read it with qakd_plugin.load"
+}
+"""In the place of a quantization_config. It names no method, which is what ``from_pretrained`` refuses: a method that it does
+not know it only warns of, and then loads the network without its quantizers."""
+
+
+def mark_pretrained(model: nn.Module) -> None:
+    """Let the config.json that ``save_pretrained`` writes say that the network is quantized.
+
+    Not where ModelOpt's ``enable_huggingface_checkpointing`` saves and restores the quantizers beside it.
+
+    Args:
+        model: prepared; its networks of transformers, itself or within, are marked.
+    """
+    kind = loaded_class("transformers.modeling_utils", "PreTrainedModel")
+    if kind is None or hasattr(kind, "_modelopt_cache"):
+        return
+    for module in model.modules():
+        if isinstance(module, kind) and getattr(module.config, "quantization_config", None) is None:
+            module.config.quantization_config = dict(MARK)
