@@ -72,22 +72,26 @@ def calibration(data: str, preprocessing: Preprocessing, batch_size: int = 64) -
     return [torch.stack(arrays[start : start + batch_size]) for start in range(0, len(arrays), batch_size)]
 
 
-def network(name: str, num_classes: int, weights: str | None = None) -> nn.Module:
+def network(name: str, num_classes: int, preprocessing: Preprocessing, weights: str | None = None) -> nn.Module:
     """A float classifier in eval mode.
 
     Args:
         name: "torchvision:NAME", "timm:NAME", or "package.module:function", which is called without arguments.
-        num_classes: of its head; of a network of one's own, what its weights say.
+        num_classes: of its head.
+        preprocessing: of the images that it takes.
         weights: file of its state_dict, .safetensors or of torch.save.
 
     Raises:
-        QakdError: there is no such network, or the weights do not fit it.
+        QakdError: there is no such network, the weights do not fit it, or it does not answer such images with a number for each
+            class.
     """
     source, _, wanted = name.partition(":")
     made = _made(source, wanted, num_classes)
     if weights is not None:
         _load(made, Path(weights), name, num_classes)
-    return made.eval()
+    made.eval()
+    _require_answer(made, name, num_classes, preprocessing)
+    return made
 
 
 def preprocessing_of(name: str) -> tuple[Preprocessing, str]:
@@ -167,6 +171,23 @@ def _of_timm(wanted: str) -> tuple[Preprocessing, str]:
         )
     resize = scaled[0] if done["crop_mode"] == "center" else scaled
     return Preprocessing((height, width), resize, done["mean"], done["std"], done["interpolation"]), "as timm's data config"
+
+
+@torch.no_grad()
+def _require_answer(model: nn.Module, name: str, num_classes: int, preprocessing: Preprocessing) -> None:
+    image = torch.zeros(1, len(preprocessing.mean), *preprocessing.size)
+    try:
+        answer = model(image)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise QakdError(
+            f"--model {name} does not take images {list(image.shape)}, as --size and --mean say: {reason}"
+        ) from error
+    if not isinstance(answer, Tensor) or answer.shape != (1, num_classes):
+        got = list(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
+        raise QakdError(
+            f"--model {name} answers one image with {got}; logits [1, {num_classes}] are needed, as --data has classes."
+        )
 
 
 def _load(model: nn.Module, path: Path, name: str, num_classes: int) -> None:

@@ -133,9 +133,9 @@ def _run(name: str, arguments: Sequence[str]) -> int:
     if command.printed is not None:
         parser.add_printing_flag(*command.printed)
     values = {name: _plain(value) for name, value in vars(parser.parse_args(arguments)).items()}
-    level = _level(verbose=values.pop("verbose"), quiet=values.pop("quiet"))
+    verbose, silent = values.pop("verbose"), values.pop("quiet")
     try:
-        with _logging(level), quiet():
+        with _logging(verbose=verbose, silent=silent), quiet():
             function(**values)
     except QakdError as error:
         text = str(error) if isinstance(error, RecipeError) else in_flags(str(error), parser.flags | command.renamed)
@@ -147,19 +147,21 @@ def _run(name: str, arguments: Sequence[str]) -> int:
     return 0
 
 
-def _level(*, verbose: bool, quiet: bool) -> int:
-    return logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING
-
-
 @contextmanager
-def _logging(level: int) -> Iterator[None]:
-    """Show records from a level on, each as one line; of our own loggers until the context ends only."""
+def _logging(*, verbose: bool, silent: bool) -> Iterator[None]:
+    """Show log records, each as one line. Our own tell how far a run is where there is no terminal, and so no progress bar.
+
+    Args:
+        verbose: show what others say as well, and ours on a terminal, too.
+        silent: show errors only.
+    """
     handler = logging.StreamHandler()
     handler.setFormatter(_OneLine())
-    logging.basicConfig(level=level, handlers=[handler])
+    usual = logging.ERROR if silent else logging.INFO if verbose else logging.WARNING
+    logging.basicConfig(level=usual, handlers=[handler])
     own = logging.getLogger(__name__.partition(".")[0])
     before = own.level
-    own.setLevel(level)
+    own.setLevel(usual if silent or sys.stderr.isatty() else logging.INFO)
     try:
         yield
     finally:

@@ -112,7 +112,13 @@ def recipe_of_flags(
     tell(f"{train.text}, {held_out.text}; {len(train.classes)} classes.")
     folder, prepared_for = {"data": str(data.resolve())}, {"preprocessing": images.as_dict(), "batch_size": batch}
     file = None if weights is None else str(weights.resolve())
-    teacher = _call(f"{_HERE}.network", name=model, num_classes=len(train.classes), weights=file)
+    teacher = _call(
+        f"{_HERE}.network",
+        name=model,
+        num_classes=len(train.classes),
+        preprocessing=prepared_for["preprocessing"],
+        weights=file,
+    )
     student = _call(
         "qakd_plugin.prepare",
         model=teacher,

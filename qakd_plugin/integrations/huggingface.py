@@ -32,7 +32,7 @@ class DistillationTrainer(_Trainer):  # type: ignore[misc]
     """``transformers.Trainer`` whose loss is a method's, and whose optimizer has this package's parameter groups.
 
     Everything else is the Trainer's: data, schedule, logging, checkpoints. ``save_model`` writes student.safetensors as well,
-    which :func:`qakd_plugin.load` reads; ``from_pretrained`` refuses the folder, since it knows nothing of the quantizers, unless
+    which :func:`qakd_plugin.load` reads; ``from_pretrained``, which knows nothing of quantizers, refuses the folder, unless
     ModelOpt's ``enable_huggingface_checkpointing`` was called before. The data set yields dictionaries with the names
     of the model's ``forward`` ("pixel_values" with models of transformers), and "labels" where the method reads them.
 

@@ -6,9 +6,7 @@ from torch import nn
 
 from ..toolkits.adapter import loaded_class
 
-MARK = {
-    "qakd_plugin": "from_pretrained does not restore its quantizers: save it with qakd_plugin.save, read it with qakd_plugin.load"
-}
+MARK = {"qakd_plugin": "from_pretrained does not restore its quantizers: qakd_plugin.save and qakd_plugin.load do"}
 """In the place of a quantization_config. It names no method, which is what ``from_pretrained`` refuses: a method that it does
 not know it only warns of, and then loads the network without its quantizers."""
 
