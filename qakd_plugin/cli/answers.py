@@ -188,7 +188,7 @@ def _number_of_classes(file: Path) -> int | None:
 
 
 def _runtime_of(file: Path) -> str:
-    return "tensorrt" if file.suffix == ".engine" else "onnxruntime"
+    return {".engine": "tensorrt", ".xml": "openvino"}.get(file.suffix, "onnxruntime")
 
 
 def _require_file(file: Path) -> None:

@@ -27,6 +27,7 @@ class Command:
         text: one line for ``qakd --help``.
         stopped: what is said after Ctrl-C.
         renamed: flags whose names differ from those of the arguments in Python that errors speak of.
+        alone: flags for runs without a recipe, of which errors in a recipe's run do not speak.
         printed: a flag that prints what a function returns, in place of running the command: flag, module, function, help.
     """
 
@@ -34,6 +35,7 @@ class Command:
     text: str
     stopped: str
     renamed: dict[str, str] = field(default_factory=dict)
+    alone: tuple[str, ...] = ()
     printed: tuple[str, str, str, str] | None = None
 
 
@@ -50,6 +52,7 @@ COMMANDS = {
         "train a prepared model with a teacher",
         "Run the same command with --resume to go on from the last checkpoint, if one was written.",
         {"checkpoint_dir": "--out"},
+        ("model", "weights", "data", "toolkit", "bits", "method", "target", "size", "mean", "std", "batch"),
         ("--print-config", "recipe_template", "commented_recipe", "print a commented YAML recipe to start from"),
     ),
     "rank": Command(
@@ -138,7 +141,9 @@ def _run(name: str, arguments: Sequence[str]) -> int:
         with _logging(verbose=verbose, silent=silent), quiet():
             function(**values)
     except QakdError as error:
-        text = str(error) if isinstance(error, RecipeError) else in_flags(str(error), parser.flags | command.renamed)
+        silent_on = command.alone if values.get("recipe") is not None else ()
+        flags = {key: option for key, option in parser.flags.items() if key not in silent_on} | command.renamed
+        text = str(error) if isinstance(error, RecipeError) else in_flags(str(error), flags)
         print(f"qakd: error: {visible(text)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

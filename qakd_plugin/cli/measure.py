@@ -48,7 +48,8 @@ def bench(
     """
     from ..deploy.engine.manifest import manifest_path
 
-    check_outputs(_report_files(out), [*models, *map(manifest_path, models), recipe], force=force)
+    manifests = [manifest_path(path) for path in models if path.suffix == ".engine"]
+    check_outputs(_report_files(out), [*models, *manifests, recipe], force=force)
     from rich.console import Console
 
     from ..bench.candidates import candidate_from_path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -19,21 +20,22 @@ def check_outputs(outputs: Iterable[Path], inputs: Iterable[Path | str | None], 
 
     Args:
         outputs: what the command writes.
-        inputs: what it reads; what is no path of a file is passed over.
+        inputs: what it reads: files, and MODULE:FUNCTION of a recipe, whose file is the module's.
         force: whether files that are there are replaced.
         flag: that names the outputs, for errors.
 
     Raises:
         QakdError: an output is an input, is there already, or cannot be written.
     """
-    read = [Path(given) for given in inputs if given is not None and Path(given).exists()]
+    read = [path for given in inputs if given is not None and os.path.exists(path := _file_of(given))]
     for path in outputs:
-        if path.is_dir():
+        there = os.path.exists(path)
+        if os.path.isdir(path):
             raise QakdError(f"{flag}: {path} is a folder. Name a file.")
-        lost = next((given for given in read if path.exists() and path.samefile(given)), None)
+        lost = next((given for given in read if there and path.samefile(given)), None)
         if lost is not None:
             raise QakdError(f"{flag}: {path} would replace {lost}, which is read. Name another file.")
-        if path.exists() and not force:
+        if there and not force:
             raise QakdError(f"{flag}: {path} is there already. Name another file, or pass --force to replace it.")
         _try(path)
 
@@ -49,18 +51,23 @@ def check_folder(folder: Path, results: Iterable[str], *, resume: bool) -> None:
     Raises:
         QakdError: a file is in the folder's place or one of another run in the result's, or nothing can be written there.
     """
-    if folder.exists() and not folder.is_dir():
+    if os.path.exists(folder) and not os.path.isdir(folder):
         raise QakdError(f"--out: {folder} is a file. Name a folder.")
     for path in (folder / name for name in results):
-        if not resume and path.exists():
+        if not resume and os.path.exists(path):
             raise QakdError(f"--out: {path} is there already. Name another folder, or pass --resume to go on with its run.")
         with suppress(_Tried), atomic_path(path):
             raise _Tried
 
 
+def _file_of(given: Path | str) -> Path:
+    module, colon, _ = str(given).partition(":")
+    return Path(module.replace(".", "/") + ".py") if colon and not os.path.exists(given) else Path(given)
+
+
 def _try(path: Path) -> None:
     """Write beside a path what is removed again, with the folders that had to be made."""
-    made = [folder for folder in path.parents if not folder.exists()]
+    made = [folder for folder in path.parents if not os.path.exists(folder)]
     try:
         with suppress(_Tried), atomic_path(path):
             raise _Tried

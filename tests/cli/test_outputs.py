@@ -40,6 +40,7 @@ def folder(tmp_path, monkeypatch):
         ["bench", "net.engine", "--out", "net.engine.html"],
         ["bench", "net.onnx", "--recipe", "there.json", "--out", "there.html"],
         ["report", "report.json", "there.json", "--out", "there.html"],
+        ["export-float", "my_work:build", "--out", "my_work.py"],
     ],
 )
 def test_what_is_read_is_never_replaced_force_or_not(arguments, folder, capsys):

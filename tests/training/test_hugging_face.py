@@ -159,7 +159,7 @@ def test_from_pretrained_refuses_a_students_folder(tmp_path):
 
 
 def test_its_trainer_goes_on_where_it_was_stopped_and_saves_what_load_reads(tmp_path):
-    """transformers 5 writes other names of weights than it looks for when it resumes: it logged so, and went on without them."""
+    """transformers 5 writes other names of weights than it looks for when it resumes: it logs so, and goes on without."""
     from qakd_plugin.integrations.huggingface import DistillationTrainer
 
     network, images = _vision()
@@ -186,5 +186,5 @@ def test_its_trainer_goes_on_where_it_was_stopped_and_saves_what_load_reads(tmp_
     with torch.no_grad():
         assert torch.equal(loaded(images).logits, whole.model(images).logits)
     transformers.ViTForImageClassification(network.config).save_pretrained(tmp_path / "checkpoint-1")
-    with pytest.raises(qakd.CheckpointError, match="did not restore .* tensors of a checkpoint, among them"):
+    with pytest.raises(qakd.CheckpointError, match=r"did not restore .* tensors of a checkpoint, among them"):
         trainer().train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
