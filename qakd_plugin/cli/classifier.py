@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import math
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -163,7 +164,7 @@ def _of_timm(wanted: str) -> tuple[Preprocessing, str]:
         raise QakdError(f"--model timm:{wanted}: timm does not say how its images are prepared: pass --size, --mean and --std.")
     done = data.resolve_data_config(pretrained_cfg=written.to_dict())
     _, height, width = done["input_size"]
-    scaled = tuple(int(edge // done["crop_pct"]) for edge in (height, width))
+    scaled = math.floor(height / done["crop_pct"]), math.floor(width / done["crop_pct"])
     if done["crop_mode"] == "border" or (done["crop_mode"] == "center" and height != width):
         raise QakdError(
             f"--model timm:{wanted} takes images of {height}x{width}, cropped by timm's mode {done['crop_mode']!r}, which is "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from ..toolkits.adapter import loaded_class
@@ -23,5 +25,6 @@ def mark_pretrained(model: nn.Module) -> None:
     if kind is None or hasattr(kind, "_modelopt_cache"):
         return
     for module in model.modules():
-        if isinstance(module, kind) and getattr(module.config, "quantization_config", None) is None:
-            module.config.quantization_config = dict(MARK)
+        config: Any = module.config if isinstance(module, kind) else None
+        if config is not None and getattr(config, "quantization_config", None) is None:
+            config.quantization_config = dict(MARK)

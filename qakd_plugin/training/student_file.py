@@ -17,12 +17,9 @@ from torch import Tensor, nn
 from .._common.files import write_atomic
 from .._common.tensor_file import pack, unpack
 from ..errors import CheckpointError, NotPreparedError, QakdError
+from ..preparation.again import learned_rules, prepare_again
 from ..preparation.description import describe
-from ..preparation.exchange import install_rules
-from ..preparation.prepared import prepare
-from ..preparation.recorded import inputs_like, recorded
-from ..quantizers.base import Rule, rule_from_dict
-from ..tasks.inputs import device_of_network
+from ..preparation.recorded import recorded
 from ..toolkits import adapter_for
 from .checkpoint import load_plain
 
@@ -74,7 +71,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         "model": type(model).__name__,
         "toolkit": describe(model).toolkit,
         "quantizers": json.dumps(_grids(model)),
-        "rules": json.dumps({name: rule.as_dict() for name, rule in _rules(model).items()}),
+        "rules": json.dumps({name: rule.as_dict() for name, rule in learned_rules(model).items()}),
         "module_versions": json.dumps(getattr(state, "_metadata", {})),
         "pickled": json.dumps(others),
     }
@@ -129,38 +126,16 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
 
 
 def _prepared(path: str | os.PathLike[str], student: _Student, network: nn.Module) -> nn.Module:
-    """A float network, prepared as the student was. What calibration finds is overwritten by the student's state."""
     if student.preparation is None:
         toolkit = "" if student.toolkit is None else f" ({student.toolkit})"
         raise QakdError(
             f"{path}: model is a float network, and the file does not say how it was prepared{toolkit}: it was not by "
             f"qakd_plugin.prepare. Prepare it as for training, and pass that: qakd_plugin.load({os.fspath(path)!r}, prepared)."
         )
-    given = dict(student.preparation)
     try:
-        batch = inputs_like(given.pop("inputs"), device_of_network(network))
-        prepared = prepare(network, [batch], batch_fn=_is_inputs, **given)
-        install_rules(prepared, {name: rule_from_dict(rule) for name, rule in student.rules.items()})
+        return prepare_again(network, student.preparation, student.rules)
     except QakdError as error:
-        raise QakdError(f"{path}: model cannot be prepared as the student was: {error}") from error
-    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise QakdError(
-            f"{path}: model ({type(network).__name__}) cannot be prepared as the student was: {reason}. Pass a network of the "
-            "student's own architecture."
-        ) from error
-    return prepared
-
-
-def _is_inputs(batch: Any) -> tuple[Any, None]:
-    return batch, None
-
-
-def _rules(model: nn.Module) -> dict[str, Rule]:
-    """Of the learned quantizers, by name."""
-    adapter = adapter_for(model)
-    found = {quantizer.fqn: adapter.learned(quantizer) for quantizer in adapter.quantizers(model)}
-    return {name: rule for name, rule in found.items() if rule is not None}
+        raise QakdError(f"{path}: {error}") from error
 
 
 def _grids(model: nn.Module) -> dict[str, str]:
