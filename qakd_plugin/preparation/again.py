@@ -44,8 +44,8 @@ def prepare_again(network: nn.Module, preparation: Mapping[str, Any], rules: Map
     except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:  # of a network that takes other inputs
         reason = " ".join(str(error).split())[:300]
         raise QakdError(
-            f"model ({type(network).__name__}) cannot be prepared as the student was: {reason}. Pass a network of the student's "
-            "own architecture."
+            f"model ({type(network).__name__}) cannot be prepared as the student was: {reason}. Pass one of the "
+            "student's own architecture."
         ) from error
     return prepared
 
