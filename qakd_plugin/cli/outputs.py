@@ -56,8 +56,8 @@ def check_folder(folder: Path, results: Iterable[str], *, resume: bool) -> None:
     for path in (folder / name for name in results):
         if not resume and os.path.exists(path):
             raise QakdError(f"--out: {path} is there already. Name another folder, or pass --resume to go on with its run.")
-        with suppress(_Tried), atomic_path(path):
-            raise _Tried
+        if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one tries: they would remove each other's folder
+            _try(path)
 
 
 def _file_of(given: Path | str) -> Path:

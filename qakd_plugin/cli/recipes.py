@@ -177,6 +177,9 @@ class _YamlValues(Mapping[str, Any]):
         """The plain data that they are made of."""
         return self._tree
 
+    def __contains__(self, key: object) -> bool:
+        return key in self._tree  # Mapping's own way would make the value
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._tree)
 

@@ -65,14 +65,12 @@ def distill(
     by_flags = {"weights": weights, "data": data, "toolkit": toolkit, "bits": bits, "method": method, "target": target}
     by_flags |= {"size": size, "mean": mean, "std": std, "batch": batch}
     given = {name: value for name, value in by_flags.items() if value is not None}
-    if recipe is None:
-        read, written = _without_recipe(model, given), [RECIPE]
-    elif model is None and not given:
-        read, written = read_recipe(recipe, "distill"), []
-    else:
+    if recipe is not None and (model is not None or given):
         named = flag(next(iter(given))) if model is None else "--model"
         raise QakdError(f"{named} is for runs without a recipe: write it in {recipe}, or leave {recipe} out.")
+    written = [RECIPE] if recipe is None else []
     check_folder(out, [STUDENT, *written], resume=resume)
+    read = _without_recipe(model, given) if recipe is None else read_recipe(recipe, "distill")
     arguments = read.arguments("prepared_model", "teacher", "loader")
     from accelerate import PartialState
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .._common.optional import require
 from ..errors import CheckpointError, QakdError
@@ -162,9 +162,11 @@ class DistillationTrainer(_Trainer):  # type: ignore[misc]
         Raises:
             CheckpointError: it is a weight or a quantizer's number.
         """
-        ignored = set(getattr(self.model, "_keys_to_ignore_on_save", None) or ())
-        lost = [*(set(load_result.missing_keys) - ignored), *load_result.unexpected_keys]
-        if lost:
+        state = self.model.state_dict()
+        missing = set(load_result.missing_keys) - set(getattr(self.model, "_keys_to_ignore_on_save", None) or ())
+        found = {tensor.data_ptr() for name, tensor in state.items() if name not in missing and isinstance(tensor, Tensor)}
+        tied = {name for name in missing if isinstance(state[name], Tensor) and state[name].data_ptr() in found}
+        if lost := [*(missing - tied), *load_result.unexpected_keys]:
             raise CheckpointError(
                 f"transformers {_library.__version__} did not restore {len(lost)} tensors of a checkpoint, among them "
                 f"{min(lost)}: it holds other names than the student, and was written by another version or for another "

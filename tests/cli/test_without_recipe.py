@@ -136,6 +136,11 @@ def test_flags_lead_from_a_float_network_to_answers(pictures, tmp_path, capsys):
     assert main(["val", "s.onnx", "--recipe", "run/recipe.yaml"]) == 0
     assert "100.00 %" in (output := capsys.readouterr().out)
     assert "3 images" in output
+    damaged = training_files(pictures)[1].paths[0]
+    damaged.write_bytes(b"no image")
+    assert main(["distill", "run/recipe.yaml", "--epochs", "1", "--out", "again"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"qakd: error: {damaged} cannot be read as an image: ")
 
 
 def _pairs(folder):

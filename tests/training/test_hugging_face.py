@@ -145,12 +145,19 @@ def _vision():
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=8,
         num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
-    return transformers.ViTForImageClassification(config).eval(), torch.rand(8, 3, 16, 16)
+    return transformers.ViTForImageClassification(config).eval(), {"pixel_values": torch.rand(8, 3, 16, 16)}
+
+
+def _tied():
+    """Its head's weight is that of its embeddings: a checkpoint holds one of them."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**TEXT, use_cache=False, tie_word_embeddings=True)
+    return transformers.LlamaForCausalLM(config).eval(), {"input_ids": torch.randint(1, 20, (8, 6))}
 
 
 def test_from_pretrained_refuses_a_students_folder(tmp_path):
-    network, images = _vision()
-    student = qakd.prepare(network, [images])
+    network, batch = _vision()
+    student = qakd.prepare(network, [batch])
     student.save_pretrained(tmp_path / "student")
     with pytest.raises(ValueError, match="quant_method"):
         transformers.ViTForImageClassification.from_pretrained(tmp_path / "student")
@@ -158,13 +165,14 @@ def test_from_pretrained_refuses_a_students_folder(tmp_path):
     assert isinstance(transformers.ViTForImageClassification.from_pretrained(tmp_path / "float"), type(network))
 
 
-def test_its_trainer_goes_on_where_it_was_stopped_and_saves_what_load_reads(tmp_path):
+@pytest.mark.parametrize("make", [_vision, _tied])
+def test_its_trainer_goes_on_where_it_was_stopped_and_saves_what_load_reads(make, tmp_path):
     """transformers 5 writes other names of weights than it looks for when it resumes: it logs so, and goes on without."""
     from qakd_plugin.integrations.huggingface import DistillationTrainer
 
-    network, images = _vision()
-    rows = [{"pixel_values": image} for image in images]
-    prepared = qakd.prepare(network, [images])
+    network, batch = make()
+    rows = [{name: column[i] for name, column in batch.items()} for i in range(8)]
+    prepared = qakd.prepare(network, [batch])
 
     def trainer():
         args = transformers.TrainingArguments(
@@ -184,7 +192,7 @@ def test_its_trainer_goes_on_where_it_was_stopped_and_saves_what_load_reads(tmp_
     loaded = qakd.load(tmp_path / "end" / "student.safetensors", network)
     whole.model.eval()
     with torch.no_grad():
-        assert torch.equal(loaded(images).logits, whole.model(images).logits)
-    transformers.ViTForImageClassification(network.config).save_pretrained(tmp_path / "checkpoint-1")
+        assert torch.equal(loaded(**batch).logits, whole.model(**batch).logits)
+    type(network)(network.config).save_pretrained(tmp_path / "checkpoint-1")
     with pytest.raises(qakd.CheckpointError, match=r"did not restore .* tensors of a checkpoint, among them"):
         trainer().train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
