@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from .._common.files import with_extension, write_atomic
 from ..deploy.engine.bindings import RUNTIMES
-from ..errors import ExportError, QakdError
+from ..errors import EngineError, ExportError, QakdError
 from ..placement.targets import Target, WeightStorage
 from .options import OneOf, PositiveInt
 from .outputs import check_outputs
@@ -162,19 +163,22 @@ def engine(
         check_outputs([timing_cache], [onnx], force=True, flag="--timing-cache")
     from ..deploy.engine.build import build_engine, input_shape, trtexec_command
 
-    info = build_engine(
-        onnx,
-        path,
-        runtime,
-        min_batch=min_batch,
-        opt_batch=opt_batch,
-        max_batch=max_batch,
-        sizes=sizes,
-        capabilities=capability,
-        require_int8=require_int8,
-        allow_float=allow_float,
-        timing_cache=timing_cache,
-    )
+    try:
+        info = build_engine(
+            onnx,
+            path,
+            runtime,
+            min_batch=min_batch,
+            opt_batch=opt_batch,
+            max_batch=max_batch,
+            sizes=sizes,
+            capabilities=capability,
+            require_int8=require_int8,
+            allow_float=allow_float,
+            timing_cache=timing_cache,
+        )
+    except EngineError as error:
+        raise EngineError(sizes_as_flags(str(error))) from error
     for kind in ("convolutions", "matmuls"):
         found = info.manifest[kind]
         print(f"{kind}: {found if isinstance(found, str) else '{int8} of {total} in int8'.format(**found)}")
@@ -221,6 +225,15 @@ def _first_inputs(recipe: Recipe, network: nn.Module) -> Any:
     if batch is None:
         raise QakdError(f"{recipe.source} has a loader that is empty: parity is checked on real samples.")
     return batch_splitter(recipe.values.get("batch_fn", default_batch), network)(batch)[0]
+
+
+def sizes_as_flags(message: str) -> str:
+    """An error that shows ``sizes={"sequence": ...}``, with the flag to write in its place."""
+    found = re.search(r"\bsizes=\{(.*)\}", message)
+    if found is None:
+        return re.sub(r"^sizes(?=:)", "--size", message)
+    flags = " ".join(f"--size {name}=SMALLEST,USUAL,LARGEST" for name in re.findall(r'"([^"]+)":', found[1]))
+    return message[: found.start()] + flags + message[found.end() :]
 
 
 def _sizes(given: list[str]) -> dict[str, tuple[int, ...]]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import QakdError
@@ -37,7 +39,7 @@ def prepare_again(network: nn.Module, preparation: Mapping[str, Any], rules: Map
     try:
         given = dict(preparation)
         batch = inputs_like(given.pop("inputs"), device_of_network(network))
-        prepared = prepare(network, [batch], batch_fn=_is_inputs, **given)
+        prepared = prepare(_without_zero_gammas(network), [batch], batch_fn=_is_inputs, **given)
         install_rules(prepared, {name: rule_from_dict(rule) for name, rule in rules.items()})
     except QakdError as error:
         raise QakdError(f"model cannot be prepared as the student was: {error}") from error
@@ -48,6 +50,17 @@ def prepare_again(network: nn.Module, preparation: Mapping[str, Any], rules: Map
             "student's own architecture."
         ) from error
     return prepared
+
+
+@torch.no_grad()
+def _without_zero_gammas(network: nn.Module) -> nn.Module:
+    """A copy: a new residual network may begin with gammas of 0, and what is 0 throughout has no range."""
+    changed = copy.deepcopy(network)
+    for module in changed.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter) and weight.ndim == 1:
+            weight[weight == 0] = 1
+    return changed
 
 
 def _is_inputs(batch: Any) -> tuple[Any, None]:

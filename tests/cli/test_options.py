@@ -14,6 +14,7 @@ import pytest
 
 from qakd_plugin.cli import main
 from qakd_plugin.cli.commands import COMMANDS
+from qakd_plugin.cli.deploy import sizes_as_flags
 from qakd_plugin.cli.noise import quiet
 from qakd_plugin.cli.options import CommandParser, OneOf, PositiveInt, in_flags, suggestion
 from qakd_plugin.cli.recipes import APIS, api_keys, api_parameters
@@ -136,6 +137,12 @@ def test_errors_of_the_api_speak_of_flags(message, translated):
         name: f"--{name.replace('_', '-')}" for name in ("resume", "min_batch", "max_batch", "labels", "float16", "target")
     }
     assert in_flags(message, flags | {"checkpoint_dir": "--out", "runtimes": "--runtime"}) == translated
+
+
+def test_sizes_of_an_engine_are_shown_as_flags():
+    shown = 'Pass sizes={"sequence": (smallest, usual, largest), "x": (smallest, usual, largest)}.'
+    assert sizes_as_flags(shown) == "Pass --size sequence=SMALLEST,USUAL,LARGEST --size x=SMALLEST,USUAL,LARGEST."
+    assert sizes_as_flags("sizes: 'x' needs three whole numbers") == "--size: 'x' needs three whole numbers"
 
 
 def test_suggestions_are_near():
