@@ -64,7 +64,7 @@ def preprocessing(model: str, size: str | None, mean: str | None, std: str | Non
         found = replace(found, mean=numbers(mean, "--mean"))
     if std is not None:
         found = replace(found, std=numbers(std, "--std"))
-    others = " but for --size, --mean or --std" if any((size, mean, std)) else "; other with --size, --mean, --std"
+    others = ", but for what flags say" if any((size, mean, std)) else "; --size, --mean and --std change it"
     tell(f"Images: {found}, {source}{others}.")
     return found
 

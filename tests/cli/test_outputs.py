@@ -96,6 +96,7 @@ def test_trying_leaves_no_trace(folder):
 
 def test_a_finished_run_is_not_trained_over(folder):
     check_folder(folder / "run", ["student.safetensors"], resume=False)
+    (folder / "run").mkdir()
     (folder / "run" / "student.safetensors").write_text("trained")
     with pytest.raises(QakdError, match=r"student.safetensors is there already.*--resume"):
         check_folder(folder / "run", ["student.safetensors"], resume=False)
