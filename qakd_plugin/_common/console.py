@@ -1,7 +1,8 @@
-"""A progress bar on terminals; silence elsewhere."""
+"""A progress bar on terminals, silence elsewhere; and names as cells of tables."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import TypeVar
@@ -10,21 +11,36 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.progress import track as rich_track
+from rich.text import Text
+
+from .text import visible
 
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 
 def track(items: Sequence[T], description: str) -> Iterator[T]:
     """Iterate with a progress bar on terminals."""
     console = Console(stderr=True)
-    yield from rich_track(items, description, console=console, transient=True, disable=not console.is_terminal)
+    yield from rich_track(items, description, console=console, transient=True, disable=not _is_watched(console))
+
+
+def cell(text: str) -> Text:
+    """Text in a table of rich: what would be its markup, or what a terminal would obey, is shown."""
+    return Text(visible(text))
 
 
 def say(line: str) -> None:
     """One line for the person in front of the terminal; silence elsewhere."""
     console = Console(stderr=True)
-    if console.is_terminal:
+    if _is_watched(console):
         console.print(line, highlight=False, markup=False)
+
+
+def _is_watched(console: Console) -> bool:
+    """Whether somebody sits before the console, and has not asked for errors only."""
+    return console.is_terminal and _log.isEnabledFor(logging.WARNING)
 
 
 class Progress:
@@ -45,7 +61,7 @@ class Progress:
             TextColumn("{task.fields[losses]}"),
             console=console,
             transient=True,
-            disable=not (enabled and console.is_terminal),
+            disable=not (enabled and _is_watched(console)),
         )
         self._task = self._bar.add_task("starting", total=total, losses="")
         self._means: dict[str, float] = {}

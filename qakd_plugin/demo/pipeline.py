@@ -67,11 +67,11 @@ def run(folder: Path, *, epochs: int = 12, teacher_epochs: int = 15, seed: int =
         MissingPackageError: ModelOpt or scikit-learn is not installed; raised before anything is trained.
     """
     logging.getLogger("accelerate").setLevel(logging.ERROR)
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, markup=False, emoji=False)
     started = time.perf_counter()
 
     def step(number: int, text: str) -> None:
-        console.print(f"[bold]{number}/8[/bold]  {text}  [dim]{time.perf_counter() - started:.0f} s[/dim]")
+        console.print(f"[bold]{number}/8[/bold]  {text}  [dim]{time.perf_counter() - started:.0f} s[/dim]", markup=True)
 
     step(1, "Loading scikit-learn's handwritten digits")
     require("modelopt.torch.quantization", extra="demo", purpose="prepare the demo's students")

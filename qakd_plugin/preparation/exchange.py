@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -144,6 +144,27 @@ def restore_quantizers(prepared_model: nn.Module, keep: Sequence[str] = ()) -> n
     for quantizer in learned:
         adapter.uninstall(prepared_model, quantizer)
     return prepared_model
+
+
+def install_rules(prepared_model: nn.Module, rules: Mapping[str, Rule]) -> None:
+    """Put learned quantizers in by name, for a state_dict that holds their numbers to be loaded.
+
+    Args:
+        prepared_model: changed in place.
+        rules: what each computes, by the name of the quantizer whose place it takes.
+
+    Raises:
+        QakdError: there is no quantizer of that name.
+    """
+    adapter = adapter_for(prepared_model)
+    quantizers = {quantizer.fqn: quantizer for quantizer in adapter.quantizers(prepared_model)}
+    missing = next((name for name in rules if name not in quantizers), None)
+    if missing is not None:
+        raise QakdError(f"prepared_model ({type(prepared_model).__name__}) holds no quantizer {missing!r}.")
+    for name, rule in rules.items():
+        quantizer = quantizers[name]
+        clip = torch.ones(()) if quantizer.role == "activation" else _weight_clip(quantizer, rule)
+        adapter.install(prepared_model, quantizer, rule, clip.to(device_of_network(prepared_model)))
 
 
 def _chosen(adapter: Adapter, model: nn.Module, keep: Sequence[str]) -> list[Quantizer]:

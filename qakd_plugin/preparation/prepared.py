@@ -22,6 +22,8 @@ from ..tasks.batches import BatchFn, batch_splitter, default_batch
 from ..tasks.inputs import HALF, Inputs, call, device_of_network, dtypes_named, named_tensors, precision_of, to_device
 from ..tasks.outputs import named_outputs
 from ..toolkits import Adapter, Precision, adapter_for, adapter_named
+from .pretrained import mark_pretrained
+from .recorded import Preparation, described_inputs, record
 
 _log = logging.getLogger(__name__)
 
@@ -89,6 +91,10 @@ def prepare(
     with dtypes_named(model, batches[0], "calibration_batches"):
         prepared = adapter.prepare(network, batches, precision)
     _require_hooks(adapter, model, prepared, batches[0])
+    kept = None if keep is None else list(keep)
+    asked = Preparation(adapter.name, weight_bits, activation_bits, kept, target, described_inputs(batches[0]))
+    record(prepared, asked)
+    mark_pretrained(prepared)
     return prepared
 
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
 
+from .._common.console import cell
 from ..bench.rows import MetricValue, OutputAgreement, Row, baselines
 from ..deploy.file_record import UNTRAINED
 from .histories import trained_by, training_text, way
@@ -343,7 +343,7 @@ def _what(row: Row) -> tuple[str, ...]:
 
 def console_table(rows: Sequence[Row], title: str | None = None) -> Table:
     """The report's table for a terminal of 80 columns: what tells the rows apart, and the figures that matter most."""
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(title=title and cell(title), box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     several = {column: len({column.value(row) for row in rows}) > 1 for column in (MODEL, RUNTIME, BATCH, THREADS)}
     counted = metric_columns(rows)[:1] or [ACCURACY]
     if any(row.change is not None for row in rows):
@@ -357,11 +357,11 @@ def console_table(rows: Sequence[Row], title: str | None = None) -> Table:
         word = max(map(len, heading.split()))
         # Where the terminal is narrow, headings take two lines, then long names do; figures are never cut.
         table.add_column(
-            escape(heading),
+            cell(heading),
             justify="right" if numeric else "left",
             no_wrap=not numeric and longest <= 24,
             min_width=max(longest, word) if numeric else None,
         )
     for line, best in zip(cells, pareto(rows), strict=True):
-        table.add_row("*" if best else "", *line)
+        table.add_row("*" if best else "", *map(cell, line))
     return table

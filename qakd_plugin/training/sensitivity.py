@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from .._common.console import cell
 from .._common.module_copy import copied
 from .._common.one_at_a_time import one_at_a_time
 from ..errors import QakdError
@@ -84,7 +85,7 @@ class Sensitivity:
             table.add_column(column, justify="right")
         for row in self.rows:
             numbers = [f"{row.loss:+.4g}", *([] if row.metric is None else [f"{-row.metric:+.4g}"])]
-            table.add_row(row.name, str(len(row.layers)), *numbers, "float" if row.name in (self.keep or ()) else "")
+            table.add_row(cell(row.name), str(len(row.layers)), *numbers, "float" if row.name in (self.keep or ()) else "")
         return table
 
     def summary(self) -> str:

@@ -1,12 +1,13 @@
-"""``student.safetensors``: the weights of a trained student, and what they were trained as."""
+"""``save`` and ``load``: the weights of a trained student in one file, and what they were trained as."""
 
 from __future__ import annotations
 
 import io
 import json
+import os
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ from torch import Tensor, nn
 from .._common.files import write_atomic
 from .._common.tensor_file import pack, unpack
 from .._common.training_record import TrainingRecord, as_json, from_json, set_training_records, training_records
-from ..errors import CheckpointError, QakdError
+from ..errors import CheckpointError, NotPreparedError, QakdError
+from ..preparation.again import learned_rules, prepare_again
 from ..preparation.description import describe
-from ..training.checkpoint import load_plain
+from ..preparation.recorded import recorded
+from ..toolkits import adapter_for
+from .checkpoint import load_plain
 
 FORMAT, VERSION = "qakd student", "1"
 
@@ -32,20 +36,33 @@ class _Student:
         grids: by the name of a quantizer: its kind and its codes; None where the file does not say.
         toolkit: that prepared it; None where the file does not say.
         training: how it was trained; nothing where the file does not say.
+        preparation: arguments of ``prepare``; None where it did not prepare the model.
+        rules: what each learned quantizer computes, by its name.
     """
 
     state: Mapping[str, Any]
     grids: Mapping[str, str] | None = None
     toolkit: str | None = None
     training: tuple[TrainingRecord, ...] = ()
+    preparation: Mapping[str, Any] | None = None
+    rules: Mapping[str, Any] = field(default_factory=dict)
 
 
-def write_student(model: nn.Module, path: Path) -> Path:
-    """Write the weights of a trained model, with the facts that a ``state_dict`` does not hold.
+def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
+    """Write a prepared model, trained or calibrated, to one safetensors file: weights, quantizers and their grids.
+
+    The file holds tensors and plain text, never code, and shows when it is damaged. :func:`load` reads it.
 
     Args:
         model: prepared by a toolkit.
-        path: of the safetensors file; it appears whole or not at all.
+        path: of the file, ``student.safetensors``; it appears whole or not at all.
+
+    Returns:
+        The path.
+
+    Raises:
+        NotPreparedError: no toolkit prepared the model.
+        QakdError: the file cannot be written.
     """
     state = model.state_dict()
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
@@ -58,31 +75,48 @@ def write_student(model: nn.Module, path: Path) -> Path:
         "toolkit": describe(model).toolkit,
         "quantizers": json.dumps(_grids(model)),
         "training": as_json(training_records(model)),
+        "rules": json.dumps({name: rule.as_dict() for name, rule in learned_rules(model).items()}),
         "module_versions": json.dumps(getattr(state, "_metadata", {})),
         "pickled": json.dumps(others),
     }
+    if (preparation := recorded(model)) is not None:
+        facts["preparation"] = json.dumps(preparation.as_dict())
     return write_atomic(path, pack(tensors, facts))
 
 
-def load_student(model: nn.Module, path: Path) -> None:
-    """Load the weights of a file into a prepared model.
+def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
+    """The student of a file of :func:`save`: its weights, quantizers and grids, in eval mode.
+
+        student = qakd.load("student.safetensors", torchvision.models.resnet18(num_classes=10))
 
     Args:
-        model: prepared as it was when it was trained.
-        path: a file of :func:`write_student`, the ``student.pt`` of earlier versions, or a plain ``state_dict``.
+        path: a file of :func:`save` (``qakd distill`` writes one), the ``student.pt`` of earlier versions, or a plain
+            ``state_dict``.
+        model: the float network, of any weights, where :func:`qakd_plugin.prepare` prepared the student: it is not changed. Or
+            a network that is prepared as the student was, which is loaded in place.
+
+    Returns:
+        The prepared model, on the device of ``model``.
 
     Raises:
-        QakdError: the file cannot be read, is damaged, or does not fit the model; says what differs.
+        QakdError: the file cannot be read, is damaged, does not say how the float network is to be prepared, or does not fit
+            the network; says what differs.
     """
     try:
-        student = _read(path.read_bytes())
+        student = _read(Path(path).read_bytes())
     except (CheckpointError, OSError) as error:
-        raise QakdError(f"--weights: {path}: {error}. Name the student.safetensors of qakd distill.") from error
+        raise QakdError(
+            f"{path}: {error}. Name a file of qakd_plugin.save, such as qakd distill's student.safetensors."
+        ) from error
+    try:
+        adapter_for(model)
+    except NotPreparedError:
+        model = _prepared(path, student, model)
     description = describe(model)
     if student.toolkit not in (None, description.toolkit):
         raise QakdError(
-            f"--weights: {path} does not fit the prepared model: it was trained with {student.toolkit}, and the recipe "
-            f"prepares with {description.toolkit}."
+            f"{path} does not fit the prepared model: it was trained with {student.toolkit}, and the model is prepared with "
+            f"{description.toolkit}."
         )
     if student.grids:
         _check_grids(path, student.grids, _grids(model))
@@ -90,8 +124,23 @@ def load_student(model: nn.Module, path: Path) -> None:
         model.load_state_dict(student.state)
     except (RuntimeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise QakdError(f"--weights: {path} does not fit the prepared model: {reason}") from error
+        raise QakdError(f"{path} does not fit the prepared model: {reason}") from error
     set_training_records(model, student.training)
+    adapter_for(model).set_mode(model, False)
+    return model
+
+
+def _prepared(path: str | os.PathLike[str], student: _Student, network: nn.Module) -> nn.Module:
+    if student.preparation is None:
+        toolkit = "" if student.toolkit is None else f" ({student.toolkit})"
+        raise QakdError(
+            f"{path}: model is a float network, and the file does not say how it was prepared{toolkit}: it was not by "
+            f"qakd_plugin.prepare. Prepare it as for training, and pass that: qakd_plugin.load({os.fspath(path)!r}, prepared)."
+        )
+    try:
+        return prepare_again(network, student.preparation, student.rules)
+    except QakdError as error:
+        raise QakdError(f"{path}: {error}") from error
 
 
 def _grids(model: nn.Module) -> dict[str, str]:
@@ -99,13 +148,13 @@ def _grids(model: nn.Module) -> dict[str, str]:
     return {q.name: f"{q.kind}, codes {q.quant_min}..{q.quant_max}" for q in describe(model).quantizers}
 
 
-def _check_grids(path: Path, trained: Mapping[str, str], prepared: Mapping[str, str]) -> None:
+def _check_grids(path: str | os.PathLike[str], trained: Mapping[str, str], prepared: Mapping[str, str]) -> None:
     for name in sorted(trained.keys() | prepared.keys()):
         before, now = (grids.get(name, "no quantizer") for grids in (trained, prepared))
         if before != now:
             raise QakdError(
-                f"--weights: {path} does not fit the prepared model: {name} was trained as {before}, and the recipe prepares "
-                f"{now}. Let the recipe prepare what was trained: the same toolkit, bits, quantizers and target."
+                f"{path} does not fit the prepared model: {name} was trained as {before}, and the model is prepared with "
+                f"{now}. Prepare what was trained: the same toolkit, bits, quantizers and target."
             )
 
 
@@ -128,7 +177,9 @@ def _from_tensors(tensors: dict[str, Tensor], facts: dict[str, str]) -> _Student
     for name in json.loads(facts["pickled"]):
         state[name] = load_plain(io.BytesIO(state[name].numpy().tobytes()))
     state._metadata = json.loads(facts["module_versions"])  # type: ignore[attr-defined]  # where torch looks for it
-    return _Student(state, json.loads(facts["quantizers"]), facts["toolkit"], from_json(facts.get("training", "[]")))
+    preparation, rules = (json.loads(facts.get(name, "null")) for name in ("preparation", "rules"))
+    training = from_json(facts.get("training", "[]"))
+    return _Student(state, json.loads(facts["quantizers"]), facts["toolkit"], training, preparation, rules or {})
 
 
 def _by_name(content: object) -> Mapping[str, Any]:
