@@ -78,7 +78,9 @@ def main() -> None:
     parser.add_argument("--network", action="append", choices=NETWORKS, help="may be repeated; all by default")
     parser.add_argument("--calls", type=int, default=100, help="timed calls of each file (%(default)s)")
     parser.add_argument("--cells", type=Path, default=Path("runs/deployment"), help="folder of the files (%(default)s)")
-    parser.add_argument("--out", type=Path, help="JSON file for the figures; the tables in docs/measured.md too, if it is the default one")
+    parser.add_argument(
+        "--out", type=Path, help="JSON file for the figures; the tables in docs/measured.md too, if it is the default one"
+    )
     parser.add_argument("--fresh", action="store_true", help="measure networks again that --out holds")
     parser.add_argument("--table-only", action="store_true", help="only rewrite the tables")
     parser.add_argument("--make", choices=NETWORKS, help=argparse.SUPPRESS)

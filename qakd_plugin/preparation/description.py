@@ -31,7 +31,7 @@ class QuantizerDescription:
         quant_max: highest integer code.
         scale_min: smallest scale: the step between neighbouring codes.
         scale_max: largest scale.
-        zero_point: the largest in magnitude; 0 where it is symmetric.
+        zero_point: 0 where it is symmetric; None where channels have different ones.
         problems: maps a target to the reason why it cannot take the quantizer.
     """
 

@@ -1,7 +1,7 @@
 """The blocks of the README and of the pages in docs/ run as they stand, in order, page by page.
 
-A comment in front of a block says what it is: ``<!-- file: NAME -->`` a file that the reader makes, ``<!-- run -->`` commands, and
-``<!-- no-run: REASON -->`` what cannot run here.
+A comment in front of a block says what it is: ``<!-- file: NAME -->`` a file that the reader makes, ``<!-- run -->`` commands,
+and ``<!-- no-run: REASON -->`` what cannot run here.
 """
 
 import dataclasses
@@ -86,7 +86,8 @@ def run_command(words, monkeypatch):
         runpy.run_path(words[1], run_name="__main__")
 
 
-PAGES = [path for path in (DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))) if any(b.runs for b in blocks(path.read_text()))]
+ALL_PAGES = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [path for path in ALL_PAGES if any(block.runs for block in blocks(path.read_text()))]
 
 
 @pytest.fixture(scope="module")
@@ -145,12 +146,16 @@ def test_every_block_of_a_page_runs(page, prelude, folder, monkeypatch):
 
 
 def test_a_comment_in_front_of_a_block_says_all_that_it_must():
-    for page in (DOCS.parent / "README.md", *DOCS.glob("*.md")):
+    for page in ALL_PAGES:
         text = page.read_text()
         found = blocks(text)
-        assert len(re.findall(r"<!-- (?:file|run|no-run)\b", text)) == sum(bool(b.mark) for b in found), f"{page.name}: a comment stands alone"
+        assert len(re.findall(r"<!-- (?:file|run|no-run)\b", text)) == sum(bool(b.mark) for b in found), (
+            f"{page.name}: a comment stands alone"
+        )
         for block in found:
-            assert bool(block.value) == (block.mark in ("file", "no-run")), f"{page.name}:{block.line}: name the file, or the reason"
+            assert bool(block.value) == (block.mark in ("file", "no-run")), (
+                f"{page.name}:{block.line}: name the file, or the reason"
+            )
 
 
 def documented():
@@ -177,7 +182,7 @@ def names_used(text):
     return paths
 
 
-@pytest.mark.parametrize("page", [path for path in (DOCS.parent / "README.md", *sorted(DOCS.glob("*.md")))], ids=lambda path: path.name)
+@pytest.mark.parametrize("page", ALL_PAGES, ids=lambda path: path.name)
 def test_every_name_that_a_page_uses_is_in_the_reference(page):
     found = list(documented().values())
     for path in names_used(page.read_text()):
@@ -189,17 +194,23 @@ def test_every_name_that_a_page_uses_is_in_the_reference(page):
         assert inside or any(used is one for one in found), f"{path} is not in reference.md"
 
 
+def described(record):
+    """What the docstrings of a dataclass say, its bases' included."""
+    if record is qakd.Settings:  # its fields have the names and meanings of distill's arguments
+        return inspect.getdoc(qakd.distill)
+    return "\n".join(inspect.cleandoc(kind.__doc__ or "") for kind in record.__mro__)
+
+
 def test_the_reference_says_what_each_field_means():
-    numbers_of_a_run = inspect.getdoc(qakd.distill)  # the fields of Settings have the names and meanings of its arguments
-    records = {path: found for path, found in documented().items() if isinstance(found, type) and dataclasses.is_dataclass(found)}
+    records = {
+        path: found for path, found in documented().items() if isinstance(found, type) and dataclasses.is_dataclass(found)
+    }
     assert len(records) > 20
     silent = [
         f"{path}.{field.name}"
         for path, found in records.items()
         for field in dataclasses.fields(found)
-        if not re.search(
-            rf"^ +{field.name}: \S", numbers_of_a_run if found is qakd.Settings else inspect.getdoc(found), re.MULTILINE
-        )
+        if not re.search(rf"^ +{field.name}: \S", described(found), re.MULTILINE)
     ]
     assert not silent
 
@@ -207,7 +218,7 @@ def test_the_reference_says_what_each_field_means():
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """The built site; a link that leads nowhere, or a page that is in no menu, is an error."""
-    pytest.importorskip("mkdocstrings", reason="pip install 'qakd-plugin[docs]'")
+    pytest.importorskip("mkdocstrings", reason="pip install -e '.[docs]'")
     folder = tmp_path_factory.mktemp("docs") / "site"
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", folder]
     done = subprocess.run(command, cwd=DOCS.parent, capture_output=True, text=True, check=False)
@@ -262,7 +273,10 @@ def test_the_site_asks_no_other_host_for_anything(site):
 
 
 def test_a_request_to_another_host_is_found():
-    page = '<script src="//cdn.io/a.js"></script><link rel="stylesheet" href="https://c.io/b.css"><img srcset="http://d.io/c.png 2x"><a href="https://x.io">'
+    page = (
+        '<script src="//cdn.io/a.js"></script><link rel="stylesheet" href="https://c.io/b.css">'
+        '<img srcset="http://d.io/c.png 2x"><a href="https://x.io">'
+    )
     assert outside(Resources(page).found) == ["//cdn.io/a.js", "https://c.io/b.css", "http://d.io/c.png"]
     assert outside(urls_of_style("a {b: url(https://e.io/d.woff)} @import '//f.io/e.css'; c {d: url(g.woff?1)}")) == [
         "https://e.io/d.woff",
@@ -296,6 +310,15 @@ def test_the_pages_mention_files_that_exist_only():
     for page in DOCS.glob("*.md"):
         for path in re.findall(r"(?:examples|benchmarks|tests)/[\w/]+\.(?:py|yaml)", page.read_text()):
             assert (DOCS.parent / path).is_file(), f"{page.name}: {path}"
+
+
+def test_the_readme_is_a_front_page():
+    text = (DOCS.parent / "README.md").read_text()
+    assert len(text.splitlines()) <= 120
+    assert [block.language for block in blocks(text)] == ["bash", "python"]
+    assert text.count("![") == text.count("|---|---") == 1
+    for link in re.findall(r"\]\(([^)#\s]+)(?:#[\w-]+)?\)", text):
+        assert (DOCS.parent / link).is_file(), link
 
 
 def test_blocks_are_found_with_their_lines_and_what_is_said_of_them():
