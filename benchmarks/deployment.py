@@ -56,7 +56,7 @@ PREPARED = {
 """Toolkits and targets of ``prepare`` beside ModelOpt for every target, as rows name them."""
 
 SHOWN = ("PT2E", "PT2E, 0..255")
-"""Those of them in the README."""
+"""Those of them in the first table."""
 
 STATIC = ("QDQ", "QDQ, per channel", "QOperator, per channel")
 BARS = {
@@ -78,9 +78,11 @@ def main() -> None:
     parser.add_argument("--network", action="append", choices=NETWORKS, help="may be repeated; all by default")
     parser.add_argument("--calls", type=int, default=100, help="timed calls of each file (%(default)s)")
     parser.add_argument("--cells", type=Path, default=Path("runs/deployment"), help="folder of the files (%(default)s)")
-    parser.add_argument("--out", type=Path, help="JSON file for the figures; the README's table too, if it is the default one")
+    parser.add_argument(
+        "--out", type=Path, help="JSON file for the figures; the tables in docs/measured.md too, if it is the default one"
+    )
     parser.add_argument("--fresh", action="store_true", help="measure networks again that --out holds")
-    parser.add_argument("--table-only", action="store_true", help="only rewrite the README's table")
+    parser.add_argument("--table-only", action="store_true", help="only rewrite the tables")
     parser.add_argument("--make", choices=NETWORKS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     logging.basicConfig(level=logging.ERROR)
@@ -102,8 +104,7 @@ def main() -> None:
     table, others = make_table(document), make_toolkit_tables(document)
     print(table, *others.values(), sep="\n\n")
     if options.out and options.out.resolve() == RESULTS:
-        page_tables.write_table("deployment", table, page_tables.README)
-        for name, other in others.items():
+        for name, other in {"deployment": table, **others}.items():
             page_tables.write_table(name, other)
 
 
@@ -214,7 +215,7 @@ def _met(holds: bool) -> str:
 
 
 def make_table(document: dict[str, Any]) -> str:
-    """Markdown, for the README: speed over FP32 in ONNX Runtime, and file sizes."""
+    """Markdown: speed over FP32 in ONNX Runtime, and file sizes."""
     networks = document["networks"]
     present = _present(
         networks,

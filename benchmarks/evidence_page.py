@@ -1,6 +1,6 @@
-"""The figure and the page of the evidence, and the README's table, made from the committed figures.
+"""The figure and the page of the evidence, made from the committed figures.
 
-    python benchmarks/evidence_page.py                                        # docs/evidence.svg, docs/evidence.md, README
+    python benchmarks/evidence_page.py                                        # docs/evidence.svg, docs/evidence.md
     python benchmarks/evidence_page.py --in runs/full.json --out runs/full    # a study of your own: nothing else is touched
 
 Nothing is trained here. What a paper claims is put as comparisons of students, and the word beside it follows from them: from
@@ -234,11 +234,6 @@ def make_tests_table(document: dict[str, Any], study: dict[str, Any]) -> str:
     return page_tables.markdown(header, rows)
 
 
-def readme_tables_of(document: dict[str, Any]) -> dict[str, str]:
-    """The README's table, by the name of its marker."""
-    return {"evidence": tables.make_table(document)}
-
-
 def page_tables_of(document: dict[str, Any], study: dict[str, Any]) -> dict[str, str]:
     """The page's tables, by the names of their markers."""
     plain, fixed = ("QAT", "SQAKD"), [method for method in evidence.METHODS if method.startswith("KD")]
@@ -283,7 +278,7 @@ def _significant(comparisons: Sequence[Comparison]) -> tuple[int, int]:
 
 
 def main() -> None:
-    """Read the figures, write figure, page and README."""
+    """Read the figures, write figure and page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--in", dest="source", type=Path, default=evidence.RESULTS, help="JSON file of evidence.py")
     parser.add_argument("--out", type=Path, default=DOCS, help="folder of page and figure (docs); elsewhere a copy is made")
@@ -293,10 +288,7 @@ def main() -> None:
         parser.error("docs/ shows the committed figures only: pass --out FOLDER.")
     document, study = (json.loads(path.read_text()) for path in (options.source, augmentation_study.RESULTS))
     page = options.out / PAGE
-    if in_docs:
-        for name, table in readme_tables_of(document).items():
-            page_tables.write_table(name, table, page_tables.README)
-    else:
+    if not in_docs:
         options.out.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(DOCS / PAGE, page)
     write(document, study, page)

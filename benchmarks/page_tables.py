@@ -1,4 +1,4 @@
-"""Tables of the README and of docs/ that benchmarks write from their own JSON files, each between two markers with its name."""
+"""Tables of docs/ that benchmarks write from their own JSON files, each between two markers with its name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from qakd_plugin._common.files import write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
 MEASURED = ROOT / "docs" / "measured.md"
 
 

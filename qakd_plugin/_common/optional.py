@@ -24,5 +24,10 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
     except ModuleNotFoundError as error:
         raise MissingPackageError(
             f"{module.partition('.')[0]} is needed to {purpose}, but importing {module} failed because "
-            f"{error.name!r} is not installed. Install it with: pip install 'qakd-plugin[{extra}]'"
+            f"{error.name!r} is not installed. Install it with: {pip_line(extra)}"
         ) from error
+
+
+def pip_line(extra: str) -> str:
+    """What to type for an extra. No index has the package, so that only a checkout can be installed."""
+    return f"pip install -e '.[{extra}]' in a checkout of qakd-plugin"

@@ -22,7 +22,17 @@ class QuantizerDescription:
     """One quantizer.
 
     Attributes:
+        name: dotted, in the model.
+        role: "weight", "activation" or "internal".
         kind: "toolkit", or which learned quantizer :func:`qakd_plugin.use_quantizers` put in its place.
+        bits: of a code. This and what follows is None where no range was calibrated, or it is dynamic.
+        axis: the channel dimension of a weight with one scale per channel; None per tensor.
+        block: length of the blocks that share a scale; None without blocks.
+        quant_min: lowest integer code.
+        quant_max: highest integer code.
+        scale_min: smallest scale: the step between neighbouring codes.
+        scale_max: largest scale.
+        zero_point: 0 where it is symmetric; None where channels have different ones.
         problems: maps a target to the reason why it cannot take the quantizer.
     """
 
@@ -42,7 +52,13 @@ class QuantizerDescription:
 
 @dataclass(frozen=True)
 class Description:
-    """A prepared model: the toolkit, and every active quantizer in the order of the modules."""
+    """A prepared model.
+
+    Attributes:
+        toolkit: that prepared it.
+        model: name of its class.
+        quantizers: every active one, in the order of the modules.
+    """
 
     toolkit: str
     model: str

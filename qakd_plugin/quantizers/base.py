@@ -21,8 +21,12 @@ from .qparams import QParams
 PREFIX = "qakd_"
 """Of the names of all tensors on a holder."""
 
-LOG_SCALE, DELTA = PREFIX + "log_scale", PREFIX + "delta"
-"""Scales are learned as logarithms: they stay positive, and a learning rate means a relative change."""
+LOG_SCALE = PREFIX + "log_scale"
+"""Name of the tensor on a holder that is the logarithm of the scale. Scales learned so stay positive, and a learning rate means
+a relative change."""
+
+DELTA = PREFIX + "delta"
+"""Name of EWGS's delta on a holder."""
 
 
 @dataclass(frozen=True)

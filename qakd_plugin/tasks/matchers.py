@@ -107,7 +107,12 @@ class L2(_Comparison):
 
 @dataclass(frozen=True)
 class L1(_Comparison):
-    """Absolute difference: :func:`qakd_plugin.losses.l1`. Arguments as :class:`L2`."""
+    """Absolute difference: :func:`qakd_plugin.losses.l1`.
+
+    Args:
+        weight: see :class:`KL`.
+        where: see :class:`KL`; of the shape of the output, or of its first dimensions.
+    """
 
     weight: float = 1.0
     where: Where = None

@@ -51,7 +51,16 @@ class Term(Protocol):
 
 @dataclass(frozen=True)
 class Imitation:
-    """Learn from the other network: ``T^2 KL(other || own)``, or what ``match`` says of each output."""
+    """Learn from the other network: ``T^2 KL(other || own)``, or what ``match`` says of each output.
+
+    Attributes:
+        temperature: T, > 0; softens both predictions.
+        weight: factor in the sum of a phase's terms.
+        name: in the history.
+        match: which outputs are compared, and how; None where exactly one reading is possible.
+        needs_labels: no label is read.
+        needs_other: the other network's outputs are.
+    """
 
     temperature: float
     weight: float = 1.0
@@ -76,7 +85,15 @@ class Imitation:
 
 @dataclass(frozen=True)
 class Supervision:
-    """Learn from labels: cross-entropy over the classes, or a loss of the user's."""
+    """Learn from labels: cross-entropy over the classes, or a loss of the user's.
+
+    Attributes:
+        weight: factor in the sum of a phase's terms.
+        name: in the history.
+        task_loss: callable(outputs, targets) that returns a scalar or (N,), or "model"; None for cross-entropy.
+        needs_labels: they are read.
+        needs_other: the other network's outputs are not.
+    """
 
     weight: float = 1.0
     name: str = "ce"

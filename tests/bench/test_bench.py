@@ -648,5 +648,5 @@ def test_an_engine_without_a_gpu_is_refused_by_name(files, digits, tmp_path):
 
 def test_a_missing_runtime_is_named_with_its_pip_line(files, monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
-    with pytest.raises(MissingPackageError, match=r"pip install 'qakd-plugin\[openvino\]'"):
+    with pytest.raises(MissingPackageError, match=r"pip install -e '\.\[openvino\]'"):
         benchmark([files / "canonical.onnx"], runtimes=("openvino",), calls=1)

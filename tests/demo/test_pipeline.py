@@ -51,7 +51,7 @@ def test_without_tensorrt_rtx_the_first_step_says_so_and_the_report_too(short, t
 def test_what_it_cannot_do_without_is_missed_before_anything_is_trained(module, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.setattr(pipeline, "train_float", lambda *_, **__: pytest.fail("the teacher was trained"))
-    with pytest.raises(MissingPackageError, match=rf"{module.partition('.')[0]} is needed .*pip install 'qakd-plugin\[demo\]'"):
+    with pytest.raises(MissingPackageError, match=rf"{module.partition('.')[0]} is needed .*pip install -e '\.\[demo\]'"):
         pipeline.run(tmp_path)
     assert not any(tmp_path.iterdir())
 

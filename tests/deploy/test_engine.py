@@ -359,7 +359,7 @@ def test_an_engine_of_a_runtime_that_is_not_installed_tells_how_to_install_it(
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)  # importing it fails from now on, installed or not
     _edit_manifest(engine, runtime={"name": "tensorrt", "version": "10.3"})
-    with pytest.raises(MissingPackageError, match=r"pip install 'qakd-plugin\[tensorrt\]'"):
+    with pytest.raises(MissingPackageError, match=r"pip install -e '\.\[tensorrt\]'"):
         load_engine(engine)
 
 

@@ -491,7 +491,7 @@ def test_cuda_python_has_what_is_called() -> None:
     [
         (["cuda"], "pycuda.driver"),
         ([], "cuda.bindings.driver"),
-        (["cuda", "pycuda"], "'qakd-plugin[cuda]'"),
+        (["cuda", "pycuda"], "'.[cuda]'"),
     ],
 )
 def test_cuda_python_is_taken_where_it_is_installed_and_pycuda_otherwise(
@@ -499,7 +499,7 @@ def test_cuda_python_is_taken_where_it_is_installed_and_pycuda_otherwise(
 ) -> None:
     def require(module: str, *, extra: str, purpose: str) -> str:
         if module.partition(".")[0] in absent:
-            raise MissingPackageError(f"{purpose}: pip install 'qakd-plugin[{extra}]'")
+            raise MissingPackageError(f"{purpose}: pip install -e '.[{extra}]'")
         return module
 
     monkeypatch.setattr("qakd_plugin.deploy.engine.cuda.cuda_driver", lambda: object())

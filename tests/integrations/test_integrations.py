@@ -51,7 +51,7 @@ def test_a_missing_library_is_named_with_its_pip_line(name, monkeypatch):
     file = {"lightning": "lightning", "transformers": "huggingface"}[name]
     monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, f"qakd_plugin.integrations.{file}", raising=False)
-    with pytest.raises(ImportError, match=rf"pip install 'qakd-plugin\[{name}\]'"):
+    with pytest.raises(ImportError, match=rf"pip install -e '\.\[{name}\]'"):
         __import__(f"qakd_plugin.integrations.{file}")
 
 

@@ -382,5 +382,5 @@ def test_a_missing_toolkit_is_named_with_its_pip_line(teacher, calibration, monk
     import sys
 
     monkeypatch.setitem(sys.modules, "modelopt.torch.quantization", None)
-    with pytest.raises(MissingPackageError, match=r"pip install 'qakd-plugin\[modelopt\]'"):
+    with pytest.raises(MissingPackageError, match=r"pip install -e '\.\[modelopt\]'"):
         prepare(teacher, calibration)

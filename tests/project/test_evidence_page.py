@@ -188,15 +188,15 @@ def test_one_seed_is_drawn_without_intervals(document, study):
     assert "not shown" in evidence_page.page_tables_of(single, study)["evidence_claims"]
 
 
-def test_a_study_of_ones_own_gets_a_page_and_leaves_docs_and_readme_alone(document, study, tmp_path, monkeypatch):
-    committed = (evidence_page.DOCS / evidence_page.PAGE).read_text(), page_tables.README.read_text()
+def test_a_study_of_ones_own_gets_a_page_and_leaves_docs_alone(document, study, tmp_path, monkeypatch):
+    committed = (evidence_page.DOCS / evidence_page.PAGE).read_text()
     (tmp_path / "own.json").write_text(json.dumps(document))
     monkeypatch.setattr(sys, "argv", ["evidence_page.py", "--in", str(tmp_path / "own.json"), "--out", str(tmp_path / "page")])
     evidence_page.main()
     for name, table in evidence_page.page_tables_of(document, study).items():
         assert page_tables.read_table(name, tmp_path / "page" / evidence_page.PAGE) == table
     assert (tmp_path / "page" / evidence_page.FIGURE).read_text() == evidence_figure.draw(document)
-    assert committed == ((evidence_page.DOCS / evidence_page.PAGE).read_text(), page_tables.README.read_text())
+    assert committed == (evidence_page.DOCS / evidence_page.PAGE).read_text()
 
 
 def test_docs_show_committed_figures_only(document, tmp_path, monkeypatch, capsys):

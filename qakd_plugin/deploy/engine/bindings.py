@@ -14,12 +14,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..._common.optional import pip_line
 from ...errors import EngineError, MissingPackageError
 
 # The wheel of RTX's bindings has the second name; its meta package adds the first.
 _MODULES = {"tensorrt": ("tensorrt",), "tensorrt_rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
 RUNTIMES = tuple(_MODULES)
-_PIP = {"tensorrt": "pip install 'qakd-plugin[tensorrt]'", "tensorrt_rtx": "pip install 'qakd-plugin[tensorrt-rtx]'"}
+_EXTRAS = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
 
 PORTABLE_CAPABILITIES = ("SM80", "SM86", "SM89", "SM120")
 """GPU generations an RTX engine is built for where none is at hand: Ampere, Ada and Blackwell, as RTX's own default."""
@@ -68,7 +69,7 @@ def load_runtime(name: str = "auto") -> Runtime:
                 return Runtime(candidate, importlib.import_module(module))
             except (ImportError, OSError) as error:  # OSError: the bindings are there, a shared library is not
                 problems.append(f"{module}: {error}")
-    lines = " or ".join(_PIP[candidate] for candidate in wanted)
+    lines = " or ".join(pip_line(_EXTRAS[candidate]) for candidate in wanted)
     raise MissingPackageError(f"{' and '.join(wanted)} cannot be imported ({'; '.join(problems)}). Install with: {lines}")
 
 

@@ -34,7 +34,13 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StageTimes:
-    """Milliseconds of one call, measured by CUDA events on the GPU's stream."""
+    """Milliseconds of one call, measured by CUDA events on the GPU's stream.
+
+    Attributes:
+        upload_ms: copy of the inputs to the GPU.
+        compute_ms: the network.
+        download_ms: copy of the outputs back.
+    """
 
     upload_ms: float
     compute_ms: float

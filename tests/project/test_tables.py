@@ -1,4 +1,4 @@
-"""Every table of figures in the README and in docs/ is what its script makes of the committed JSON."""
+"""Every table of figures in docs/ is what its script makes of the committed JSON."""
 
 import json
 from importlib import import_module
@@ -12,6 +12,7 @@ from evidence_drawing import places_of
 
 TABLES = [
     "step_time",
+    "deployment",
     "distill_step",
     "engines",
     "peers",
@@ -27,14 +28,6 @@ def committed(name):
 @pytest.mark.parametrize("name", TABLES)
 def test_a_table_of_what_was_measured_is_made_from_the_committed_figures(name):
     assert page_tables.read_table(name) == import_module(name).make_table(committed(name))
-
-
-def test_the_tables_in_the_readme_are_made_from_the_committed_figures():
-    expected = evidence_page.readme_tables_of(committed("evidence"))
-    expected["deployment"] = import_module("deployment").make_table(committed("deployment"))
-    for name, table in expected.items():
-        assert page_tables.read_table(name, page_tables.README) == table, name
-    assert page_tables.README.read_text().count(":begin -->") == len(expected)
 
 
 def test_the_tables_of_all_toolkits_are_made_from_the_committed_figures():
