@@ -13,6 +13,9 @@ from .scatter import Axis
 _POINTS = 200
 """A curve of more epochs is thinned to about this many."""
 
+_START = -1
+"""The epoch of the prepared model's row: before training."""
+
 _LAYERS = 40
 """Of more layers the slowest are listed."""
 
@@ -84,7 +87,7 @@ def training_run(entry: Mapping[str, Any]) -> TrainingRun:
     return TrainingRun(
         name=str(entry["name"]),
         phases=_phases(history),
-        epochs=len(history),
+        epochs=sum(row.get("epoch") != _START for row in history),
         curves=tuple(curves),
         columns=columns,
         lines=tuple(tuple(_cell(row.get(column)) for column in columns) for row in thinned),
@@ -144,6 +147,8 @@ def _shown_metric(history: Sequence[Mapping[str, Any]]) -> str | None:
 def _phases(history: Sequence[Mapping[str, Any]]) -> str:
     counted: dict[str, int] = {}
     for row in history:
+        if row.get("epoch") == _START:
+            continue
         name = str(row.get("phase", "training"))
         counted[name] = counted.get(name, 0) + 1
     return ", ".join(f"{name} {count} epoch{'s' * (count > 1)}" for name, count in counted.items())

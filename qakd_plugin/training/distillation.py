@@ -33,6 +33,7 @@ from .distributed.processes import Processes
 from .fingerprint import fingerprint
 from .methods import SQAKD, Method, with_task_loss
 from .optimizers import optimizer_name
+from .outcome import kept_of
 from .preflight import check_precision, check_quantizers, check_separate, check_trainable
 from .teacher_cache import TeacherCache
 from .teachers import one_teacher, require_teacher
@@ -314,9 +315,8 @@ def _with_own_teacher(lesson: Lesson) -> Lesson:
 
 
 def _result(trainer: Trainer) -> DistillResult:
-    state = trainer.state
-    kept = state.history[state.best.epoch] if state.best.epoch >= 0 else state.history[-1]
-    return DistillResult(trainer.networks.model, state.history, kept, trainer.networks.teacher)
+    history = trainer.state.history
+    return DistillResult(trainer.networks.model, history, dict(kept_of(history)), trainer.networks.teacher)
 
 
 def _require_length(loader: Iterable[Any]) -> None:
