@@ -91,17 +91,22 @@ class Trainer:
         """Train all epochs that are left, and load the best weights."""
         bar = Progress(len(self.epochs) * self.batches.steps, enabled=self.processes.is_main)
         ranges = joint_ranges(self.processes, self.adapter, self.networks.model)
-        for learner in (self.student, self.teacher):
-            if learner is not None:  # gradients of somebody else's step would be added to the first
-                learner.optimizer.zero_grad(set_to_none=True)
+        for learner in self._learners:  # gradients of somebody else's step would be added to the first
+            learner.optimizer.zero_grad(set_to_none=True)
         with self.state.begun(resume=resume), ranges, bar as progress:
             progress.advance(self.state.position.step)
+            for learner in self._learners:
+                learner.follow_schedule()
             if self.state.position == Position():
                 self._evaluate_start(progress)
             while self.state.position.epoch < len(self.epochs) and not self._has_stalled():
                 self._epoch(self.epochs[self.state.position.epoch], progress)
         self._load_the_best()
         self._say_how_it_ended()
+
+    @property
+    def _learners(self) -> list[Learner]:
+        return [self.student, *([] if self.teacher is None else [self.teacher])]
 
     def _evaluate_start(self, progress: Progress) -> None:
         """The prepared model as it was passed in: draws nothing from training, and moves no range and no statistic."""
@@ -207,7 +212,7 @@ class Trainer:
             position.epoch,
             position.step_in_epoch,
             position.step,
-            self.settings.lr,
+            self.student.peak,
             self.gradient_norm,
             self.state.newest(),
         )
@@ -277,7 +282,7 @@ class Trainer:
             return
         history = self.state.history
         if (lost := below_start(history, self.picking)) is not None:
-            _log.warning("%s Lower lr=%g, or leave training out where nothing is lost without it.", lost, self.settings.lr)
+            _log.warning("%s Lower lr=%g, or leave training out where nothing is lost without it.", lost, self.student.peak)
         if (nothing := at_chance(kept_of(history), self.validation.classes)) is not None:
             _log.warning("%s", nothing)
 
