@@ -8,8 +8,23 @@ import pytest
 import torch
 from interruption import Stop, StopAt
 
-from qakd_plugin import KD, QAT, QKD, SQAKD, default_batch, distill, evaluate
+from qakd_plugin import (
+    KD,
+    LSQ,
+    QAT,
+    QKD,
+    SQAKD,
+    CheckpointError,
+    QakdError,
+    TrainingError,
+    attach,
+    default_batch,
+    distill,
+    evaluate,
+    use_quantizers,
+)
 from qakd_plugin.toolkits import adapter_for
+from qakd_plugin.training.methods import left_out
 from qakd_plugin.training.outcome import at_chance, below_start, kept_of
 
 HARMFUL = 0.3
@@ -212,3 +227,128 @@ def test_the_start_leaves_the_ranges_of_observers_where_calibration_put_them(mak
     distill(student, teacher, batches, epochs=1, val_loader=_held_out(digits), lr=HARMFUL, seed=0)
     after = [adapter.qparams(q).scale for q in adapter.quantizers(student) if q.role == "activation"]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+# -- runs that are prolonged, and phases that are left out
+
+
+def test_a_finished_run_is_prolonged_by_resuming_with_more_epochs(make_student, teacher, batches, tmp_path):
+    """The weights go on, and the rates are those that the longer run has there."""
+
+    def run(folder, epochs, **options):
+        student = make_student()
+        rates = distill(
+            student, teacher, batches[:3], epochs=epochs, lr=1e-3, seed=0, checkpoint_dir=folder, trackers=(), **options
+        ).history
+        return _weights(student), [row["lr"] for row in rates]
+
+    first, _ = run(tmp_path / "run", 2)
+    second, rates = run(tmp_path / "run", 4, resume=True)
+    _, whole = run(tmp_path / "whole", 4)
+    assert not _same(first, second)
+    assert rates[2:] == whole[2:]
+    with pytest.raises(CheckpointError, match="epochs is 4 there and 3 here"):
+        run(tmp_path / "run", 3, resume=True)
+
+
+def test_a_prolonged_run_starts_with_the_rate_of_the_longer_schedule(make_student, teacher, batches, tmp_path):
+    moved = []
+
+    class Look:
+        def on_step_end(self, step, losses):
+            moved.append(student.head.weight.detach().clone())
+
+    options = {"lr": 1e-3, "checkpoint_dir": tmp_path, "trackers": ()}
+    student = make_student()
+    distill(student, teacher, batches[:2], epochs=1, **options)
+    before = student.head.weight.detach().clone()
+    student = make_student()
+    distill(student, teacher, batches[:2], epochs=2, resume=True, callbacks=[Look()], **options)
+    assert not torch.equal(moved[0], before)  # the shorter run had come to a rate of 0
+
+
+def test_a_run_of_several_phases_is_not_prolonged(make_student, teacher, batches, tmp_path):
+    options = {"method": QKD(), "checkpoint_dir": tmp_path, "trackers": ()}
+    distill(make_student(), teacher, batches[:1], epochs=4, **options)
+    with pytest.raises(CheckpointError, match="phases is"):
+        distill(make_student(), teacher, batches[:1], epochs=8, resume=True, **options)
+
+
+@pytest.mark.parametrize(("epochs", "missing"), [(1, "self-studying and tutoring"), (3, "self-studying"), (4, None)])
+def test_phases_that_a_short_run_leaves_out_are_named(epochs, missing, make_student, teacher, batches, caplog):
+    distill(make_student(), teacher, batches[:1], method=QKD(), epochs=epochs)
+    said = [record.getMessage() for record in caplog.records if "leaves out" in record.getMessage()]
+    assert (missing is None) == (not said)
+    if missing is not None:
+        assert f"QKD leaves out {missing} in {epochs} epochs" in said[0]
+        assert "at least 4" in said[0]
+
+
+def test_phases_of_no_length_are_not_missed():
+    assert left_out(QKD(0, 1, 0), QKD(0, 1, 0).phases(2)) == ([], 0)
+    assert left_out(SQAKD(), SQAKD().phases(1)) == ([], 0)
+
+
+@pytest.mark.parametrize(
+    ("method", "line"),
+    [
+        ("sqakd", r"'sqakd' is no method: pass method=qakd\.SQAKD\(\)"),
+        (SQAKD, r"SQAKD is a class: pass method=qakd\.SQAKD\(\)"),
+    ],
+)
+def test_what_is_no_method_is_refused_with_the_line_to_write(method, line, make_student, teacher, batches):
+    for call in (
+        lambda: distill(make_student(), teacher, batches, method=method),
+        lambda: attach(make_student(), teacher, method),
+    ):
+        with pytest.raises(QakdError, match=line):
+            call()
+
+
+def test_a_class_of_quantizers_is_refused_with_the_line_to_write(make_student):
+    with pytest.raises(QakdError, match=r"LSQ is a class: pass qakd\.LSQ\(\)"):
+        use_quantizers(make_student(), LSQ)
+
+
+# -- labels and inputs that do not fit
+
+
+@pytest.mark.parametrize("method", [QAT(), KD(), QKD(0, 1, 0)])
+def test_labels_out_of_range_are_named(method, make_student, teacher, batches):
+    wrong = [(x, y + 1) for x, y in batches]
+    with pytest.raises(QakdError, match=r"loader: labels must lie between 0 and 9, .* got 10\..*batch\[1\] - 1"):
+        distill(make_student(), teacher, wrong, method=method, epochs=1)
+
+
+def test_held_out_labels_out_of_range_are_named_before_the_first_step(make_student, teacher, batches):
+    steps = []
+
+    class Count:
+        def on_step_end(self, step, losses):
+            steps.append(step)
+
+    wrong = [(x, y - 1) for x, y in batches]
+    with pytest.raises(QakdError, match=r"val_loader: labels must lie between 0 and 9, .* got -1"):
+        distill(make_student(), teacher, batches, epochs=1, val_loader=wrong, callbacks=[Count()])
+    assert not steps
+
+
+def test_positions_that_are_ignored_may_have_any_network(make_student, teacher, batches):
+    x, y = batches[0]
+    ignored = y.clone()
+    ignored[::2] = -100
+    history = distill(make_student(), teacher, [(x, ignored)], method=QAT(), epochs=1, val_loader=[(x, ignored)]).history
+    assert history[0]["val_accuracy"] == evaluate(
+        make_student(), teacher, [(x[1::2], y[1::2])], default_batch, torch.device("cpu")
+    )["val_accuracy"]  # fmt: skip
+
+
+def test_inputs_of_another_shape_are_named(make_student, teacher, batches):
+    with pytest.raises(TrainingError, match=r"loader: .* first batch, 'input' \(32, 3, 32, 32\) float32: Given groups=1"):
+        distill(make_student(), teacher, [x.repeat(1, 3, 1, 1) for x, _ in batches], epochs=1)
+
+
+def test_held_out_images_of_another_type_are_named(make_student, teacher, batches):
+    held_out = [((255 * x).byte(), y) for x, y in batches]
+    with pytest.raises(QakdError, match="val_loader: 'input' .* is uint8"):
+        distill(make_student(), teacher, batches, epochs=1, val_loader=held_out)
