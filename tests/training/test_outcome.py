@@ -350,5 +350,5 @@ def test_inputs_of_another_shape_are_named(make_student, teacher, batches):
 
 def test_held_out_images_of_another_type_are_named(make_student, teacher, batches):
     held_out = [((255 * x).byte(), y) for x, y in batches]
-    with pytest.raises(QakdError, match="val_loader: 'input' .* is uint8"):
+    with pytest.raises(QakdError, match=r"val_loader: 'input' .* is uint8"):
         distill(make_student(), teacher, batches, epochs=1, val_loader=held_out)
