@@ -31,11 +31,11 @@ from qakd_plugin.demo.data import load
 from qakd_plugin.demo.net import DigitNet, train_float
 
 RESULTS = page_tables.RESULTS / "default_rate.json"
-IMAGES, TEACHER_EPOCHS = 640, 8
+IMAGES, TEACHER_EPOCHS = 320, 16
 
 
-def _torchvision(name: str) -> nn.Module:
-    model: nn.Module = torchvision.models.get_model(name, num_classes=10)
+def _torchvision(name: str, **options: Any) -> nn.Module:
+    model: nn.Module = torchvision.models.get_model(name, num_classes=10, **options)
     return model
 
 
@@ -49,8 +49,8 @@ def _timm(name: str, **options: Any) -> nn.Module:
 NETS: dict[str, Callable[[], nn.Module]] = {
     "DigitNet": partial(DigitNet, 8),
     "resnet18": partial(_torchvision, "resnet18"),
-    "mobilenet_v2": partial(_torchvision, "mobilenet_v2"),
-    "mobilenet_v3_small": partial(_torchvision, "mobilenet_v3_small"),
+    "mobilenet_v2": partial(_torchvision, "mobilenet_v2", width_mult=0.35),
+    "mobilenet_v3_small": partial(_torchvision, "mobilenet_v3_small", width_mult=0.5),
     "shufflenet_v2_x0_5": partial(_torchvision, "shufflenet_v2_x0_5"),
     "squeezenet1_1": partial(_torchvision, "squeezenet1_1"),
     "timm resnet10t": partial(_timm, "resnet10t"),
@@ -63,12 +63,11 @@ NETS: dict[str, Callable[[], nn.Module]] = {
 
 def _data(name: str) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     digits = load(seed=0)
-    held_out = tuple(torch.cat(parts) for parts in zip(digits.validation, digits.test, strict=True))
-    splits = [tuple(part[:IMAGES] for part in digits.train), held_out]
-    if name != "DigitNet":
-        splits = [(images.repeat(1, 3, 1, 1), labels) for images, labels in splits]
-    train, rest = splits
-    return train, rest  # type: ignore[return-value]
+    colours = 1 if name == "DigitNet" else 3
+    train, held_out = (
+        (images[:IMAGES].repeat(1, colours, 1, 1), labels[:IMAGES]) for images, labels in (digits.train, digits.test)
+    )
+    return train, held_out
 
 
 def _loader(images: Tensor, *labels: Tensor, shuffle: bool = False) -> DataLoader[Any]:
@@ -81,7 +80,7 @@ def run(name: str, bits: int, lr: float | None) -> dict[str, Any]:
     began = time.perf_counter()
     torch.manual_seed(0)
     train, held_out = _data(name)
-    teacher = train_float(NETS[name](), _loader(*train, shuffle=True), TEACHER_EPOCHS)
+    teacher = train_float(NETS[name](), _loader(*train, shuffle=True), TEACHER_EPOCHS, lr=1e-2)
     student = qakd.prepare(teacher, list(train[0].split(64))[:8], weight_bits=bits, activation_bits=bits)
     given = {} if lr is None else {"lr": lr}
     result = qakd.distill(
