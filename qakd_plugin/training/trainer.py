@@ -112,6 +112,7 @@ class Trainer:
         """The prepared model as it was passed in: draws nothing from training, and moves no range and no statistic."""
         with evaluated(self.adapter, self.networks.model):
             if not (numbers := self.validation.of_start(self.networks.model)):
+                _log.info("Nothing is held out (val_loader): the last epoch is kept, whether better than the start or worse.")
                 return
             row: dict[str, Any] = {"epoch": START, "phase": "start", **numbers}
             value = self.worth(row)
