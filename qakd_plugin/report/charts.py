@@ -6,15 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .._common.history import START, below_start, kept_of
 from ..bench.rows import LayerTime, Row
 from .ranking import RankingPlot, number, ranking_plot
 from .scatter import Axis
 
 _POINTS = 200
 """A curve of more epochs is thinned to about this many."""
-
-_START = -1
-"""The epoch of the prepared model's row: before training."""
 
 _LAYERS = 40
 """Of more layers the slowest are listed."""
@@ -40,6 +38,7 @@ class TrainingRun:
         name: of the run.
         phases: names in order, with the epochs of each.
         epochs: in all.
+        outcome: what was lost against the prepared model, or that it was kept; empty where neither is known.
         curves: loss, and the metric on held-out data.
         columns: of the table of epochs.
         lines: its cells.
@@ -50,6 +49,7 @@ class TrainingRun:
     name: str
     phases: str
     epochs: int
+    outcome: str
     curves: tuple[Curve, ...]
     columns: tuple[str, ...]
     lines: tuple[tuple[str, ...], ...]
@@ -87,7 +87,8 @@ def training_run(entry: Mapping[str, Any]) -> TrainingRun:
     return TrainingRun(
         name=str(entry["name"]),
         phases=_phases(history),
-        epochs=sum(row.get("epoch") != _START for row in history),
+        epochs=sum(row.get("epoch") != START for row in history),
+        outcome=_outcome(history),
         curves=tuple(curves),
         columns=columns,
         lines=tuple(tuple(_cell(row.get(column)) for column in columns) for row in thinned),
@@ -144,10 +145,26 @@ def _shown_metric(history: Sequence[Mapping[str, Any]]) -> str | None:
     return next((name for name in ("val_accuracy", *own, *compared) if name in names), None)
 
 
+def _outcome(history: Sequence[Mapping[str, Any]]) -> str:
+    """By numbers of which it is known that larger is better; the history says which row was kept."""
+    rows = [
+        {name: value for name, value in row.items() if number(value) is not None} | {"best": row.get("best") is True}
+        for row in history
+    ]
+    if not rows or not all("epoch" in row for row in rows) or rows[0]["epoch"] != START:
+        return ""
+
+    def known(row: Mapping[str, Any]) -> tuple[list[str], int]:
+        return [name for name in row if name == "val_accuracy"], 1
+
+    kept = "The prepared model was kept: no epoch was as good." if kept_of(rows) is rows[0] and len(rows) > 1 else ""
+    return below_start(rows, known) or kept
+
+
 def _phases(history: Sequence[Mapping[str, Any]]) -> str:
     counted: dict[str, int] = {}
     for row in history:
-        if row.get("epoch") == _START:
+        if row.get("epoch") == START:
             continue
         name = str(row.get("phase", "training"))
         counted[name] = counted.get(name, 0) + 1

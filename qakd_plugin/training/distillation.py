@@ -17,6 +17,7 @@ from torch.optim import AdamW
 
 from .._common.arguments import positive_whole
 from .._common.console import say
+from .._common.history import kept_of
 from ..augment.data import Stats
 from ..augment.selector import CMISelector
 from ..errors import QakdError
@@ -33,7 +34,6 @@ from .distributed.processes import Processes
 from .fingerprint import fingerprint
 from .methods import SQAKD, Method, left_out, planned
 from .optimizers import optimizer_name, with_rate
-from .outcome import kept_of
 from .preflight import check_precision, check_quantizers, check_separate, check_trainable
 from .teacher_cache import TeacherCache
 from .teachers import one_teacher, require_teacher

@@ -65,8 +65,7 @@ class Learner:
     @property
     def peak(self) -> float:
         """The rate of its weights that the schedule rises to."""
-        rate: float = self.schedule.base_lrs[0]
-        return rate
+        return float(self.schedule.base_lrs[0])
 
     def follow_schedule(self) -> None:
         """Set the rates of the next step: a schedule that was restored may be that of a shorter run, which had come to 0."""

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from .._common.console import Progress
+from .._common.history import START, Picking, below_start, kept_of, start_of
 from .._common.precision import wide
 from ..augment.selector import Augmentation
 from ..toolkits import Adapter
@@ -32,7 +33,7 @@ from .ema import Ema
 from .methods import Phase
 from .networks import Learner, Networks
 from .objective import Losses, Objective
-from .outcome import START, Picking, Start, at_chance, below_start, kept_of, line_of, start_of
+from .outcome import Start, at_chance, line_of
 from .run_state import Best, Position, RunState
 from .validation import Validation, warn_of_one_class
 

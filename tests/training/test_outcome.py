@@ -23,9 +23,10 @@ from qakd_plugin import (
     evaluate,
     use_quantizers,
 )
+from qakd_plugin._common.history import below_start, kept_of
 from qakd_plugin.toolkits import adapter_for
 from qakd_plugin.training.methods import left_out
-from qakd_plugin.training.outcome import at_chance, below_start, kept_of
+from qakd_plugin.training.outcome import at_chance
 
 HARMFUL = 0.3
 """A learning rate that ruins any student here."""
