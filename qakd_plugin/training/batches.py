@@ -174,12 +174,9 @@ class Batches:
 
     def _check_range(self, targets: Any) -> None:
         """Here, where labels are on the host still: a device would stop with an assertion that names none."""
-        if (
-            self.classes is None
-            or not isinstance(targets, Tensor)
-            or targets.is_floating_point()
-            or targets.dtype == torch.bool
-        ):
+        if self.classes is None or not isinstance(targets, Tensor) or targets.device.type != "cpu":
+            return
+        if targets.is_floating_point() or targets.dtype == torch.bool:  # probabilities, or what the loss will refuse
             return
         found = label_range(targets[targets != IGNORED], self.classes, "loader: labels")
         if found is not None:
