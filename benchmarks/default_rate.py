@@ -29,6 +29,8 @@ import qakd_plugin as qakd
 from qakd_plugin._common.files import write_atomic
 from qakd_plugin.demo.data import load
 from qakd_plugin.demo.net import DigitNet, train_float
+from qakd_plugin.toolkits import adapter_for
+from qakd_plugin.training.optimizers import with_rate
 
 RESULTS = page_tables.RESULTS / "default_rate.json"
 IMAGES, TEACHER_EPOCHS = 320, 16
@@ -82,6 +84,7 @@ def run(name: str, bits: int, lr: float | None) -> dict[str, Any]:
     train, held_out = _data(name)
     teacher = train_float(NETS[name](), _loader(*train, shuffle=True), TEACHER_EPOCHS, lr=1e-2)
     student = qakd.prepare(teacher, list(train[0].split(64))[:8], weight_bits=bits, activation_bits=bits)
+    rate = with_rate(qakd.Settings(lr=lr), adapter_for(student), student).lr
     given = {} if lr is None else {"lr": lr}
     result = qakd.distill(
         student, teacher, _loader(train[0], shuffle=True), val_loader=_loader(*held_out), seed=0, trackers=(), **given
@@ -95,7 +98,7 @@ def run(name: str, bits: int, lr: float | None) -> dict[str, Any]:
     return {
         "network": name,
         "bits": bits,
-        "lr": max(row["lr"] for row in epochs) if lr is None else lr,
+        "lr": rate,
         "default": lr is None,
         "teacher_accuracy": start["val_teacher_accuracy"],
         "kept_epoch": result.metrics["epoch"],
