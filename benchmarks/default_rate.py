@@ -23,6 +23,7 @@ import page_tables
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, TensorDataset
 
 import qakd_plugin as qakd
@@ -33,7 +34,7 @@ from qakd_plugin.toolkits import adapter_for
 from qakd_plugin.training.optimizers import with_rate
 
 RESULTS = page_tables.RESULTS / "default_rate.json"
-IMAGES, TEACHER_EPOCHS = 320, 16
+IMAGES, TEACHER_EPOCHS, BATCH = 320, 16, 32
 
 
 def _torchvision(name: str, **options: Any) -> nn.Module:
@@ -74,7 +75,7 @@ def _data(name: str) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
 
 def _loader(images: Tensor, *labels: Tensor, shuffle: bool = False) -> DataLoader[Any]:
     data: Any = TensorDataset(images, *labels)
-    return DataLoader(data, 64, shuffle=shuffle, generator=torch.Generator().manual_seed(0))
+    return DataLoader(data, BATCH, shuffle=shuffle, generator=torch.Generator().manual_seed(0))
 
 
 def run(name: str, bits: int, lr: float | None) -> dict[str, Any]:
@@ -82,8 +83,9 @@ def run(name: str, bits: int, lr: float | None) -> dict[str, Any]:
     began = time.perf_counter()
     torch.manual_seed(0)
     train, held_out = _data(name)
-    teacher = train_float(NETS[name](), _loader(*train, shuffle=True), TEACHER_EPOCHS, lr=1e-2)
-    student = qakd.prepare(teacher, list(train[0].split(64))[:8], weight_bits=bits, activation_bits=bits)
+    teacher = train_float(NETS[name](), _loader(*train, shuffle=True), TEACHER_EPOCHS, lr=5e-3)
+    update_bn(_loader(train[0]), teacher)  # statistics of its last weights: a short training leaves older ones
+    student = qakd.prepare(teacher, list(train[0].split(BATCH)), weight_bits=bits, activation_bits=bits)
     rate = with_rate(qakd.Settings(lr=lr), adapter_for(student), student).lr
     given = {} if lr is None else {"lr": lr}
     result = qakd.distill(
