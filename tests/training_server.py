@@ -144,6 +144,7 @@ class Failure:
         teacher.register_forward_pre_hook(lambda *_: self.reach("teacher"))
         inside = student.get_submodule("conv2.input_fake_quant" if hasattr(student.conv2, "input_fake_quant") else "conv2")
         inside.register_forward_pre_hook(lambda *_: self.reach("layer"))
+        next(student.parameters()).register_hook(lambda _: self.reach("backward pass"))
 
     def loss(self, outputs, targets):
         self.reach("loss")

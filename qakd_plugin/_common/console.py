@@ -1,4 +1,4 @@
-"""A progress bar on terminals, silence elsewhere; and names as cells of tables."""
+"""A progress bar on terminals, a line for each epoch elsewhere; and names as cells of tables."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ class Progress:
     """
 
     def __init__(self, total: int, *, enabled: bool = True) -> None:
-        console = Console(stderr=True)
+        self._console = console = Console(stderr=True)
+        self._silent = not enabled or console.is_terminal
         self._bar = RichProgress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -85,6 +86,12 @@ class Progress:
     def advance(self, steps: int) -> None:
         """Steps that an earlier run has done."""
         self._bar.update(self._task, advance=steps)
+
+    def line(self, text: str, log: logging.Logger) -> None:
+        """Log one line at INFO; where that is not shown, warnings are, and there is no terminal, print it."""
+        log.info("%s", text)
+        if not self._silent and log.isEnabledFor(logging.WARNING) and not log.isEnabledFor(logging.INFO):
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def __enter__(self) -> Progress:
         self._bar.start()

@@ -21,7 +21,7 @@ _MOST_EPOCHS = 60
 _TIMING = "images_per_second"
 """Differs from run to run: with it the same training would give other files."""
 
-Cell = Annotated[int, Ge(-(2**53)), Le(2**53)] | Annotated[float, Ge(-1e300), Le(1e300)] | str | None
+Cell = bool | Annotated[int, Ge(-(2**53)), Le(2**53)] | Annotated[float, Ge(-1e300), Le(1e300)] | str | None
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class TrainingRecord:
         loop: "distill", or "own": a loop of the user's or of another library, with this package's losses.
         kept: the epoch whose weights the model has, -1 where those it began with were the best; None where that is not known.
         history: rows of epochs: numbers and phases; of ``distill`` alone. Of many epochs some sixty rows are kept, the first
-            one and the last one of each phase among them.
+            one, the last one of each phase and the one whose weights were kept among them.
     """
 
     method: str
@@ -49,7 +49,7 @@ class TrainingRecord:
         rows = [
             row
             for index, row in enumerate(history)
-            if index % every == 0 or index == len(history) - 1 or phases[index] != phases[index + 1]
+            if index % every == 0 or index == len(history) - 1 or phases[index] != phases[index + 1] or row.get("epoch") == kept
         ]
         return cls(method, "distill", kept, tuple(map(_compact, rows)))
 
@@ -107,7 +107,7 @@ def _compact(row: Mapping[str, Any]) -> dict[str, Cell]:
 
 
 def _is_cell(value: object) -> bool:
-    return isinstance(value, str) or (isinstance(value, int | float) and not isinstance(value, bool))
+    return isinstance(value, str | int | float)
 
 
 def _cell(value: Any) -> Cell:

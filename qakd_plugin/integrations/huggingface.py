@@ -20,7 +20,7 @@ from ..training.attached import refuse_features, unwrapped
 from ..training.autocast import float32_quantizers
 from ..training.config import Settings
 from ..training.curvature import warn_of_no_refresh
-from ..training.methods import SQAKD, MatchCheck, Method, require_labels, total_loss, with_task_loss
+from ..training.methods import SQAKD, MatchCheck, Method, planned, require_labels, total_loss
 from ..training.optimizers import student_optimizer
 from ..training.student_file import save
 from ..training.teachers import require_teacher, taught_outputs
@@ -61,7 +61,7 @@ class DistillationTrainer(_Trainer):  # type: ignore[misc]
         model: nn.Module,
         args: Any = None,
         *,
-        teacher: nn.Module | None,
+        teacher: nn.Module | None = None,
         method: Method | None = None,
         task_loss: TaskLoss | None = None,
         quantizer_lr: float = 1e-3,
@@ -71,7 +71,7 @@ class DistillationTrainer(_Trainer):  # type: ignore[misc]
         self._check = MatchCheck()
         self.adapter = adapter_for(model)
         check_task_loss(task_loss)
-        phases = with_task_loss(self.method.phases(100), task_loss)
+        phases = planned(self.method, 100, task_loss)
         require_teacher(self.method, phases, teacher)
         refuse_features(self.method, phases, "DistillationTrainer")
         self._require_supported(len(phases))

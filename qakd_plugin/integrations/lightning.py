@@ -21,7 +21,7 @@ from ..training.attached import refuse_features
 from ..training.autocast import float32_hooks
 from ..training.config import Settings
 from ..training.curvature import warn_of_no_refresh
-from ..training.methods import SQAKD, MatchCheck, Method, Phase, require_labels, total_loss, with_task_loss
+from ..training.methods import SQAKD, MatchCheck, Method, Phase, planned, require_labels, total_loss
 from ..training.optimizers import (
     clip_gradients,
     cosine_schedule,
@@ -96,7 +96,7 @@ class DistillationModule(_LightningModule):  # type: ignore[misc]
         self._float32: list[Any] = []
 
     def _phases(self, epochs: int) -> tuple[Phase, ...]:
-        return with_task_loss(self.method.phases(epochs), self.task_loss)
+        return planned(self.method, epochs, self.task_loss)
 
     # -- modes and ranges
 

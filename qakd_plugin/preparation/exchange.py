@@ -62,6 +62,8 @@ def use_quantizers(
     """
     if target not in TARGETS:
         raise QakdError(f"target={target!r} is unknown: use one of {list(TARGETS)}.")
+    if isinstance(config, type):
+        raise QakdError(f"config={config.__name__} is a class: pass qakd.{config.__name__}().")
     adapter = adapter_for(prepared_model)
     swaps = [_Swap.of(adapter, quantizer, config) for quantizer in _chosen(adapter, prepared_model, keep)]
     observed = _observe(adapter, prepared_model, swaps, calibration_batches, batch_fn)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from .._common.history import START, below_start, kept_of
 from ..bench.rows import LayerTime, Row
 from .ranking import RankingPlot, number, ranking_plot
 from .scatter import Axis
@@ -38,6 +39,7 @@ class TrainingRun:
         name: of the run.
         phases: names in order, with the epochs of each.
         epochs: in all.
+        outcome: what was lost against the prepared model, or that it was kept; empty where neither is known.
         curves: loss, and the metric on held-out data.
         columns: of the table of epochs.
         lines: its cells.
@@ -48,6 +50,7 @@ class TrainingRun:
     name: str
     phases: str
     epochs: int
+    outcome: str
     curves: tuple[Curve, ...]
     columns: tuple[str, ...]
     lines: tuple[tuple[str, ...], ...]
@@ -86,6 +89,7 @@ def training_run(entry: Mapping[str, Any]) -> TrainingRun:
         name=str(entry["name"]),
         phases=_phases(history),
         epochs=sum(_epochs(history)),
+        outcome=_outcome(history),
         curves=tuple(curves),
         columns=columns,
         lines=tuple(tuple(_cell(row.get(column)) for column in columns) for row in thinned),
@@ -140,6 +144,22 @@ def _shown_metric(history: Sequence[Mapping[str, Any]]) -> str | None:
     compared = [name for name in names if name.startswith(("val_agreement", "val_sqnr_db"))]
     own = [name for name in names if name not in compared and not name.startswith("val_teacher_")]
     return next((name for name in ("val_accuracy", *own, *compared) if name in names), None)
+
+
+def _outcome(history: Sequence[Mapping[str, Any]]) -> str:
+    """By numbers of which it is known that larger is better; the history says which row was kept."""
+    rows = [
+        {name: value for name, value in row.items() if number(value) is not None} | {"best": row.get("best") is True}
+        for row in history
+    ]
+    if not rows or not all("epoch" in row for row in rows) or rows[0]["epoch"] != START:
+        return ""
+
+    def known(row: Mapping[str, Any]) -> tuple[list[str], int]:
+        return [name for name in row if name == "val_accuracy"], 1
+
+    kept = "The prepared model was kept: no epoch was as good." if kept_of(rows) is rows[0] and len(rows) > 1 else ""
+    return below_start(rows, known) or kept
 
 
 def _phases(history: Sequence[Mapping[str, Any]]) -> str:

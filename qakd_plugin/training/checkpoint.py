@@ -181,7 +181,8 @@ class CheckpointStore:
 
     def _check(self, path: Path, found: dict[str, Any]) -> None:
         for key, expected in self.fingerprint.items():
-            if key in found and found[key] != expected:  # older versions wrote down less
+            prolonged = key == "epochs" and found.get(key, 0) < expected
+            if key in found and found[key] != expected and not prolonged:  # older versions wrote down less
                 there, here = _difference(found[key], expected)
                 raise CheckpointError(
                     f"{path}: the checkpoint belongs to another run: {key} is {there} there and {here} here. "

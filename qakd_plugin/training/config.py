@@ -33,7 +33,7 @@ class Settings:
         QakdError: a number is out of range; names it.
     """
 
-    lr: float = 1e-3
+    lr: float | None = None
     quantizer_lr: float = 1e-3
     activation_quantizer_lr: float | None = None
     teacher_lr: float = 1e-4

@@ -17,6 +17,7 @@ from torch.optim import AdamW
 
 from .._common.arguments import positive_whole
 from .._common.console import say
+from .._common.history import kept_of
 from .._common.one_at_a_time import one_at_a_time
 from .._common.training_record import TrainingRecord, record_training
 from ..augment.data import Stats
@@ -33,8 +34,8 @@ from .config import Checkpoints, Data, MakeOptimizer, MixedPrecision, Settings
 from .distributed.launch import require_whole
 from .distributed.processes import Processes
 from .fingerprint import fingerprint
-from .methods import SQAKD, Method, with_task_loss
-from .optimizers import optimizer_name
+from .methods import SQAKD, Method, left_out, planned
+from .optimizers import optimizer_name, with_rate
 from .preflight import check_precision, check_quantizers, check_separate, check_trainable
 from .teacher_cache import TeacherCache
 from .teachers import one_teacher, require_teacher
@@ -51,8 +52,10 @@ class DistillResult:
 
     Attributes:
         model: the prepared model that was passed in, trained: best weights loaded, ranges frozen, in eval mode.
-        history: one row per epoch: phase, losses by name, learning rate, throughput, metrics on the held-out split.
-        metrics: of the epoch whose weights were kept.
+        history: one row per epoch: phase, losses by name, learning rate, throughput, metrics on the held-out split, and whether
+            they were the best so far. With ``val_loader`` the first row is of the prepared model before training: epoch -1,
+            phase "start".
+        metrics: the row of the weights that were kept, of an epoch or of the start.
         teacher: the network that taught: the one passed in, or its trained copy where the method trains it.
     """
 
@@ -94,7 +97,7 @@ def distill(
     mixed_precision: MixedPrecision = "no",
     callbacks: Sequence[object] = (),
     batch_fn: BatchFn = default_batch,
-    lr: float = 1e-3,
+    lr: float | None = None,
     quantizer_lr: float = 1e-3,
     activation_quantizer_lr: float | None = None,
     teacher_lr: float = 1e-4,
@@ -133,19 +136,22 @@ def distill(
         method: SQAKD() by default; QKD, KD, QAT.
         epochs: passes over ``loader``.
         val_loader: held-out batches that pick the best epoch, by accuracy where they have labels, else by agreement with the
-            teacher. Never the split that is reported.
+            teacher. The prepared model is counted first, and kept where no epoch is as good; a warning says so. Without them
+            the last epoch is kept, whatever it is worth. Never the split that is reported.
         augment: callable on a batch of images in [0, 1]; both networks see what it returns. Or ``CMISelector(...)``, which
             ranks augmentations with the teacher before training, and trains with the best.
         input_stats: (mean, std) per channel when the loader yields normalised images, so that ``augment`` sees [0, 1].
         checkpoint_dir: full state after every epoch, and ``history.jsonl``. Of a run of its own, unless ``resume`` is given.
         checkpoint_every: and after every so many optimizer steps.
-        resume: go on bit-identically from the newest whole checkpoint; an empty directory starts afresh.
+        resume: go on bit-identically from the newest whole checkpoint; an empty directory starts afresh. With more ``epochs``
+            than before a run of one phase is prolonged: its schedule goes on as that of the longer run.
         seed: of torch, numpy and random, set before anything is drawn; each further process takes the next number.
         mixed_precision: "no" or "bf16"; quantizers compute in float32 either way.
         callbacks: objects; ``on_step_end(step, losses)`` and ``on_epoch_end(row)`` are called where they exist.
         batch_fn: splits a batch into (inputs, targets or None); inputs are a tensor, a tuple of positional arguments or a
             mapping of keywords. The default takes what forward knows by name; labels, label, targets, target or y are targets.
-        lr: peak learning rate of the weights. 2 and 3 bits bear far more than 8 and need it: see docs/choosing.md, "Quantizer".
+        lr: peak learning rate of the weights. None: chosen by the fewest bits of a quantizer and the optimizer, and logged, see
+            docs/choosing.md, "The rate".
         quantizer_lr: of parameters that belong to quantizers, as a relative change per step; they get no weight decay.
         activation_quantizer_lr: of those of activations, where it differs.
         teacher_lr: of a teacher that learns too.
@@ -199,6 +205,7 @@ def distill(
         patience=patience,
         optimizer=optimizer,
     )
+    settings = with_rate(settings, lesson.adapter, prepared_model)
     data = Data(loader, val_loader, batch_fn, augment, input_stats, task_loss, metric, metric_fn, monitor)
     checkpoints = Checkpoints.of(checkpoint_dir, checkpoint_every, resume)
     _check(lesson, data, settings, cache_teacher)
@@ -220,7 +227,7 @@ def _lesson(model: nn.Module, teacher: nn.Module | None, method: Method, epochs:
     adapter = adapter_for(model)
     positive_whole("epochs", epochs)
     check_task_loss(task_loss)
-    phases = with_task_loss(method.phases(epochs), task_loss)
+    phases = planned(method, epochs, task_loss)
     require_whole("teacher", teacher)
     require_teacher(method, phases, teacher)
     if teacher is not None:
@@ -228,6 +235,15 @@ def _lesson(model: nn.Module, teacher: nn.Module | None, method: Method, epochs:
         check_precision(teacher, learns=any(phase.teacher for phase in phases))
     check_quantizers(adapter, model)
     check_trainable(adapter, model)
+    missing, fewest = left_out(method, phases)
+    if missing:
+        _log.warning(
+            "%s leaves out %s in %d epochs: phases end at whole epochs. Train for at least %d, or give the phases in epochs.",
+            type(method).__name__,
+            " and ".join(missing),
+            epochs,
+            fewest,
+        )
     return Lesson(adapter, model, teacher, method, phases)
 
 
@@ -306,6 +322,8 @@ def _store(
         return None
     frozen = None if lesson.teacher_learns else lesson.teacher
     facts = fingerprint(lesson.adapter, lesson.model, frozen, lesson.method, data, len(lesson.epochs), settings, seed)
+    if len(lesson.phases) > 1:  # a longer run would have had other phases so far
+        facts["phases"] = [[phase.name, phase.epochs] for phase in lesson.phases]
     return CheckpointStore(checkpoints.folder, facts)
 
 
@@ -323,9 +341,8 @@ def _with_own_teacher(lesson: Lesson) -> Lesson:
 
 
 def _result(trainer: Trainer) -> DistillResult:
-    state = trainer.state
-    kept = state.history[state.best.epoch] if state.best.epoch >= 0 else state.history[-1]
-    return DistillResult(trainer.networks.model, state.history, kept, trainer.networks.teacher)
+    history = trainer.state.history
+    return DistillResult(trainer.networks.model, history, dict(kept_of(history)), trainer.networks.teacher)
 
 
 def _record(trainer: Trainer, method: Method, kept: int | None) -> None:
