@@ -8,18 +8,19 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .._common.files import write_atomic
+from .._common.files import read_whole, write_atomic
 from .._common.tensor_file import pack, unpack
+from .._common.torch_file import load_plain
 from ..errors import CheckpointError, QakdError
 from ..preparation.description import describe
-from ..training.checkpoint import load_plain
 
 FORMAT, VERSION = "qakd student", "1"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,10 @@ def load_student(model: nn.Module, path: Path) -> None:
         QakdError: the file cannot be read, is damaged, or does not fit the model; says what differs.
     """
     try:
-        student = _read(path.read_bytes())
+        student = _read(read_whole(path))
     except (CheckpointError, OSError) as error:
-        raise QakdError(f"--weights: {path}: {error}. Name the student.safetensors of qakd distill.") from error
+        reason = getattr(error, "strerror", None) or error
+        raise QakdError(f"--weights: {path}: {reason}. Name the student.safetensors of qakd distill.") from error
     description = describe(model)
     if student.toolkit not in (None, description.toolkit):
         raise QakdError(
@@ -84,7 +86,7 @@ def load_student(model: nn.Module, path: Path) -> None:
         _check_grids(path, student.grids, _grids(model))
     try:
         model.load_state_dict(student.state)
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:  # what modules make of foreign tensors
         reason = " ".join(str(error).split())[:300]
         raise QakdError(f"--weights: {path} does not fit the prepared model: {reason}") from error
 
@@ -107,7 +109,7 @@ def _check_grids(path: Path, trained: Mapping[str, str], prepared: Mapping[str, 
 def _read(data: bytes) -> _Student:
     if data[8:9] == b"{":  # after the eight bytes that say how long the header is
         return _from_tensors(*unpack(data))
-    content = load_plain(io.BytesIO(data))
+    content = load_plain(data)
     if isinstance(content, dict) and content.keys() == {"state_dict", "quantizers"}:  # student.pt; else somebody's own
         return _Student(_by_name(content["state_dict"]), _by_name(content["quantizers"]))
     return _Student(_by_name(content))
@@ -119,11 +121,24 @@ def _from_tensors(tensors: dict[str, Tensor], facts: dict[str, str]) -> _Student
     if (facts.get("format"), facts.get("version")) != (FORMAT, VERSION):
         written = f"{facts.get('format')}, version {facts.get('version')}"
         raise CheckpointError(f"it is a file of another kind ({written}; {FORMAT}, version {VERSION} is read)")
+    versions, grids = _facts(facts, "module_versions", dict), _facts(facts, "quantizers", dict)
     state: OrderedDict[str, Any] = OrderedDict(tensors)
-    for name in json.loads(facts["pickled"]):
-        state[name] = load_plain(io.BytesIO(state[name].numpy().tobytes()))
-    state._metadata = json.loads(facts["module_versions"])  # type: ignore[attr-defined]  # where torch looks for it
-    return _Student(state, json.loads(facts["quantizers"]), facts["toolkit"])
+    for name in _facts(facts, "pickled", list):
+        if not isinstance(name, str) or name not in tensors or tensors[name].dtype != torch.uint8:
+            raise CheckpointError(f"it does not hold {name!r}, which its header names")
+        state[name] = load_plain(state[name].numpy().tobytes(), intact=True)
+    state._metadata = versions  # type: ignore[attr-defined]  # where torch looks for it
+    return _Student(state, grids, facts.get("toolkit"))
+
+
+def _facts(facts: Mapping[str, str], name: str, kind: type[T]) -> T:
+    try:
+        found = json.loads(facts[name])
+    except (KeyError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"its header does not say {name}") from error
+    if not isinstance(found, kind):
+        raise CheckpointError(f"its header says {name} in another form")
+    return found
 
 
 def _by_name(content: object) -> Mapping[str, Any]:

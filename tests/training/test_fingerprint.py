@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 from qakd_plugin import CheckpointError, CMISelector, distill
 from qakd_plugin.tasks.batches import default_batch
 from qakd_plugin.training.checkpoint import CheckpointStore
-from qakd_plugin.training.fingerprint import facts
+from qakd_plugin.training.facts import facts
 
 
 def _shifted(images, by=0.1):
