@@ -10,12 +10,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import Tensor, nn
+
 from ..errors import CheckpointError, TrainingError
 from .batches import Batches
 from .checkpoint import CheckpointStore, not_finite
 from .config import Resume
 from .distributed.processes import Processes
 
+_NUMBERS = (int, float, Tensor)
 _log = logging.getLogger(__name__)
 
 
@@ -156,6 +159,8 @@ class RunState:
     def _restore(self, path: Path, state: dict[str, Any], *, force: bool) -> None:
         for name, part in self._parts.items():
             with _fitting(path, name):
+                if not isinstance(part, nn.Module):  # a network checks what it is given itself
+                    _require_layout(state[name], part.state_dict(), name)
                 part.load_state_dict(state[name])
         with _fitting(path, "position"):
             self.position, self.best = _position(state["position"]), _best(state["best"])
@@ -180,6 +185,18 @@ def _fitting(path: Path, name: str) -> Iterator[None]:
             f"{path}: its {name} does not fit this run ({type(problem).__name__}: {reason}). Did another version of the "
             "package write it? Finish the run with that version, or choose another checkpoint_dir."
         ) from problem
+
+
+def _require_layout(found: Any, here: Any, name: str) -> None:
+    """Raise TypeError where something is of another type than here. What is empty here may hold anything."""
+    if isinstance(here, Mapping) and isinstance(found, Mapping):
+        for key in here:
+            _require_layout(found[key], here[key], f"{name}.{key}")
+    elif isinstance(here, list | tuple) and isinstance(found, list | tuple):
+        for index, pair in enumerate(zip(found, here, strict=False)):
+            _require_layout(*pair, f"{name}.{index}")
+    elif here is not None and not isinstance(found, _NUMBERS if isinstance(here, _NUMBERS) else type(here)):
+        raise TypeError(f"{name} is a {type(found).__name__} and no {type(here).__name__}")
 
 
 def _position(found: dict[str, Any]) -> Position:
