@@ -193,6 +193,8 @@ def _require_layout(found: Any, here: Any, name: str) -> None:
         for key in here:
             _require_layout(found[key], here[key], f"{name}.{key}")
     elif isinstance(here, list | tuple) and isinstance(found, list | tuple):
+        if len(found) < len(here):
+            raise TypeError(f"{name} has {len(found)} entries and not {len(here)}")
         for index, pair in enumerate(zip(found, here, strict=False)):
             _require_layout(*pair, f"{name}.{index}")
     elif here is not None and not isinstance(found, _NUMBERS if isinstance(here, _NUMBERS) else type(here)):

@@ -112,7 +112,7 @@ def test_whatever_is_missing_or_of_another_type_in_a_checkpoint_is_one_error_or_
     places = [place for place in _places(content["state"], ("state",)) if place[:3] != own or len(place) == 3]
     messages = []
     for place in places:
-        for change in ("gone", None, "text", [1, 2]):
+        for change in ("gone", None, "text", {"x": 1}):
             broken = copy.deepcopy(content)
             inner = broken
             for key in place[:-1]:
