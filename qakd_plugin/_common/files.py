@@ -95,14 +95,18 @@ def write_atomic(
         error: what is raised where it cannot be written.
     """
     with atomic_path(path, error) as temporary:
-        if callable(content):
-            try:
+        try:
+            if callable(content):
                 content(temporary)
-            except RuntimeError as problem:  # torch.save raises nothing else where the disk is full
-                reason = " ".join(str(problem).split())
-                raise error(f"cannot write {path}: {reason}. Make sure that there is room on the disk.") from problem
-        else:
-            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+            else:
+                temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        except OSError as problem:
+            if problem.filename not in (None, str(temporary)):
+                raise
+            raise _cannot_write(Path(path), problem, error) from problem
+        except RuntimeError as problem:  # torch.save raises nothing else where the disk is full
+            reason = " ".join(str(problem).split())
+            raise error(f"cannot write {path}: {reason}. Make sure that there is room on the disk.") from problem
     return Path(path)
 
 
