@@ -30,7 +30,8 @@ from ..tasks.task_loss import TaskLoss, check_task_loss
 from ..toolkits import adapter_for
 from .assembly import Lesson, assembled
 from .checkpoint import CheckpointStore
-from .config import Checkpoints, Data, MakeOptimizer, MixedPrecision, Settings
+from .config import Checkpoints, Data, MakeOptimizer, MixedPrecision, Resume, Settings
+from .data_facts import data_facts, hidden_state
 from .distributed.launch import require_whole
 from .distributed.processes import Processes
 from .fingerprint import fingerprint
@@ -92,7 +93,7 @@ def distill(
     input_stats: Stats | None = None,
     checkpoint_dir: str | os.PathLike[str] | None = None,
     checkpoint_every: int | None = None,
-    resume: bool = False,
+    resume: Resume = False,
     seed: int | None = None,
     mixed_precision: MixedPrecision = "no",
     callbacks: Sequence[object] = (),
@@ -144,7 +145,8 @@ def distill(
         checkpoint_dir: full state after every epoch, and ``history.jsonl``. Of a run of its own, unless ``resume`` is given.
         checkpoint_every: and after every so many optimizer steps.
         resume: go on bit-identically from the newest whole checkpoint; an empty directory starts afresh. With more ``epochs``
-            than before a run of one phase is prolonged: its schedule goes on as that of the longer run.
+            than before a run of one phase is prolonged: its schedule goes on as that of the longer run. What else changed since
+            is refused by name; "force" goes on all the same, with other numbers.
         seed: of torch, numpy and random, set before anything is drawn; each further process takes the next number.
         mixed_precision: "no" or "bf16"; quantizers compute in float32 either way.
         callbacks: objects; ``on_step_end(step, losses)`` and ``on_epoch_end(row)`` are called where they exist.
@@ -287,6 +289,8 @@ def _run(
         if seed is not None:
             set_seed(seed + processes.index)  # processes augment different images: not with the same draws
         store = _store(lesson, data, settings, checkpoints, seed)
+        if store is not None:
+            processes.on_main(store.require_writable)
         tracking = _tracking(lesson, settings, checkpoints, trackers)
         trainer = assembled(
             _with_own_teacher(lesson),
@@ -320,11 +324,13 @@ def _store(
 ) -> CheckpointStore | None:
     if checkpoints.folder is None:
         return None
-    frozen = None if lesson.teacher_learns else lesson.teacher
-    facts = fingerprint(lesson.adapter, lesson.model, frozen, lesson.method, data, len(lesson.epochs), settings, seed)
+    seen = data_facts(data.loader)
+    facts = fingerprint(
+        lesson.adapter, lesson.model, lesson.teacher, lesson.method, data, seen, len(lesson.epochs), settings, seed
+    )
     if len(lesson.phases) > 1:  # a longer run would have had other phases so far
         facts["phases"] = [[phase.name, phase.epochs] for phase in lesson.phases]
-    return CheckpointStore(checkpoints.folder, facts)
+    return CheckpointStore(checkpoints.folder, facts, hidden_state(data.loader, seen))
 
 
 def _tracking(lesson: Lesson, settings: Settings, checkpoints: Checkpoints, trackers: Sequence[Any] | None) -> Tracking:

@@ -9,22 +9,23 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .._common.files import write_atomic
+from .._common.files import read_whole, write_atomic
 from .._common.tensor_file import pack, unpack
+from .._common.torch_file import load_plain
 from .._common.training_record import TrainingRecord, as_json, from_json, set_training_records, training_records
 from ..errors import CheckpointError, NotPreparedError, QakdError
 from ..preparation.again import learned_rules, prepare_again
 from ..preparation.description import describe
 from ..preparation.recorded import recorded
 from ..toolkits import adapter_for
-from .checkpoint import load_plain
 
 FORMAT, VERSION = "qakd student", "1"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -103,10 +104,11 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
             the network; says what differs.
     """
     try:
-        student = _read(Path(path).read_bytes())
+        student = _read(read_whole(path))
     except (CheckpointError, OSError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise QakdError(
-            f"{path}: {error}. Name a file of qakd_plugin.save, such as qakd distill's student.safetensors."
+            f"{path}: {reason}. Name a file of qakd_plugin.save, such as qakd distill's student.safetensors."
         ) from error
     try:
         adapter_for(model)
@@ -122,7 +124,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         _check_grids(path, student.grids, _grids(model))
     try:
         model.load_state_dict(student.state)
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:  # what modules make of foreign tensors
         reason = " ".join(str(error).split())[:300]
         raise QakdError(f"{path} does not fit the prepared model: {reason}") from error
     set_training_records(model, student.training)
@@ -161,7 +163,7 @@ def _check_grids(path: str | os.PathLike[str], trained: Mapping[str, str], prepa
 def _read(data: bytes) -> _Student:
     if data[8:9] == b"{":  # after the eight bytes that say how long the header is
         return _from_tensors(*unpack(data))
-    content = load_plain(io.BytesIO(data))
+    content = load_plain(data)
     if isinstance(content, dict) and content.keys() == {"state_dict", "quantizers"}:  # student.pt; else somebody's own
         return _Student(_by_name(content["state_dict"]), _by_name(content["quantizers"]))
     return _Student(_by_name(content))
@@ -173,13 +175,33 @@ def _from_tensors(tensors: dict[str, Tensor], facts: dict[str, str]) -> _Student
     if (facts.get("format"), facts.get("version")) != (FORMAT, VERSION):
         written = f"{facts.get('format')}, version {facts.get('version')}"
         raise CheckpointError(f"it is a file of another kind ({written}; {FORMAT}, version {VERSION} is read)")
+    versions, grids = _fact(facts, "module_versions", dict), _fact(facts, "quantizers", dict)
     state: OrderedDict[str, Any] = OrderedDict(tensors)
-    for name in json.loads(facts["pickled"]):
-        state[name] = load_plain(io.BytesIO(state[name].numpy().tobytes()))
-    state._metadata = json.loads(facts["module_versions"])  # type: ignore[attr-defined]  # where torch looks for it
-    preparation, rules = (json.loads(facts.get(name, "null")) for name in ("preparation", "rules"))
-    training = from_json(facts.get("training", "[]"))
-    return _Student(state, json.loads(facts["quantizers"]), facts["toolkit"], training, preparation, rules or {})
+    for name in _fact(facts, "pickled", list):
+        if not isinstance(name, str) or name not in tensors or tensors[name].dtype != torch.uint8:
+            raise CheckpointError(f"it does not hold {name!r}, which its header names")
+        state[name] = load_plain(state[name].numpy().tobytes(), intact=True)
+    state._metadata = versions  # type: ignore[attr-defined]  # where torch looks for it
+    preparation = _fact(facts, "preparation", dict) if "preparation" in facts else None
+    rules = _fact(facts, "rules", dict) if "rules" in facts else {}
+    return _Student(state, grids, facts.get("toolkit"), _training(facts), preparation, rules)
+
+
+def _fact(facts: Mapping[str, str], name: str, kind: type[T]) -> T:
+    try:
+        found = json.loads(facts[name])
+    except (KeyError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"its header does not say {name}") from error
+    if not isinstance(found, kind):
+        raise CheckpointError(f"its header says {name} in another form")
+    return found
+
+
+def _training(facts: Mapping[str, str]) -> tuple[TrainingRecord, ...]:
+    try:
+        return from_json(facts.get("training", "[]"))
+    except ValueError as error:
+        raise CheckpointError("its header says training in another form") from error
 
 
 def _by_name(content: object) -> Mapping[str, Any]:

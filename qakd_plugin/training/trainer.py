@@ -24,7 +24,7 @@ from ..augment.selector import Augmentation
 from ..toolkits import Adapter
 from . import curvature
 from .batches import Batch, Batches
-from .config import Settings
+from .config import Resume, Settings
 from .deployed_view import DeployedView, evaluated
 from .distributed.observers import joint_ranges
 from .distributed.processes import Processes
@@ -88,7 +88,7 @@ class Trainer:
     callbacks: Sequence[object]
     gradient_norm: float = math.nan
 
-    def train(self, *, resume: bool) -> None:
+    def train(self, *, resume: Resume) -> None:
         """Train all epochs that are left, and load the best weights."""
         bar = Progress(len(self.epochs) * self.batches.steps, enabled=self.processes.is_main)
         ranges = joint_ranges(self.processes, self.adapter, self.networks.model)
@@ -216,7 +216,7 @@ class Trainer:
             position.step,
             self.student.peak,
             self.gradient_norm,
-            self.state.newest(),
+            self.state.way_back(),
         )
         for index, (batch, found) in enumerate(zip(group, values, strict=True)):
             here = replace(moment, batch=moment.batch + index)

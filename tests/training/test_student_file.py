@@ -1,6 +1,7 @@
 """student.safetensors: the weights come back, damage and misfits are refused."""
 
 import copy
+import os
 import random
 
 import pytest
@@ -208,3 +209,55 @@ def test_another_network_than_the_students_is_refused(network, written):
     with pytest.raises(QakdError, match=r"student.safetensors(: model|\S* does not fit)") as refused:
         qakd.load(written[1], network.eval())
     assert "\n" not in str(refused.value)
+
+
+def _resealed(path, target, **changed):
+    """The same file with other facts in its header, and a digest that fits them."""
+    tensors, facts = unpack(path.read_bytes())
+    target.write_bytes(pack(tensors, {name: text for name, text in (facts | changed).items() if text is not None}))
+    return target
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"quantizers": None},
+        {"quantizers": "[1]"},
+        {"quantizers": "{"},
+        {"pickled": "{}"},
+        {"pickled": '["head.weight"]'},
+        {"pickled": "[[1]]"},
+        {"module_versions": "7"},
+        {"module_versions": "[" * 100_000},
+        {"version": "2"},
+        {"format": None},
+    ],
+)
+def test_a_header_that_says_something_else_is_one_error(changed, written, images, tmp_path):
+    path = _resealed(written[1], tmp_path / "s.safetensors", **changed)
+    with pytest.raises(QakdError, match=r"^\S+s.safetensors: it") as refused:
+        qakd.load(path, make_student(images))
+    assert "\n" not in str(refused.value)
+
+
+def test_no_flipped_bit_of_student_pt_is_overlooked(images, tmp_path):
+    student, target = make_student(images), make_student(images, seed=1)
+    torch.save({"state_dict": student.state_dict(), "quantizers": {}}, tmp_path / "student.pt")
+    data = (tmp_path / "student.pt").read_bytes()
+    draw, before = random.Random(0), target.head.weight.detach().clone()
+    start = data.index(student.head.weight.detach().numpy().tobytes())
+    for _ in range(10):
+        damaged = bytearray(data)
+        damaged[start + draw.randrange(student.head.weight.numel() * 4)] ^= 1 << draw.randrange(8)
+        (tmp_path / "student.pt").write_bytes(damaged)
+        with pytest.raises(QakdError, match="it is damaged"):
+            qakd.load(tmp_path / "student.pt", target)
+    assert torch.equal(target.head.weight, before)
+
+
+def test_what_is_no_file_is_one_error(images, tmp_path):
+    student = make_student(images)
+    os.mkfifo(tmp_path / "pipe")
+    for name, reason in [("pipe", "It is a pipe"), (".", "Is a directory"), ("gone", "No such file"), ("nul\0", "null")]:
+        with pytest.raises(QakdError, match=f".*: .*{reason}"):
+            qakd.load(tmp_path / name, student)
