@@ -44,7 +44,6 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import corruption
-from qakd_plugin.cli.student_file import load_student, write_student
 
 from qakd_plugin import QakdError, distill, prepare, write_report
 from qakd_plugin._common.files import write_atomic
@@ -53,6 +52,7 @@ from qakd_plugin._common.torch_file import load_plain, tensors_of
 from qakd_plugin.report import read_report
 from qakd_plugin.training.checkpoint import CheckpointStore
 from qakd_plugin.training.distributed.processes import Processes
+from qakd_plugin.training.student_file import load, save
 from qakd_plugin.training.teacher_cache import TeacherCache
 
 MOST_MEMORY = 4 * 2**30
@@ -217,7 +217,7 @@ def _read_checkpoint(path: Path) -> Any:
 def _read_student(path: Path) -> Any:
     if "student" not in _KNOWN:
         _KNOWN["student"] = _student()
-    load_student(_KNOWN["student"], path)
+    load(path, _KNOWN["student"])
     return _KNOWN["student"].state_dict()
 
 
@@ -322,10 +322,10 @@ def _places(value: Any) -> Iterator[tuple[Any, Any]]:
 KINDS: dict[str, Kind] = {
     "checkpoint": Kind("step", _checkpoint, _read_checkpoint),
     "checkpoint, crafted": Kind("step", _checkpoint, _read_checkpoint, (*corruption.BYTES, *[torch_file_changed] * 9), True),
-    "student": Kind("student.safetensors", lambda path: write_student(_student(), path).read_bytes(), _read_student),
+    "student": Kind("student.safetensors", lambda path: save(_student(), path).read_bytes(), _read_student),
     "student, crafted": Kind(
         "student.safetensors",
-        lambda path: write_student(_student(), path).read_bytes(),
+        lambda path: save(_student(), path).read_bytes(),
         _read_student,
         (tensor_file_changed,),
         True,
@@ -514,7 +514,7 @@ def _works() -> dict[str, Work]:
         return dict(result.model.state_dict())
 
     def write(folder: Path) -> Any:
-        return load_plain(_as_bytes(unpack(write_student(prepared, folder / "student.safetensors").read_bytes())[0]))
+        return load_plain(_as_bytes(unpack(save(prepared, folder / "student.safetensors").read_bytes())[0]))
 
     def report(folder: Path) -> Any:
         write_report([], folder / "report.html", training=[{"method": "SQAKD", "loss": 0.5}])

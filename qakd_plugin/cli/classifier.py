@@ -14,9 +14,10 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from .._common.files import read_whole
 from .._common.optional import require
+from .._common.torch_file import load_plain
 from ..errors import CheckpointError, QakdError
-from ..training.checkpoint import load_plain
 from .images import ImageFiles, Preprocessing, training_files
 from .options import suggestion
 
@@ -193,8 +194,8 @@ def _require_answer(model: nn.Module, name: str, num_classes: int, preprocessing
 
 def _load(model: nn.Module, path: Path, name: str, num_classes: int) -> None:
     try:
-        data = path.read_bytes()
-        content = load_safetensors(data) if data[8:9] == b"{" else load_plain(path)
+        data = read_whole(path)
+        content = load_safetensors(data) if data[8:9] == b"{" else load_plain(data)
     except OSError as error:
         raise QakdError(f"--weights: {path} cannot be read: {error.strerror}.") from error
     except CheckpointError as error:

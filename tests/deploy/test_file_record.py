@@ -14,9 +14,9 @@ from qakd_plugin import KD, QAT, SQAKD, Candidate, attach, build_engine, distill
 from qakd_plugin._common.training_record import TrainingRecord, method_of, training_records
 from qakd_plugin.bench.candidates import candidate_from_path
 from qakd_plugin.bench.file_facts import record_of
-from qakd_plugin.cli.student_file import load_student, write_student
 from qakd_plugin.deploy.file_record import UNTRAINED, FileRecord, read_record
 from qakd_plugin.report.charts import training_run
+from qakd_plugin.training.student_file import load, save
 
 
 class Net(nn.Module):
@@ -107,12 +107,12 @@ def test_what_an_interrupted_training_leaves_is_not_called_untrained(net, batche
 def test_a_student_file_carries_the_training_to_the_file(net, batches, tmp_path):
     student = prepare(net, batches)
     distill(student, net, batches, method=SQAKD(), epochs=1, lr=1e-3)
-    path, fresh = write_student(student, tmp_path / "student.safetensors"), prepare(net, batches)
+    path, fresh = save(student, tmp_path / "student.safetensors"), prepare(net, batches)
     assert training_records(fresh) == ()
-    load_student(fresh, path)
+    load(path, fresh)
     assert training_records(fresh) == training_records(student)
     torch.save(student.state_dict(), tmp_path / "plain.pt")
-    load_student(fresh, tmp_path / "plain.pt")
+    load(tmp_path / "plain.pt", fresh)
     assert training_records(fresh) == (), "weights of which nothing is known"
 
 
