@@ -17,6 +17,7 @@ from .._common.files import write_atomic
 from .._common.module_copy import copied
 from .._common.module_mode import eval_mode
 from .._common.one_at_a_time import one_at_a_time
+from .._common.precision import dtype_name
 from ..errors import ExportError, UnsupportedQuantizerError
 from ..export_form.tracing import Traced, trace
 from ..placement.targets import TARGETS, Target
@@ -243,6 +244,9 @@ def _check_inputs(model: nn.Module, example: Inputs) -> None:
 
 def _checked(model: nn.Module, example: Inputs) -> Inputs:
     """The example on the CPU, its floats in float32."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+            raise ExportError(f"{name} is {dtype_name(parameter.dtype)}, and files are proven in float32: pass model.float().")
     _check_inputs(model, example)
     tensors = named_inputs(model, example).values()
     return with_tensors(
