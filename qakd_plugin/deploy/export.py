@@ -18,6 +18,7 @@ from .._common.files import write_atomic
 from .._common.module_copy import copied
 from .._common.module_mode import eval_mode
 from .._common.one_at_a_time import one_at_a_time
+from .._common.precision import dtype_name
 from .._common.training_record import training_records
 from ..errors import ExportError, UnsupportedQuantizerError
 from ..export_form.tracing import Traced, trace
@@ -264,6 +265,9 @@ def _check_inputs(model: nn.Module, example: Inputs) -> None:
 
 def _checked(model: nn.Module, example: Inputs) -> Inputs:
     """The example on the CPU, its floats in float32."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+            raise ExportError(f"{name} is {dtype_name(parameter.dtype)}, and files are proven in float32: pass model.float().")
     _check_inputs(model, example)
     tensors = named_inputs(model, example).values()
     return with_tensors(

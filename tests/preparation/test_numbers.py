@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from qakd_plugin import ExportError, QakdError, export_float, prepare
+from qakd_plugin import ExportError, QakdError, export_float, export_onnx, prepare
 
 X = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -42,6 +42,13 @@ def _with(name: str, value: float) -> Callable[[nn.Module], nn.Module]:
 def test_weights_are_refused_by_name(change, problem, toolkit):
     with pytest.raises(QakdError, match=problem):
         prepare(change(_float()), [X], toolkit)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_student_in_another_type_is_not_exported(dtype, tmp_path):
+    student = prepare(_float(), [X], "torch_ao").to(dtype)
+    with pytest.raises(ExportError, match=rf"is {str(dtype).removeprefix('torch.')}, .*: pass model\.float\(\)"):
+        export_onnx(student, X, tmp_path / "s.onnx")
 
 
 def test_inputs_without_numbers_are_refused():
