@@ -223,7 +223,8 @@ class Trainings:
         selector = CMISelector({"as they are": torch.clone, "dark": torch.square}, max_samples=64, every=1)
         result = distill(
             student, teacher, self.loader(order, order["processes"]), method=METHODS[order["method"]], epochs=EPOCHS, seed=3,
-            val_loader=held_out, augment=selector if order.get("augment") == "CMI" else augment, checkpoint_dir=order.get("folder"), resume=bool(order.get("folder")),
+            val_loader=held_out, augment=selector if order.get("augment") == "CMI" else augment,
+            checkpoint_dir=order.get("folder"), resume=bool(order.get("folder")),
             checkpoint_every=EVERY if order.get("folder") else None, callbacks=[deaths], trackers=(), lr=order.get("lr", 1e-2),
             **order.get("options", {}),
         )  # fmt: skip
