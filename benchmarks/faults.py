@@ -166,6 +166,7 @@ def _net() -> nn.Module:
 
 
 IMAGES = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+TRAINING = [{"name": "SQAKD", "history": [{"epoch": 0, "loss": 0.5, "accuracy": 0.9}]}]
 FINGERPRINT = {"method": "SQAKD()", "parameters": ["weight (3, 4)"]}
 
 
@@ -199,7 +200,7 @@ def _old_student(path: Path) -> bytes:
 
 
 def _report(path: Path) -> bytes:
-    write_report([], path.with_suffix(".html"), training=[{"method": "SQAKD", "loss": 0.5, "accuracy": 0.9}])
+    write_report([], path.with_suffix(".html"), training=TRAINING)
     return path.with_suffix(".json").read_bytes()
 
 
@@ -517,7 +518,7 @@ def _works() -> dict[str, Work]:
         return load_plain(_as_bytes(unpack(save(prepared, folder / "student.safetensors").read_bytes())[0]))
 
     def report(folder: Path) -> Any:
-        write_report([], folder / "report.html", training=[{"method": "SQAKD", "loss": 0.5}])
+        write_report([], folder / "report.html", training=TRAINING)
         return {key: value for key, value in read_report(folder / "report.json").items() if key in {"training", "rows"}}
 
     return {"training": Work(train), "student": Work(write), "report": Work(report)}
