@@ -33,7 +33,7 @@ def with_rate(settings: Settings, adapter: Adapter, model: nn.Module) -> Setting
     """The same settings with a rate for the weights; logs the one that it chooses, and why.
 
     Codes of few bits change only when weights move far; at 8 bits a prepared model is near its teacher, and a rate for training
-    from scratch takes it away from there. benchmarks/default_rate.py measures both.
+    from scratch can take it away from there. benchmarks/default_rate.py measures that.
     """
     if settings.lr is not None:
         return settings
