@@ -29,8 +29,8 @@ def write_report(rows: Sequence[Row] | Mapping[str, Any], path: str | os.PathLik
         The path of the HTML file.
 
     Raises:
-        QakdError: there is nothing to report, rows do not fit the schema, details were given for a document, or the folder cannot
-            be written.
+        QakdError: there is nothing to report, rows do not fit the schema, details were given for a document, or the folder
+            cannot be written.
     """
     if isinstance(rows, Mapping) and details:
         raise QakdError(
