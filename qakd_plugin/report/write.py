@@ -29,12 +29,15 @@ def write_report(rows: Sequence[Row] | Mapping[str, Any], path: str | os.PathLik
         The path of the HTML file.
 
     Raises:
-        QakdError: the rows do not fit the schema, details were given for a document, or the folder cannot be written.
+        QakdError: there is nothing to report, rows do not fit the schema, details were given for a document, or the folder
+            cannot be written.
     """
     if isinstance(rows, Mapping) and details:
         raise QakdError(
             f"{', '.join(details)}: a document has them already. Give them to build_document, or change the document itself."
         )
+    if not rows and not details:
+        raise QakdError("rows is empty: pass what benchmark returned.")
     document = dict(rows) if isinstance(rows, Mapping) else build_document(rows, **details)
     return _write(document, path, with_json=True)
 

@@ -179,6 +179,12 @@ def test_names_with_dots_are_reports_of_their_own(tmp_path):
     assert [read_report(tmp_path / f"{name}.json")["title"] for name in names] == names
 
 
+def test_a_report_of_nothing_is_refused(tmp_path):
+    with pytest.raises(QakdError, match="rows is empty: pass what benchmark returned"):
+        write_report([], tmp_path / "r.html")
+    assert not any(tmp_path.iterdir())
+
+
 def test_what_a_finished_document_cannot_take_is_refused(tmp_path):
     with pytest.raises(QakdError, match=r"title, notes: .*build_document"):
         write_report(document(), tmp_path / "r.html", title="x", notes=["n"])
