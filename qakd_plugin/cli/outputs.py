@@ -28,15 +28,17 @@ def check_outputs(outputs: Iterable[Path], inputs: Iterable[Path | str | None], 
         QakdError: an output is an input, is there already, or cannot be written.
     """
     read = [path for given in inputs if given is not None and os.path.exists(path := _file_of(given))]
-    for path in outputs:
-        there = os.path.exists(path)
-        if os.path.isdir(path):
-            raise QakdError(f"{flag}: {path} is a folder. Name a file.")
-        lost = next((given for given in read if there and path.samefile(given)), None)
+    written = list(outputs)
+    there = [path for path in written if os.path.exists(path)]
+    for path in there:
+        lost = next((given for given in read if path.samefile(given)), None)
         if lost is not None:
             raise QakdError(f"{flag}: {path} would replace {lost}, which is read. Name another file.")
-        if there and not force:
-            raise QakdError(f"{flag}: {path} is there already. Name another file, or pass --force to replace it.")
+        if path.is_dir():
+            raise QakdError(f"{flag}: {path} is a folder. Name a file.")
+    if there and not force:
+        raise QakdError(f"{flag}: {there[0]} is there already. Name another file, or pass --force to replace it.")
+    for path in written:
         _try(path)
 
 

@@ -80,7 +80,7 @@ def test_on_the_command_line(file, tmp_path, capsys):
     path, _ = file
     assert main(["tune", str(path), "--out", str(tmp_path / "tuned.onnx"), "--calls", "3"]) == 0
     assert "ms" in capsys.readouterr().out
-    assert main(["tune", str(tmp_path / "none.onnx"), "--out", str(tmp_path / "tuned.onnx")]) == 1
+    assert main(["tune", str(tmp_path / "none.onnx"), "--out", str(tmp_path / "other.onnx")]) == 1
     assert "none.onnx" in capsys.readouterr().err
 
 

@@ -404,15 +404,17 @@ def test_a_merge_replaces_no_report_that_was_given(out, tmp_path, monkeypatch, c
     assert main(["report", "a.json", "b.json", "--out", out]) == 1
     assert re.search(r"--out: .* would replace [ab]\.json", capsys.readouterr().err)
     assert contents(tmp_path) == before
-    for _ in range(2):
-        assert main(["report", "a.json", "b.json", "--out", "both.html"]) == 0
+    for flags in ([], ["--force"]):
+        assert main(["report", "a.json", "b.json", "--out", "both.html", *flags]) == 0
     assert len(read_report("both.json")["runs"]) == 2
 
 
 def test_the_json_of_a_single_report_stays_the_source(tmp_path, capsys):
     source = write_report(document(), tmp_path / "r.html").with_suffix(".json")
     before = source.read_bytes()
-    assert main(["report", str(source), "--title", "again"]) == 0
+    assert main(["report", str(source), "--title", "again"]) == 1
+    assert "r.html is there already" in capsys.readouterr().err
+    assert main(["report", str(source), "--title", "again", "--force"]) == 0
     assert "<title>again</title>" in (tmp_path / "r.html").read_text()
     assert (tmp_path / "r.md").read_text().startswith("# again\n")
     assert main(["report", str(source), "--out", str(tmp_path / "other.html")]) == 0
