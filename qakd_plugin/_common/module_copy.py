@@ -6,6 +6,9 @@ import copy
 from collections.abc import Collection
 
 from torch import fx, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 _FORWARD_HOOKS = (
     "_forward_pre_hooks",
@@ -14,6 +17,7 @@ _FORWARD_HOOKS = (
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
 )
+_OF_WEIGHTS = (WeightNorm, SpectralNorm, BasePruningMethod)
 
 
 def copied(network: nn.Module) -> nn.Module:
@@ -41,15 +45,22 @@ def carry_hooks(source: nn.Module, target: nn.Module) -> None:
 def move_hooks(source: nn.Module, target: nn.Module, *, but_not: Collection[object] = ()) -> None:
     """The same for a module in whose place another one stands, which may call it: there they would run once more.
 
+    Hooks that compute a weight (pruning, weight and spectral normalization) stay where the weight is.
+
     Args:
-        source: has none afterwards.
+        source: loses them.
         target: gets them.
-        but_not: functions that are hooks of a toolkit, whose work ``target`` does itself.
+        but_not: functions that are hooks of a toolkit, whose work ``target`` does itself; nobody has them afterwards.
     """
-    for name in ("_forward_pre_hooks", "_forward_hooks"):
-        hooks = getattr(source, name)
-        for key in [key for key, hook in hooks.items() if any(hook is own for own in but_not)]:
+    for kind, flags in (("_forward_pre_hooks", _FORWARD_HOOKS[1:2]), ("_forward_hooks", _FORWARD_HOOKS[3:])):
+        hooks = getattr(source, kind)
+        for key, hook in list(hooks.items()):
+            if isinstance(hook, _OF_WEIGHTS):
+                continue
             del hooks[key]
-    carry_hooks(source, target)
-    for name in _FORWARD_HOOKS:
-        getattr(source, name).clear()
+            if any(hook is own for own in but_not):
+                continue
+            getattr(target, kind)[key] = hook
+            for flag in flags:
+                if key in getattr(source, flag):
+                    getattr(target, flag)[key] = True
