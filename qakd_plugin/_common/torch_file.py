@@ -5,31 +5,34 @@ from __future__ import annotations
 import io
 import zipfile
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from .files import read_whole
 
 _SMALL = 2**20
 """Bytes that a tensor may have though the file holds fewer of them: a constant that was expanded."""
 
 
-def load_plain(data: bytes, *, intact: bool = False) -> Any:
+def load_plain(file: bytes | Path | IO[bytes], *, intact: bool = False) -> Any:
     """What a file of ``torch.save`` holds, if it is tensors and plain data; code is refused.
 
     Nothing in it can be larger than the file itself: compressed records, records that share their bytes, and tensors that
     repeat a number are refused before they take the memory that they ask for.
 
     Args:
-        data: the whole file.
+        file: its bytes, its path, or what it is read from.
         intact: somebody else has compared a digest already; otherwise every record's checksum is.
 
     Raises:
         CheckpointError: it holds more, or is damaged. The message is the reason alone, for the caller to say which file it is.
     """
     try:
+        data = file if isinstance(file, bytes) else read_whole(file) if isinstance(file, Path) else file.read()
         _require_bounded(data, intact)
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except CheckpointError:

@@ -166,7 +166,7 @@ def _require_agreement(processes: Processes, data: Data, store: CheckpointStore 
     where = None if store is None else str(store.folder)
     processes.require_equal("checkpoint_dir and checkpoint_every", (where, checkpoint_every))
     if store is not None:
-        store.fingerprint["processes"] = processes.count
+        store.fingerprint = {"processes": processes.count, **store.fingerprint}  # named first: loaders differ with it
 
 
 def _augmentation(data: Data, processes: Processes) -> Augmentation:

@@ -27,9 +27,10 @@ def test_threads_write_whole_files_and_one_of_them_takes_a_folder(tmp_path):
 
 
 def test_what_would_be_lost_is_noticed(tmp_path, monkeypatch):
+    for part in ("a", "b"):
+        (tmp_path / part).mkdir()
     monkeypatch.setattr(files, "_cannot_write", lambda target, problem, error: problem)
     assert faults.injections(20, 0, tmp_path / "a", only=("student",)).lost
     monkeypatch.setattr(tensor_file, "_digest", lambda data, start, end: data[start:end])
-    (tmp_path / "b").mkdir()
     tally = faults.mutants(30, 0, tmp_path / "b", ("teacher cache",), isolated=False)
     assert any("other content was read" in problem for problem in tally.lost)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from qakd_plugin import SQAKD
+from qakd_plugin import QAT, SQAKD, distill, prepare
 from qakd_plugin.augment.selector import FixedAugmentation
+from qakd_plugin.demo.net import DigitNet
 from qakd_plugin.tasks.batches import default_batch
 from qakd_plugin.toolkits import adapter_for
 from qakd_plugin.training.batches import Batches
@@ -69,3 +70,32 @@ def test_statistics_are_fresh_within_and_put_back_and_nothing_is_drawn(made):
         assert norm.running_mean.abs().max() < 49
     assert torch.equal(norm.running_mean, torch.full_like(norm.running_mean, 50))
     assert torch.equal(torch.get_rng_state(), draws)
+
+
+def test_a_copy_of_the_weights_keeps_versions_and_extra_state_of_modules(batches):
+    class Versioned(DigitNet):
+        """As torchvision's MNASNet it looks for its version, and has a state that is no tensor."""
+
+        _version = 2
+
+        def get_extra_state(self):
+            return {"images": 7}
+
+        def set_extra_state(self, state):
+            assert state == {"images": 7}
+
+        def _load_from_state_dict(self, state_dict, prefix, metadata, *args):
+            if metadata.get("version") != 2:
+                raise ValueError(f"version should be 2 instead of {metadata.get('version')}")
+            super()._load_from_state_dict(state_dict, prefix, metadata, *args)
+
+    torch.manual_seed(0)
+    student = prepare(Versioned(width=4).eval(), [x for x, _ in batches])
+    result = distill(student, None, batches[:1], method=QAT(), epochs=1, val_loader=batches[:1], trackers=())
+    assert result.metrics["epoch"] in (-1, 0)
+    view = DeployedView(adapter_for(student), student, None, Processes(), ema=None, recalibrate_batches=0, autocast=nullcontext)
+    copied = view.weights()
+    student.load_state_dict(copied)
+    with torch.no_grad():
+        student.head.weight.zero_()
+    assert copied["head.weight"].any()

@@ -199,28 +199,27 @@ class Noisy(Dataset):
         return (IMAGES[index] + 0.1 * torch.randn(1, 32, 32)).clamp(0, 1)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda: _loader(IMAGES.flip(0) * 0.3), r"data is 'samples\[0\] = torch.float32 \(2, 1, 32, 32\) \w+' there and"),
-        (lambda: _loader(IMAGES[:56]), "data is 'samples = 64' there and 'samples = 56' here"),
-        (lambda: _loader(batch=20), "loader is 'loader.batch_size = 16' there and 'loader.batch_size = 20' here"),
-        (
-            lambda: _loader(shuffle=False),
-            "loader is 'sampler 0 = RandomSampler' there and 'sampler 0 = Sequential",
-        ),
-        (lambda: _loader(num_workers=1), "loader is 'workers = 0' there and 'workers = 1' here"),
-        (lambda: _loader(generator=torch.Generator()), "loader is 'generators = 0' there and 'generators = 1' here"),
-        (lambda: _loader(collate_fn=lambda samples: torch.stack([x for (x,) in samples])), "data is"),
-    ],
-    ids=["images", "samples", "batch", "order", "workers", "generator", "collate"],
-)
-def test_other_data_or_another_loader_is_refused_and_named(change, message, tmp_path, make_student, teacher):
+OTHER = {
+    r"data is 'samples\[0\] = torch.float32 \(2, 1, 32, 32\) \w+' there and": lambda: _loader(IMAGES.flip(0) * 0.3),
+    "data is 'samples = 64' there and 'samples = 56' here": lambda: _loader(IMAGES[:56]),
+    "loader is 'loader.batch_size = 16' there and 'loader.batch_size = 20' here": lambda: _loader(batch=20),
+    "loader is 'sampler 0 = RandomSampler' there and 'sampler 0 = Sequential": lambda: _loader(shuffle=False),
+    "loader is 'workers = 0' there and 'workers = 1' here": lambda: _loader(num_workers=1),
+    "loader is 'generators = 0' there and 'generators = 1' here": lambda: _loader(generator=torch.Generator()),
+    "data is 'samples = list' there and .* here": lambda: _loader(
+        collate_fn=lambda samples: torch.stack([x for (x,) in samples])
+    ),
+}
+
+
+def test_other_data_or_another_loader_is_refused_and_named(tmp_path, make_student, teacher):
     options = {"epochs": 1, "checkpoint_dir": tmp_path, "trackers": ()}
-    distill(make_student(), teacher, _loader(), **options)
-    with pytest.raises(CheckpointError, match=f"belongs to another run: {message}"):
-        distill(make_student(), teacher, change(), resume=True, **options)
-    distill(make_student(), teacher, _loader(), resume=True, **options)
+    student = make_student()
+    distill(student, teacher, _loader(), **options)
+    for message, change in OTHER.items():
+        with pytest.raises(CheckpointError, match=f"belongs to another run: {message}"):
+            distill(student, teacher, change(), resume=True, **options)
+    distill(student, teacher, _loader(), resume=True, **options)
 
 
 def test_another_held_out_split_is_refused_and_what_is_forced_goes_on(tmp_path, make_student, teacher, caplog):
