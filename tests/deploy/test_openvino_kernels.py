@@ -157,15 +157,16 @@ def test_files_without_dynamic_sizes_keep_their_convolutions(tmp_path):
     ],
 )
 def test_an_output_may_differ_by_what_ties_explain(reference, output, unrounded, explained):
-    arrays = [np.asarray(one, np.float32) for one in (reference, output, unrounded)]
-    assert openvino_parity._explained(*arrays) is explained
+    reference, output, unrounded = (np.asarray(one, np.float32) for one in (reference, output, unrounded))
+    assert openvino_parity._explained(reference, output, reference, unrounded) is explained
+    assert openvino_parity._explained(-reference, output, reference, unrounded) is False
 
 
 @pytest.mark.parametrize(("differ", "by_rounding", "explained"), [(1, 0, True), (2, 0, False), (4, 2, True), (5, 2, False)])
 def test_labels_may_differ_where_rounding_changes_them(differ, by_rounding, explained):
     labels = np.arange(10)
     found, unrounded = (np.where(labels < count, -1, labels) for count in (differ, by_rounding))
-    assert openvino_parity._explained(labels, found, unrounded) is explained
+    assert openvino_parity._explained(labels, found, labels, unrounded) is explained
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.05])
