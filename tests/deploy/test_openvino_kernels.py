@@ -49,18 +49,18 @@ class Joined(nn.Module):
 
 
 class Shared(nn.Module):
-    """A convolution without bias, which the next one and the sum after that read, as a transposed one is."""
+    """Two convolutions without bias, one of them transposed, whose outputs have two readers."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.Conv2d(16, 16, 3, padding=1)
-        self.up = nn.ConvTranspose2d(16, 16, 2, 2, bias=False)
+        self.first, self.up = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.ConvTranspose2d(16, 16, 2, 2, bias=False)
         self.third, self.head = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 8, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.first(x)
-        x = self.up(torch.relu(self.second(torch.relu(x)) + x))
-        logits: torch.Tensor = self.head(torch.relu(self.third(torch.relu(x)) + x))
+        x = self.up(x * torch.tanh(x))
+        x = self.third(x * torch.tanh(x))
+        logits: torch.Tensor = self.head(x * torch.tanh(x))
         return logits
 
 
@@ -75,7 +75,7 @@ class Token(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.patch(torch.relu(self.stem(x))).flatten(2).transpose(1, 2)
-        logits: torch.Tensor = self.head(torch.cat([self.token.expand(len(x), -1, -1), x], 1))
+        logits: torch.Tensor = self.head(torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1))
         return logits
 
 
