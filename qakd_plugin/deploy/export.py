@@ -150,7 +150,7 @@ def export_onnx(
     if target == "openvino":
         proven, model = model, settled_for_kernels(model)
         check_same_bits(proven, model, samples)
-        parity = replace(parity, openvino=check_openvino(model, samples, arrays(call(evaluated, samples))))
+        parity = replace(parity, openvino=check_openvino(model, form, samples, arrays(call(evaluated, samples))))
     conversion = None
     if float16:
         model = to_float16(model)

@@ -1,5 +1,7 @@
 """OpenVINO's kernels compute what the file says, to the codes."""
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -7,6 +9,7 @@ import torch
 from torch import nn
 
 import qakd_plugin as qakd
+from qakd_plugin.deploy.parity import openvino as openvino_parity
 from qakd_plugin.runtimes.onnxruntime import session_options, start_session
 from qakd_plugin.runtimes.openvino import OpenVINORunner
 
@@ -31,6 +34,51 @@ class Residual(nn.Module):
         return logits
 
 
+class Joined(nn.Module):
+    """Two convolutions of both signs, concatenated and read by a third."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.last = nn.Conv2d(16, 8, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.left(x)
+        joined: torch.Tensor = self.last(torch.cat([x, self.right(x)], 1))
+        return joined
+
+
+class Shared(nn.Module):
+    """Two convolutions without bias, one of them transposed, whose outputs have two readers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.up = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.ConvTranspose2d(16, 16, 2, 2, bias=False)
+        self.third, self.head = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        x = self.up(x * torch.tanh(x))
+        x = self.third(x * torch.tanh(x))
+        logits: torch.Tensor = self.head(x * torch.tanh(x))
+        return logits
+
+
+class Token(nn.Module):
+    """Two convolutions with biases, and a token for each sample beside what they output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.patch = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 24, 4, 4)
+        self.token, self.head = nn.Parameter(torch.randn(1, 1, 24)), nn.Linear(24, 8)
+        nn.init.normal_(self.stem.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.patch(torch.relu(self.stem(x))).flatten(2).transpose(1, 2)
+        logits: torch.Tensor = self.head(torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1))
+        return logits
+
+
 def _sqnr_db(expected: np.ndarray, found: np.ndarray) -> float:
     expected = expected.astype(np.float64)
     return float(10 * np.log10((expected**2).sum() / ((found - expected) ** 2).sum()))
@@ -46,3 +94,90 @@ def test_a_sum_reads_what_was_rounded(toolkit, tmp_path):
     found = OpenVINORunner(file.path, 1).run({"input": x.numpy()})["logits"]
     assert _sqnr_db(expected, found) > 50  # a few ties; 36 to 40 where the runtime leaves out rounding
     assert sum(node.op_type == "Round" for node in onnx.load(file.path).graph.node) == 2
+
+
+def _exported(network: nn.Module, toolkit: str, folder: Path) -> tuple[float, onnx.GraphProto]:
+    """How close OpenVINO is to ONNX Runtime without fusions, dB, and the file."""
+    x = torch.randn(4, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    student = qakd.prepare(network.eval(), [x], toolkit)
+    path = qakd.export_onnx(student, x, folder / "student.onnx", "openvino").path
+    expected = start_session(path, session_options(fusions=False)).run(None, {"input": x.numpy()})[0]
+    return _sqnr_db(expected, OpenVINORunner(path, 1).run({"input": x.numpy()})["logits"]), onnx.load(path).graph
+
+
+@pytest.mark.parametrize("toolkit", ["modelopt", "pt2e", "torch_ao"])
+def test_signed_codes_that_are_concatenated_are_read_as_they_are(toolkit, tmp_path):
+    torch.manual_seed(0)
+    sqnr_db, graph = _exported(Joined(), toolkit, tmp_path)
+    assert sqnr_db > 50  # 4 to 7 where the runtime rounds them to whole numbers
+    types = {value.name: value.data_type for value in graph.initializer}
+    joined = [node for node in graph.node if node.op_type == "QuantizeLinear" and node.input[2] == "zero_point_u8_128"]
+    assert joined
+    assert all(types[node.input[2]] == onnx.TensorProto.UINT8 for node in joined)
+
+
+def test_all_that_read_a_convolution_without_bias_see_the_same_numbers(tmp_path):
+    torch.manual_seed(0)
+    sqnr_db, graph = _exported(Shared(), "modelopt", tmp_path)
+    assert sqnr_db > 50  # below 25 where the runtime applies a scale twice
+    lowest = {node.input[0].removesuffix(":in") for node in graph.node if "lowest_float32" in node.input}
+    assert len(lowest) == 2  # of the first and the transposed one; the others have a bias or one reader
+
+
+def test_a_bias_counts_for_its_own_channel_where_a_size_is_read(tmp_path):
+    torch.manual_seed(0)
+    sqnr_db, graph = _exported(Token(), "modelopt", tmp_path)
+    assert sqnr_db > 50  # below 25 where all channels have the bias of the first
+    assert all(len(node.input) == 2 for node in graph.node if node.op_type == "Conv")
+
+
+def test_files_without_dynamic_sizes_keep_their_convolutions(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 24, 24)
+    for network in (Shared(), Token()):
+        student = qakd.prepare(network.eval(), [x], "modelopt")
+        graph = onnx.load(qakd.export_onnx(student, x, tmp_path / "student.onnx", "openvino", dynamic={}).path).graph
+        assert not any("lowest_float32" in node.input for node in graph.node)
+        assert any(len(node.input) == 3 for node in graph.node if node.op_type == "Conv")
+
+
+@pytest.mark.parametrize(
+    ("reference", "output", "unrounded", "explained"),
+    [
+        pytest.param([[1.0, 2.0]], [[1.01, 2.0]], [[1.01, 1.99]], True, id="as much as rounding"),
+        pytest.param([[1.0, 2.0]], [[1.03, 2.0]], [[1.01, 1.99]], False, id="more than rounding"),
+        pytest.param([[1.0, 2.0]], [[1.00001, 2.0]], [[1.0, 2.0]], True, id="float32, no activation is rounded"),
+        pytest.param([[1.0, 2.0]], [[1.001, 2.0]], [[1.0, 2.0]], False, id="no activation is rounded"),
+        pytest.param([[0.5, 0.5]], [[0.5, np.nextafter(np.float32(0.5), 1)]], [[0.5, 0.5]], True, id="constant"),
+        pytest.param([[0.5, 0.5]], [[0.5, 0.51]], [[0.5, 0.5]], False, id="constant but for one"),
+        pytest.param([[-np.inf, 2.0]], [[-np.inf, 2.01]], [[-np.inf, 2.01]], True, id="masked"),
+        pytest.param([[-np.inf, 2.0]], [[-3e38, 2.0]], [[-np.inf, 2.01]], False, id="mask lost"),
+        pytest.param([[1.0, 2.0]], [[np.nan, 2.0]], [[1.1, 2.0]], False, id="NaN"),
+        pytest.param([[1.0, 2.0]], [[1.0]], [[1.1, 2.0]], False, id="shape"),
+    ],
+)
+def test_an_output_may_differ_by_what_ties_explain(reference, output, unrounded, explained):
+    reference, output, unrounded = (np.asarray(one, np.float32) for one in (reference, output, unrounded))
+    assert openvino_parity._explained(reference, output, reference, unrounded) is explained
+    assert openvino_parity._explained(-reference, output, reference, unrounded) is False
+
+
+@pytest.mark.parametrize(("differ", "by_rounding", "explained"), [(1, 0, True), (2, 0, False), (4, 2, True), (5, 2, False)])
+def test_labels_may_differ_where_rounding_changes_them(differ, by_rounding, explained):
+    labels = np.arange(10)
+    found, unrounded = (np.where(labels < count, -1, labels) for count in (differ, by_rounding))
+    assert openvino_parity._explained(labels, found, labels, unrounded) is explained
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.05])
+def test_an_output_that_is_a_twentieth_off_is_refused(factor, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    run = openvino_parity._run
+    monkeypatch.setattr(openvino_parity, "_run", lambda *args: [one * np.float32(factor) for one in run(*args)])
+    x = torch.randn(4, 3, 24, 24)
+    student = qakd.prepare(Residual().eval(), [x], "modelopt")
+    if factor == 1:
+        assert qakd.export_onnx(student, x, tmp_path / "student.onnx", "openvino").parity.openvino.sqnr_db > 30
+        return
+    with pytest.raises(qakd.ParityError, match=r"signal-to-noise ratio of logits is 2[56]"):
+        qakd.export_onnx(student, x, tmp_path / "student.onnx", "openvino")

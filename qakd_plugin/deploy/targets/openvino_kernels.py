@@ -25,6 +25,7 @@ What else it computes wrongly, each by as much as 0 to 25 dB:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import pairwise
 
 import numpy as np
@@ -220,21 +221,37 @@ def _round(graph: ir.Graph, dequantize: ir.Node) -> None:
 
 
 def offset_concatenated_codes(model: ir.Model) -> ir.Model:
-    """A copy in which signed codes have zero point 128 where a Concat reads them, or they are of what one outputs."""
+    """A copy in which signed codes have zero point 128 where they are concatenated, before or after, and a convolution reads
+    them. Not for matrix products, which compute them rightly and do not take parts with zero points of their own.
+    """
     model = copied(model)
     nodes = list(model.graph)
-    joined: set[ir.Value | None] = set()
+    to_convolution = _leading_to([node for node in nodes if node.op_type in {"Conv", "ConvTranspose"}], "QuantizeLinear")
+    concats = [node for node in nodes if node.op_type == "Concat" and node.outputs[0] in to_convolution]
+    to_concat = _leading_to(concats)
+    from_concat: set[ir.Value | None] = set()
     for node in nodes:
-        if node.op_type == "Concat" or (node.op_type in _PASS_ON and node.inputs[0] in joined):
-            joined.update(node.outputs)
-    to_join: set[ir.Value | None] = set()
-    for node in reversed(nodes):
-        if node.op_type == "Concat" or (node.op_type in _PASS_ON and not to_join.isdisjoint(node.outputs)):
-            to_join.update(node.inputs)
+        if node in concats or (node.op_type in _PASS_ON and node.inputs[0] in from_concat):
+            from_concat.update(node.outputs)
     for quantize in list(activation_quantizers(model.graph)):
-        if has_signed_codes(quantize) and (quantize.inputs[0] in joined or quantize.outputs[0] in to_join):
+        if has_signed_codes(quantize) and (quantize.inputs[0] in from_concat or quantize.outputs[0] in to_concat):
             make_unsigned(model.graph, quantize, 128)
     return model
+
+
+def _leading_to(nodes: Iterable[ir.Node], *also: str) -> set[ir.Value]:
+    """Values that nodes read as they are, or through operators that pass codes on and ``also`` these."""
+    found: set[ir.Value] = set()
+    waiting = [value for node in nodes for value in (node.inputs if node.op_type == "Concat" else node.inputs[:1])]
+    while waiting:
+        value = waiting.pop()
+        if value is None or value in found:
+            continue
+        found.add(value)
+        before = producer(value, *_PASS_ON, *also)
+        if before is not None:
+            waiting += before.inputs if before.op_type == "Concat" else before.inputs[:1]
+    return found
 
 
 def clamp_shared_convolutions(model: ir.Model) -> ir.Model:
