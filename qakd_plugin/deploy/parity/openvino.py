@@ -21,14 +21,10 @@ from torch import Tensor, nn
 from ..._common.cpu_features import adds_products_in_16_bits
 from ..._common.optional import require
 from ...errors import ParityError
-<<<<<<< HEAD
-from ...tasks.inputs import Inputs, named_tensors
-from ..canonical.labels import first_quantizer
-=======
 from ...export_form.modules import ActivationQDQ
 from ...tasks.inputs import Inputs, call, named_tensors
+from ..canonical.labels import first_quantizer
 from .programs import LOGIT_TOLERANCE
->>>>>>> openvino
 from .recorded_codes import run_labelled, with_codes
 from .report import Agreement, Array, agreement, arrays, as_array, as_float32, largest_deviation, least_agreement
 
@@ -145,10 +141,5 @@ def _first_difference(file: ir.Model, samples: Inputs) -> str | None:
     outputs = _run(tapped, samples)[-len(taps) :] if taps else []
     for (labels, codes), (_, zero_point), array in zip(expected, taps, outputs, strict=True):
         if float((np.abs(array.astype(np.float32) - np.float32(zero_point) - codes) > 1).mean()) > FEW:
-<<<<<<< HEAD
             return first_quantizer(labels)
-    return "logits"
-=======
-            return labels.partition(",")[0].partition("#")[0]
     return None
->>>>>>> openvino
