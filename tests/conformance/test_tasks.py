@@ -1,7 +1,7 @@
 """Networks of every task, each from preparation to the runtimes.
 
-A part that meets every task, toolkit and method runs by default; `make matrix` runs all cells, and `benchmarks/conformance.py`
-writes what came of them.
+A part that meets every kind of task, every toolkit and every method runs by default; `make matrix` runs all cells, and
+`benchmarks/conformance.py` writes what came of them.
 """
 
 import json

@@ -34,7 +34,8 @@ from qakd_plugin.deploy.parity.gate import check_parity
 from qakd_plugin.deploy.parity.openvino import LOWEST_SQNR_DB, check_openvino
 from qakd_plugin.deploy.parity.recorded_codes import check_same_bits, run_labelled, run_recorded
 from qakd_plugin.deploy.parity.report import agreement, least_agreement
-from qakd_plugin.deploy.targets.openvino import drop_repeated_quantizers, to_openvino_form
+from qakd_plugin.deploy.targets.openvino import to_openvino_form
+from qakd_plugin.deploy.targets.openvino_kernels import drop_repeated_quantizers
 from qakd_plugin.runtimes.onnxruntime import session_options, start_session
 from qakd_plugin.runtimes.openvino import OpenVINORunner
 from qakd_plugin.toolkits import adapter_for

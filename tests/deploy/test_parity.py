@@ -157,6 +157,16 @@ def test_deviations_are_those_of_each_output_over_its_own_range() -> None:
     assert np.isnan(largest_deviation(actual, expected)), "not a number agrees with nothing"
 
 
+def test_an_output_that_hardly_varies_is_held_to_what_float32_resolves():
+    expected = np.array([0.5, 0.50001], np.float32)  # a ten-thousandth of their range is far below a unit in the last place
+    one_unit_up = np.nextafter(expected, np.float32(1))
+    assert (one_unit_up - expected).max() > 1e-4 * np.ptp(expected)
+    assert deviations([one_unit_up], [expected]) == [0.0]
+    assert deviations([expected + np.float32(1e-6)], [expected])[0] > 1e-2
+    around_zero = np.array([0.0, 1.0], np.float32)
+    assert deviations([around_zero + np.float32(1e-5)], [around_zero])[0] == pytest.approx(1e-5, rel=0.1)
+
+
 def test_all_tensors_of_a_tree_are_outputs() -> None:
     tree = {"a": torch.ones(2, 1), "b": [torch.tensor([1, 2]), (None, "text", torch.tensor([True]))]}
     assert [array.tolist() for array in arrays(tree)] == [[[1.0], [1.0]], [1.0, 2.0], [1.0]]

@@ -22,6 +22,10 @@ equal but for float32 rounding may be either. Below a thousand of them none may.
 
 _SMALLEST_RANGE = 1e-30
 
+ROUNDING = 4
+"""Units in the last place by which two programs may round one number apart. They count where an output hardly varies: boxes of
+a detector that knows nothing yet are all 0.5, and a ten-thousandth of their range is less than float32 resolves there."""
+
 
 @dataclass(frozen=True)
 class Agreement:
@@ -151,6 +155,7 @@ def _deviation(one: Array, other: Array, flips: float, floor: float) -> float:
         return 0.0 if not other.size or float((one != other).mean()) <= flips else float("inf")
     with np.errstate(invalid="ignore"):
         difference = np.where(one == other, np.float32(0), np.abs(one - other))  # infinite, as masks are, is no difference
+        difference = np.where(difference <= ROUNDING * np.spacing(np.abs(other)), np.float32(0), difference)
     return float(difference.max(initial=0)) / max(range_of(other), floor, _SMALLEST_RANGE)
 
 

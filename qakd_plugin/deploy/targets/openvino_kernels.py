@@ -1,0 +1,204 @@
+"""What is changed of a file that is proven already, so that OpenVINO's CPU kernels compute what it says.
+
+The parity gate asks for the codes of every quantizer, and these passes take some away. Each leaves the numbers as they are,
+bit for bit, and the gate looks at that in ONNX Runtime.
+
+torch.ao FX repeats a quantizer after every operator that only moves numbers. Quantizing what lies on the grid already changes
+nothing, but the runtime would do it each time.
+
+Tensors of different grids that are concatenated and then quantized are brought onto one coarser grid by the runtime, which
+changes the numbers. Quantizing each of them is the same as quantizing all.
+
+A sum is computed by the convolution before it, and where the convolution's output has a quantizer, the runtime (2026.4) then
+leaves out that it rounds: it takes for granted that an integer type will do it, and the kernel's type is that of the sum.
+Rounding that is written as operators is done, by the same kernel, in the same time.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from ..canonical.clamps import absorbed_clamps
+from ..canonical.graph import (
+    activation_quantizers,
+    chain,
+    constant,
+    copied,
+    identity,
+    initializer,
+    only_consumer,
+    producer,
+    replace,
+)
+
+_MOVES = ("Concat", "Flatten", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
+
+
+def settled_for_kernels(model: ir.Model) -> ir.Model:
+    """A copy of what :func:`.openvino.to_openvino_form` returned and the gate has proven, after all passes."""
+    return round_before_sums(quantize_before_concat(drop_repeated_quantizers(model)))
+
+
+def drop_repeated_quantizers(model: ir.Model) -> ir.Model:
+    """A copy without quantizers whose input lies on their own grid and within their range. Exact.
+
+    Quantizers that layers, sums and concatenations read stay: by them everybody sees, :mod:`.diagnosis` among them, that their
+    inputs are quantized. To be called on what :func:`to_openvino_form` returns, after parity has been checked, which asks for
+    the codes of every quantizer.
+    """
+    model = copied(model)
+    for quantize in list(activation_quantizers(model.graph)):
+        source, grid, low, high = _range(quantize)
+        found = _moved_range(source)
+        repeats = found is not None and found[0] == grid and low <= found[1] and found[2] <= high
+        for dequantize in [use.node for use in quantize.outputs[0].uses()] if repeats else ():
+            if _leads_on(dequantize.outputs[0]):
+                replace(dequantize, source)
+    common.RemoveUnusedNodesPass()(model)
+    return model
+
+
+def quantize_before_concat(model: ir.Model) -> ir.Model:
+    """A copy that quantizes what is concatenated one by one, where its parts come from different grids.
+
+        Concat -> [Clip ->] Q -> DQ
+    becomes
+        [Clip ->] Q -> DQ -> Concat
+
+    To be called after parity has been checked, as :func:`drop_repeated_quantizers` is.
+    """
+    model = copied(model)
+    for quantize in list(activation_quantizers(model.graph)):
+        steps = _from_concat(quantize)
+        if steps and _differ_in_grid(steps[0]):
+            _quantize_parts(model.graph, steps)
+    return model
+
+
+def _from_concat(quantize: ir.Node) -> list[ir.Node]:
+    """A Concat, the clamp after it, a quantizer and its dequantizer, where nobody else reads what is between; or nothing."""
+    dequantize = only_consumer(quantize.outputs[0])
+    clip = producer(quantize.inputs[0], "Clip")
+    first = quantize if clip is None else clip
+    concat = producer(first.inputs[0], "Concat")
+    if concat is None or dequantize is None or dequantize.outputs[0].is_graph_output():
+        return []
+    steps = [concat, *([] if clip is None else [clip]), quantize, dequantize]
+    return steps if all(only_consumer(one.outputs[0]) is other for one, other in pairwise(steps)) else []
+
+
+def _differ_in_grid(concat: ir.Node) -> bool:
+    grids = [_grid(part) for part in concat.inputs]
+    return len({grid for grid in grids if grid is not None}) > 1
+
+
+def _grid(value: ir.Value | None) -> object:
+    """Numbers of the dequantizer that a value comes from by operators that its codes pass through; None where there is none."""
+    node = producer(value, "DequantizeLinear", "MaxPool", "Resize", *_MOVES)
+    while node is not None and node.op_type != "DequantizeLinear":
+        node = producer(node.inputs[0], "DequantizeLinear", "MaxPool", "Resize", *_MOVES)
+    return None if node is None else tuple(identity(number) for number in node.inputs[1:])
+
+
+def _quantize_parts(graph: ir.Graph, steps: list[ir.Node]) -> None:
+    concat, *rest = steps
+    parts: list[ir.Value | None] = []
+    for index, part in enumerate(concat.inputs):
+        value = part
+        for node in rest:
+            again = ir.node(node.op_type, [value, *node.inputs[1:]], name=f"{node.name}/part_{index}")
+            again.outputs[0].name, again.outputs[0].type = f"{again.name}:out", node.outputs[0].type
+            graph.insert_before(concat, again)
+            value = again.outputs[0]
+        parts.append(value)
+    joined = ir.node("Concat", parts, {"axis": concat.attributes.get_int("axis", 1)}, name=f"{concat.name}/quantized")
+    joined.outputs[0].name, joined.outputs[0].dtype = f"{joined.name}:out", ir.DataType.FLOAT
+    graph.insert_before(concat, joined)
+    ir.convenience.replace_all_uses_with(rest[-1].outputs[0], joined.outputs[0])
+    graph.remove([*reversed(rest), concat], safe=True)
+
+
+def _leads_on(value: ir.Value) -> bool:
+    """Whether only operators that move numbers of a single tensor, and quantizers, read a value."""
+    readers = {use.node.op_type for use in value.uses()}
+    return not value.is_graph_output() and readers <= {*_MOVES, "Clip", "QuantizeLinear"} - {"Concat"}
+
+
+def _range(quantize: ir.Node) -> tuple[ir.Value, object, int, int]:
+    """What a quantizer reads in front of its clamps, its grid, and its lowest and highest code."""
+    source, low, high = absorbed_clamps(quantize)
+    return source, tuple(identity(value) for value in quantize.inputs[1:]), low, high
+
+
+def _moved_range(value: ir.Value | None) -> tuple[object, int, int] | None:
+    """Grid, lowest and highest code of a value that comes from quantizers with one grid by operators that only move numbers."""
+    node = producer(value, "DequantizeLinear", *_MOVES)
+    if node is None:
+        return None
+    if node.op_type == "DequantizeLinear":
+        quantize = producer(node.inputs[0], "QuantizeLinear")
+        return None if quantize is None else _range(quantize)[1:]
+    found = [_moved_range(source) for source in (node.inputs if node.op_type == "Concat" else node.inputs[:1])]
+    ranges = [one for one in found if one is not None]
+    if len(ranges) < len(found) or any(grid != ranges[0][0] for grid, _, _ in ranges):
+        return None
+    return ranges[0][0], min(low for _, low, _ in ranges), max(high for _, _, high in ranges)
+
+
+def round_before_sums(model: ir.Model) -> ir.Model:
+    """A copy in which a convolution that computes a sum as well has its own quantizer written as operators.
+
+        Conv -> [Clip ->] Q -> DQ -> Add
+    becomes
+        Conv -> [Clip ->] Div -> Round -> Clip -> Mul -> Add
+
+    One for each sum: the runtime chooses the convolution that is not of integers.
+    """
+    model = copied(model)
+    for node in list(model.graph):
+        found = [_quantized_conv(value) for value in node.inputs] if node.op_type == "Add" else []
+        if len(found) == 2 and not any(_is_plain_conv(value) for value in node.inputs):
+            for dequantize in [one for one in found if one is not None][:1]:
+                _round(model.graph, dequantize)
+    common.RemoveUnusedNodesPass()(model)
+    return model
+
+
+def _quantized_conv(value: ir.Value | None) -> ir.Node | None:
+    """The dequantizer of a convolution's output, where a sum alone reads it and nobody what is between."""
+    dequantize = producer(value, "DequantizeLinear")
+    if dequantize is None or only_consumer(dequantize.outputs[0]) is None:
+        return None
+    reader, node = dequantize, producer(dequantize.inputs[0], "QuantizeLinear")
+    while node is not None and only_consumer(node.outputs[0]) is reader:
+        if node.op_type == "Conv":
+            return dequantize
+        reader, node = node, producer(node.inputs[0], "Relu", "Clip", "Conv")
+    return None
+
+
+def _is_plain_conv(value: ir.Value | None) -> bool:
+    """Whether a convolution's output is summed as it is, so that the runtime prefers this one."""
+    conv = producer(value, "Conv")
+    return conv is not None and only_consumer(conv.outputs[0]) is not None
+
+
+def _round(graph: ir.Graph, dequantize: ir.Node) -> None:
+    quantize = producer(dequantize.inputs[0], "QuantizeLinear")
+    assert quantize is not None
+    source, low, high = absorbed_clamps(quantize)
+    step, lowest, highest = (
+        initializer(graph, f"{quantize.name}/{name}", np.asarray(number, np.float32))
+        for name, number in (("step", constant(quantize.inputs[1])), ("lowest", low), ("highest", high))
+    )
+    nodes = [
+        ir.node("Div", [None, step]),
+        ir.node("Round", [None]),
+        ir.node("Clip", [None, lowest, highest]),
+        ir.node("Mul", [None, step]),
+    ]
+    replace(dequantize, chain(dequantize, source, nodes, f"{quantize.name}/rounded_"))
