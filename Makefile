@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: demo check test tests quick test-lowest coverage matrix resume fuzz docs lint clean
+.PHONY: demo check test tests quick test-lowest coverage matrix resume fuzz faults docs lint clean
 
 # A covering part: pure functions and formulas, the loop's pieces, one student of each large toolkit to a proven file.
 QUICK := tests/test_losses.py tests/tasks tests/common tests/quantizers/test_quantizers.py tests/augment/test_cmi.py \
@@ -46,6 +46,10 @@ resume: $(STAMP)
 
 fuzz: $(STAMP)
 	$(BIN)/python -m pytest -m fuzz tests/deploy/test_fuzz.py
+
+# Hours. A part of it: make faults FAULTS="--kills 20 --mutants 300 --injections 60"
+faults: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/faults.py $(FAULTS)
 
 docs: $(STAMP)
 	$(BIN)/python -m mkdocs build --strict

@@ -24,6 +24,8 @@ _HOME = {
     "distill": "training.distillation",
     "DistillResult": "training.distillation",
     "attach": "training.attached",
+    "save": "training.student_file",
+    "load": "training.student_file",
     "sensitivity": "training.sensitivity",
     "Sensitivity": "training.sensitivity",
     "prepare": "preparation.prepared",
@@ -140,6 +142,8 @@ if TYPE_CHECKING:
     from .training.methods import SQAKD as SQAKD
     from .training.sensitivity import Sensitivity as Sensitivity
     from .training.sensitivity import sensitivity as sensitivity
+    from .training.student_file import load as load
+    from .training.student_file import save as save
 
 
 _find = lazy(__name__, _HOME)

@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+import re
+
+_LINE_BREAK = re.compile(r"\s*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*")
+
 
 class QakdError(Exception):
-    """Base class: the message says what was wrong, where, and what to do."""
+    """Base class: the message says what was wrong, where, and what to do.
+
+    It is one line, whatever it quotes: names come from files of others. What a terminal would obey is written out (``\\x1b``).
+    """
+
+    def __init__(self, message: object = "") -> None:
+        line = _LINE_BREAK.sub(" ", str(message).strip())
+        super().__init__("".join(letter if letter.isprintable() else _written_out(letter) for letter in line))
+
+
+def _written_out(letter: str) -> str:
+    return letter.encode("unicode_escape").decode()
 
 
 class ArgumentError(QakdError, ValueError):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._common.labels import label_range
 from .errors import ArgumentError
 
 
@@ -186,7 +187,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, dim: int = 1, ignore_index: in
     labels = labels.long()
     counts = labels != ignore_index
     if labels.device.type == "cpu":
-        _check_range(labels[counts], classes)
+        label_range(labels[counts], classes)
     found = F.cross_entropy(logits.movedim(dim, 1), labels, reduction="none", ignore_index=ignore_index)
     return found if labels.ndim == 1 else _per_sample(found, counts)
 
@@ -215,14 +216,6 @@ def _check_probabilities(labels: Tensor, dim: int) -> None:
         raise ArgumentError(
             f"labels of shape {tuple(labels.shape)} do not sum to 1 over the classes (dim {dim}): they are no probabilities. "
             "For several classes at once (multi-label) pass task_loss=torch.nn.BCEWithLogitsLoss(reduction='none')."
-        )
-
-
-def _check_range(labels: Tensor, classes: int) -> None:
-    if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < classes):
-        wrong = labels[(labels < 0) | (labels >= classes)][0]
-        raise ArgumentError(
-            f"labels must lie between 0 and {classes - 1}, the classes that the network knows, got {int(wrong)}."
         )
 
 

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
-from qakd_plugin import EWGS, LSQ, QKD, SQAKD, distill, prepare, use_quantizers
+from qakd_plugin import EWGS, LSQ, QKD, SQAKD, CMISelector, distill, prepare, use_quantizers
 
 METHODS = {"SQAKD": SQAKD(), "QKD": QKD(1, 2, 1)}
 QUANTIZERS = {"own": None, "LSQ": LSQ(), "EWGS": EWGS(refresh_every=1)}
@@ -144,6 +144,7 @@ class Failure:
         teacher.register_forward_pre_hook(lambda *_: self.reach("teacher"))
         inside = student.get_submodule("conv2.input_fake_quant" if hasattr(student.conv2, "input_fake_quant") else "conv2")
         inside.register_forward_pre_hook(lambda *_: self.reach("layer"))
+        next(student.parameters()).register_hook(lambda _: self.reach("backward pass"))
 
     def loss(self, outputs, targets):
         self.reach("loss")
@@ -220,9 +221,11 @@ class Trainings:
                 raise ValueError("this image cannot be read")
             return (images + 0.05 * torch.randn_like(images)).clamp(0, 1) if order.get("noise", True) else images
 
+        selector = CMISelector({"as they are": torch.clone, "dark": torch.square}, max_samples=64, every=1)
         result = distill(
             student, teacher, self.loader(order, order["processes"]), method=METHODS[order["method"]], epochs=EPOCHS, seed=3,
-            val_loader=held_out, augment=augment, checkpoint_dir=order.get("folder"), resume=bool(order.get("folder")),
+            val_loader=held_out, augment=selector if order.get("augment") == "CMI" else augment,
+            checkpoint_dir=order.get("folder"), resume=bool(order.get("folder")),
             checkpoint_every=EVERY if order.get("folder") else None, callbacks=[deaths], trackers=(), lr=order.get("lr", 1e-2),
             **order.get("options", {}),
         )  # fmt: skip

@@ -1,7 +1,8 @@
-"""A progress bar on terminals; silence elsewhere."""
+"""A progress bar on terminals, a line for each epoch elsewhere; and names as cells of tables."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import TypeVar
@@ -10,21 +11,36 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.progress import track as rich_track
+from rich.text import Text
+
+from .text import visible
 
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 
 def track(items: Sequence[T], description: str) -> Iterator[T]:
     """Iterate with a progress bar on terminals."""
     console = Console(stderr=True)
-    yield from rich_track(items, description, console=console, transient=True, disable=not console.is_terminal)
+    yield from rich_track(items, description, console=console, transient=True, disable=not _is_watched(console))
+
+
+def cell(text: str) -> Text:
+    """Text in a table of rich: what would be its markup, or what a terminal would obey, is shown."""
+    return Text(visible(text))
 
 
 def say(line: str) -> None:
     """One line for the person in front of the terminal; silence elsewhere."""
     console = Console(stderr=True)
-    if console.is_terminal:
+    if _is_watched(console):
         console.print(line, highlight=False, markup=False)
+
+
+def _is_watched(console: Console) -> bool:
+    """Whether somebody sits before the console, and has not asked for errors only."""
+    return console.is_terminal and _log.isEnabledFor(logging.WARNING)
 
 
 class Progress:
@@ -36,7 +52,8 @@ class Progress:
     """
 
     def __init__(self, total: int, *, enabled: bool = True) -> None:
-        console = Console(stderr=True)
+        self._console = console = Console(stderr=True)
+        self._silent = not enabled or console.is_terminal
         self._bar = RichProgress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -45,7 +62,7 @@ class Progress:
             TextColumn("{task.fields[losses]}"),
             console=console,
             transient=True,
-            disable=not (enabled and console.is_terminal),
+            disable=not (enabled and _is_watched(console)),
         )
         self._task = self._bar.add_task("starting", total=total, losses="")
         self._means: dict[str, float] = {}
@@ -69,6 +86,12 @@ class Progress:
     def advance(self, steps: int) -> None:
         """Steps that an earlier run has done."""
         self._bar.update(self._task, advance=steps)
+
+    def line(self, text: str, log: logging.Logger) -> None:
+        """Log one line at INFO; where that is not shown, warnings are, and there is no terminal, print it."""
+        log.info("%s", text)
+        if not self._silent and log.isEnabledFor(logging.WARNING) and not log.isEnabledFor(logging.INFO):
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def __enter__(self) -> Progress:
         self._bar.start()

@@ -23,17 +23,18 @@ def atomic_path(path: str | os.PathLike[str], error: type[QakdError] = QakdError
     """Yield a temporary path beside ``path``; move it there when the block ends well, remove it otherwise.
 
     Missing parent folders are created. The file is flushed to disk before it takes its name, so that a crash leaves either the
-    old file or the new one. What the block raises passes, unless it is about writing the temporary file.
+    old file or the new one, which keeps the old one's permissions; of a symbolic link the file that it leads to is replaced.
+    What the block raises passes, unless it is about writing the temporary file.
 
     Raises:
-        error: the folder cannot be created or written, or the disk is full.
+        error: the folder cannot be created or written, the disk is full, or there is something else than a file.
     """
-    target = Path(path)
     try:
+        target = _target(Path(path))
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary, mode = _create_beside(target)
-    except OSError as problem:
-        raise error(f"cannot write {target}: {problem.strerror or problem}. Choose a folder that can be written.") from problem
+    except (OSError, ValueError) as problem:
+        raise error(f"cannot write {path}: {_reason(problem)}. Choose a folder that can be written.") from problem
     try:
         try:
             yield temporary
@@ -50,7 +51,37 @@ def atomic_path(path: str | os.PathLike[str], error: type[QakdError] = QakdError
         except OSError as problem:
             raise _cannot_write(target, problem, error) from problem
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the disk is gone: what happened before says so
+            temporary.unlink(missing_ok=True)
+
+
+def require_writable(path: str | os.PathLike[str], error: type[QakdError] = QakdError) -> None:
+    """Raise ``error`` where :func:`write_atomic` could not write this file now: before work begins that would be lost."""
+    try:
+        target = _target(Path(path))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary, _ = _create_beside(target)
+        temporary.unlink()
+    except (OSError, ValueError) as problem:
+        raise error(f"cannot write {path}: {_reason(problem)}. Choose a folder that can be written.") from problem
+
+
+def read_whole(path: str | os.PathLike[str]) -> bytes:
+    """What a file holds; never waits for a pipe, and never reads a device without end.
+
+    Raises:
+        OSError: it cannot be read, or is no file; ``strerror`` is the reason in a few words.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except ValueError as problem:  # a path that no system can have
+        raise OSError(errno.EINVAL, str(problem), os.fspath(path)) from problem
+    try:
+        _require_file(os.fstat(handle).st_mode, path)
+        with open(handle, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(handle)
 
 
 def write_atomic(
@@ -64,14 +95,18 @@ def write_atomic(
         error: what is raised where it cannot be written.
     """
     with atomic_path(path, error) as temporary:
-        if callable(content):
-            try:
+        try:
+            if callable(content):
                 content(temporary)
-            except RuntimeError as problem:  # torch.save raises nothing else where the disk is full
-                reason = " ".join(str(problem).split())
-                raise error(f"cannot write {path}: {reason}. Make sure that there is room on the disk.") from problem
-        else:
-            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+            else:
+                temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        except OSError as problem:
+            if problem.filename not in (None, str(temporary)):
+                raise
+            raise _cannot_write(Path(path), problem, error) from problem
+        except RuntimeError as problem:  # torch.save raises nothing else where the disk is full
+            reason = " ".join(str(problem).split())
+            raise error(f"cannot write {path}: {reason}. Make sure that there is room on the disk.") from problem
     return Path(path)
 
 
@@ -91,18 +126,44 @@ def with_extension(path: str | os.PathLike[str], extension: str) -> Path:
     return file.with_name((file.stem if file.suffix.lower() in EXTENSIONS else file.name) + extension)
 
 
+def _target(path: Path) -> Path:
+    """Where a file of this path is written.
+
+    Raises:
+        OSError: there is something that is no file.
+        ValueError: no system can have such a path.
+    """
+    target = Path(os.path.realpath(path)) if path.is_symlink() else path
+    if os.path.lexists(target):
+        _require_file(target.stat().st_mode, target)
+    return target
+
+
+def _require_file(mode: int, path: str | os.PathLike[str]) -> None:
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "It is a pipe, a socket or a device, and no file", os.fspath(path))
+
+
 def _create_beside(target: Path) -> tuple[Path, int]:
-    """An empty file in the same folder that did not exist before, and its permissions, which the system's umask gave it."""
-    temporary = target.parent / f".{target.name}.{secrets.token_hex(8)}.tmp"
+    """An empty file in the same folder that did not exist before, and the permissions that the target is to have: those it has,
+    or those that the system's umask gives."""
+    mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else None
+    temporary = target.parent / f".{target.name[:50]}.{secrets.token_hex(8)}.tmp"  # a name of 255 bytes has no room for more
     handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        return temporary, stat.S_IMODE(os.fstat(handle).st_mode)
+        return temporary, stat.S_IMODE(os.fstat(handle).st_mode) if mode is None else mode
     finally:
         os.close(handle)
 
 
 def _cannot_write(target: Path, problem: OSError, error: type[QakdError]) -> QakdError:
-    return error(f"cannot write {target}: {problem.strerror or problem}.")
+    return error(f"cannot write {target}: {_reason(problem)}.")
+
+
+def _reason(problem: Exception) -> str:
+    return getattr(problem, "strerror", None) or str(problem)
 
 
 def _flush_folder(folder: Path) -> None:

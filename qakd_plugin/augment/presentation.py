@@ -9,7 +9,9 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
+from .._common.console import cell
 from .._common.files import write_atomic
 from .cmi import AugmentationScore
 from .ranking import Ranking
@@ -30,11 +32,11 @@ def console_table(ranking: Ranking) -> Table:
     return table
 
 
-def _cells(record: AugmentationScore) -> list[str]:
+def _cells(record: AugmentationScore) -> list[str | Text]:
     spread = record.interval[1] - record.score
     note = "tied" if record.tied_with_best else ("out" if record.dropped else "")
     return [
-        record.name,
+        cell(record.name),
         f"{record.score:.3f} ± {spread:.3f}",
         f"{record.cmi:.3f}",
         f"{getattr(record, PARTS[record.form][0]):.3f}",

@@ -11,6 +11,7 @@ from torch import nn
 
 from .._common.arguments import positive_whole
 from .._common.module_mode import eval_mode
+from .._common.one_at_a_time import one_at_a_time
 from .._common.rng_state import generators_of, undisturbed
 from ..errors import QakdError
 from ..tasks.batches import BatchFn, default_batch
@@ -71,6 +72,7 @@ class Ranking(Sequence[AugmentationScore]):
         return f"{line}; next {self.records[1].name} with {self.records[1].score:.4f}"
 
 
+@one_at_a_time
 def rank_augmentations(
     teacher: nn.Module,
     data: Any,

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..errors import QakdError
 from ..runtimes.base import Array, Runner
+from .intervals import mcnemar_p_value, paired_interval, wilson_interval
 from .rows import OutputAgreement
 from .samples import Pool, Reader, Samples, blocks
 
@@ -28,6 +29,10 @@ class Count(Protocol):
 
     def score(self) -> dict[str, Any]:
         """Fields of a row."""
+
+    def change(self, reference: Any) -> tuple[float, float | None, float | None, float | None] | None:
+        """What was counted less what ``reference``, of the same kind, counted of another file on the same samples: the value,
+        its 95 % interval, and a p-value; None where no row is ranked by it."""
 
 
 @dataclass
@@ -80,11 +85,13 @@ class Accuracy:
     Attributes:
         name: of the file, for messages.
         samples: so far; ``correct`` are those with the label's class.
+        right: whether each has it, block by block.
     """
 
     name: str
     samples: int = 0
     correct: int = 0
+    right: list[Array] = field(default_factory=list)
 
     def add(self, outputs: Mapping[str, Array], samples: Samples) -> None:
         """Count the labels that it gives."""
@@ -94,7 +101,9 @@ class Accuracy:
                 f"{self.name}: accuracy needs logits of shape [{samples.count}, classes], got {list(logits.shape)}. "
                 f"{_COUNT_ANOTHER}"
             )
-        self.correct += int((logits.argmax(1) == samples.targets).sum())
+        right = logits.argmax(1) == samples.targets
+        self.right.append(right)
+        self.correct += int(right.sum())
         self.samples += samples.count
 
     def score(self) -> dict[str, Any]:
@@ -106,6 +115,13 @@ class Accuracy:
             "accuracy_high": high,
             "samples": self.samples,
         }
+
+    def change(self, reference: Accuracy) -> tuple[float, float | None, float | None, float | None] | None:
+        """Paired: Tango's interval and McNemar's test."""
+        mine, others = np.concatenate(self.right), np.concatenate(reference.right)
+        gained, lost = int((mine & ~others).sum()), int((others & ~mine).sum())
+        low, high = paired_interval(gained, lost, self.samples)
+        return (gained - lost) / self.samples, low, high, mcnemar_p_value(gained, lost)
 
 
 @dataclass
@@ -147,6 +163,9 @@ class Agreement:
         agreement, sqnr_db = main or (None, None)
         several = tuple(OutputAgreement(name, *found) for name, found in each.items()) if len(each) > 1 else ()
         return {"agreement": agreement, "sqnr_db": sqnr_db, "outputs": several, "samples": self.samples}
+
+    def change(self, reference: Agreement) -> None:
+        """None: it is a comparison already."""
 
     def _references(self, outputs: Mapping[str, Array]) -> Mapping[str, Array]:
         if not isinstance(self.reference, Mapping):
@@ -260,14 +279,6 @@ def labels_of(samples: Samples) -> Array:
             "need metric=."
         )
     return labels
-
-
-def wilson_interval(correct: int, total: int) -> tuple[float, float]:
-    """95 % confidence interval of a proportion (Wilson, 1927)."""
-    from scipy.stats import binomtest  # takes longer to import than many a file to be measured
-
-    interval = binomtest(correct, total).proportion_ci(0.95, method="wilson")
-    return float(interval.low), float(interval.high)
 
 
 def _alike(batches: Iterable[Samples]) -> Iterator[Samples]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import QakdError
 from ..runtimes.base import FILE_RUNTIMES, MODULE_RUNTIMES
-from .file_facts import quantized_bits
+from .file_facts import quantized_bits, record_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,7 +23,7 @@ class Candidate:
     Attributes:
         path: ONNX file, engine, or OpenVINO's own .xml with its .bin; or a float ``torch.nn.Module``, a yardstick for "torch"
             and "torch.compile".
-        method: "FP32", "PTQ", "QAT", "SQAKD".
+        method: what the row is called: "FP32", "PTQ", "QAT", "SQAKD". Reports take what it was trained by from the file itself.
         model: name of the network. Rows are compared with rows of the same model.
         toolkit: that prepared it.
         weight_bits: 32 for float.
@@ -66,15 +66,20 @@ class Candidate:
 def candidate_from_path(model: str | os.PathLike[str] | nn.Module) -> Candidate:
     """A candidate of what was given without one: its file's name stands for the method, and the model has no name.
 
-    Its bits are those that the file says (:func:`.file_facts.quantized_bits`): W8A8 wherever activations are quantized.
+    Toolkit and bits are those that the file's record says, where it has one and is quantized. Else its bits are those that its
+    graph shows (:func:`.file_facts.quantized_bits`): W8A8 wherever activations are quantized.
     """
     if _is_module(model):
         return Candidate(model, method="FP32")
     if not isinstance(model, str | os.PathLike):
         raise QakdError(f"models: expected paths of files and torch modules, got {type(model).__name__}.")
     path = Path(model)
-    weight_bits, activation_bits = quantized_bits(path) if path.is_file() else (32, 32)
-    return Candidate(path, method=path.stem, weight_bits=weight_bits, activation_bits=activation_bits)
+    if not path.is_file():
+        return Candidate(path, method=path.stem)
+    bits, record = quantized_bits(path), record_of(path)
+    if record is None or bits == (32, 32):
+        return Candidate(path, path.stem, weight_bits=bits[0], activation_bits=bits[1])
+    return Candidate(path, path.stem, "", record.toolkit, record.weight_bits, record.activation_bits)
 
 
 def _is_module(model: Any) -> bool:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from xml.etree import ElementTree
 
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
+from ..deploy.canonical.graph import parsed
 from ..deploy.engine.manifest import read_manifest
+from ..deploy.file_record import FileRecord, read_record
 from ..errors import EngineError, QakdError
 from .census import engine_layers
 
@@ -99,6 +103,34 @@ def float_type(path: Path) -> str:
     return next((name.lower() for name in ("FLOAT16", "BFLOAT16") if name in stored), "float32")
 
 
+def require_valid(path: Path) -> None:
+    """Let ONNX's own checker look at a file: OpenVINO crashes on some that are not valid.
+
+    Raises:
+        QakdError: it is not valid; says what the checker says.
+    """
+    _load(path)
+    try:
+        onnx.checker.check_model(os.fspath(path))
+    except Exception as error:  # the checker's exceptions and protobuf's share no other base class
+        raise QakdError(f"{path}: cannot load it: it is no valid ONNX file ({str(error)[:200]}).") from error
+
+
+def record_of(path: Path) -> FileRecord | None:
+    """What an ONNX file or an engine says of its history; None where it does not.
+
+    Raises:
+        QakdError: the file is damaged.
+    """
+    if path.suffix == ".xml":
+        return None
+    if path.suffix == ".engine":
+        metadata = read_manifest(path).get("metadata") or {}
+    else:
+        metadata = {entry.key: entry.value for entry in _load(path).metadata_props}
+    return read_record(metadata, path.name)
+
+
 def _bits_of_engine(path: Path) -> tuple[int, int]:
     """What its layers compute in need not be known: the classic TensorRT shows it on a GPU alone, and not for all."""
     manifest = read_manifest(path)
@@ -145,8 +177,18 @@ def _layers(path: Path, kind: str) -> list[ElementTree.Element]:
     return found
 
 
+@lru_cache(maxsize=1)
+def _parsed(path: Path, modified_ns: int, size: int) -> onnx.ModelProto:
+    """Each file is asked several things, one after the other."""
+    return parsed(path.read_bytes())
+
+
 def _load(path: Path) -> onnx.ModelProto:
     try:
-        return onnx.load(path, load_external_data=False)
-    except DecodeError as error:
-        raise QakdError(f"{path}: cannot load it: it is no valid ONNX file.") from error
+        facts = path.stat()
+        return _parsed(path, facts.st_mtime_ns, facts.st_size)
+    except OSError as error:
+        raise QakdError(f"{path} cannot be read: {error.strerror}.") from error
+    except Exception as error:  # protobuf and onnx-ir raise many kinds on foreign bytes; all mean the same here
+        reason = "" if isinstance(error, DecodeError) else f" ({str(error)[:200]})"
+        raise QakdError(f"{path}: cannot load it: it is no valid ONNX file{reason}.") from error

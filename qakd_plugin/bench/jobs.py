@@ -6,19 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .._common.cpu_features import has_bfloat16
+from ..deploy.file_record import FileRecord
 from ..errors import QakdError
 from ..runtimes.base import MODULE_RUNTIMES, RUNTIMES
 from .candidates import Candidate
-from .file_facts import BatchLimits, batch_limits, float_type
+from .file_facts import BatchLimits, batch_limits, float_type, record_of, require_valid
 
 
 @dataclass(frozen=True)
 class Job:
-    """A candidate in a runtime; ``precision`` is that of what is not quantized."""
+    """A candidate in a runtime; ``precision`` is that of what is not quantized, ``record`` what its file says of itself."""
 
     candidate: Candidate
     runtime: str
     precision: str
+    record: FileRecord | None = None
 
 
 def jobs_of(candidates: Sequence[Candidate], runtimes: Sequence[str], batch_sizes: Sequence[int]) -> list[Job]:
@@ -42,11 +44,16 @@ def jobs_of(candidates: Sequence[Candidate], runtimes: Sequence[str], batch_size
                 f"runtimes: {candidate.label} is measured in none of {list(runtimes)}: engines run in 'tensorrt', ONNX files "
                 "in 'onnxruntime' and 'openvino', torch modules in 'torch' and 'torch.compile'; name them all."
             )
+        if "openvino" in wanted and candidate.existing.suffix == ".onnx":
+            require_valid(candidate.existing)
         limits = BatchLimits(1, None) if candidate.file is None else batch_limits(candidate.file)
         for batch in batch_sizes:
             if not limits.takes(batch):
                 raise QakdError(f"batch_sizes: {candidate.label} takes batches of {limits}, {batch} was asked for.")
-        jobs += [Job(candidate, runtime, precision) for runtime in wanted for precision in _precisions(candidate, runtime)]
+        record = None if candidate.file is None else record_of(candidate.file)
+        jobs += [
+            Job(candidate, runtime, precision, record) for runtime in wanted for precision in _precisions(candidate, runtime)
+        ]
     return jobs
 
 

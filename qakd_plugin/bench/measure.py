@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from .._common.one_at_a_time import one_at_a_time
 from ..errors import QakdError
 from ..runtimes.base import Array
 from .accuracy import IMAGES_AT_ONCE
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from ..tasks.metrics import AnyMetric, MetricFn
 
 
+@one_at_a_time
 def benchmark(
     models: Sequence[str | os.PathLike[str] | nn.Module | Candidate],
     loader: Iterable[Any] | None = None,
@@ -41,8 +43,9 @@ def benchmark(
     """Measure files side by side in one run.
 
     Float files and modules are measured in float32 (in ONNX Runtime and engines in the type that the file holds) and, where
-    the runtime can (OpenVINO, torch) and the processor has it, in bfloat16: rows of their own. The best integer row of a model
-    that is not faster than its best float row carries findings that say why.
+    the runtime can (OpenVINO, torch) and the processor has it, in bfloat16: rows of their own. The fastest integer row of a
+    runtime that is not faster than floating point carries findings that say why, in that runtime. With an FP32 file and labels,
+    rows say what they lose against it on the same samples.
 
     Args:
         models: ONNX files, engines, OpenVINO's .xml files, float torch modules, or :class:`Candidate`. What is given without
@@ -83,6 +86,7 @@ def benchmark(
     say = progress or (lambda _: None)
     candidates = [model if isinstance(model, Candidate) else candidate_from_path(model) for model in models]
     jobs = jobs_of(candidates, runtimes, batch_sizes)
+    candidates_in_words = f"{len(jobs)} candidate{'s' * (len(jobs) > 1)}"
     scored: Scored | None = None
     layers: list[tuple[int | None, int | None]] = []
     rows: list[Row] = []
@@ -93,12 +97,12 @@ def benchmark(
                 reader, samples = session.random()
                 scored = Scored(reader, samples, [{}] * len(jobs))
             elif scored is None and loader is not None:
-                say(f"{counted.what} of {len(jobs)} candidates")
+                say(f"{counted.what} of {candidates_in_words}")
                 reader = session.reader(_own_split(batch_fn))
                 scored = session.score(reader, loader, counted, max([IMAGES_AT_ONCE, *batch_sizes]))
             assert scored is not None
             for batch in batch_sizes:
-                say(f"latency of {len(jobs)} candidates, batch {batch}, {count} thread{'s' * (count > 1)}, interleaved")
+                say(f"latency of {candidates_in_words}, batch {batch}, {count} thread{'s' * (count > 1)}, interleaved")
                 timed = session.time(scored.reader, _batches(scored.samples, batch), calls)
                 rows += session.rows(timed, batch, scored.scores, layers, profile_layers)
     return with_findings(with_speedups(rows), [job.candidate for job in jobs] * (len(rows) // len(jobs)))

@@ -56,3 +56,12 @@ class MetricCount:
         if not values:
             raise QakdError(f"{self._name}: metric: {type(self._metric).__name__} is not a finite number on this loader.")
         return {"metrics": tuple(values), "samples": self._counted.samples}
+
+    def change(self, reference: MetricCount) -> tuple[float, float | None, float | None, float | None] | None:
+        """Of the first number that both have, which rows are ranked by; paired, resample by resample."""
+        mine, others = self._counted.compute(), reference._counted.compute()
+        name = next((name for name, value in mine.items() if math.isfinite(value)), None)
+        if name is None or not math.isfinite(others.get(name, math.nan)):
+            return None
+        low, high = self._counted.paired_interval(reference._counted, name) or (None, None)
+        return mine[name] - others[name], low, high, None

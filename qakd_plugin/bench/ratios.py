@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from ..errors import QakdError
 from ..runtimes.base import FILE_RUNTIMES
 from .candidates import Candidate
 from .census import census
-from .rows import Row, baselines
+from .rows import Row, baselines, fastest_integer_rows, rival
 
 
 def with_speedups(rows: Sequence[Row]) -> list[Row]:
@@ -26,24 +25,23 @@ def with_speedups(rows: Sequence[Row]) -> list[Row]:
 
 
 def with_findings(rows: Sequence[Row], candidates: Sequence[Candidate]) -> list[Row]:
-    """Say at the best integer row of each setting why it is not faster than the best float row, where it is not.
+    """Say at the fastest integer row of each setting and runtime why it is not faster than the float row to beat, if it is not.
 
     What was measured stands whatever happens here: a file that cannot be examined has a finding that says so.
     """
     done = list(rows)
-    for setting in dict.fromkeys(row.setting for row in rows):
-        integer = [index for index, row in enumerate(rows) if row.setting == setting and not row.is_float]
-        best = min(integer, key=lambda index: rows[index].p50_ms, default=None)
-        if best is None or (rows[best].speedup_over_best_float or math.inf) > 1:
+    for row in fastest_integer_rows(rows):
+        other, index = rival(row, rows), next(index for index, each in enumerate(rows) if each is row)
+        candidate = candidates[index]
+        if other is None or row.p50_ms < other.p50_ms:
             continue
-        candidate = candidates[best]
-        if rows[best].runtime in FILE_RUNTIMES and candidate.existing.suffix == ".onnx":
-            done[best] = replace(rows[best], findings=tuple(_findings(candidate.existing, rows[best].runtime)))
+        if row.runtime in FILE_RUNTIMES and candidate.existing.suffix == ".onnx":
+            done[index] = replace(row, findings=tuple(_findings(candidate.existing, row.runtime)))
     return done
 
 
 def _findings(path: Path, runtime: str) -> list[Finding]:
     try:
-        return diagnose(path, census(path).float_layers if runtime == "onnxruntime" else ())
+        return diagnose(path, census(path).float_layers if runtime == "onnxruntime" else (), runtime)
     except (QakdError, OSError) as error:
         return [Finding("not examined", (), f"Why it is not faster is not known, since its graph could not be read: {error}")]

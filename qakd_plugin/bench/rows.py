@@ -6,11 +6,13 @@ The bounds of its fields are those that a report is checked with (:mod:`.schema`
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
 
+from .._common.training_record import TrainingRecord
+from ..deploy.file_record import FileRecord
 from ..deploy.finding import Finding
 from ..runtimes.base import LayerTime as LayerTime
 from ..runtimes.host import Conditions as Conditions
@@ -23,6 +25,7 @@ Mebibytes = Annotated[float, Ge(0), Le(1e9)]
 Share = Annotated[float, Ge(0), Le(1)]
 Ratio = Annotated[float, Ge(0), Le(1e16)]
 Decibels = Annotated[float, Ge(-1e4), Le(1e4)]
+Finite = Annotated[float, Ge(-1e300), Le(1e300)]
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,32 @@ class MetricValue:
     def text(self) -> str:
         """To read."""
         return f"{100 * self.value:.2f} %" if self.unit == "%" else f"{self.value:.4g}"
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a row gains or loses against FP32, counted on the same samples.
+
+    FP32 is the best FP32 row of the same model in the same runtime; where none was measured there, in any runtime.
+
+    Attributes:
+        value: the row's metric less that of FP32; of accuracy, a share.
+        low: lower end of the 95 % interval of this paired difference; None where there is none.
+        high: upper end.
+        p_value: of accuracy: that of McNemar's exact test.
+        baseline: the file of FP32 and its runtime.
+    """
+
+    value: Finite
+    low: Finite | None
+    high: Finite | None
+    p_value: Share | None
+    baseline: str
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the interval lies on one side of 0."""
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
 @dataclass(frozen=True)
@@ -113,8 +142,11 @@ class Row:
             runtime's library included; Linux only, None for torch modules and engines.
         run: which of a report's runs it belongs to; ratios hold within one run only.
         conditions: how quiet the machine was.
-        findings: why it is not faster than the best float row, where it is the best integer row and is not.
+        findings: where it is the fastest integer row of its runtime, and no faster than :func:`rival`: why, in this runtime.
         layers: time of each layer, on request.
+        file: name of the file, without its folder; "" for a torch module.
+        change: of its metric against FP32; None for FP32 itself, and without FP32 or a metric.
+        record: what the file says of how it was prepared and trained, and what was proven; None where it does not.
     """
 
     model: str
@@ -154,6 +186,9 @@ class Row:
     layers: tuple[LayerTime, ...] = ()
     metrics: tuple[MetricValue, ...] = ()
     outputs: tuple[OutputAgreement, ...] = ()
+    file: str = ""
+    change: Change | None = None
+    record: FileRecord | None = field(default=None, repr=False, hash=False)
 
     @property
     def metric(self) -> MetricValue | None:
@@ -191,10 +226,7 @@ class Row:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, as the schema has it."""
-        data = asdict(self)
-        data["findings"] = [{**finding, "layers": list(finding["layers"])} for finding in data["findings"]]
-        data |= {name: list(data[name]) for name in ("layers", "metrics", "outputs")}
-        return data
+        return {name: _listed(value) for name, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Row:
@@ -207,7 +239,23 @@ class Row:
         )
         for name, kind in (("layers", LayerTime), ("metrics", MetricValue), ("outputs", OutputAgreement)):
             values[name] = tuple(kind(**entry) for entry in values.get(name, ()))
+        if values.get("change") is not None:
+            values["change"] = Change(**values["change"])
+        if values.get("record") is not None:
+            values["record"] = _record(values["record"])
         return cls(**values)
+
+
+def _record(data: Mapping[str, Any]) -> FileRecord:
+    trained = (TrainingRecord(**{**entry, "history": tuple(entry.get("history", ()))}) for entry in data.get("training", ()))
+    return FileRecord(**{**data, "training": tuple(trained)})
+
+
+def _listed(value: Any) -> Any:
+    """Tuples as the lists that JSON makes of them."""
+    if isinstance(value, dict):
+        return {key: _listed(inner) for key, inner in value.items()}
+    return [_listed(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def baselines(row: Row, rows: Iterable[Row]) -> tuple[Row | None, Row | None]:
@@ -221,3 +269,30 @@ def baselines(row: Row, rows: Iterable[Row]) -> tuple[Row | None, Row | None]:
     same = [other for other in floats if other.runtime == row.runtime and other.precision == "float32"]
     fp32, best = (min(group, key=lambda other: other.p50_ms, default=None) for group in (same, floats))
     return fp32, best
+
+
+def fastest_integer_rows(rows: Iterable[Row]) -> list[Row]:
+    """Of each setting and runtime, in their order."""
+    found: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        key = (*row.setting, row.runtime)
+        if not row.is_float and (key not in found or row.p50_ms < found[key].p50_ms):
+            found[key] = row
+    return list(found.values())
+
+
+def rival(row: Row, rows: Iterable[Row]) -> Row | None:
+    """The float row that the fastest integer row of a runtime has to beat, or it is not worth deploying there.
+
+    Of the integer row that is the fastest of all runtimes, the fastest float row of all runtimes; else that of the row's own
+    runtime, or of all where none was measured there.
+
+    Args:
+        row: of :func:`fastest_integer_rows`.
+        rows: those of another setting do not count.
+    """
+    alike = [other for other in rows if other.setting == row.setting]
+    floats = [other for other in alike if other.is_float]
+    same = [other for other in floats if other.runtime == row.runtime]
+    is_fastest = all(row.p50_ms <= other.p50_ms for other in alike if not other.is_float)
+    return min(floats if is_fastest else same or floats, key=lambda other: other.p50_ms, default=None)

@@ -16,12 +16,13 @@ from annotated_types import Ge, Le
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
 
+from ..deploy.file_record import Proof
 from ..errors import QakdError
 from .rows import Row
 
 SCHEMA_VERSION = 3
-"""3: rows hold the numbers of any metric, and agreement output by output. 2: a report may hold several runs, each with its
-environment; rows name their run. Version 1 had one."""
+"""3: rows hold the numbers of any metric, agreement output by output, what they lose against FP32, and their file's record.
+2: a report may hold several runs, each with its environment; rows name their run. Version 1 had one."""
 
 _DEEPEST = 32
 _LARGEST = 2**63
@@ -66,30 +67,10 @@ class Training(TypedDict):
 
 
 @_open
-class Logits(TypedDict, total=False):
-    """Logits of two programs against each other."""
-
-    top1: float
-    sqnr_db: float | None
-    max_deviation: float
-    samples: Annotated[int, Ge(0)]
-
-
-@_open
-class Parity(TypedDict):
+class Parity(Proof):
     """The proof of one exported file: ``ParityReport.as_dict()`` and its name."""
 
     name: str
-    weight_codes: NotRequired[_Many]
-    activation_codes: NotRequired[_Many]
-    ties_runtime: NotRequired[_Many]
-    ties_toolkit: NotRequired[_Many]
-    ties_fused: NotRequired[_Many | None]
-    runtime_deviation: NotRequired[float]
-    toolkit_deviation: NotRequired[float]
-    unfused: NotRequired[Logits | None]
-    fused: NotRequired[Logits | None]
-    openvino: NotRequired[Logits | None]
 
 
 @_open

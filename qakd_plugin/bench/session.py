@@ -10,14 +10,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
-import numpy as np
-
 from ..errors import QakdError
-from ..runtimes.base import Array, Runner
+from ..runtimes.base import Array, Runner, random_inputs
 from ..runtimes.host import Conditions, Watch
 from ..runtimes.interleaving import WARM_UP_CALLS, turns
 from . import row_fields
 from .accuracy import IMAGES_AT_ONCE, Accuracy, Agreement, Count, Tally, labels_of, score_all
+from .changes import with_changes
 from .file_facts import batch_limits
 from .jobs import Job
 from .loading import make_runner
@@ -123,14 +122,10 @@ class Session:
         if not files:
             raise QakdError("loader: torch modules do not say what size their input has; pass a loader with images.")
         file, runner = files[0]
-        draw, arrays = np.random.default_rng(0), {}
-        for name, spec in runner.inputs.items():
-            if spec.dtype is None or spec.dtype.kind != "f":
-                raise QakdError(f"{file}: its input {name!r} holds {spec.dtype}, which is not drawn at random; pass a loader.")
-            sizes = [size for size in (spec.shape or ())[1:] if size is not None]
-            if not spec.shape or len(sizes) < len(spec.shape) - 1:
-                raise QakdError(f"{file}: its input size is not fixed; pass a loader with real images.")
-            arrays[name] = draw.random((IMAGES_AT_ONCE, *sizes), dtype=np.float32)
+        try:
+            arrays = random_inputs(runner.inputs, IMAGES_AT_ONCE)
+        except QakdError as error:
+            raise QakdError(f"{file}: {error}; pass a loader with real inputs.") from error
         reader = self.reader(lambda batch: (batch, None))
         return reader, reader.split(arrays if len(arrays) > 1 else next(iter(arrays.values())))
 
@@ -152,7 +147,7 @@ class Session:
             size = at_once if file is None else batch_limits(file).nearest(at_once)
             tallies.append(Tally(label, runner, size, counted.counts(label, has_labels)))
         samples = score_all(tallies, batches, reader, keep, cut=cut)
-        return Scored(reader, samples, [tally.score() for tally in tallies])
+        return Scored(reader, samples, with_changes(self._jobs, tallies))
 
     def _check_purpose(self, is_counted: bool) -> None:
         """A loader without labels is there for its inputs, where random ones would not do."""
@@ -220,6 +215,8 @@ class Session:
                 total_layers=total,
                 peak_rss_mib=row_fields.peak_memory(job, self._threads, feed),
                 conditions=timed.conditions,
+                file="" if job.candidate.file is None else job.candidate.file.name,
+                record=job.record,
                 layers=row_fields.layer_times(job, self._threads, feed) if profile_layers else (),
                 **row_fields.latency(wall, cpu, batch),
                 **row_fields.stages(job, runner, feed),

@@ -8,11 +8,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
+from .._common.text import visible
 from ..errors import QakdError
 
 
@@ -25,6 +28,7 @@ class Command:
         text: one line for ``qakd --help``.
         stopped: what is said after Ctrl-C.
         renamed: flags whose names differ from those of the arguments in Python that errors speak of.
+        alone: flags for runs without a recipe, of which errors in a recipe's run do not speak.
         printed: a flag that prints what a function returns, in place of running the command: flag, module, function, help.
     """
 
@@ -32,8 +36,14 @@ class Command:
     text: str
     stopped: str
     renamed: dict[str, str] = field(default_factory=dict)
+    alone: tuple[str, ...] = ()
     printed: tuple[str, str, str, str] | None = None
 
+
+VERBOSE, QUIET = "say more", "say nothing but how it ends, and errors"
+
+_WORKERS = re.compile(r"\ACaught \w+ in DataLoader worker process \d+\..*\n[\w.]+: ", re.DOTALL)
+"""What torch says before an error of a loader's worker, its traceback included."""
 
 COMMANDS = {
     "demo": Command(
@@ -46,6 +56,7 @@ COMMANDS = {
         "train a prepared model with a teacher",
         "Run the same command with --resume to go on from the last checkpoint, if one was written.",
         {"checkpoint_dir": "--out"},
+        ("model", "weights", "data", "toolkit", "bits", "method", "target", "size", "mean", "std", "batch"),
         ("--print-config", "recipe_template", "commented_recipe", "print a commented YAML recipe to start from"),
     ),
     "rank": Command(
@@ -59,6 +70,11 @@ COMMANDS = {
         "Nothing was written.",
     ),
     "export": Command("deploy", "write a trained, prepared model as ONNX, gated on parity", "Nothing half-written was left."),
+    "export-float": Command(
+        "deploy", "write the float network of a recipe as ONNX, to compare with", "Nothing half-written was left."
+    ),
+    "val": Command("answers", "count how often an ONNX file or an engine is right", "Nothing was written."),
+    "predict": Command("answers", "print the classes that a file sees in images", "Nothing was written."),
     "tune": Command("deploy", "fit a file for ONNX Runtime to this machine's processor, by measuring", "Nothing was written."),
     "engine": Command(
         "deploy",
@@ -85,39 +101,55 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else list(arguments)
     at = next((index for index, word in enumerate(given) if not word.startswith("-")), len(given))
     options = _parser().parse_args(given[: at + 1])
-    logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
-    return _run(options.command, given[at + 1 :])
+    before = [word for word, said in (("--verbose", options.verbose), ("--quiet", options.quiet)) if said]
+    return _run(options.command, [*before, *given[at + 1 :]])
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, and exit status 2."""
+        print(f"{self.prog}: error: {visible(message)} ({self.prog} --help explains)", file=sys.stderr)
+        sys.exit(2)
 
 
 def _parser() -> argparse.ArgumentParser:
     """Reads what comes before a command's own arguments, and its name."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="qakd",
         description="Quantization-aware distillation, from a prepared model to hardware.",
         epilog="qakd COMMAND --help explains a command.",
     )
-    parser.add_argument("-v", "--verbose", action="store_true", help="say more")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser.add_argument("-v", "--verbose", action="store_true", help=VERBOSE)
+    parser.add_argument("--quiet", action="store_true", help=QUIET)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=argparse.ArgumentParser)
     for name, command in COMMANDS.items():
         commands.add_parser(name, help=command.text, add_help=False)
     return parser
 
 
 def _run(name: str, arguments: Sequence[str]) -> int:
+    from .noise import quiet
     from .options import CommandParser, in_flags
     from .value_types import RecipeError
 
     command = COMMANDS[name]
-    function = getattr(importlib.import_module(f".{command.module}", __package__), name)
+    function = getattr(importlib.import_module(f".{command.module}", __package__), name.replace("-", "_"))
     parser = CommandParser(name, command.text, function)
+    parser.add_argument("-v", "--verbose", action="store_true", help=VERBOSE)
+    parser.add_argument("--quiet", action="store_true", help=QUIET)
     if command.printed is not None:
         parser.add_printing_flag(*command.printed)
     values = {name: _plain(value) for name, value in vars(parser.parse_args(arguments)).items()}
+    verbose, silent = values.pop("verbose"), values.pop("quiet")
     try:
-        function(**values)
+        with _logging(verbose=verbose, silent=silent), quiet():
+            function(**values)
     except QakdError as error:
-        text = str(error) if isinstance(error, RecipeError) else in_flags(str(error), parser.flags | command.renamed)
-        print(f"qakd: error: {_one_line(text)}", file=sys.stderr)
+        silent_on = command.alone if values.get("recipe") is not None else ()
+        text = _WORKERS.sub("", str(error))
+        flags = {key: option for key, option in parser.flags.items() if key not in silent_on} | command.renamed
+        text = text if isinstance(error, RecipeError) else in_flags(text, flags)
+        print(f"qakd: error: {visible(text)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"\nqakd: stopped. {command.stopped}", file=sys.stderr)
@@ -125,13 +157,36 @@ def _run(name: str, arguments: Sequence[str]) -> int:
     return 0
 
 
+@contextmanager
+def _logging(*, verbose: bool, silent: bool) -> Iterator[None]:
+    """Show log records, each as one line. Our own tell how far a run is where there is no terminal, and so no progress bar.
+
+    Args:
+        verbose: show what others say as well, and ours on a terminal, too.
+        silent: show errors only.
+    """
+    handler = logging.StreamHandler()
+    handler.setFormatter(_OneLine())
+    usual = logging.ERROR if silent else logging.INFO if verbose else logging.WARNING
+    logging.basicConfig(level=usual, handlers=[handler])
+    own = logging.getLogger(__name__.partition(".")[0])
+    before = own.level
+    own.setLevel(usual if silent or sys.stderr.isatty() else logging.INFO)
+    try:
+        yield
+    finally:
+        own.setLevel(before)
+
+
+class _OneLine(logging.Formatter):
+    """A record as one line that a terminal only shows."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
 def _plain(value: Any) -> Any:
     """A number as a number: jsonargparse's own classes of int would go into checkpoints, which hold plain data only."""
     if isinstance(value, list):
         return [_plain(item) for item in value]
     return int(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-def _one_line(text: str) -> str:
-    """Without line breaks, and without what a terminal would obey: names come from files of others."""
-    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from .._common.files import with_extension
 from ..errors import QakdError
 from ..runtimes.base import FILE_RUNTIMES
+from .noise import tell
 from .options import OneOf, PositiveInt
-from .recipes import read_recipe, resolve
+from .outputs import check_outputs
+from .recipes import counted_by, resolve
 
 
 def bench(
@@ -27,6 +28,7 @@ def bench(
     recipe: str | None = None,
     profile_layers: bool = False,
     out: Path = Path("report.html"),
+    force: bool = False,
 ) -> None:
     """Measure ONNX files and engines side by side and write a report.
 
@@ -42,12 +44,19 @@ def bench(
         recipe: as for distill: metric, metric_fn, batch_fn and, without --loader, val_loader are taken from it
         profile_layers: also record time and precision of each layer, in a pass of its own
         out: the HTML file; Markdown and JSON beside it
+        force: replace files that are there already
     """
+    from ..deploy.engine.manifest import manifest_path
+
+    manifests = [manifest_path(path) for path in models if path.suffix == ".engine"]
+    check_outputs(_report_files(out), [*models, *manifests, recipe], force=force)
     from rich.console import Console
 
     from ..bench.candidates import candidate_from_path
     from ..bench.measure import benchmark
     from ..report import console_table, write_report
+    from ..report.tables import short
+    from ..report.verdicts import recommendations
 
     measured = list(models)
     engines = [path for path in models if path.suffix == ".engine"]
@@ -55,7 +64,7 @@ def bench(
     if module:
         measured.append(resolve(module)())
         runtimes = [*runtimes, "torch", "torch.compile"]
-    counted = _counted_by(recipe) if recipe else {}
+    counted = counted_by(recipe) if recipe else {}
     held_out = counted.pop("val_loader", None)
     rows = benchmark(
         [replace(candidate_from_path(one), model=model) for one in measured],
@@ -65,43 +74,39 @@ def bench(
         threads=threads or (1,),
         calls=calls,
         profile_layers=profile_layers,
-        progress=lambda line: print(line, file=sys.stderr),
+        progress=tell,
         **counted,
     )
     path = write_report(rows, out)
     Console().print(console_table(rows))
+    for one in recommendations(rows):
+        print(short(f"{one.setting}: {'deploy ' if one.row else ''}{one.text} {one.why}", 2000))
     print(path)
 
 
-def _counted_by(recipe: str) -> dict[str, Any]:
-    """What a recipe says of how held-out samples are counted."""
-    values = read_recipe(recipe, "distill").values
-    return {key: values[key] for key in ("batch_fn", "metric", "metric_fn", "val_loader") if key in values}
-
-
-def report(json: list[Path], *, out: Path | None = None, title: str | None = None) -> None:
+def report(json: list[Path], *, out: Path | None = None, title: str | None = None, force: bool = False) -> None:
     """Make HTML and Markdown of a report.json, or one of several: runs of several machines beside each other.
 
     Args:
         json: report.json
         out: HTML file; beside the JSON file by default, needed with several
         title: in place of the reports' own
+        force: replace files that are there already
     """
     from ..report import merge_reports, read_report, write_page, write_report
 
     several = len(json) > 1
     if out is None and several:
         raise QakdError("--out is missing: name the HTML file of the merged report.")
-    document = merge_reports([read_report(path) for path in json], title)
     page = with_extension(out or json[0], ".html")
-    written = [with_extension(page, extension) for extension in (".html", ".md", *[".json"] * several)]
-    lost = next((given for given in json for path in written if path.exists() and path.samefile(given)), None)
-    if lost is not None:
-        raise QakdError(
-            f"--out: {page} and the {' and '.join(path.suffix for path in written[1:])} beside it would replace {lost}, which "
-            "is one of the reports given. Name another file."
-        )
+    check_outputs(_report_files(page)[: 3 if several else 2], json, force=force)
+    document = merge_reports([read_report(path) for path in json], title)
     print(write_report(document, page) if several else write_page(document, page))
+
+
+def _report_files(page: Path) -> list[Path]:
+    """HTML, Markdown, JSON."""
+    return [with_extension(page, extension) for extension in (".html", ".md", ".json")]
 
 
 def demo(

@@ -17,6 +17,8 @@ import docstring_parser
 import jsonargparse
 from jsonargparse.typing import PositiveInt
 
+from .._common.text import visible
+
 _WORDS = (
     (r"Not of type PositiveInt: .*?'?(\S+?)'?( does not conform.*)?$", r"expected a positive whole number, got \1"),
     (r"invalid PositiveInt value: '(.*)'$", r"expected a positive whole number, got \1"),
@@ -64,7 +66,8 @@ class CommandParser(jsonargparse.ArgumentParser):  # type: ignore[misc]
             text += f" ({parameter.default})"
         options: dict[str, Any] = {"help": text.replace("%", "%%")} | _checks(kind)
         if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
-            self.add_argument(parameter.name, nargs="+" if several else None, **options)
+            optional = parameter.default is not inspect.Parameter.empty
+            self.add_argument(parameter.name, nargs="+" if several else "?" if optional else None, **options)
             return
         if parameter.default is inspect.Parameter.empty:
             options["required"] = True
@@ -93,7 +96,7 @@ class CommandParser(jsonargparse.ArgumentParser):  # type: ignore[misc]
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """One line that names the flag, and exit status 2."""
-        line = " ".join(message.split())
+        line = visible(message)
         for name, option in self.flags.items():
             line = line.replace(f'Parser key "{name}"', option).replace(f"are required: {name}", f"are required: {option}")
         for pattern, words in _WORDS:
@@ -124,7 +127,7 @@ def in_flags(message: str, flags: Mapping[str, str]) -> str:
         flags: by the names of these arguments.
     """
     for name, option in flags.items():
-        message = re.sub(rf"\b{name}=True\b", option, message)
+        message = re.sub(rf"\b{name}=(True\b|(?=\s))", option, message)
         message = re.sub(rf"\b{name}=(['\"]?)([^\s'\"]+)\1", rf"{option} \2", message)
         words = rf"\b{name}\b" if "_" in name else rf"^{name}(?=:)"
         message = re.sub(words, option, message)

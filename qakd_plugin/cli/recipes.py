@@ -5,16 +5,20 @@ A recipe is code: a YAML file names functions that are imported and called. Whoe
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import yaml  # type: ignore[import-untyped]
+
 from .options import suggestion
 from .value_types import RecipeError, checked, is_plain, type_hints
-from .yaml_objects import Builder, imported, load_yaml
+from .yaml_objects import Builder, check_packages, imported, load_yaml
 
 APIS = {
     "distill": ("training.distillation", "distill"),
@@ -53,12 +57,12 @@ class Recipe:
         Raises:
             RecipeError: one of them is missing, or cannot be made.
         """
-        own = api_parameters(self.command)
-        keys = {key: key for key in own if key in self.values}
+        keys = {key: key for key in api_keys(self.command) if key in self.values}
         keys |= {key: STAND_INS[key] for key in needed if key not in keys and STAND_INS.get(key) in self.values}
         missing = [f"no {key}" for key in needed if key not in keys]
         if missing:
             raise RecipeError(f"{self.source} has {' or '.join(missing)}, which qakd {self.command} needs.")
+        own = api_parameters(self.command)
         quick_first = sorted(keys, key=lambda name: not is_plain(own[name].annotation))  # to say what is wrong at once
         return {name: self.values[keys[name]] for name in quick_first}
 
@@ -74,11 +78,35 @@ def read_recipe(name: str, command: str) -> Recipe:
         RecipeError: it cannot be read, or a key is unknown; names it.
     """
     if Path(name).suffix in {".yaml", ".yml"}:
-        return Recipe(name, _YamlValues(name, load_yaml(Path(name)), command), command)
+        return made_recipe(load_yaml(Path(name)), name, command)
     values = resolve(name)()
     if not isinstance(values, dict):
         raise RecipeError(f"{name!r} must return a dict of keyword arguments, got {type(values).__name__}.")
     return Recipe(name, values, command)
+
+
+def made_recipe(tree: dict[str, Any], name: str, command: str) -> Recipe:
+    """A recipe that was made and not read.
+
+    Args:
+        tree: as YAML would say it.
+        name: for errors.
+        command: that it is for.
+    """
+    return Recipe(name, _YamlValues(name, tree, command), command)
+
+
+def as_yaml(recipe: Recipe) -> str:
+    """The text of a recipe that :func:`made_recipe` made: read again, it makes the same."""
+    assert isinstance(recipe.values, _YamlValues)
+    head = "# Made of the flags of qakd distill; qakd distill, export, export-float, val, bench and others take it.\n"
+    return head + str(yaml.safe_dump(recipe.values.tree, sort_keys=False))
+
+
+def counted_by(recipe: str) -> dict[str, Any]:
+    """What a recipe says of how held-out samples are counted."""
+    values = read_recipe(recipe, "distill").values
+    return {key: values[key] for key in ("batch_fn", "metric", "metric_fn", "val_loader") if key in values}
 
 
 def resolve(name: str) -> Callable[[], Any]:
@@ -98,6 +126,19 @@ def resolve(name: str) -> Callable[[], Any]:
     if not callable(found):
         raise RecipeError(f"{name!r} is not a function.")
     return found  # type: ignore[no-any-return]
+
+
+@cache
+def api_keys(command: str) -> tuple[str, ...]:
+    """Keys of a recipe that a command uses, read from the source: importing it takes seconds, and a typo should not."""
+    module, name = APIS[command]
+    spec = find_spec(f"..{module}", __package__)
+    assert spec is not None
+    assert spec.origin is not None
+    tree = ast.parse(Path(spec.origin).read_bytes())
+    (function,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
+    named = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+    return tuple(one.arg for one in named if one.arg not in BY_FLAG)
 
 
 @cache
@@ -122,6 +163,7 @@ class _YamlValues(Mapping[str, Any]):
     """The values of a YAML file, each made when it is first asked for, once."""
 
     def __init__(self, source: str, tree: dict[str, Any], command: str) -> None:
+        check_packages(tree, f"{source}: ")
         self._source, self._tree, self._command = source, tree, command
         self._builder = Builder(checked(tree.get("seed"), int | None, f"{source}: seed"))
 
@@ -129,6 +171,14 @@ class _YamlValues(Mapping[str, Any]):
         parameters = api_parameters(self._command)
         hint = parameters[key].annotation if key in parameters else Any
         return self._builder.fitting(self._tree[key], hint, f"{self._source}: {key}")
+
+    @property
+    def tree(self) -> dict[str, Any]:
+        """The plain data that they are made of."""
+        return self._tree
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._tree  # Mapping's own way would make the value
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tree)
@@ -139,12 +189,10 @@ class _YamlValues(Mapping[str, Any]):
 
 def _check_keys(source: str, keys: list[str], command: str) -> None:
     """Refuse what no command knows."""
-    known: dict[str, None] = {}
-    for name in sorted(APIS, key=lambda one: one != command):  # the own keys first: others take time to import
-        known |= dict.fromkeys(api_parameters(name))
-        if all(key in known for key in keys):
-            return
-    unknown = next(key for key in keys if key not in known)
+    known = dict.fromkeys(key for name in sorted(APIS, key=lambda one: one != command) for key in api_keys(name))
+    unknown = next((key for key in keys if key not in known), None)
+    if unknown is None:
+        return
     if unknown in BY_FLAG:
         raise RecipeError(f"{source}: {unknown} is given on the command line, as {BY_FLAG[unknown]}. Leave it out.")
     raise RecipeError(f"{source}: unknown key {unknown!r}{suggestion(str(unknown), known)}. Known are {', '.join(known)}.")

@@ -6,13 +6,42 @@ What takes seconds to import is imported after what the user wrote was read.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from .._common.files import with_extension, write_atomic
 from ..augment.choices import Form, Labels
-from .options import PositiveInt
-from .recipes import read_recipe
+from ..errors import QakdError
+from ..placement.targets import Target
+from .flags_recipe import MethodName, ToolkitName, preprocessing, recipe_of_flags
+from .options import PositiveInt, flag, in_flags
+from .outputs import check_folder, check_outputs
+from .recipes import Recipe, as_yaml, made_recipe, read_recipe
+
+STUDENT = "student.safetensors"
+"""What a run ends with, in its folder."""
+
+RECIPE = "recipe.yaml"
+"""What a run without a recipe leaves beside it."""
 
 
-def distill(recipe: str, *, out: Path, epochs: PositiveInt | None = None, resume: bool = False) -> None:
+def distill(
+    recipe: str | None = None,
+    *,
+    out: Path,
+    epochs: PositiveInt | None = None,
+    resume: bool = False,
+    model: str | None = None,
+    weights: Path | None = None,
+    data: Path | None = None,
+    toolkit: ToolkitName | None = None,
+    bits: str | None = None,
+    method: MethodName | None = None,
+    target: Target | None = None,
+    size: str | None = None,
+    mean: str | None = None,
+    std: str | None = None,
+    batch: PositiveInt | None = None,
+) -> None:
     """Train a prepared model with a teacher.
 
     Args:
@@ -20,22 +49,61 @@ def distill(recipe: str, *, out: Path, epochs: PositiveInt | None = None, resume
         out: folder for checkpoints, history.jsonl and student.safetensors
         epochs: in place of the recipe's
         resume: go on from the newest checkpoint in --out
+        model: without a recipe: the float classifier, which teaches, too: torchvision:NAME, timm:NAME or package.module:NAME
+        weights: of --model: its state_dict, .safetensors or of torch.save
+        data: folder with train/ and val/, each with a folder of images for each class; or one with the classes alone, of which
+            a tenth is held out
+        toolkit: that prepares --model (modelopt)
+        bits: of weights and activations, w8a8, w4a4 ... (w8a8)
+        method: of training (sqakd)
+        target: that --model is prepared and exported for (tensorrt)
+        size: of images, 224 or 224x192 (height x width); of --model's authors by default
+        mean: per channel, of values in [0, 1], 0.485,0.456,0.406; likewise
+        std: likewise
+        batch: images per batch (64)
     """
-    arguments = read_recipe(recipe, "distill").arguments("prepared_model", "teacher", "loader")
+    by_flags = {"weights": weights, "data": data, "toolkit": toolkit, "bits": bits, "method": method, "target": target}
+    by_flags |= {"size": size, "mean": mean, "std": std, "batch": batch}
+    given = {name: value for name, value in by_flags.items() if value is not None}
+    if recipe is not None and (model is not None or given):
+        named = flag(next(iter(given))) if model is None else "--model"
+        raise QakdError(f"{named} is for runs without a recipe: write it in {recipe}, or leave {recipe} out.")
+    written = [RECIPE] if recipe is None else []
+    check_folder(out, [STUDENT, *written], resume=resume)
+    read = _without_recipe(model, given) if recipe is None else read_recipe(recipe, "distill")
+    arguments = read.arguments("prepared_model", "teacher", "loader")
     from accelerate import PartialState
 
     from ..training.distillation import distill as run
-    from .student_file import write_student
+    from ..training.student_file import save
 
     if epochs is not None:
         arguments["epochs"] = epochs
     result = run(**arguments, checkpoint_dir=out, resume=resume)
     if not PartialState().is_main_process:
         return
-    path = write_student(result.model, out / "student.safetensors")
+    path = save(result.model, out / STUDENT)
+    if written:
+        write_atomic(out / RECIPE, as_yaml(read))
     for name, value in result.metrics.items():
         print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
     print(path)
+
+
+def _without_recipe(model: str | None, given: dict[str, Any]) -> Recipe:
+    """The recipe that flags make."""
+    missing = [flag(name) for name, value in (("model", model), ("data", given.get("data"))) if value is None]
+    if missing:
+        raise QakdError(
+            f"{' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} missing: pass a recipe (qakd distill "
+            "--print-config writes one), or --model, --weights and --data."
+        )
+    assert model is not None
+    if model.partition(":")[0] in ("torchvision", "timm") and "weights" not in given:
+        raise QakdError(f"--weights is missing: {model} would teach with random weights.")
+    images = preprocessing(model, given.pop("size", None), given.pop("mean", None), given.pop("std", None))
+    tree = recipe_of_flags(model, given.pop("weights", None), given.pop("data"), images, **given)
+    return made_recipe(tree, f"--model {model}", "distill")
 
 
 def rank(
@@ -48,6 +116,7 @@ def rank(
     exhaustive: bool = False,
     search: PositiveInt | None = None,
     out: Path = Path("ranking.json"),
+    force: bool = False,
 ) -> None:
     """Rank augmentations with the teacher alone, by contextual mutual information.
 
@@ -60,7 +129,9 @@ def rank(
         exhaustive: score every candidate on all images
         search: also so many compositions of two operations
         out: figures; a drawing beside it, .svg
+        force: replace files that are there already
     """
+    check_outputs([out, with_extension(out, ".svg")], [recipe], force=force)
     arguments = read_recipe(recipe, "rank").arguments("teacher", "data")
     from rich.console import Console
 
@@ -99,4 +170,5 @@ def sensitivity(recipe: str, *, max_batches: PositiveInt = 8, budget: float | No
 
     if budget is not None:
         arguments["budget"] = budget
-    print(run(**arguments | {"batches": list(islice(arguments["batches"], max_batches))}))
+    found = run(**arguments | {"batches": list(islice(arguments["batches"], max_batches))})
+    print(in_flags(str(found), {"budget": "--budget"}))

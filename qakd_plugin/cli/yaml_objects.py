@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections.abc
 import importlib
+import importlib.util
 import inspect
 import json
 import sys
@@ -117,17 +118,28 @@ class Builder:
             raise RecipeError(f"{where}: {error}") from error
 
 
+def check_packages(tree: dict[str, Any], prefix: str) -> None:
+    """Whether every package that a tree names is there, before anything is imported, which takes time.
+
+    Args:
+        tree: as :func:`load_yaml` returns it.
+        prefix: of places in it, for errors.
+
+    Raises:
+        RecipeError: one is not; says where.
+    """
+    for key, node in tree.items():
+        for where, path in _class_paths(node, f"{prefix}{key}"):
+            _check_package(path, where)
+
+
 def imported(path: str, where: str) -> Any:
     """What an import path such as ``torch.optim.SGD`` names; modules of the working directory count.
 
     Raises:
         RecipeError: nothing, or importing it fails.
     """
-    parts = path.split(".")
-    if len(parts) < 2 or not all(part.isidentifier() for part in parts):
-        raise RecipeError(f"{where}: expected an import path such as my_code.make_network, got {path!r}.")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # to stay: what is imported may import from there as well
+    parts = _check_package(path, where)
     for end in range(len(parts) - 1, 0, -1):
         name = ".".join(parts[:end])
         try:
@@ -141,7 +153,37 @@ def imported(path: str, where: str) -> Any:
                 raise RecipeError(f"{where}: {path!r} cannot be imported: {name} has no {part}{_near(part, dir(found))}.")
             found = getattr(found, part)
         return found
-    raise RecipeError(f"{where}: {path!r} cannot be imported: no module {parts[0]!r} is here or installed.")
+    raise _missing(path, where)
+
+
+def _check_package(path: str, where: str) -> list[str]:
+    """The parts of an import path whose first one can be found; modules of the working directory count."""
+    parts = path.split(".")
+    if len(parts) < 2 or not all(part.isidentifier() for part in parts):
+        raise RecipeError(f"{where}: expected an import path such as my_code.make_network, got {path!r}.")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # to stay: what is imported may import from there as well
+    if parts[0] not in sys.modules and importlib.util.find_spec(parts[0]) is None:
+        raise _missing(path, where)
+    return parts
+
+
+def _missing(path: str, where: str) -> RecipeError:
+    return RecipeError(f"{where}: {path!r} cannot be imported: no module {path.partition('.')[0]!r} is here or installed.")
+
+
+def _class_paths(node: Any, where: str) -> collections.abc.Iterator[tuple[str, str]]:
+    """Where a node and those below it name a function or class, and its path. What is no node is left to the builder."""
+    if isinstance(node, list):
+        for index, entry in enumerate(node):
+            yield from _class_paths(entry, f"{where}[{index}]")
+    if not isinstance(node, dict):
+        return
+    path, arguments = node.get("class_path"), node.get("init_args")
+    if isinstance(path, str) and "." in path:  # without a dot it may be a dataclass's own name
+        yield where, path
+    for key, entry in (arguments if path is not None and isinstance(arguments, dict) else node).items():
+        yield from _class_paths(entry, f"{where}.{key}")
 
 
 def _near(unknown: object, known: collections.abc.Iterable[str]) -> str:

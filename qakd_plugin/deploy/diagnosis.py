@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 import onnx_ir as ir
 
-from ..errors import ExportError
-from .canonical.graph import WEIGHT_KEY, constant, dequantizer_before, is_quantized, producer, read_onnx, scalar
+from .canonical.graph import WEIGHT_KEY, constant, dequantizer_before, is_quantized, producer, read_onnx, scalar, understood
 from .finding import Finding as Finding
 
 NARROW = 16
@@ -26,12 +25,13 @@ _BETWEEN = {"Relu", "Clip"}
 """Operators that a runtime takes into the convolution before them."""
 
 
-def diagnose(path: str | os.PathLike[str], float_layers: Iterable[str] = ()) -> list[Finding]:
+def diagnose(path: str | os.PathLike[str], float_layers: Iterable[str] = (), runtime: str = "onnxruntime") -> list[Finding]:
     """Look for everything that is known to keep an INT8 model from being fast.
 
     Args:
         path: an ONNX file of any target, quantized or not.
         float_layers: names of nodes that the runtime left in floating point, as ``census(path).float_layers`` has them.
+        runtime: that is to run the file: "onnxruntime" or "openvino". What keeps one from being fast need not keep the other.
 
     Returns:
         Findings, the ones that cost most first; none where nothing is known to be wrong.
@@ -40,22 +40,17 @@ def diagnose(path: str | os.PathLike[str], float_layers: Iterable[str] = ()) -> 
         ExportError: the file is missing, damaged or no valid ONNX.
     """
     graph = read_onnx(path).graph
-    try:
-        return _findings(graph, float_layers)
-    except Exception as error:  # the graph of a damaged file may hold anything
-        reason = " ".join(str(error).split())[:200]
-        raise ExportError(
-            f"{path} cannot be diagnosed ({type(error).__name__}: {reason}). It is damaged if ONNX Runtime does not load it "
-            "either: export it again."
-        ) from error
+    with understood(path, "diagnosed"):
+        return _findings(graph, float_layers, runtime)
 
 
-def _findings(graph: ir.Graph, float_layers: Iterable[str]) -> list[Finding]:
+def _findings(graph: ir.Graph, float_layers: Iterable[str], runtime: str) -> list[Finding]:
     if not any(node.op_type in {"QuantizeLinear", "DequantizeLinear"} for node in graph):
         return [Finding("not quantized", (), "The file has no quantizers. Prepare the model, train it, and export it again.")]
     findings = [
         Finding(kind, layers, advice)
         for kind, find, advice in _CHECKS
+        if not (runtime == "openvino" and kind in _OF_ONNXRUNTIME)
         if (layers := tuple(dict.fromkeys(name for name in find(graph))))
     ]
     named = {layer for finding in findings if finding.kind not in _HARMLESS_KINDS for layer in finding.layers}
@@ -238,6 +233,12 @@ _CHECKS: tuple[tuple[str, Callable[[ir.Graph], Iterator[str]], str], ...] = (
         "comes from the other layers.",
     ),
 )
+_OF_ONNXRUNTIME = {
+    "signed codes", "clamp before quantizer", "output not quantized", "untied pool", "separate bias", "transposed convolution",
+    "narrow", "depthwise",
+}  # fmt: skip
+"""Findings of how ONNX Runtime fuses and computes. OpenVINO, for one, computes a convolution in integers whatever reads it."""
+
 _HARMLESS_KINDS = {"narrow", "depthwise", "untied pool", "add with one float input"}
 """Findings that do not explain why a layer runs in floating point."""
 

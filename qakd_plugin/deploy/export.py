@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from .._common.files import write_atomic
+from .._common.module_copy import copied
 from .._common.module_mode import eval_mode
+from .._common.one_at_a_time import one_at_a_time
+from .._common.precision import dtype_name
+from .._common.training_record import training_records
 from ..errors import ExportError, UnsupportedQuantizerError
 from ..export_form.tracing import Traced, trace
 from ..placement.targets import TARGETS, Target
@@ -24,6 +28,7 @@ from ..tasks.inputs import Inputs, call, call_problem, named_inputs, named_tenso
 from ..toolkits import Adapter, adapter_for
 from .canonical.clamps import quantizers_after_relu
 from .canonical.write import to_canonical, to_proto
+from .file_record import FileRecord, finite
 from .parity.float16 import Float16Parity, check_float16
 from .parity.gate import check_parity
 from .parity.openvino import check_openvino
@@ -59,6 +64,7 @@ class ExportedModel:
         return str(self.path)
 
 
+@one_at_a_time
 @torch.no_grad()
 def export_onnx(
     prepared_model: nn.Module,
@@ -90,6 +96,10 @@ def export_onnx(
     scale per channel or, where their activations stay in floating point, in blocks; all other weights take 8 bits. OpenVINO by
     default quantizes the activations of layers that have none on its own: set DYNAMIC_QUANTIZATION_GROUP_SIZE to 0 for the
     numbers that were trained.
+
+    The file's metadata ("qakd.method", "qakd.toolkit", "qakd.bits", "qakd.target", "qakd.parity", "qakd.training") says by what
+    the model was prepared and trained, as far as :func:`~qakd_plugin.distill`, :func:`~qakd_plugin.attach` and the bridges to
+    other trainers saw it, and what was proven: reports show it.
 
     Args:
         prepared_model: prepared by a supported toolkit, trained or calibrated; it is not changed.
@@ -145,10 +155,15 @@ def export_onnx(
     if float16:
         model = to_float16(model)
         conversion = check_float16(model, form, samples)
+    record = FileRecord(
+        adapter.name, *_bits(adapter, prepared_model), target, training_records(prepared_model), finite(parity.as_dict())
+    )
+    model.metadata_props.update(record.as_metadata())
     write_atomic(path, to_proto(model).SerializeToString(), ExportError)
     return ExportedModel(Path(path), target, parity, conversion)
 
 
+@one_at_a_time
 def export_float(
     model: nn.Module,
     example_inputs: Inputs,
@@ -194,9 +209,19 @@ def _for_target(canonical: ir.Model, target: Target, storage: WeightStorage) -> 
     return model
 
 
+def _bits(adapter: Adapter, model: nn.Module) -> tuple[int, int]:
+    """Of most weights and of most activations, the fewer where two are as common; 32 where none is quantized."""
+    quantizers = adapter.quantizers(model)
+    found = []
+    for role in ("weight", "activation"):
+        counted = Counter(adapter.qparams(quantizer).bits for quantizer in quantizers if quantizer.role == role)
+        found.append(min(counted, key=lambda bits: (-counted[bits], bits), default=32))
+    return found[0], found[1]
+
+
 def _evaluated(adapter: Adapter, prepared: nn.Module) -> nn.Module:
     """A copy of the prepared model as it is evaluated: in eval mode, ranges frozen."""
-    evaluated = copy.deepcopy(prepared).cpu()
+    evaluated = copied(prepared).cpu()
     adapter.set_mode(evaluated, False)
     adapter.freeze_ranges(evaluated, True)
     return evaluated
@@ -219,12 +244,19 @@ def _check_inputs(model: nn.Module, example: Inputs) -> None:
             f"example_inputs: a tensor, a tuple of positional arguments or a mapping of keywords was expected, got "
             f"{type(example).__name__}. Pass a batch of real inputs."
         )
+    nowhere = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    if nowhere:
+        raise ExportError(f"{nowhere[0]} lies on the meta device, without numbers: load the weights first.")
     if problem := call_problem(model, example):
         raise ExportError(f"example_inputs: {problem}.")
     tensors = named_inputs(model, example)
     if not any(tensor.ndim for tensor in tensors.values()):
         raise ExportError("example_inputs holds no tensor with dimensions (N, ...). Pass a batch of real inputs.")
     for name, tensor in tensors.items():
+        if tensor.is_meta:
+            raise ExportError(
+                f"example_inputs: {name!r} lies on the meta device, without numbers. Pass a batch of real inputs."
+            )
         # A mask may be minus infinity somewhere; what is the only input may not.
         wrong = torch.isnan(tensor) if len(tensors) > 1 else ~torch.isfinite(tensor)
         if tensor.is_complex() or bool(wrong.any()):
@@ -233,6 +265,9 @@ def _check_inputs(model: nn.Module, example: Inputs) -> None:
 
 def _checked(model: nn.Module, example: Inputs) -> Inputs:
     """The example on the CPU, its floats in float32."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+            raise ExportError(f"{name} is {dtype_name(parameter.dtype)}, and files are proven in float32: pass model.float().")
     _check_inputs(model, example)
     tensors = named_inputs(model, example).values()
     return with_tensors(

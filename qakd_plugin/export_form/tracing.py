@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import operator
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeAlias
 
@@ -15,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from .._common.module_copy import has_hooks
+from .._common.silenced import silenced
 from ..errors import ExportError
 from ..tasks.inputs import Inputs, arguments, call, named_inputs, runs_on_one_sample
 from ..tasks.outputs import named_outputs
@@ -80,9 +78,11 @@ def trace(
             f"{both[0]!r} is the name of an input and of an output. Pass output_names=[...], {len(outputs)} names."
         )
     dimensions = _dimensions(example, tensors, dynamic)
-    # One tensor in, and a tree of tensors out that torch.export knows: it needs no wrapper.
+    # One tensor in, and a tree of tensors out that torch.export knows: it needs no wrapper. Of a GraphModule it reads the graph
+    # alone, not the hooks around it.
     leaves = tree_leaves(output)
     plain = isinstance(example, Tensor) and len(leaves) == len(named) and all(map(operator.is_, leaves, named.values()))
+    plain = plain and not (isinstance(model, torch.fx.GraphModule) and has_hooks(model))
     program, left, fixed = _traced(model if plain else _Flat(model, example), tensors, dimensions)
     if not plain:
         _drop_wrapper(program)
@@ -270,7 +270,7 @@ def _export(module: nn.Module, tensors: Mapping[str, Tensor], dimensions: _Dimen
                 tensor = torch.cat([tensor, tensor], dimension)
         given.append(tensor)
         shapes.append({d: batch if s == BATCH else torch.export.Dim.DYNAMIC for d, s in of.items()})
-    with torch.no_grad(), quiet():
+    with torch.no_grad(), silenced("torch.export._trace"):  # on failure it prints the whole graph so far
         return torch.export.export(
             module, tuple(given), dynamic_shapes=(tuple(shapes),) if isinstance(module, _Flat) else tuple(shapes)
         )
@@ -325,20 +325,6 @@ def _symbols(program: torch.export.ExportedProgram, inputs: Sequence[str], dimen
                     "Give both one name."
                 )
     return found
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """The exporter reports its progress on stdout and logs every version conversion; its errors come as exceptions."""
-    logger = logging.getLogger("onnxscript")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def first_line(error: BaseException) -> str:

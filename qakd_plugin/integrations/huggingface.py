@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .._common.optional import require
-from ..errors import QakdError
+from .._common.training_record import TrainingRecord, record_training
+from ..errors import CheckpointError, QakdError
+from ..preparation.pretrained import mark_pretrained
 from ..tasks.outputs import named_outputs
 from ..tasks.task_loss import TaskLoss, check_task_loss
 from ..toolkits import adapter_for
@@ -16,8 +20,9 @@ from ..training.attached import refuse_features, unwrapped
 from ..training.autocast import float32_quantizers
 from ..training.config import Settings
 from ..training.curvature import warn_of_no_refresh
-from ..training.methods import SQAKD, MatchCheck, Method, require_labels, total_loss, with_task_loss
+from ..training.methods import SQAKD, MatchCheck, Method, planned, require_labels, total_loss
 from ..training.optimizers import student_optimizer
+from ..training.student_file import save
 from ..training.teachers import require_teacher, taught_outputs
 
 _library = require("transformers", extra="transformers", purpose="train a prepared model with a Hugging Face Trainer")
@@ -27,7 +32,9 @@ _Trainer: Any = _library.Trainer
 class DistillationTrainer(_Trainer):  # type: ignore[misc]
     """``transformers.Trainer`` whose loss is a method's, and whose optimizer has this package's parameter groups.
 
-    Everything else is the Trainer's: data, schedule, logging, checkpoints. The data set yields dictionaries with the names
+    Everything else is the Trainer's: data, schedule, logging, checkpoints. ``save_model`` writes student.safetensors as well,
+    which :func:`qakd_plugin.load` reads; ``from_pretrained``, which knows nothing of quantizers, refuses the folder, unless
+    ModelOpt's ``enable_huggingface_checkpointing`` was called before. The data set yields dictionaries with the names
     of the model's ``forward`` ("pixel_values" with models of transformers), and "labels" where the method reads them.
 
     Args:
@@ -54,7 +61,7 @@ class DistillationTrainer(_Trainer):  # type: ignore[misc]
         model: nn.Module,
         args: Any = None,
         *,
-        teacher: nn.Module | None,
+        teacher: nn.Module | None = None,
         method: Method | None = None,
         task_loss: TaskLoss | None = None,
         quantizer_lr: float = 1e-3,
@@ -64,11 +71,12 @@ class DistillationTrainer(_Trainer):  # type: ignore[misc]
         self._check = MatchCheck()
         self.adapter = adapter_for(model)
         check_task_loss(task_loss)
-        phases = with_task_loss(self.method.phases(100), task_loss)
+        phases = planned(self.method, 100, task_loss)
         require_teacher(self.method, phases, teacher)
         refuse_features(self.method, phases, "DistillationTrainer")
         self._require_supported(len(phases))
         warn_of_no_refresh(self.adapter, model, "DistillationTrainer")
+        mark_pretrained(model)
         (self.phase,) = phases
         self.quantizer_lr = quantizer_lr
         super().__init__(model, args, **options)
@@ -122,6 +130,7 @@ class DistillationTrainer(_Trainer):  # type: ignore[misc]
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's; under ``bf16`` quantizers compute in float32."""
+        record_training(unwrapped(self.model), TrainingRecord(type(self.method).__name__, "own"))
         with float32_quantizers(self.adapter, unwrapped(self.model)):
             return super().train(*args, **kwargs)
 
@@ -129,6 +138,43 @@ class DistillationTrainer(_Trainer):  # type: ignore[misc]
         """As the Trainer's; under ``bf16`` quantizers compute in float32."""
         with float32_quantizers(self.adapter, unwrapped(self.model)):
             return super().evaluation_loop(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer's, and student.safetensors beside it; not in the Trainer's own checkpoints, which it reads itself."""
+        super().save_model(output_dir, _internal_call)
+        if not _internal_call and self.args.should_save:
+            save(unwrapped(self.model), Path(output_dir or self.args.output_dir) / "student.safetensors")
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """With the network's own names of weights: transformers 5 writes those of earlier versions, and does not find them when
+        it resumes or puts the best weights back."""
+        network = self.model
+        if not isinstance(network, _library.PreTrainedModel):
+            super()._save(output_dir, state_dict)
+            return
+        network.save_pretrained = partial(network.save_pretrained, save_original_format=False)
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            del network.save_pretrained
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """The Trainer only logs what it did not restore.
+
+        Raises:
+            CheckpointError: it is a weight or a quantizer's number.
+        """
+        state = self.model.state_dict()
+        missing = set(load_result.missing_keys) - set(getattr(self.model, "_keys_to_ignore_on_save", None) or ())
+        found = {tensor.data_ptr() for name, tensor in state.items() if name not in missing and isinstance(tensor, Tensor)}
+        tied = {name for name in missing if isinstance(state[name], Tensor) and state[name].data_ptr() in found}
+        if lost := [*(missing - tied), *load_result.unexpected_keys]:
+            raise CheckpointError(
+                f"transformers {_library.__version__} did not restore {len(lost)} tensors of a checkpoint, among them "
+                f"{min(lost)}: it holds other names than the student, and was written by another version or for another "
+                "student. Start afresh in another output_dir."
+            )
+        super()._issue_warnings_after_load(load_result)
 
     def _require_supported(self, phases: int) -> None:
         if self.adapter.name != "modelopt":

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .._common.optional import require
+from .._common.training_record import TrainingRecord, record_training
 from ..errors import QakdError
 from ..tasks.batches import BatchFn, batch_splitter, default_batch
 from ..tasks.evaluation import evaluate
@@ -20,7 +21,7 @@ from ..training.attached import refuse_features
 from ..training.autocast import float32_hooks
 from ..training.config import Settings
 from ..training.curvature import warn_of_no_refresh
-from ..training.methods import SQAKD, MatchCheck, Method, Phase, require_labels, total_loss, with_task_loss
+from ..training.methods import SQAKD, MatchCheck, Method, Phase, planned, require_labels, total_loss
 from ..training.optimizers import (
     clip_gradients,
     cosine_schedule,
@@ -95,7 +96,7 @@ class DistillationModule(_LightningModule):  # type: ignore[misc]
         self._float32: list[Any] = []
 
     def _phases(self, epochs: int) -> tuple[Phase, ...]:
-        return with_task_loss(self.method.phases(epochs), self.task_loss)
+        return planned(self.method, epochs, self.task_loss)
 
     # -- modes and ranges
 
@@ -139,6 +140,9 @@ class DistillationModule(_LightningModule):  # type: ignore[misc]
     def teardown(self, stage: str) -> None:
         for handle in self._float32:
             handle.remove()
+
+    def on_train_start(self) -> None:
+        record_training(self.student, TrainingRecord(type(self.method).__name__, "own"))
 
     def on_train_epoch_start(self) -> None:
         self._phase = self._epochs[self.current_epoch]

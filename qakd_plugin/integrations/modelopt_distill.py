@@ -17,7 +17,7 @@ from ..tasks.matchers import Match
 from ..tasks.outputs import named_outputs
 from ..toolkits import adapter_for
 from ..training.attached import refuse_features
-from ..training.methods import KD, SQAKD, Imitation, MatchCheck, Method, Phase, total_loss
+from ..training.methods import KD, SQAKD, Imitation, MatchCheck, Method, Phase, planned, total_loss
 
 
 class KLCriterion(_Loss):
@@ -92,7 +92,7 @@ def kd_loss_config(prepared_model: nn.Module, teacher: nn.Module, method: Method
     if toolkit != "modelopt":
         raise QakdError(f"mtd.convert takes models of ModelOpt, and prepared_model was prepared by {toolkit}: use qakd.attach.")
     method = SQAKD() if method is None else method
-    refuse_features(method, method.phases(1), "a criterion of mtd.convert")
+    refuse_features(method, planned(method, 1, None), "a criterion of mtd.convert")
     if isinstance(method, SQAKD):
         alpha = None
     elif isinstance(method, KD):

@@ -8,18 +8,16 @@ analysis serves both.
 from __future__ import annotations
 
 import copy
-import io
 import operator
-import sys
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from .._common.silenced import silenced
 from ..tasks.inputs import Inputs, arguments, runs_on_one_sample
 from .frozen_batch_norm import is_frozen_batch_norm
 from .layer_names import WEIGHTED
@@ -53,9 +51,7 @@ def exported_layer_graph(model: nn.Module, inputs: Inputs) -> fx.Graph:
     """
     args, kwargs = arguments(inputs)
     copied = copy.deepcopy(model).eval()  # tensors that a network keeps, such as anchors, would be left without values
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about those
-        return _Translation(copied).graph(exported(copied, args, kwargs).graph)
+    return _Translation(copied).graph(exported(copied, args, kwargs).graph)
 
 
 def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any = None) -> fx.GraphModule:
@@ -81,10 +77,9 @@ def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sh
 
 
 def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> fx.GraphModule:
-    printed = io.StringIO()  # on failure the whole graph so far
-    with redirect_stderr(printed), torch.enable_grad(), _without_fast_path():
+    # On failure torch.export prints the whole graph so far.
+    with silenced("torch.export._trace"), torch.enable_grad(), _without_fast_path():
         graph = torch.export.export(model, args, kwargs, dynamic_shapes=shapes).module(check_guards=False)
-    sys.stderr.write(printed.getvalue())
     assert isinstance(graph, fx.GraphModule)
     return graph
 

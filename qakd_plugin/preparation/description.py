@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from .._common.console import cell
 from ..errors import NotPreparedError, UnsupportedQuantizerError
 from ..placement.targets import TARGETS
 from ..quantizers.qparams import QParams
@@ -86,7 +87,7 @@ class Description:
 
     def table(self) -> Table:
         """A rich table, one row per quantizer."""
-        table = Table(title=self.summary())
+        table = Table(title=cell(self.summary()))
         for column in ("quantizer", "role", "kind"):
             table.add_column(column)
         for column in ("bits", "codes", "axis", "scale"):
@@ -100,7 +101,14 @@ class Description:
                 scale = f"{q.scale_min:.3g}..{q.scale_max:.3g}"
             verdicts = (q.problems.get(target, "yes") for target in TARGETS)
             table.add_row(
-                q.name, q.role, q.kind, str(q.bits or "-"), codes, "-" if q.axis is None else str(q.axis), scale, *verdicts
+                cell(q.name),
+                q.role,
+                q.kind,
+                str(q.bits or "-"),
+                codes,
+                "-" if q.axis is None else str(q.axis),
+                scale,
+                *verdicts,
             )
         return table
 

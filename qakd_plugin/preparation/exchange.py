@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._common.module_copy import copied
 from ..errors import QakdError, UnsupportedQuantizerError
 from ..placement.calibration import RangeObserver, best_weight_clip, observe_inputs
 from ..placement.layer_names import within
@@ -62,6 +62,8 @@ def use_quantizers(
     """
     if target not in TARGETS:
         raise QakdError(f"target={target!r} is unknown: use one of {list(TARGETS)}.")
+    if isinstance(config, type):
+        raise QakdError(f"config={config.__name__} is a class: pass qakd.{config.__name__}().")
     adapter = adapter_for(prepared_model)
     swaps = [_Swap.of(adapter, quantizer, config) for quantizer in _chosen(adapter, prepared_model, keep)]
     observed = _observe(adapter, prepared_model, swaps, calibration_batches, batch_fn)
@@ -146,6 +148,27 @@ def restore_quantizers(prepared_model: nn.Module, keep: Sequence[str] = ()) -> n
     return prepared_model
 
 
+def install_rules(prepared_model: nn.Module, rules: Mapping[str, Rule]) -> None:
+    """Put learned quantizers in by name, for a state_dict that holds their numbers to be loaded.
+
+    Args:
+        prepared_model: changed in place.
+        rules: what each computes, by the name of the quantizer whose place it takes.
+
+    Raises:
+        QakdError: there is no quantizer of that name.
+    """
+    adapter = adapter_for(prepared_model)
+    quantizers = {quantizer.fqn: quantizer for quantizer in adapter.quantizers(prepared_model)}
+    missing = next((name for name in rules if name not in quantizers), None)
+    if missing is not None:
+        raise QakdError(f"prepared_model ({type(prepared_model).__name__}) holds no quantizer {missing!r}.")
+    for name, rule in rules.items():
+        quantizer = quantizers[name]
+        clip = torch.ones(()) if quantizer.role == "activation" else _weight_clip(quantizer, rule)
+        adapter.install(prepared_model, quantizer, rule, clip.to(device_of_network(prepared_model)))
+
+
 def _chosen(adapter: Adapter, model: nn.Module, keep: Sequence[str]) -> list[Quantizer]:
     """Quantizers that no pattern names, neither by themselves nor by all the layers that read them."""
     quantizers = adapter.quantizers(model)
@@ -217,7 +240,7 @@ def _observe(
     if not inputs:
         raise QakdError("calibration_batches is empty: ranges need at least one batch, and are better with several.")
     # A copy: what observing asks for, and what passes through the model leave behind, is no business of the model's.
-    observed = copy.deepcopy(model)
+    observed = copied(model)
     adapter.set_mode(observed, False)
     adapter.freeze_ranges(observed, True)
     adapter.set_fake_quant(observed, False)

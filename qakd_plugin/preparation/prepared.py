@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._common.module_copy import copied, has_hooks
+from .._common.module_mode import eval_mode
+from .._common.one_at_a_time import one_at_a_time
 from .._common.precision import dtype_name
 from ..errors import NotPreparedError, QakdError
 from ..placement.attention import open_attention
@@ -16,12 +19,16 @@ from ..placement.frozen_batch_norm import fold_frozen_batch_norms, frozen_batch_
 from ..placement.placement import layer_graph
 from ..placement.targets import TARGETS, Target
 from ..tasks.batches import BatchFn, batch_splitter, default_batch
-from ..tasks.inputs import HALF, Inputs, device_of_network, dtypes_named, named_tensors, precision_of, to_device
+from ..tasks.inputs import HALF, Inputs, call, device_of_network, dtypes_named, named_tensors, precision_of, to_device
+from ..tasks.outputs import named_outputs
 from ..toolkits import Adapter, Precision, adapter_for, adapter_named
+from .pretrained import mark_pretrained
+from .recorded import Preparation, described_inputs, record
 
 _log = logging.getLogger(__name__)
 
 
+@one_at_a_time
 def prepare(
     model: nn.Module,
     calibration_batches: Iterable[object],
@@ -82,9 +89,16 @@ def prepare(
     if frozen_batch_norms(network):
         network = fold_frozen_batch_norms(network, layer_graph(network, batches[0]))
     with dtypes_named(model, batches[0], "calibration_batches"):
-        return adapter.prepare(network, batches, precision)
+        prepared = adapter.prepare(network, batches, precision)
+    _require_hooks(adapter, model, prepared, batches[0])
+    kept = None if keep is None else list(keep)
+    asked = Preparation(adapter.name, weight_bits, activation_bits, kept, target, described_inputs(batches[0]))
+    record(prepared, asked)
+    mark_pretrained(prepared)
+    return prepared
 
 
+@one_at_a_time
 def configuration(
     model: nn.Module,
     toolkit: str = "modelopt",
@@ -138,6 +152,16 @@ def _require_float(model: nn.Module) -> None:
             f"model holds {dtype_name(dtype)} weights, in which steps of training are lost to rounding and "
             'codes do not lie on their grid: pass model.float(), and mixed_precision="bf16" to distill for speed.'
         )
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise QakdError(
+                f"model: {name} lies on the meta device, where it has no numbers. Load them first: "
+                "model.to_empty(device='cpu') and model.load_state_dict(...)."
+            )
+        if parameter.dtype == torch.float64:
+            raise QakdError(f"model: {name} is float64, and quantizers compute in float32: pass model.float().")
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            raise QakdError(f"model: {name} holds NaN or infinite weights. Load those from before they were lost.")
     try:
         adapter = adapter_for(model)
     except NotPreparedError:
@@ -145,9 +169,31 @@ def _require_float(model: nn.Module) -> None:
     raise NotPreparedError(f"model is prepared by {adapter.name} already: pass the float model, or call distill with this one.")
 
 
+@torch.no_grad()
+def _require_hooks(adapter: Adapter, model: nn.Module, prepared: nn.Module, inputs: Inputs) -> None:
+    """Refuse a toolkit that lost hooks of forward which change what the network computes; others are no loss."""
+    hooked = [name or type(model).__name__ for name, module in model.named_modules() if has_hooks(module)]
+    if not hooked:
+        return
+    unquantized = copied(prepared)
+    adapter.set_mode(unquantized, False)
+    adapter.freeze_ranges(unquantized, True)
+    adapter.set_fake_quant(unquantized, False)
+    with eval_mode(model):
+        expected = named_outputs(call(model, inputs)).values()
+    for wanted, found in zip(expected, named_outputs(call(unquantized, inputs)).values(), strict=True):
+        if wanted.is_floating_point() and not torch.allclose(wanted, found, rtol=1e-3, atol=1e-3 * float(wanted.abs().max())):
+            raise QakdError(
+                f"model: toolkit={adapter.name!r} loses a hook of {', '.join(hooked[:3])} that changes what is computed. "
+                "Write what the hook does in forward, or use toolkit='modelopt'."
+            )
+
+
 def _inputs(split: BatchFn, batch: object, index: int) -> Inputs:
     inputs, _ = split(batch)
     for tensor in named_tensors(inputs).values():
+        if tensor.is_meta:
+            raise QakdError(f"calibration_batches: batch {index} lies on the meta device, without numbers. Pass real batches.")
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise QakdError(f"calibration_batches: batch {index} holds NaN or infinite values.")
     return inputs

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
+from .._common.history import START, below_start, kept_of
 from ..bench.rows import LayerTime, Row
 from .ranking import RankingPlot, number, ranking_plot
 from .scatter import Axis
@@ -37,6 +39,7 @@ class TrainingRun:
         name: of the run.
         phases: names in order, with the epochs of each.
         epochs: in all.
+        outcome: what was lost against the prepared model, or that it was kept; empty where neither is known.
         curves: loss, and the metric on held-out data.
         columns: of the table of epochs.
         lines: its cells.
@@ -47,6 +50,7 @@ class TrainingRun:
     name: str
     phases: str
     epochs: int
+    outcome: str
     curves: tuple[Curve, ...]
     columns: tuple[str, ...]
     lines: tuple[tuple[str, ...], ...]
@@ -84,7 +88,8 @@ def training_run(entry: Mapping[str, Any]) -> TrainingRun:
     return TrainingRun(
         name=str(entry["name"]),
         phases=_phases(history),
-        epochs=len(history),
+        epochs=sum(_epochs(history)),
+        outcome=_outcome(history),
         curves=tuple(curves),
         columns=columns,
         lines=tuple(tuple(_cell(row.get(column)) for column in columns) for row in thinned),
@@ -141,12 +146,36 @@ def _shown_metric(history: Sequence[Mapping[str, Any]]) -> str | None:
     return next((name for name in ("val_accuracy", *own, *compared) if name in names), None)
 
 
+def _outcome(history: Sequence[Mapping[str, Any]]) -> str:
+    """By numbers of which it is known that larger is better; the history says which row was kept."""
+    rows = [
+        {name: value for name, value in row.items() if number(value) is not None} | {"best": row.get("best") is True}
+        for row in history
+    ]
+    if not rows or not all("epoch" in row for row in rows) or rows[0]["epoch"] != START:
+        return ""
+
+    def known(row: Mapping[str, Any]) -> tuple[list[str], int]:
+        return [name for name in row if name == "val_accuracy"], 1
+
+    kept = "The prepared model was kept: no epoch was as good." if kept_of(rows) is rows[0] and len(rows) > 1 else ""
+    return below_start(rows, known) or kept
+
+
 def _phases(history: Sequence[Mapping[str, Any]]) -> str:
     counted: dict[str, int] = {}
-    for row in history:
+    for row, count in zip(history, _epochs(history), strict=True):
         name = str(row.get("phase", "training"))
-        counted[name] = counted.get(name, 0) + 1
-    return ", ".join(f"{name} {count} epoch{'s' * (count > 1)}" for name, count in counted.items())
+        counted[name] = counted.get(name, 0) + count
+    return ", ".join(f"{name} {count} epoch{'s' * (count > 1)}" for name, count in counted.items() if count)
+
+
+def _epochs(history: Sequence[Mapping[str, Any]]) -> list[int]:
+    """How many epochs each row stands for: those since the row before, where a history was thinned; none, of the start."""
+    numbers = [-1, *(number for row in history if type(number := row.get("epoch")) is int)]
+    counts = [after - before for before, after in pairwise(numbers)]
+    in_order = len(counts) == len(history) and all(count >= (index > 0) for index, count in enumerate(counts))
+    return counts if in_order else [1] * len(history)
 
 
 def _is_cell(value: object) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -12,11 +11,13 @@ from typing import Any
 
 from ..bench.rows import Row
 from ..bench.schema import SCHEMA_VERSION, validate
+from ..deploy.file_record import finite
 from ..errors import QakdError
 from ..runtimes.host import environment
 from .verdicts import warnings_of
 
-_LARGEST_FILE = 256 * 2**20
+_LARGEST_FILE = 64 * 2**20
+"""Bytes; a thousand rows take a few MiB, and Python needs twenty times as much memory as a hostile one has bytes."""
 _LISTS = ("training", "parity", "engines")
 
 
@@ -37,8 +38,8 @@ def build_document(
         title: heading.
         notes: sentences a reader should know.
         seeds: by what they seeded.
-        training: {"name", "history"} of each run of ``distill``.
-        parity: {"name", ...} of each exported file: ``ParityReport.as_dict()``.
+        training: {"name", "history"} of each run of ``distill``. Without it, the page shows what measured files have recorded.
+        parity: {"name", ...} of each exported file: ``ParityReport.as_dict()``. Likewise.
         engines: {"name", "sha256", ...} of each engine: its manifest.
 
     Raises:
@@ -58,8 +59,8 @@ def build_document(
         "runs": [run],
         "rows": [{**row.as_dict(), "run": 0} for row in rows],
         # Identical outputs have an infinite ratio of signal to noise, and a loss may be NaN: JSON knows neither.
-        "training": [_finite(dict(entry)) for entry in training],
-        "parity": [_finite(dict(entry)) for entry in parity],
+        "training": [finite(dict(entry)) for entry in training],
+        "parity": [finite(dict(entry)) for entry in parity],
         "engines": [dict(engine) for engine in engines],
     }
     validate(document)
@@ -151,14 +152,6 @@ def _from_version_1(document: Mapping[str, Any]) -> dict[str, Any]:
     run = {key: document[key] for key in of_run if key in document}
     rest = {key: value for key, value in document.items() if key not in of_run}
     return {**rest, "schema_version": SCHEMA_VERSION, "created": document.get("created"), "runs": [run]}
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _refuse_constant(name: str) -> None:

@@ -10,7 +10,7 @@ from ..bench.rows import Row
 from .document import rows_of
 from .scatter import pareto
 from .tables import CONFIGURATION, SideBySide, common_setting, run_names, short, shown_columns, side_by_side
-from .verdicts import verdicts
+from .verdicts import RULE, Recommendation, recommendations, verdicts
 
 
 def markdown(document: Mapping[str, Any]) -> str:
@@ -20,9 +20,10 @@ def markdown(document: Mapping[str, Any]) -> str:
         document: that fits the schema.
     """
     rows = rows_of(document)
-    names = run_names(document)
+    names, advice = run_names(document), recommendations(rows)
     lines = [f"# {_md(document['title'])}", "", _md(common_setting(rows)), ""]
     for index, (name, run) in enumerate(zip(names, document["runs"], strict=True)):
+        lines += _deployment([one for one in advice if one.run == index], several=len(advice) > 1)
         lines += [f"{_md(run['created'])} on {_md(name)}, Python {_md(run['environment'].get('python', 'unknown'))}", ""]
         lines += [f"- **Warning**: {_md(text)}" for text in run.get("warnings", ())]
         lines += [f"- {_md(text)}" for text in run.get("notes", ())]
@@ -71,6 +72,14 @@ def _cell(row: Row | None) -> str:
     return f"{counted}{row.p50_ms:.3f} ms"
 
 
+def _deployment(advice: Sequence[Recommendation], *, several: bool) -> list[str]:
+    lines = []
+    for one in advice:
+        start = f"{_md(one.setting)}: " if several else ""
+        lines += [f"{start}{'**Deploy** ' if one.row else ''}{_md(one.text)} {_md(one.why)}".rstrip(), ""]
+    return [*lines, _md(RULE), ""] if lines else []
+
+
 def _diagnosis(rows: Sequence[Row]) -> list[str]:
     lines = []
     for verdict in verdicts(rows):
@@ -83,7 +92,7 @@ def _diagnosis(rows: Sequence[Row]) -> list[str]:
 
 def _md(text: object) -> str:
     """Text from outside stays text: it cannot end a table cell, become markup or HTML, or be made a link."""
-    line = re.sub(r"([\\`*\[\]|~#!])", r"\\\1", short(text, 400))
+    line = re.sub(r"([\\`*\[\]|~#!])", r"\\\1", short(text, 900))
     line = re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", line)
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"(?i)\b(www)\.", r"\1&#46;", line).replace("://", ":&#47;&#47;").replace("@", "&#64;")

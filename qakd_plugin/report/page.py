@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from typing import Any
 
@@ -19,10 +20,11 @@ from markupsafe import Markup
 from ..bench.rows import MetricValue, Row
 from .charts import latency_bars, layer_table, training_run
 from .document import rows_of
-from .scatter import accuracy_latency_plot, metric_words, pareto
-from .tables import CONFIGURATION, Column, common_setting, family, run_names, short, shown_columns, side_by_side
+from .histories import proofs_of, trainings_of
+from .scatter import accuracy_latency_plot, labels, metric_words, pareto, point_scales
+from .tables import CONFIGURATION, Column, common_setting, families, family, run_names, short, shown_columns, side_by_side
 from .templates import static, template
-from .verdicts import verdicts
+from .verdicts import RULE, recommendations, verdicts
 
 _AXES = {
     "p50_ms": "median latency, ms",
@@ -31,7 +33,6 @@ _AXES = {
     "peak_rss_mib": "peak memory, MiB",
 }
 _AGREEMENTS = {"agreement": "agreement with the trained model, %", "sqnr_db": "SQNR, dB"}
-_FAMILIES = {"float": "floating point", "ptq": "PTQ", "qat": "QAT", "distilled": "QAT with distillation"}
 _MARKERS = {
     "onnxruntime": "M-5 0a5 5 0 1 0 10 0a5 5 0 1 0-10 0Z",
     "openvino": "M-4.5-4.5h9v9h-9Z",
@@ -45,6 +46,7 @@ def render(document: Mapping[str, Any]) -> str:
     """The page of a document that fits the schema."""
     rows = rows_of(document)
     columns, names, best = shown_columns(rows), run_names(document), pareto(rows)
+    recommended = recommendations(rows)
     style, script = static("report.css"), static("report.js")
     return template("template.html").render(
         family=family,
@@ -57,14 +59,22 @@ def render(document: Mapping[str, Any]) -> str:
         columns=[(column, column.is_numeric(rows)) for column in columns],
         best=best,
         common=common_setting(rows),
+        recommendations=recommended,
+        rule=RULE,
+        picked={id(one.row) for one in recommended if one.row is not None},
+        where=_where(rows),
+        identity=id,
         verdicts=verdicts(rows),
         beside=side_by_side(rows),
-        families={kind: text for kind, text in _FAMILIES.items() if any(family(row) == kind for row in rows)},
+        families=families(rows),
         markers={name: path for name, path in _MARKERS.items() if any(row.runtime.startswith(name) for row in rows)},
         plot=accuracy_latency_plot(rows),
+        sizes=_sizes(rows),
         bars=latency_bars(rows),
         layers=[layer_table(row) for row in rows if row.layers],
-        training=[training_run(entry) for entry in document.get("training", ())],
+        training=[training_run(entry) for entry in trainings_of(document, rows)],
+        parity=proofs_of(document, rows),
+        when=_when,
         environments=[_environment(run) for run in document["runs"]],
         data=embedded(_data(rows, columns, names, best)),
         style=style,
@@ -142,25 +152,37 @@ def _data(rows: Sequence[Row], columns: Sequence[Column], names: Sequence[str], 
     measures = _measures(rows)
     descending = [column.descending for column in columns]
     descending[1:1] = [False] if len(names) > 1 else []
+    texts, scales = labels(rows), point_scales(rows)
     return {
         "axes": {key: name for key, name in _AXES.items() if any(getattr(row, key) is not None for row in rows)},
         "measures": {measure.key: measure.as_data() for measure in measures},
         "descending": descending,
-        "rows": [_entry(row, columns, names, pareto, measures) for row, pareto in zip(rows, best, strict=True)],
+        "rows": [
+            _entry(row, columns, names, pareto, measures, texts[id(row)], scales[id(row)])
+            for row, pareto in zip(rows, best, strict=True)
+        ],
     }
 
 
 def _entry(
-    row: Row, columns: Sequence[Column], names: Sequence[str], best: bool, measures: Sequence[_Measure]
+    row: Row,
+    columns: Sequence[Column],
+    names: Sequence[str],
+    best: bool,
+    measures: Sequence[_Measure],
+    tag: str,
+    scale: float,
 ) -> dict[str, Any]:
     several = len(names) > 1
     keys = [short(value) if isinstance(value := column.value(row), str) else value for column in columns]
     keys[1:1] = [row.run] if several else []
     return {
         "label": short(row.name, 60),
+        "tag": short(tag, 44),
         "family": family(row),
         "best": best,
         "marker": marker(row),
+        "scale": round(scale, 3),
         "keys": keys,
         "setting": f"{row.run}/{row.batch}/{row.threads}/{short(row.model)}",
         "filters": {
@@ -183,8 +205,36 @@ def marker(row: Row) -> str:
     return next((path for name, path in _MARKERS.items() if row.runtime.startswith(name)), _MARKERS["onnxruntime"])
 
 
+def _where(rows: Sequence[Row]) -> dict[int, str]:
+    """For the line under a row's name: its runtime, and what else tells it from others."""
+    several = {name: len({getattr(row, name) for row in rows}) > 1 for name in ("model", "batch", "threads")}
+    found = {}
+    for row in rows:
+        parts = [f"{row.runtime} {row.precision}", *([row.model] if several["model"] and row.model else [])]
+        parts += [f"{name} {getattr(row, name)}" for name in ("batch", "threads") if several[name]]
+        found[id(row)] = short(", ".join(parts), 80)
+    return found
+
+
+def _sizes(rows: Sequence[Row]) -> str:
+    """The smallest and the largest file, or nothing."""
+    known = [row.file_mib for row in rows if row.file_mib is not None]
+    return f"{min(known):.2f} to {max(known):.2f} MiB" if known else ""
+
+
+def _when(text: str) -> str:
+    """A time stamp to read; anything else stays as it is."""
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        return short(text, 40)
+    zone = moment.strftime("%Z").removesuffix("+00:00")
+    return f"{moment.day} {moment:%B %Y, %H:%M} {zone}".rstrip()
+
+
 def _environment(run: Mapping[str, Any]) -> list[tuple[str, str]]:
-    facts = [(short(key).replace("_", " "), _fact(value)) for key, value in run["environment"].items() if key != "versions"]
+    known = {key: value for key, value in run["environment"].items() if key != "versions" and value not in (None, "unknown")}
+    facts = [(short(key).replace("_", " "), _fact(value)) for key, value in known.items()]
     facts += [(f"seed, {short(key)}", str(value)) for key, value in run.get("seeds", {}).items()]
     return facts + [(short(key), short(value)) for key, value in run["environment"].get("versions", {}).items()]
 
@@ -192,7 +242,7 @@ def _environment(run: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _fact(value: object) -> str:
     if isinstance(value, list):
         return short(", ".join(map(str, value)), 400)
-    return "unknown" if value is None else short(value, 400)
+    return short(value, 400)
 
 
 def _digest(text: str) -> str:

@@ -11,7 +11,9 @@ from ..bench.rows import MetricValue, Row
 
 WIDTH, HEIGHT = 760.0, 400.0
 LEFT, RIGHT, TOP, BOTTOM = 58.0, 20.0, 16.0, 46.0
-_LABEL_HEIGHT, _LETTER_WIDTH, _LONGEST_LABEL = 14.0, 6.4, 36
+_LABEL_HEIGHT, _LETTER_WIDTH, _LONGEST_LABEL = 14.0, 6.8, 44
+_LARGEST_POINT, _SMALLEST_POINT = 1.7, 0.6
+"""Of a point's radius, by the size of its file; 1 where that is not known."""
 _LOGARITHMIC = 12.0
 """Latencies that differ by more than this factor are drawn on a logarithmic axis."""
 
@@ -64,7 +66,11 @@ class Axis:
 
 @dataclass(frozen=True)
 class Point:
-    """A row in the plane: its metric, center, ends of the interval, label ("" without room), and whether nothing beats it."""
+    """A row in the plane: its metric, center, ends of the interval, label ("" without room), and whether nothing beats it.
+
+    ``scale`` is that of the outline, whose area is the size of the file; ``cut_low`` and ``cut_high`` say that the interval
+    goes on beyond the axis.
+    """
 
     row: Row
     metric: MetricValue
@@ -77,6 +83,9 @@ class Point:
     label_y: float
     anchor: str
     pareto: bool
+    scale: float
+    cut_low: bool
+    cut_high: bool
 
 
 @dataclass(frozen=True)
@@ -125,17 +134,55 @@ def accuracy_latency_plot(rows: Sequence[Row]) -> Plot | None:
         if row.metric is not None and row.metric.kind == first.kind
     ]
     x, y = _axes([row for row, _, _ in shown], [metric for _, metric, _ in shown])
-    placed = [_box(x(row.p50_ms) - 5, y(_drawn(metric, metric.value)), 10) for row, metric, _ in shown]
+    texts, scales = labels(rows), point_scales(rows)
+    placed = [
+        _box(x(row.p50_ms) - 5 * scales[id(row)], y(_drawn(metric, metric.value)), 10 * scales[id(row)])
+        for row, metric, _ in shown
+    ]
     points = []
     for row, metric, best in sorted(shown, key=lambda entry: (not entry[2], entry[0].p50_ms)):
         label, label_x, label_y, anchor = "", 0.0, 0.0, "start"
         at = y(_drawn(metric, metric.value))
         if len(shown) <= _LABELLED:
-            label, label_x, label_y, anchor = _label(row, x(row.p50_ms), at, placed)
-        low, high = (y(_drawn(metric, metric.value if end is None else end)) for end in (metric.low, metric.high))
-        points.append(Point(row, metric, x(row.p50_ms), at, low, high, label, label_x, label_y, anchor, best))
+            label, label_x, label_y, anchor = _label(texts[id(row)], x(row.p50_ms), at, placed)
+        ends = [_drawn(metric, metric.value if end is None else end) for end in (metric.low, metric.high)]
+        cut = ends[0] < y.low, ends[1] > y.high
+        low, high = map(y, ends)
+        points.append(
+            Point(row, metric, x(row.p50_ms), at, low, high, label, label_x, label_y, anchor, best, scales[id(row)], *cut)
+        )
     names = metric_words(first)
     return Plot(tuple(points), x.ticks(6), y.ticks(5), tuple(_frontiers(points)), *names)
+
+
+def labels(rows: Sequence[Row]) -> dict[int, str]:
+    """A label for each row, by its identity: its name, and where several rows share that also the runtime and what it computes
+    in. A toolkit that all have in common is left out."""
+    several = len({row.toolkit for row in rows if row.toolkit is not None}) > 1
+    names = {id(row): row.name if several else row.name.removesuffix(f" ({row.toolkit})") for row in rows}
+    runtimes: dict[tuple[int, str], set[str]] = {}
+    precisions: dict[tuple[int, str, str], set[str]] = {}
+    for row in rows:
+        runtimes.setdefault((row.run, names[id(row)]), set()).add(row.runtime)
+        precisions.setdefault((row.run, names[id(row)], row.runtime), set()).add(row.precision)
+    found = {}
+    for row in rows:
+        name = names[id(row)]
+        where = [row.runtime] * (len(runtimes[row.run, name]) > 1)
+        where += [row.precision] * (len(precisions[row.run, name, row.runtime]) > 1)
+        found[id(row)] = f"{name}, {' '.join(where)}" if where else name
+    return found
+
+
+def point_scales(rows: Sequence[Row]) -> dict[int, float]:
+    """Scale of each row's outline, by the row's identity: areas are as sizes of files."""
+    largest = max((row.file_mib for row in rows if row.file_mib is not None), default=None)
+    return {
+        id(row): 1.0
+        if row.file_mib is None or largest is None
+        else max(_SMALLEST_POINT, _LARGEST_POINT * math.sqrt(row.file_mib / largest))
+        for row in rows
+    }
 
 
 def metric_words(metric: MetricValue) -> tuple[str, str, str]:
@@ -173,9 +220,9 @@ def _box(x: float, y: float, width: float) -> tuple[float, float, float, float]:
     return x, y - _LABEL_HEIGHT / 2, x + width, y + _LABEL_HEIGHT / 2
 
 
-def _label(row: Row, x: float, y: float, placed: list[tuple[float, float, float, float]]) -> tuple[str, float, float, str]:
+def _label(name: str, x: float, y: float, placed: list[tuple[float, float, float, float]]) -> tuple[str, float, float, str]:
     """The label where it covers neither points nor labels: right, left, above or below; none where all are taken."""
-    text = row.name if len(row.name) <= _LONGEST_LABEL else row.name[: _LONGEST_LABEL - 1] + "\N{HORIZONTAL ELLIPSIS}"
+    text = name if len(name) <= _LONGEST_LABEL else name[: _LONGEST_LABEL - 1] + "\N{HORIZONTAL ELLIPSIS}"
     width = _LETTER_WIDTH * len(text)
     for anchor, at_x, at_y in (
         ("start", x + 9, y),

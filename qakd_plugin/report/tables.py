@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
 
+from .._common.console import cell
 from ..bench.rows import MetricValue, OutputAgreement, Row, baselines
+from ..deploy.file_record import UNTRAINED
+from .histories import trained_by, training_text, way
 from .scatter import pareto
 
 Value = str | int | float | None
 _LONGEST = 120
-FAMILIES = {"FP32": "float", "PTQ": "ptq", "QAT": "qat"}
-"""Kind of row by method; every other method is distilled."""
 
 
 @dataclass(frozen=True)
@@ -95,27 +95,24 @@ INTEGER = Column(
     lambda row: "-" if row.total_layers is None else f"{row.integer_layers}/{row.total_layers}",
 )
 FILE = _number("MiB", "size of the file", lambda row: row.file_mib, ".2f")
+BEST_FLOAT = _number(
+    "x best float",
+    "median latency of the fastest float row of any runtime over this one, same run",
+    lambda row: row.speedup_over_best_float,
+    ".2f",
+)
+TRAINING = _text("training", "what the file's record says: by what it was trained, and for how long", training_text)
+IDENTITY = (RUNTIME, MODEL, BATCH, THREADS)
 COLUMNS = (
-    ROW,
-    MODEL,
-    RUNTIME,
-    BATCH,
-    THREADS,
-    ACCURACY,
-    INTERVAL,
+    TRAINING,
     _number("agree %", "share of images with the label that the trained model gives", lambda row: row.agreement, ".2f", 100),
     _number("SQNR dB", "logits against the trained model's", lambda row: row.sqnr_db, ".1f"),
-    P50,
     P90,
     _number("p99 ms", "99th percentile; needs 662 calls", lambda row: row.p99_ms, ".3f"),
     _number("CPU ms", "median processor time of a call, all threads", lambda row: row.cpu_ms, ".3f"),
     THROUGHPUT,
     SPEEDUP,
-    _number(
-        "x best float", "likewise over the fastest float row of any runtime", lambda row: row.speedup_over_best_float, ".2f"
-    ),
     INTEGER,
-    FILE,
     _number("load ms", "time to load the file", lambda row: row.load_ms, ",.0f"),
     _number(
         "peak MiB",
@@ -130,6 +127,33 @@ COLUMNS = (
 )
 _CONSTANTS = (MODEL, BATCH, THREADS)
 _LONGEST_NAME = 40
+
+
+def change_columns(rows: Sequence[Row]) -> list[Column]:
+    """What rows lose against FP32, and the interval of that."""
+    shares = all(row.metric is None or row.metric.unit == "%" for row in rows)
+    factor, form, what = (100.0, ".2f", "points to FP32") if shares else (1.0, ".4g", "to FP32")
+
+    def change(row: Row) -> float | None:
+        return None if row.change is None else row.change.value
+
+    def text(row: Row) -> str:
+        found = change(row)
+        return "-" if found is None else f"{factor * found:+{form}}" if found else "0"
+
+    def low(row: Row) -> float | None:
+        return None if row.change is None else row.change.low
+
+    def interval(row: Row) -> str:
+        if row.change is None or row.change.low is None or row.change.high is None:
+            return "-"
+        return f"{factor * row.change.low:+{form}} to {factor * row.change.high:+{form}}"
+
+    falling = all(row.metric is None or row.metric.higher_is_better is not False for row in rows)
+    return [
+        Column(what, "against FP32 on the same samples, in the same runtime where it was measured", change, text, falling),
+        Column(f"95 % of {what}", "interval of the paired difference (Tango, or paired bootstrap)", low, interval),
+    ]
 
 
 def metric_columns(rows: Sequence[Row]) -> list[Column]:
@@ -195,13 +219,17 @@ def _columns_of_output(name: str) -> list[Column]:
 
 
 def shown_columns(rows: Sequence[Row]) -> list[Column]:
-    """Columns in which something stands, without those that say the same of all rows and are told in one line above."""
+    """Columns in which something stands, without those that say the same of all rows and are told in one line above. What a
+    file is chosen by comes first, so that a narrow screen shows it."""
+    metrics, (to_fp32, its_interval) = metric_columns(rows), change_columns(rows)
+    columns = [ROW, ACCURACY, *metrics[::2], to_fp32, P50, BEST_FLOAT, FILE, *IDENTITY]
+    columns += [INTERVAL, *metrics[1::2], its_interval, *COLUMNS, *_output_columns(rows)]
     shown = []
-    after = COLUMNS.index(INTERVAL) + 1
-    for column in (*COLUMNS[:after], *metric_columns(rows), *COLUMNS[after:], *_output_columns(rows)):
+    for column in columns:
         values = {column.value(row) for row in rows}
         constant = column in _CONSTANTS or column.heading == "calls"
-        if values - {None} and not (constant and len(values) == 1):
+        recorded = column is not TRAINING or any(row.record is not None for row in rows)
+        if values - {None} and recorded and not (constant and len(values) == 1):
             shown.append(column)
     return shown
 
@@ -218,8 +246,25 @@ def common_setting(rows: Sequence[Row]) -> str:
 
 
 def family(row: Row) -> str:
-    """ "float", "ptq", "qat" or "distilled"."""
-    return "float" if row.is_float else FAMILIES.get(row.method, "distilled")
+    """ "float", "ptq", "qat", "distilled", or "unknown": by the file's record, never by its name."""
+    method = trained_by(row)
+    if row.is_float:
+        return "float"
+    return {None: "unknown", "": "ptq", "QAT": "qat"}.get(method, "distilled")
+
+
+def families(rows: Sequence[Row]) -> dict[str, str]:
+    """Those that rows belong to, in words."""
+    found = {family(row) for row in rows}
+    distilled = sorted({method for row in rows if family(row) == "distilled" and (method := trained_by(row))})
+    words = {
+        "float": "floating point",
+        "ptq": f"calibrated, {UNTRAINED}",
+        "qat": "QAT",
+        "distilled": short(" or ".join(distilled), 60),
+        "unknown": "training not known",
+    }
+    return {name: text for name, text in words.items() if name in found}
 
 
 def short(text: object, longest: int = _LONGEST) -> str:
@@ -236,7 +281,7 @@ def run_names(document: Mapping[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class SideBySide:
-    """One line per configuration, one column per way it came about: FP32, best float, PTQ, QAT, and distilled ones.
+    """One line per configuration, one column per way it came about: FP32, best float, calibrated, QAT, and distilled ones.
 
     Attributes:
         methods: names of the columns after the two of floating point.
@@ -265,8 +310,8 @@ def side_by_side(rows: Sequence[Row]) -> SideBySide | None:
     quantized = [row for row in rows if not row.is_float]
     if not quantized:
         return None
-    rank = {"PTQ": 0, "QAT": 1}
-    methods = tuple(sorted(dict.fromkeys(row.method for row in quantized), key=lambda name: rank.get(name, 2)))
+    rank = {"PTQ": 0, UNTRAINED: 0, "QAT": 1}
+    methods = tuple(sorted(dict.fromkeys(map(way, quantized)), key=lambda name: rank.get(name, 2)))
     floats = [row for row in rows if row.is_float]
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in quantized:
@@ -276,7 +321,7 @@ def side_by_side(rows: Sequence[Row]) -> SideBySide | None:
     lines = []
     for group in groups.values():
         first = group[0]
-        cells = [max((row for row in group if row.method == name), key=_preference, default=None) for name in methods]
+        cells = [max((row for row in group if way(row) == name), key=_preference, default=None) for name in methods]
         lines.append((first.run, _what(first), (*baselines(first, floats), *cells)))
     return SideBySide(methods, tuple(lines))
 
@@ -298,9 +343,11 @@ def _what(row: Row) -> tuple[str, ...]:
 
 def console_table(rows: Sequence[Row], title: str | None = None) -> Table:
     """The report's table for a terminal of 80 columns: what tells the rows apart, and the figures that matter most."""
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(title=title and cell(title), box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     several = {column: len({column.value(row) for row in rows}) > 1 for column in (MODEL, RUNTIME, BATCH, THREADS)}
     counted = metric_columns(rows)[:1] or [ACCURACY]
+    if any(row.change is not None for row in rows):
+        counted = [*counted, change_columns(rows)[0]]
     wanted = [ROW, *(column for column, varies in several.items() if varies), *counted, P50, SPEEDUP, INTEGER]
     table.add_column("", no_wrap=True, min_width=1)
     cells = [[short(column.text(row), 60) for column in wanted] for row in rows]
@@ -310,11 +357,11 @@ def console_table(rows: Sequence[Row], title: str | None = None) -> Table:
         word = max(map(len, heading.split()))
         # Where the terminal is narrow, headings take two lines, then long names do; figures are never cut.
         table.add_column(
-            escape(heading),
+            cell(heading),
             justify="right" if numeric else "left",
             no_wrap=not numeric and longest <= 24,
             min_width=max(longest, word) if numeric else None,
         )
     for line, best in zip(cells, pareto(rows), strict=True):
-        table.add_row("*" if best else "", *line)
+        table.add_row("*" if best else "", *map(cell, line))
     return table

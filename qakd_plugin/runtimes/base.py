@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Protocol
@@ -91,6 +92,49 @@ class LayerTime:
 def median_ms(times: Sequence[float]) -> float:
     """Not the mean: one interruption by the system lasts longer than most layers. 0 of no times."""
     return float(np.median(times)) if len(times) else 0.0
+
+
+def random_inputs(expected: Mapping[str, Input], count: int, *, least: int = 1) -> dict[str, Array]:
+    """Numbers between 0 and 1 for inputs that are floats of fixed sizes: for latency, which hardly depends on them.
+
+    Args:
+        expected: inputs of a file.
+        count: samples of each input; fewer where they are large, so that all inputs together take 256 MiB.
+        least: samples of each input in any case.
+
+    Raises:
+        QakdError: an input holds something else than floats, leaves sizes open, or takes more than 1 GiB for a sample.
+    """
+    arrays: dict[str, Array] = {}
+    shapes = {name: _sample_shape(name, spec) for name, spec in expected.items()}
+    sample_bytes = sum(4 * math.prod(shape) for shape in shapes.values())
+    if sample_bytes > _LARGEST_SAMPLE:
+        largest = max(shapes, key=lambda name: math.prod(shapes[name]))
+        raise QakdError(
+            f"its input {largest!r} of {list(shapes[largest])} takes {sample_bytes / 2**30:.3g} GiB for one sample, too much "
+            "to be drawn at random"
+        )
+    draw, count = np.random.default_rng(0), max(least, min(count, _ALL_SAMPLES // max(sample_bytes, 1)))
+    for name, shape in shapes.items():
+        try:
+            arrays[name] = draw.random((count, *shape), dtype=np.float32)
+        except MemoryError as error:
+            raise QakdError(f"its input {name!r}: {count} samples of {list(shape)} do not fit into memory") from error
+    return arrays
+
+
+_LARGEST_SAMPLE = 2**30
+_ALL_SAMPLES = 2**28
+"""Bytes of random inputs."""
+
+
+def _sample_shape(name: str, spec: Input) -> tuple[int, ...]:
+    if spec.dtype is None or spec.dtype.kind != "f":
+        raise QakdError(f"its input {name!r} holds {spec.dtype}, which is not drawn at random")
+    sizes = [size for size in (spec.shape or ())[1:] if size is not None and size >= 0]
+    if not spec.shape or len(sizes) < len(spec.shape) - 1:
+        raise QakdError(f"its input {name!r} has no fixed size")
+    return tuple(sizes)
 
 
 def fitted(expected: Mapping[str, Input], given: Mapping[str, Array]) -> dict[str, Array]:

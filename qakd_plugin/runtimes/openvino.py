@@ -52,13 +52,13 @@ class OpenVINORunner:
                     "PERF_COUNT": profile,
                 },
             )
-        except RuntimeError as error:
+            self.load_ms = (time.perf_counter() - started) * 1e3
+            self.precision, self._path = precision, path
+            self._request = self._compiled.create_infer_request()
+            self.inputs = {_name(port): _input(port) for port in self._compiled.inputs}
+            self.outputs = tuple(map(_name, self._compiled.outputs))
+        except Exception as error:  # on foreign files it raises more than its RuntimeError
             raise QakdError(f"{path}: OpenVINO cannot load it: {str(error)[:300]}") from error
-        self.load_ms = (time.perf_counter() - started) * 1e3
-        self.precision, self._path = precision, path
-        self._request = self._compiled.create_infer_request()
-        self.inputs = {_name(port): _input(port) for port in self._compiled.inputs}
-        self.outputs = tuple(map(_name, self._compiled.outputs))
 
     def fit(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """By the file's names and in its types."""
@@ -69,7 +69,7 @@ class OpenVINORunner:
         fed = list(self.fit(inputs).values())
         try:
             found = self._request.infer(fed)
-        except RuntimeError as error:
+        except Exception as error:  # on foreign files it raises more than its RuntimeError
             raise QakdError(f"{self._path}: OpenVINO cannot compute it: {str(error)[:300]}") from error
         return dict(zip(self.outputs, map(np.asarray, found.values()), strict=True))
 

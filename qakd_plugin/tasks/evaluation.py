@@ -12,13 +12,17 @@ from torchmetrics import Metric
 from torchmetrics.aggregation import MeanMetric, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from .._common.labels import label_range
 from ..errors import QakdError, TrainingError
 from .batches import BatchFn, batch_splitter
-from .inputs import Inputs, arguments, call, to_device
+from .inputs import Inputs, arguments, call, dtypes_named, to_device
 from .matchers import KL, Match, Matcher, agreed_labels
 from .matching import default_match
 from .metrics import AnyMetric, Counted, MetricFn, higher_is_better, monitored, outputs_and_targets
 from .outputs import Outputs, frozen_output, listed, named_outputs
+
+IGNORED = -100
+"""Positions with this label do not count, as in torch's cross-entropy."""
 
 
 @torch.no_grad()
@@ -54,28 +58,52 @@ def evaluate(
         TrainingError: there is nothing to compare with.
         QakdError: the metric does not fit, or what is compared can be read in more than one way.
     """
+    return count(student, teacher, loader, batch_fn, device, match=match, metric=metric, metric_fn=metric_fn).result()
+
+
+@torch.no_grad()
+def count(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    loader: Iterable[Any],
+    batch_fn: BatchFn,
+    device: torch.device,
+    *,
+    match: Match | None = None,
+    metric: AnyMetric | None = None,
+    metric_fn: MetricFn = outputs_and_targets,
+) -> Counts:
+    """What :func:`evaluate` computes its numbers from."""
     split = batch_splitter(batch_fn, student)
-    counts = _Counts(device, metric, metric_fn)
+    counts = Counts(device, metric, metric_fn)
     for batch in loader:
         inputs, targets = split(batch)
         inputs, targets = to_device(inputs, device), to_device(targets, device)
-        outputs = named_outputs(call(student, inputs))
+        with dtypes_named(student, inputs, "val_loader"):
+            outputs = named_outputs(call(student, inputs))
         expected = None
         if teacher is not None:
             args, kwargs = arguments(inputs)
             expected = named_outputs(frozen_output(teacher, *args, **kwargs))
         counts.add(outputs, expected, inputs, targets, match)
-    return counts.result()
+    return counts
 
 
-class _Counts:
-    """Metrics of both networks by name."""
+class Counts:
+    """Metrics of both networks by name.
+
+    Attributes:
+        classes: between which the one output that is compared chooses; None where it does not.
+        labels: the smallest and the largest label so far; None before the first.
+    """
 
     def __init__(self, device: torch.device, metric: AnyMetric | None, metric_fn: MetricFn) -> None:
         self._device, self._metric, self._metric_fn = device, metric, metric_fn
         self._own: dict[str, Metric] = {}
         self._users: dict[str, Counted] = {}
         self._power: dict[str, tuple[Metric, Metric]] = {}
+        self.classes: int | None = None
+        self.labels: tuple[int, int] | None = None
 
     def add(self, outputs: Outputs, expected: Outputs | None, inputs: Inputs, targets: Any, match: Match | None) -> None:
         """Count one batch."""
@@ -92,6 +120,8 @@ class _Counts:
                         f"{listed(those)}. Match outputs that both modes have, or leave val_loader out."
                     )
             other = None if expected is None else expected[name]
+            if len(found) == 1 and isinstance(matcher, KL):
+                self.classes = outputs[name].shape[matcher.dim]
             if self._metric is None and len(found) == 1 and isinstance(matcher, KL):
                 self._accuracy(matcher, outputs[name], other, targets)
             if other is not None:
@@ -147,6 +177,8 @@ class _Counts:
         positions = logits.shape[:1] + logits.shape[2:]
         if not (isinstance(targets, Tensor) and targets.shape == positions and not targets.is_floating_point()):
             return
+        if (found := label_range(targets[targets != IGNORED], logits.shape[1], "val_loader: labels")) is not None:
+            self.labels = found if self.labels is None else (min(found[0], self.labels[0]), max(found[1], self.labels[1]))
         theirs = None if expected is None else expected.movedim(matcher.dim, 1)
         for name, scores in (("val_accuracy", logits), ("val_teacher_accuracy", theirs)):
             if scores is not None:
@@ -154,21 +186,26 @@ class _Counts:
 
     def _metric_of(self, name: str, classes: int) -> Metric:
         if name not in self._own:
-            self._own[name] = MulticlassAccuracy(classes, average="micro", ignore_index=-100).to(self._device)
+            self._own[name] = MulticlassAccuracy(classes, average="micro", ignore_index=IGNORED).to(self._device)
         return self._own[name]
 
 
 def value_of(row: Mapping[str, Any], metric: AnyMetric | None, monitor: str | None) -> float | None:
     """What picks the best epoch, larger is better: the monitored number, else accuracy, agreement or SQNR; None without any."""
+    names, sign = picking(row, metric, monitor)
+    return float(sign * sum(row[name] for name in names) / len(names)) if names else None
+
+
+def picking(row: Mapping[str, Any], metric: AnyMetric | None, monitor: str | None) -> tuple[list[str], int]:
+    """Names of a row whose mean picks the best epoch, none where nothing does; and 1 where larger is better, else -1."""
     if metric is not None:
         numbers = {name.removeprefix("val_"): value for name, value in row.items() if name.startswith("val_")}
         own = {name: value for name, value in numbers.items() if not name.startswith(("teacher_", "agreement", "sqnr_db"))}
         if not own:
-            return None
+            return [], 1
         name = monitored(metric, monitor, own)
-        value = float(own[name])
-        return value if higher_is_better(metric, name) else -value
+        return [f"val_{name}"], 1 if higher_is_better(metric, name) else -1
     for key in ("val_accuracy", "val_agreement", "val_sqnr_db"):
-        if found := [value for name, value in row.items() if name == key or name.startswith(f"{key}_")]:
-            return float(sum(found) / len(found))
-    return None
+        if found := [name for name in row if name == key or name.startswith(f"{key}_")]:
+            return found, 1
+    return [], 1

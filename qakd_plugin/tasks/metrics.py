@@ -105,15 +105,25 @@ class Counted:
         2006). What is not finite in a copy, which may have drawn too few samples, is left out.
         """
         drawn = [_numbers(self._copies[index]) for index in sorted(self._drawn)]
-        tail = (1 - level) / 2
         found = {}
         for name in self.compute():
-            values = torch.tensor([numbers[name] for numbers in drawn if name in numbers], dtype=torch.float64)
-            values = values[values.isfinite()]
-            if len(values):
-                low, high = torch.quantile(values, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
-                found[name] = (low, high)
+            interval = _percentiles([numbers[name] for numbers in drawn if name in numbers], level)
+            if interval is not None:
+                found[name] = interval
         return found
+
+    def paired_interval(self, other: Counted, name: str, level: float = 0.95) -> tuple[float, float] | None:
+        """Percentile bootstrap interval of one of its numbers less that of another network on the same samples.
+
+        Copies of both drew the same samples, since both began with the same seed; what the samples have in common cancels out.
+        None where they did not, because the metric was given other numbers of entries.
+        """
+        if not torch.equal(self._generator.get_state(), other._generator.get_state()):
+            return None
+        pairs = [
+            (_numbers(self._copies[index]), _numbers(other._copies[index])) for index in sorted(self._drawn & other._drawn)
+        ]
+        return _percentiles([mine[name] - others[name] for mine, others in pairs if name in mine and name in others], level)
 
     def _parts(self, outputs: Mapping[str, Tensor], targets: Any) -> Sequence[Any]:
         try:
@@ -136,6 +146,17 @@ class Counted:
                 f"metric: {type(metric).__name__} does not take {shapes} ({' '.join(str(error).split())[:200]}). "
                 "Say what it takes: metric_fn=lambda outputs, targets: (..., ...)."
             ) from error
+
+
+def _percentiles(values: Sequence[float], level: float) -> tuple[float, float] | None:
+    """Of those that are finite; None where none is."""
+    known = torch.tensor(values, dtype=torch.float64)
+    known = known[known.isfinite()]
+    if not len(known):
+        return None
+    tail = (1 - level) / 2
+    low, high = torch.quantile(known, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return low, high
 
 
 def check_metric(metric: object) -> None:

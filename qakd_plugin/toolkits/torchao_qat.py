@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._common.module_copy import move_hooks
 from .._common.optional import require
 from ..errors import NotPreparedError, QakdError, UnsupportedQuantizerError
 from ..export_form.modules import QuantizedLayer, replace_modules, store_weight
@@ -174,6 +175,7 @@ class TorchAOQATAdapter:
             # Read only now: the scales of some learned quantizers follow the weight in the forward pass.
             stored = store_weight(fake_quantized, self.qparams(quantizer), quantizer.fqn.rpartition(".")[0])
             exported[layer] = QuantizedLayer(layer, stored, None if layer.bias is None else layer.bias.detach())
+            move_hooks(layer, exported[layer])
         # remove_duplicate=False: a layer shared by several names stays shared.
         names = copied.named_modules(remove_duplicate=False)
         replacements = {name: exported[layer] for name, layer in names if layer in exported}

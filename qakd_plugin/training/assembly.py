@@ -14,8 +14,8 @@ from torch import nn
 from ..augment.selector import Augmentation, CMISelector, FixedAugmentation, SelectedAugmentation
 from ..errors import TrainingError
 from ..tasks.batches import batch_splitter
-from ..tasks.evaluation import evaluate, value_of
-from ..tasks.inputs import Inputs, arguments, dtypes_named, require_known
+from ..tasks.evaluation import picking, value_of
+from ..tasks.inputs import Inputs, arguments, require_known
 from ..tasks.outputs import Outputs, frozen_output, named_outputs
 from ..toolkits import Adapter
 from .autocast import autocast, float32_quantizers
@@ -24,16 +24,25 @@ from .checkpoint import CheckpointStore
 from .config import Data, Settings
 from .deployed_view import DeployedView, evaluated
 from .distributed.processes import Processes
-from .distributed.shards import held_out
 from .ema import Ema
 from .methods import Method, Phase
 from .networks import Learner, Networks, on_device
 from .objective import Objective
 from .optimizers import cosine_schedule, quantizer_parameters, student_optimizer, teacher_optimizer
-from .preflight import check_against_teacher, check_counted, check_exportable, check_first_batch, check_taught
+from .outcome import Start
+from .preflight import (
+    check_against_teacher,
+    check_counted,
+    check_exportable,
+    check_first_batch,
+    check_taught,
+    classes_learned,
+    first_call_named,
+)
 from .run_state import RunState, Stateful
 from .teacher_cache import TeacherCache
 from .trainer import Trainer
+from .validation import Validation
 
 
 @dataclass(frozen=True)
@@ -107,14 +116,14 @@ def assembled(
             cache=cache,
             masks=_masks(lesson.phases),
         )
-        validate = _validation(data, teacher, lesson.phases, processes)
+        validation = Validation(data, teacher, lesson.phases, processes)
         compared = _check_first_batch(lesson, data, batches, settings, processes, computing)
         processes.agree()
         networks = Networks.of(model, teacher, processes, teacher_learns=lesson.teacher_learns)
         objective = Objective(adapter, networks, lesson.phases, computing)
         try:
             student, mentor = _learners(lesson, networks, settings, batches.steps)
-            ema = None if settings.ema is None else Ema(model, settings.ema)
+            ema, start = None if settings.ema is None else Ema(model, settings.ema), Start()
             if cache is not None and teacher is not None:
                 _fill(cache, teacher, compared, batches, processes, computing)
             view = DeployedView(
@@ -138,9 +147,11 @@ def assembled(
                 teacher=mentor,
                 ema=ema,
                 view=view,
-                validate=validate,
+                validation=validation,
                 worth=partial(value_of, metric=data.metric, monitor=data.monitor),
-                state=RunState(_parts(networks, student, mentor, ema, augment), batches, processes, store),
+                picking=partial(picking, metric=data.metric, monitor=data.monitor),
+                start=start,
+                state=RunState(_parts(networks, student, mentor, ema, augment, start), batches, processes, store),
                 settings=settings,
                 checkpoint_every=checkpoint_every,
                 callbacks=callbacks,
@@ -164,33 +175,10 @@ def _augmentation(data: Data, processes: Processes) -> Augmentation:
     return FixedAugmentation(data.augment, data.input_stats)
 
 
-def _validation(
-    data: Data, teacher: nn.Module | None, phases: Sequence[Phase], processes: Processes
-) -> Callable[[nn.Module], dict[str, float]]:
-    if data.val_loader is None:
-        return _no_metrics
-    loader = held_out(data.val_loader, processes)
-    match = next((phase.imitation.match for phase in phases if phase.imitation is not None), None)
-    return partial(
-        evaluate,
-        teacher=teacher,
-        loader=loader,
-        batch_fn=data.batch_fn,
-        device=processes.device,
-        match=match,
-        metric=data.metric,
-        metric_fn=data.metric_fn,
-    )
-
-
 def _masks(phases: Sequence[Phase]) -> bool:
     """Whether masks are read, which targets may hold."""
     matches = [phase.imitation.match or {} for phase in phases if phase.imitation is not None]
     return any(isinstance(matcher.where, str) for match in matches for matcher in match.values())
-
-
-def _no_metrics(_: nn.Module) -> dict[str, float]:
-    return {}
 
 
 def _check_first_batch(
@@ -216,10 +204,12 @@ def _check_first_batch(
         require_known(model, inputs, "prepared_model")
         args, kwargs = arguments(inputs)
         with evaluated(adapter, model):
-            with computing(), dtypes_named(model, inputs, "loader"):
+            with computing(), first_call_named(model, inputs):
                 student = named_outputs(model(*args, **kwargs))
                 taught = None if teacher is None else named_outputs(frozen_output(teacher, *args, **kwargs))
             check_first_batch(model, student, inputs)
+            if labels:
+                batches.classes = classes_learned(lesson.phases, student, inputs)
             if data.val_loader is not None and data.metric is None:
                 check_counted(lesson.phases, student, inputs)
             if taught is not None:
@@ -271,7 +261,7 @@ def _fill(
 
 
 def _parts(
-    networks: Networks, student: Learner, teacher: Learner | None, ema: Ema | None, augment: Augmentation
+    networks: Networks, student: Learner, teacher: Learner | None, ema: Ema | None, augment: Augmentation, start: Start
 ) -> dict[str, Stateful]:
     """What checkpoints hold, by its name there."""
     parts: dict[str, Stateful] = {
@@ -279,6 +269,7 @@ def _parts(
         "optimizer": student.optimizer,
         "scheduler": student.schedule,
         "augmentation": augment,
+        "start": start,
     }
     if ema is not None:
         parts["ema"] = ema

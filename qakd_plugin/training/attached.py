@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
+from .._common.training_record import TrainingRecord, record_training
 from ..errors import QakdError
 from ..tasks.inputs import forward_names
 from ..tasks.outputs import Outputs, named_outputs
@@ -19,7 +20,7 @@ from ..toolkits import adapter_for
 from .autocast import float32_hooks
 from .curvature import warn_of_no_refresh
 from .features import FeatureTaps
-from .methods import SQAKD, MatchCheck, Method, Phase, require_labels, total_loss, with_task_loss
+from .methods import SQAKD, MatchCheck, Method, Phase, planned, require_labels, total_loss
 from .preflight import check_separate
 from .teachers import one_teacher, require_teacher, taught_outputs
 
@@ -60,8 +61,9 @@ class Attached:
         self._phases = list(phases)
         self._index = 0
         self._batch: _Seen | None = None
+        self._recorded = False
         self._check = MatchCheck()
-        self._model = unwrapped(prepared_model)
+        self._root, self._model = prepared_model, unwrapped(prepared_model)
         self._adapter = adapter_for(self._model)
         wanted = next((phase.features for phase in phases if phase.features is not None), None)
         self._taps = None
@@ -95,10 +97,16 @@ class Attached:
         self._adapter.freeze_ranges(self._model, False)
         self._adapter.set_mode(self._model, True)
 
-    def eval(self) -> None:
-        """Student in eval mode with frozen ranges: for validation, and at the end."""
-        self._adapter.set_mode(self._model, False)
-        self._adapter.freeze_ranges(self._model, True)
+    def eval(self, copy: nn.Module | None = None) -> None:
+        """Student in eval mode with frozen ranges: for validation, and at the end.
+
+        Args:
+            copy: of the student, such as a moving average of its weights, that is meant in its place; ``copy.eval()`` alone
+                leaves the ranges of FX and PT2E free.
+        """
+        model = self._model if copy is None else unwrapped(copy)
+        self._adapter.set_mode(model, False)
+        self._adapter.freeze_ranges(model, True)
 
     def loss(self, labels: Any = None) -> Tensor:
         """The student's loss on the last batch: a scalar to call ``backward`` on.
@@ -121,6 +129,9 @@ class Attached:
             loss = self._taps.added(loss, self.parts)
         if not self.phase.teacher:
             self._batch = None
+        if not self._recorded:
+            record_training(self._model, TrainingRecord(type(self.method).__name__, "own"))
+            self._recorded = True
         return loss
 
     def teacher_loss(self, labels: Any = None) -> Tensor:
@@ -157,8 +168,12 @@ class Attached:
     def __exit__(self, *_: object) -> None:
         self.detach()
 
+    def __deepcopy__(self, _: object) -> Attached:
+        """A copy of the model that is made meanwhile holds this handle, which is deaf to it, and not a second teacher."""
+        return self
+
     def _collect(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if not torch.is_grad_enabled():
+        if module is not self._root or not torch.is_grad_enabled():
             return
         student = named_outputs(output)
         other = None
@@ -215,7 +230,7 @@ def attach(
     """
     method = SQAKD() if method is None else method
     check_task_loss(task_loss)
-    phases = with_task_loss(method.phases(100), task_loss)  # how many epochs each has is up to the caller's loop
+    phases = planned(method, 100, task_loss)  # how many epochs each has is up to the caller's loop
     adapter = adapter_for(unwrapped(prepared_model))
     teacher = one_teacher(teacher)
     require_teacher(method, phases, teacher)

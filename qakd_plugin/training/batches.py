@@ -9,10 +9,15 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from .._common.labels import label_range
 from .._common.rng_state import generators_of, random_state, restore_random_state, samplers_of, undisturbed
 from ..augment.selector import Augmentation
 from ..errors import QakdError, TrainingError
 from ..tasks.batches import BatchFn
+from ..tasks.evaluation import IGNORED
 from ..tasks.inputs import sample_count, to_device
 from ..tasks.outputs import Outputs
 from .distributed.processes import Processes
@@ -52,6 +57,10 @@ class Batches:
         accumulate: batches in a group.
         cache: of what the teacher outputs, or None.
         masks: whether targets may hold masks, which are read where labels are not.
+
+    Attributes:
+        classes: between which labels lie, where cross-entropy reads them; None where that is not known, and nothing is checked.
+        label_range: the smallest and the largest label so far.
     """
 
     def __init__(
@@ -71,6 +80,8 @@ class Batches:
         self._accumulate, self._cache, self._masks = accumulate, cache, masks
         self._samplers, self.generators = samplers_of(loader), generators_of(loader)
         self._epoch_start: dict[str, Any] = {}
+        self.classes: int | None = None
+        self.label_range: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         """Batches of this process in an epoch."""
@@ -154,8 +165,20 @@ class Batches:
         device = self._processes.device
         if labels:
             require_labels(self._method, targets)
+            self._check_range(targets)
         inputs = to_device(inputs, device)
         targets = to_device(targets, device) if labels or self._masks else None
         if augmented:
             inputs, targets = self._augment(inputs, targets)
         return Batch(inputs, targets, sample_count(inputs) if counts else 0)
+
+    def _check_range(self, targets: Any) -> None:
+        """Here, where labels are on the host still: a device would stop with an assertion that names none."""
+        if self.classes is None or not isinstance(targets, Tensor) or targets.device.type != "cpu":
+            return
+        if targets.is_floating_point() or targets.dtype == torch.bool:  # probabilities, or what the loss will refuse
+            return
+        found = label_range(targets[targets != IGNORED], self.classes, "loader: labels")
+        if found is not None:
+            low, high = self.label_range or found
+            self.label_range = min(low, found[0]), max(high, found[1])

@@ -1,7 +1,8 @@
 """Checkpoints that are whole or not there.
 
 The name of a file holds the first digits of its own SHA-256, so one rename makes it appear and a damaged one is recognised.
-Files are read with ``weights_only=True``: tensors and plain data, never code.
+It says which format it has, and is read as tensors and plain data, never code. A checkpoint whose numbers are not finite is
+passed over, as a damaged one is.
 """
 
 from __future__ import annotations
@@ -10,26 +11,31 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from torch import Tensor
 
-from .._common.files import write_atomic
+from .._common.files import read_whole, require_writable, write_atomic
+from .._common.torch_file import load_plain
 from ..errors import CheckpointError
 
 _log = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d{9})-([0-9a-f]{16})\.pt")
-_REMAINS = re.compile(r"\.(step-\d{9}-[0-9a-f]{16}\.pt|history\.jsonl)\..*\.tmp")
+_REMAINS = re.compile(r"\.(step-\d{9}-[0-9a-f]{16}\.pt|history\.jsonl|\.lock-holder\.json)\.[0-9a-f]{16}\.tmp")
 _KEPT = 2
 _LOCK, _HOLDER = ".lock", ".lock-holder.json"
+_FORMAT, _VERSION = "qakd checkpoint", "2"
+"""Version 1 did not say what it was."""
 
 
 class CheckpointStore:
@@ -38,12 +44,18 @@ class CheckpointStore:
     Args:
         folder: created on the first save.
         fingerprint: plain data that says which run this is: method, toolkit, parameter shapes, length of the loader ...
+        hidden: why this run cannot go on with the same bits, and what to do; None where it can.
     """
 
-    def __init__(self, folder: Path, fingerprint: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, fingerprint: dict[str, Any], hidden: str | None = None) -> None:
         self.folder = folder
         self.fingerprint = fingerprint
+        self._hidden = hidden
         self._lock = FileLock(folder / _LOCK)
+
+    def require_writable(self) -> None:
+        """Raise CheckpointError where nothing could be written: before anything is computed that would be lost."""
+        require_writable(self.folder / "history.jsonl", CheckpointError)
 
     def lock(self) -> None:
         """Take the folder for this process, until :meth:`unlock` or its death: two runs would prune each other's files.
@@ -62,8 +74,8 @@ class CheckpointStore:
         except NotImplementedError:
             _log.warning("%s is on a file system without locks: see to it that no other run writes there.", self.folder)
             return
-        except OSError as problem:
-            reason = problem.strerror or problem
+        except (OSError, ValueError) as problem:  # the second for a path that no system can have
+            reason = getattr(problem, "strerror", None) or problem
             raise CheckpointError(f"cannot write {self.folder}: {reason}. Choose a folder that can be written.") from problem
         holder = json.dumps({"pid": os.getpid(), "host": platform.node()})
         write_atomic(self.folder / _HOLDER, holder, CheckpointError)
@@ -90,6 +102,7 @@ class CheckpointStore:
         Raises:
             CheckpointError: the folder holds checkpoints already.
         """
+        self._say_what_is_hidden()
         if (path := self.newest()) is not None:
             raise CheckpointError(
                 f"checkpoint_dir={self.folder} holds the checkpoints of an earlier run ({path.name}). Pass resume=True to go "
@@ -104,7 +117,7 @@ class CheckpointStore:
             CheckpointError: it cannot be written; says which one is the last.
         """
         buffer = io.BytesIO()
-        torch.save({"fingerprint": self.fingerprint, "state": state}, buffer)
+        torch.save({"format": _FORMAT, "version": _VERSION, "fingerprint": self.fingerprint, "state": state}, buffer)
         data = buffer.getvalue()
         name = f"step-{step:09d}-{hashlib.sha256(data).hexdigest()[:16]}.pt"
         try:
@@ -130,89 +143,175 @@ class CheckpointStore:
         """The newest file, whole or not."""
         return next(iter(self._paths()), None)
 
-    def load(self) -> dict[str, Any] | None:
-        """State of the newest whole checkpoint, or None in an empty folder.
+    def before(self, step: int) -> tuple[Path | None, Path | None]:
+        """The newest file of an earlier step, and that of this step or of a later one; None for none."""
+        paths = self._paths()
+        earlier = (path for path in paths if _step(path) < step)
+        return next(earlier, None), next((path for path in paths if _step(path) >= step), None)
+
+    def load(self, *, force: bool = False) -> tuple[Path, dict[str, Any]] | None:
+        """The newest checkpoint that is whole and finite, and its state; or None in an empty folder.
+
+        Args:
+            force: also of a run that another fingerprint describes; a warning says what differs.
 
         Raises:
-            CheckpointError: files are there but none is whole, one holds more than tensors and plain data, or it belongs to
-                another run; says what differs.
+            CheckpointError: files are there but none is whole and finite, one holds more than tensors and plain data, or it
+                belongs to another run; says what differs.
         """
         self._remove_remains()
-        paths, damaged = self._paths(), []
+        paths, useless = self._paths(), list[tuple[Path, str]]()
         for path in paths:
-            data = path.read_bytes()
-            match = _NAME.fullmatch(path.name)
-            assert match is not None
-            if hashlib.sha256(data).hexdigest()[:16] != match[2]:
-                _log.warning("%s is damaged (its checksum does not match); using the one before it.", path.name)
-                damaged.append(path)
+            try:
+                data = read_whole(path)
+            except OSError as problem:
+                useless.append((path, f"it cannot be read: {problem.strerror or problem}"))
+                continue
+            if hashlib.sha256(data).hexdigest()[:16] != _named(path)[2]:
+                useless.append((path, "it is damaged: its checksum does not match"))
                 continue
             content = _read(path, data)
-            self._check(path, content["fingerprint"])
-            for useless in damaged:  # out of the way, lest they count among the two that are kept
-                useless.replace(useless.with_name(f"damaged-{useless.name}"))
+            if (name := not_finite(content["state"])) is not None:
+                useless.append((path, f"its {name} is not finite"))
+                continue
+            self._check(path, content["fingerprint"], force)
+            if self._hidden is not None and not force:
+                raise CheckpointError(f"{path}: {self._hidden}.")
+            self._put_aside(useless)
             self._prune()
-            state: dict[str, Any] = content["state"]
-            return state
+            return path, content["state"]
         if paths:
-            raise CheckpointError(f"{self.folder}: none of {len(paths)} checkpoints is whole. Remove them to start afresh.")
+            reasons = "; ".join(f"{path.name}: {reason}" for path, reason in useless)
+            raise CheckpointError(
+                f"{self.folder}: none of {len(paths)} checkpoints is whole ({reasons}). Remove them to start afresh."
+            )
+        self._say_what_is_hidden()
         return None
+
+    def _say_what_is_hidden(self) -> None:
+        if self._hidden is not None:
+            _log.warning("This run will not go on bit-identically after an interruption. %s.", self._hidden)
+
+    def _put_aside(self, useless: Sequence[tuple[Path, str]]) -> None:
+        """Out of the way, lest they count among the two that are kept."""
+        for path, reason in useless:
+            _log.warning("%s is put aside (%s); the one before it is used.", path, reason)
+            with suppress(OSError):  # in a folder that cannot be written, the next save says so
+                path.replace(path.with_name(f"damaged-{path.name}"))
 
     def _paths(self) -> list[Path]:
         """Checkpoints, the newest first."""
-        if not self.folder.is_dir():
-            return []
-        return sorted((path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)), reverse=True)
+        return sorted((path for path in self._entries() if _NAME.fullmatch(path.name)), reverse=True)
+
+    def _entries(self) -> list[Path]:
+        try:
+            return [*self.folder.iterdir()] if self.folder.is_dir() else []
+        except OSError as problem:
+            reason = problem.strerror or problem
+            raise CheckpointError(
+                f"cannot look into checkpoint_dir={self.folder}: {reason}. Choose another folder."
+            ) from problem
 
     def _prune(self) -> None:
         for old in self._paths()[_KEPT:]:
-            old.unlink(missing_ok=True)
+            _remove(old)
 
     def _remove_remains(self) -> None:
         """Remove what a run that was killed while it wrote has left; nobody else can know these names."""
-        for path in self.folder.iterdir() if self.folder.is_dir() else ():
+        for path in self._entries():
             if _REMAINS.fullmatch(path.name):
-                path.unlink(missing_ok=True)
+                _remove(path)
 
     def _way_on(self) -> str:
         path = self.newest()
         saved = "No checkpoint was written before it." if path is None else f"{path} and what came before it are still there."
         return f" {saved} Make room or choose another folder; resume=True goes on from the newest checkpoint."
 
-    def _check(self, path: Path, found: dict[str, Any]) -> None:
+    def _check(self, path: Path, found: dict[str, Any], force: bool) -> None:
         for key, expected in self.fingerprint.items():
-            if key in found and found[key] != expected:  # older versions wrote down less
-                there, here = _difference(found[key], expected)
+            prolonged = key == "epochs" and found.get(key, math.inf) < expected
+            if key in found and (found[key] == expected or prolonged):
+                continue
+            there, here = _difference(found.get(key), expected)
+            differs = f"{path}: the checkpoint belongs to another run: {key} is {there} there and {here} here"
+            if not force:
                 raise CheckpointError(
-                    f"{path}: the checkpoint belongs to another run: {key} is {there} there and {here} here. "
-                    "Use another checkpoint_dir, or resume=False after moving the old files away."
+                    f"{differs}. Use another checkpoint_dir, or resume=False after moving the old files away; or, to go on all "
+                    'the same and with other numbers, resume="force".'
                 )
+            _log.warning('%s. resume="force" goes on with it.', differs)
 
 
-def load_plain(file: Path | IO[bytes], **options: Any) -> Any:
-    """What ``torch.save`` wrote, if it is tensors and plain data; code is refused.
+def not_finite(state: Mapping[str, Any]) -> str | None:
+    """Which number of a run is not finite: of a network's parameters and statistics, an average or an optimizer's state.
 
     Args:
-        file: to read.
-        **options: of ``torch.load``.
+        state: of the parts of a run, by name.
 
-    Raises:
-        CheckpointError: it holds more, or is damaged. The message is the reason alone, for the caller to say which file it is.
+    Returns:
+        Where it stands, e.g. ``"student.bn1.running_var"``; None where all are finite. Infinite values of other buffers, as
+        ranges have that saw nothing yet, are none.
     """
+    for part, content in state.items():
+        for name, tensor in _tensors(content, ()):
+            if _is_finite(tensor):
+                continue
+            of_layer = name[-1].rpartition(".")[2].startswith(("weight", "bias", "running_"))
+            if bool(torch.isnan(tensor).any()) or of_layer or part.endswith("optimizer"):
+                return ".".join([part, *name])
+    return None
+
+
+def _tensors(content: Any, name: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    """Floating-point tensors in nested mappings and sequences, each with the keys that lead to it."""
+    if isinstance(content, Tensor):
+        if content.is_floating_point():
+            yield name, content
+    elif isinstance(content, Mapping):
+        for key, part in content.items():
+            yield from _tensors(part, (*name, str(key)))
+    elif isinstance(content, list | tuple):
+        for index, part in enumerate(content):
+            yield from _tensors(part, (*name, str(index)))
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """A sum takes no memory, and is finite where no number is not, unless it overflows."""
+    if tensor.element_size() == 1:  # types of eight bits do not compute
+        tensor = tensor.float()
+    return math.isfinite(float(tensor.sum(dtype=torch.float32))) or bool(torch.isfinite(tensor).all())
+
+
+def _named(path: Path) -> re.Match[str]:
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    return match
+
+
+def _step(path: Path) -> int:
+    return int(_named(path)[1])
+
+
+def _remove(path: Path) -> None:
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, **options)
-    except Exception as error:  # the unpickler raises many kinds on foreign bytes; all mean the same here
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"it cannot be read as tensors and plain data ({reason})") from error
+        path.unlink(missing_ok=True)
+    except OSError as problem:  # it does no harm where it is
+        _log.warning("cannot remove %s: %s.", path, problem.strerror or problem)
 
 
 def _read(path: Path, data: bytes) -> dict[str, Any]:
     try:
-        content = load_plain(io.BytesIO(data))
+        content = load_plain(data, intact=True)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: refused: {error}. Only checkpoints that this package wrote are loaded.") from error
-    if not isinstance(content, dict) or not {"fingerprint", "state"} <= content.keys():
+    if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in ("fingerprint", "state")):
         raise CheckpointError(f"{path}: not a checkpoint of this package.")
+    found = content.get("format"), content.get("version")
+    if found != (_FORMAT, _VERSION):
+        raise CheckpointError(
+            f"{path}: another version of this package wrote it (its format is {found[1] or '1'}, and {_VERSION} is read). "
+            "Finish the run with that version, or choose another checkpoint_dir."
+        )
     return content
 
 

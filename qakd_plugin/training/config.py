@@ -23,6 +23,7 @@ MakeOptimizer: TypeAlias = Callable[..., torch.optim.Optimizer]
 """Called with parameter groups and ``lr=``: ``torch.optim.AdamW``, ``partial(torch.optim.SGD, momentum=0.9)``."""
 
 MixedPrecision: TypeAlias = Literal["no", "bf16"]
+Resume: TypeAlias = bool | Literal["force"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Settings:
         QakdError: a number is out of range; names it.
     """
 
-    lr: float = 1e-3
+    lr: float | None = None
     quantizer_lr: float = 1e-3
     activation_quantizer_lr: float | None = None
     teacher_lr: float = 1e-4
@@ -104,7 +105,7 @@ class Checkpoints:
     Attributes:
         folder: None for nowhere.
         every: also after so many optimizer steps.
-        resume: from the newest whole checkpoint.
+        resume: from the newest whole checkpoint; "force": of another run, too.
 
     Raises:
         QakdError: the others make no sense without a folder.
@@ -112,14 +113,16 @@ class Checkpoints:
 
     folder: Path | None = None
     every: int | None = None
-    resume: bool = False
+    resume: Resume = False
 
     def __post_init__(self) -> None:
         positive_whole("checkpoint_every", self.every, none=True)
+        if self.resume not in (True, False, "force"):
+            raise QakdError(f'resume={self.resume!r} is unknown: use True, False, or "force" to go on after a change.')
         if self.folder is None and (self.resume or self.every):
             raise QakdError("resume and checkpoint_every need checkpoint_dir: say where checkpoints are.")
 
     @classmethod
-    def of(cls, folder: str | os.PathLike[str] | None, every: int | None, resume: bool) -> Checkpoints:
+    def of(cls, folder: str | os.PathLike[str] | None, every: int | None, resume: Resume) -> Checkpoints:
         """From what users pass."""
         return cls(None if folder is None else Path(folder), every, resume)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
@@ -63,9 +64,12 @@ class DeployedView:
         with averaged, self._recalibrated(), evaluated(self._adapter, self._model):
             yield
 
-    def weights(self) -> dict[str, Tensor]:
-        """A copy of the model's state, on the CPU."""
-        return {name: tensor.detach().cpu().clone() for name, tensor in self._model.state_dict().items()}
+    def weights(self) -> dict[str, Any]:
+        """A copy of the model's state, on the CPU, with the versions of its modules, which some of them look for."""
+        state = self._model.state_dict()
+        for name, value in state.items():  # a module's own extra state is no tensor
+            state[name] = value.detach().cpu().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+        return state
 
     @contextmanager
     def _recalibrated(self) -> Iterator[None]:

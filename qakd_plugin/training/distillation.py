@@ -17,6 +17,9 @@ from torch.optim import AdamW
 
 from .._common.arguments import positive_whole
 from .._common.console import say
+from .._common.history import kept_of
+from .._common.one_at_a_time import one_at_a_time
+from .._common.training_record import TrainingRecord, record_training
 from ..augment.data import Stats
 from ..augment.selector import CMISelector
 from ..errors import QakdError
@@ -27,12 +30,13 @@ from ..tasks.task_loss import TaskLoss, check_task_loss
 from ..toolkits import adapter_for
 from .assembly import Lesson, assembled
 from .checkpoint import CheckpointStore
-from .config import Checkpoints, Data, MakeOptimizer, MixedPrecision, Settings
+from .config import Checkpoints, Data, MakeOptimizer, MixedPrecision, Resume, Settings
+from .data_facts import data_facts, hidden_state
 from .distributed.launch import require_whole
 from .distributed.processes import Processes
 from .fingerprint import fingerprint
-from .methods import SQAKD, Method, with_task_loss
-from .optimizers import optimizer_name
+from .methods import SQAKD, Method, left_out, planned
+from .optimizers import optimizer_name, with_rate
 from .preflight import check_precision, check_quantizers, check_separate, check_trainable
 from .teacher_cache import TeacherCache
 from .teachers import one_teacher, require_teacher
@@ -49,8 +53,10 @@ class DistillResult:
 
     Attributes:
         model: the prepared model that was passed in, trained: best weights loaded, ranges frozen, in eval mode.
-        history: one row per epoch: phase, losses by name, learning rate, throughput, metrics on the held-out split.
-        metrics: of the epoch whose weights were kept.
+        history: one row per epoch: phase, losses by name, learning rate, throughput, metrics on the held-out split, and whether
+            they were the best so far. With ``val_loader`` the first row is of the prepared model before training: epoch -1,
+            phase "start".
+        metrics: the row of the weights that were kept, of an epoch or of the start.
         teacher: the network that taught: the one passed in, or its trained copy where the method trains it.
     """
 
@@ -73,6 +79,7 @@ def _one_way_to_set(function: Callable[P, DistillResult]) -> Callable[P, Distill
     return checked
 
 
+@one_at_a_time
 @_one_way_to_set
 def distill(
     prepared_model: nn.Module,
@@ -86,12 +93,12 @@ def distill(
     input_stats: Stats | None = None,
     checkpoint_dir: str | os.PathLike[str] | None = None,
     checkpoint_every: int | None = None,
-    resume: bool = False,
+    resume: Resume = False,
     seed: int | None = None,
     mixed_precision: MixedPrecision = "no",
     callbacks: Sequence[object] = (),
     batch_fn: BatchFn = default_batch,
-    lr: float = 1e-3,
+    lr: float | None = None,
     quantizer_lr: float = 1e-3,
     activation_quantizer_lr: float | None = None,
     teacher_lr: float = 1e-4,
@@ -130,19 +137,23 @@ def distill(
         method: SQAKD() by default; QKD, KD, QAT.
         epochs: passes over ``loader``.
         val_loader: held-out batches that pick the best epoch, by accuracy where they have labels, else by agreement with the
-            teacher. Never the split that is reported.
+            teacher. The prepared model is counted first, and kept where no epoch is as good; a warning says so. Without them
+            the last epoch is kept, whatever it is worth. Never the split that is reported.
         augment: callable on a batch of images in [0, 1]; both networks see what it returns. Or ``CMISelector(...)``, which
             ranks augmentations with the teacher before training, and trains with the best.
         input_stats: (mean, std) per channel when the loader yields normalised images, so that ``augment`` sees [0, 1].
         checkpoint_dir: full state after every epoch, and ``history.jsonl``. Of a run of its own, unless ``resume`` is given.
         checkpoint_every: and after every so many optimizer steps.
-        resume: go on bit-identically from the newest whole checkpoint; an empty directory starts afresh.
+        resume: go on bit-identically from the newest whole checkpoint; an empty directory starts afresh. With more ``epochs``
+            than before a run of one phase is prolonged: its schedule goes on as that of the longer run. What else changed since
+            is refused by name; "force" goes on all the same, with other numbers.
         seed: of torch, numpy and random, set before anything is drawn; each further process takes the next number.
         mixed_precision: "no" or "bf16"; quantizers compute in float32 either way.
         callbacks: objects; ``on_step_end(step, losses)`` and ``on_epoch_end(row)`` are called where they exist.
         batch_fn: splits a batch into (inputs, targets or None); inputs are a tensor, a tuple of positional arguments or a
             mapping of keywords. The default takes what forward knows by name; labels, label, targets, target or y are targets.
-        lr: peak learning rate of the weights. 2 and 3 bits bear far more than 8 and need it: see docs/choosing.md, "Quantizer".
+        lr: peak learning rate of the weights. None: chosen by the fewest bits of a quantizer and the optimizer, and logged, see
+            docs/choosing.md, "The rate".
         quantizer_lr: of parameters that belong to quantizers, as a relative change per step; they get no weight decay.
         activation_quantizer_lr: of those of activations, where it differs.
         teacher_lr: of a teacher that learns too.
@@ -196,13 +207,20 @@ def distill(
         patience=patience,
         optimizer=optimizer,
     )
+    settings = with_rate(settings, lesson.adapter, prepared_model)
     data = Data(loader, val_loader, batch_fn, augment, input_stats, task_loss, metric, metric_fn, monitor)
     checkpoints = Checkpoints.of(checkpoint_dir, checkpoint_every, resume)
     _check(lesson, data, settings, cache_teacher)
     run = _run(lesson, data, settings, checkpoints, seed, cache_teacher, trackers, callbacks)
     with run as trainer:
-        trainer.train(resume=resume)
-    return _result(trainer)
+        try:
+            trainer.train(resume=resume)
+        except BaseException:
+            _record(trainer, lesson.method, kept=None)  # the weights that it leaves are trained as well
+            raise
+    result = _result(trainer)
+    _record(trainer, lesson.method, kept=result.metrics["epoch"])
+    return result
 
 
 def _lesson(model: nn.Module, teacher: nn.Module | None, method: Method, epochs: int, task_loss: TaskLoss | None) -> Lesson:
@@ -211,7 +229,7 @@ def _lesson(model: nn.Module, teacher: nn.Module | None, method: Method, epochs:
     adapter = adapter_for(model)
     positive_whole("epochs", epochs)
     check_task_loss(task_loss)
-    phases = with_task_loss(method.phases(epochs), task_loss)
+    phases = planned(method, epochs, task_loss)
     require_whole("teacher", teacher)
     require_teacher(method, phases, teacher)
     if teacher is not None:
@@ -219,6 +237,15 @@ def _lesson(model: nn.Module, teacher: nn.Module | None, method: Method, epochs:
         check_precision(teacher, learns=any(phase.teacher for phase in phases))
     check_quantizers(adapter, model)
     check_trainable(adapter, model)
+    missing, fewest = left_out(method, phases)
+    if missing:
+        _log.warning(
+            "%s leaves out %s in %d epochs: phases end at whole epochs. Train for at least %d, or give the phases in epochs.",
+            type(method).__name__,
+            " and ".join(missing),
+            epochs,
+            fewest,
+        )
     return Lesson(adapter, model, teacher, method, phases)
 
 
@@ -262,6 +289,8 @@ def _run(
         if seed is not None:
             set_seed(seed + processes.index)  # processes augment different images: not with the same draws
         store = _store(lesson, data, settings, checkpoints, seed)
+        if store is not None:
+            processes.on_main(store.require_writable)
         tracking = _tracking(lesson, settings, checkpoints, trackers)
         trainer = assembled(
             _with_own_teacher(lesson),
@@ -295,9 +324,13 @@ def _store(
 ) -> CheckpointStore | None:
     if checkpoints.folder is None:
         return None
-    frozen = None if lesson.teacher_learns else lesson.teacher
-    facts = fingerprint(lesson.adapter, lesson.model, frozen, lesson.method, data, len(lesson.epochs), settings, seed)
-    return CheckpointStore(checkpoints.folder, facts)
+    seen = data_facts(data.loader)
+    facts = fingerprint(
+        lesson.adapter, lesson.model, lesson.teacher, lesson.method, data, seen, len(lesson.epochs), settings, seed
+    )
+    if len(lesson.phases) > 1:  # a longer run would have had other phases so far
+        facts["phases"] = [[phase.name, phase.epochs] for phase in lesson.phases]
+    return CheckpointStore(checkpoints.folder, facts, hidden_state(data.loader, seen))
 
 
 def _tracking(lesson: Lesson, settings: Settings, checkpoints: Checkpoints, trackers: Sequence[Any] | None) -> Tracking:
@@ -314,9 +347,14 @@ def _with_own_teacher(lesson: Lesson) -> Lesson:
 
 
 def _result(trainer: Trainer) -> DistillResult:
-    state = trainer.state
-    kept = state.history[state.best.epoch] if state.best.epoch >= 0 else state.history[-1]
-    return DistillResult(trainer.networks.model, state.history, kept, trainer.networks.teacher)
+    history = trainer.state.history
+    return DistillResult(trainer.networks.model, history, dict(kept_of(history)), trainer.networks.teacher)
+
+
+def _record(trainer: Trainer, method: Method, kept: int | None) -> None:
+    if trainer.state.position.step:
+        name = type(method).__name__
+        record_training(trainer.networks.model, TrainingRecord.of_distill(name, trainer.state.history, kept))
 
 
 def _require_length(loader: Iterable[Any]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ class Moment:
         step: of the optimizer, from 0.
         lr: the peak rate.
         gradient_norm: of the step before; NaN before the first.
-        checkpoint: the newest, or None.
+        way_back: a sentence on the last good checkpoint, if there is one.
     """
 
     phase: str
@@ -34,12 +33,7 @@ class Moment:
     step: int
     lr: float
     gradient_norm: float
-    checkpoint: Path | None
-
-    @property
-    def way_back(self) -> str:
-        """A sentence on the newest checkpoint, if there is one."""
-        return "" if self.checkpoint is None else f" The last good checkpoint is {self.checkpoint}."
+    way_back: str
 
 
 def require_finite_losses(values: dict[str, float], inputs: Inputs, model: nn.Module, moment: Moment) -> None:

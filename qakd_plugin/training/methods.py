@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -251,8 +251,9 @@ class QKD:
         features: layers whose inputs are compared as well, in the phases with a teacher.
         match: which outputs are compared, and how; see :class:`SQAKD`.
 
-    Numbers that are all at most 1 are fractions of ``distill``'s ``epochs``; otherwise they count epochs themselves, and
-    ``epochs`` is not used.
+    Numbers that are all at most 1 are fractions of ``distill``'s ``epochs``: a phase ends at the nearest whole epoch, so that
+    short runs leave phases out, which ``distill`` says (the defaults need 4 epochs). Otherwise they count epochs themselves,
+    and ``epochs`` is not used.
 
     Source: Kim et al., 2019, arXiv 1911.12491.
     """
@@ -293,6 +294,32 @@ def _whole_epochs(lengths: tuple[float, ...], epochs: int) -> list[int]:
         return [int(length) for length in lengths]
     ends = [round(epochs * sum(lengths[: index + 1]) / sum(lengths)) for index in range(len(lengths))]
     return [end - start for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def planned(method: Method, epochs: int, task_loss: TaskLoss | None) -> tuple[Phase, ...]:
+    """The phases of a run of so many epochs, with the user's loss of labels where there is one.
+
+    Raises:
+        QakdError: what was passed is no method; shows the line to write.
+    """
+    if isinstance(method, type):
+        raise QakdError(f"method={method.__name__} is a class: pass method=qakd.{method.__name__}().")
+    if not callable(getattr(method, "phases", None)):
+        raise QakdError(f"method={method!r} is no method: pass method=qakd.SQAKD(), or KD(), QKD(), QAT().")
+    return with_task_loss(method.phases(epochs), task_loss)
+
+
+def left_out(method: Method, phases: Sequence[Phase]) -> tuple[list[str], int]:
+    """Phases that a longer run of the method has and these are without, by name; and the fewest epochs that hold all."""
+    every = [phase.name for phase in method.phases(_MANY)]
+    names = {phase.name for phase in phases}
+    missing = [name for name in every if name not in names]
+    fewest = next((n for n in range(1, _MANY) if len(method.phases(n)) == len(every)), _MANY) if missing else 0
+    return missing, fewest
+
+
+_MANY = 1000
+"""Epochs of a run that leaves no phase out."""
 
 
 def with_task_loss(phases: tuple[Phase, ...], task_loss: TaskLoss | None) -> tuple[Phase, ...]:

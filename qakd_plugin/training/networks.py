@@ -51,7 +51,7 @@ class Learner:
         self,
         called: nn.Module,
         optimizer: torch.optim.Optimizer,
-        schedule: torch.optim.lr_scheduler.LRScheduler,
+        schedule: torch.optim.lr_scheduler.LambdaLR,
         of_quantizers: Container[int] = (),
     ) -> None:
         self.called, self.optimizer, self.schedule, self._of_quantizers = called, optimizer, schedule, of_quantizers
@@ -61,6 +61,18 @@ class Learner:
         """The rate of its weights now."""
         rate: float = self.optimizer.param_groups[0]["lr"]
         return rate
+
+    @property
+    def peak(self) -> float:
+        """The rate of its weights that the schedule rises to."""
+        return float(self.schedule.base_lrs[0])
+
+    def follow_schedule(self) -> None:
+        """Set the rates of the next step: a schedule that was restored may be that of a shorter run, which had come to 0."""
+        for group, base, factor in zip(
+            self.optimizer.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True
+        ):
+            group["lr"] = base * factor(self.schedule.last_epoch)
 
     def clip(self, limit: float | None) -> Tensor:
         """Clip its gradients; () their norm before."""

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Container, Iterable
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import UnsupportedQuantizerError
 from ..toolkits import Adapter
 from ..toolkits.adapter import Role
 from .config import MakeOptimizer, Settings
+
+_log = logging.getLogger(__name__)
+_RATE, _RATE_OF_MANY_BITS, _MANY_BITS = 1e-3, 1e-5, 7
+"""Of the weights: below 7 bits, from there on."""
 
 
 def quantizer_parameters(adapter: Adapter, model: nn.Module, role: Role | None = None) -> dict[int, nn.Parameter]:
@@ -21,12 +29,49 @@ def quantizer_parameters(adapter: Adapter, model: nn.Module, role: Role | None =
     return {id(p): p for quantizer in quantizers for p in quantizer.module.parameters() if p.requires_grad}
 
 
+def with_rate(settings: Settings, adapter: Adapter, model: nn.Module) -> Settings:
+    """The same settings with a rate for the weights; logs the one that it chooses, and why.
+
+    Codes of few bits change only when weights move far; at 8 bits a prepared model is near its teacher, and a rate for training
+    from scratch takes it away from there. benchmarks/default_rate.py measures both.
+    """
+    if settings.lr is not None:
+        return settings
+    bits = _fewest_bits(adapter, model)
+    # What other optimizers make of a rate is not known: plain steps follow the size of the gradient.
+    rate = _RATE if bits is None or bits < _MANY_BITS or not _adapts(settings.optimizer) else _RATE_OF_MANY_BITS
+    _log.info(
+        "lr=%g: the default for %s and %s. Pass lr= for another.",
+        rate,
+        "quantizers of unknown grids" if bits is None else f"{bits} bits",
+        optimizer_name(settings.optimizer),
+    )
+    return replace(settings, lr=rate)
+
+
+def _fewest_bits(adapter: Adapter, model: nn.Module) -> int | None:
+    found = []
+    for quantizer in adapter.quantizers(model):
+        with suppress(UnsupportedQuantizerError):  # a grid that can be trained with, if not exported
+            qparams = adapter.qparams(quantizer)
+            found.append((qparams.quant_max - qparams.quant_min).bit_length())
+    return min(found, default=None)
+
+
+def _adapts(make: MakeOptimizer) -> bool:
+    """Whether it is of Adam's family, whose steps have the size of the rate."""
+    return "adam" in optimizer_name(make).lower()
+
+
 def student_optimizer(adapter: Adapter, model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
     """Groups: weights, biases and norms without decay, and parameters of quantizers with rates of their own and no decay.
+
+    The rate is chosen as :func:`with_rate` does where ``settings`` holds none.
 
     With Adam's step the rate of quantizers is a relative change per step. Ours are logarithms or ratios already; a scale that a
     toolkit learns as it is gets the rate times its size.
     """
+    settings = with_rate(settings, adapter, model)
     of_weights = quantizer_parameters(adapter, model, "weight")
     of_activations = {key: p for key, p in quantizer_parameters(adapter, model, "activation").items() if key not in of_weights}
     weights = [p for p in model.parameters() if p.requires_grad and id(p) not in of_weights | of_activations]

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .._common.precision import dtype_name
 from ..errors import NotPreparedError, QakdError, TrainingError, UnsupportedQuantizerError
 from ..preparation.feasibility import export_problems
-from ..tasks.inputs import HALF, Inputs, call, first_samples, precision_of
+from ..tasks.inputs import HALF, Inputs, call, dtypes_named, first_samples, named_tensors, precision_of
+from ..tasks.matchers import KL
 from ..tasks.matching import check_match, default_match
 from ..tasks.outputs import Outputs, listed, named_outputs
 from ..toolkits import Adapter
 from .divergence import blame, require_finite_input
-from .methods import Phase
+from .methods import Phase, Supervision
 
 _log = logging.getLogger(__name__)
 
@@ -138,6 +141,40 @@ def check_counted(phases: Sequence[Phase], student: Outputs, inputs: Inputs) -> 
             "method compares none of them with a teacher. Pass metric=..., metric_fn=lambda outputs, targets: (outputs[...], "
             "targets), or leave val_loader out."
         ) from problem
+
+
+@contextmanager
+def first_call_named(student: nn.Module, inputs: Inputs) -> Iterator[None]:
+    """Within the block, what a network raises on its first batch says which batch that was.
+
+    Raises:
+        QakdError: inputs are of another type than the network computes in.
+        TrainingError: of another shape than it takes, mostly.
+    """
+    try:
+        with dtypes_named(student, inputs, "loader"):
+            yield
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, QakdError | torch.OutOfMemoryError):
+            raise
+        shapes = ", ".join(f"{name!r} {tuple(x.shape)} {dtype_name(x.dtype)}" for name, x in named_tensors(inputs).items())
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise TrainingError(
+            f"loader: the networks cannot compute its first batch, {shapes}: {reason}. Yield what they were trained on, or "
+            "pass batch_fn=lambda batch: (inputs, targets)."
+        ) from error
+
+
+def classes_learned(phases: Sequence[Phase], student: Outputs, inputs: Inputs) -> int | None:
+    """Between how many classes the default loss of labels chooses; None where labels are not class indices, or not read so."""
+    defaults = [term for phase in phases for term in phase.student if isinstance(term, Supervision) and term.task_loss is None]
+    if not defaults:
+        return None
+    try:
+        ((name, matcher),) = default_match(student, inputs).items()
+    except QakdError:  # in eval mode; the first step says whether it is so in training
+        return None
+    return student[name].shape[matcher.dim] if isinstance(matcher, KL) else None
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from .._common.console import cell
+from .._common.module_copy import copied
+from .._common.one_at_a_time import one_at_a_time
 from ..errors import QakdError
 from ..placement.layer_names import within
 from ..tasks.batches import BatchFn, batch_splitter, default_batch
@@ -83,7 +85,7 @@ class Sensitivity:
             table.add_column(column, justify="right")
         for row in self.rows:
             numbers = [f"{row.loss:+.4g}", *([] if row.metric is None else [f"{-row.metric:+.4g}"])]
-            table.add_row(row.name, str(len(row.layers)), *numbers, "float" if row.name in (self.keep or ()) else "")
+            table.add_row(cell(row.name), str(len(row.layers)), *numbers, "float" if row.name in (self.keep or ()) else "")
         return table
 
     def summary(self) -> str:
@@ -106,6 +108,7 @@ class Sensitivity:
         return capture.get() + self.summary()
 
 
+@one_at_a_time
 @torch.no_grad()
 def sensitivity(
     prepared_model: nn.Module,
@@ -156,7 +159,7 @@ def sensitivity(
     network = one_teacher(teacher)
     if network is None:
         raise QakdError("teacher=None: pass the float model, which the quantized one is compared with.")
-    model = copy.deepcopy(prepared_model)
+    model = copied(prepared_model)
     adapter.set_mode(model, False)
     adapter.freeze_ranges(model, True)
     split = batch_splitter(batch_fn, prepared_model)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._common.files import write_atomic
+from .._common.files import read_whole, require_writable, write_atomic
 from .._common.tensor_file import pack, unpack
+from .._common.torch_file import load_plain
 from ..errors import CheckpointError, QakdError
 from ..tasks.inputs import Inputs, device_of, named_tensors, sample_count
 from ..tasks.outputs import SINGLE, Outputs, listed
-from .checkpoint import load_plain
 from .distributed.processes import Processes
 from .teachers import checksum
 
@@ -53,7 +52,7 @@ class TeacherCache:
         precision: of the teacher's forward pass: "no" or "bf16".
 
     Raises:
-        CheckpointError: the file is not one of this package, is damaged, or belongs to another teacher.
+        CheckpointError: the file is not one of this package, is damaged, belongs to another teacher, or could not be written.
     """
 
     def __init__(self, path: str | os.PathLike[str], teacher: nn.Module, precision: str) -> None:
@@ -62,8 +61,10 @@ class TeacherCache:
         self._rows: dict[bytes, int] = {}
         self._outputs: dict[str, Tensor] = {}
         self._missed = 0
-        if self.path.exists():
+        if os.path.exists(self.path):  # Path.exists raises where it may not look
             self._read()
+        else:
+            require_writable(self.path, CheckpointError)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -137,7 +138,7 @@ class TeacherCache:
 
     def _read(self) -> None:
         try:
-            content = _read_old(self.path) if zipfile.is_zipfile(self.path) else _read(self.path)
+            content = _read(self.path)
         except CheckpointError as error:
             raise CheckpointError(
                 f"cache_teacher: {self.path} is no file of a teacher's outputs: {error}. Remove it."
@@ -152,11 +153,13 @@ class TeacherCache:
 
 
 def _read(path: Path) -> _Content:
-    """A file of this version, or of version 2. The message of a CheckpointError is the reason alone."""
+    """A file of any version. The message of a CheckpointError is the reason alone."""
     try:
-        data = path.read_bytes()
+        data = read_whole(path)
     except OSError as error:
-        raise CheckpointError(f"it cannot be read ({error})") from error
+        raise CheckpointError(f"it cannot be read ({error.strerror or error})") from error
+    if data.startswith(b"PK"):
+        return _read_version_1(load_plain(data))
     tensors, facts = unpack(data)
     if facts.get("format") != _FORMAT or "samples" not in tensors:
         raise CheckpointError("this package did not write it")
@@ -168,9 +171,7 @@ def _read(path: Path) -> _Content:
     return _content(facts.get("teacher"), samples, {name.removeprefix(_PREFIX): rows for name, rows in tensors.items()})
 
 
-def _read_old(path: Path) -> _Content:
-    """A file of version 1. The message of a CheckpointError is the reason alone."""
-    content = load_plain(path, mmap=True)
+def _read_version_1(content: Any) -> _Content:
     if not isinstance(content, dict) or "teacher" not in content:
         raise CheckpointError("this package did not write it")
     return _of_logits(content.pop("teacher"), content)
@@ -185,8 +186,11 @@ def _of_logits(teacher: Any, tensors: dict[str, Any]) -> _Content:
 def _content(teacher: Any, samples: Any, outputs: dict[str, Any]) -> _Content:
     fits = isinstance(samples, Tensor) and samples.dtype == torch.uint8 and samples.ndim == 2 and samples.shape[1] == _DIGEST
     fits = fits and bool(outputs) and all(isinstance(rows, Tensor) and rows.ndim > 0 for rows in outputs.values())
+    fits = fits and all(rows.layout == torch.strided for rows in (samples, *outputs.values()))
     if not (fits and isinstance(teacher, str) and all(len(rows) == len(samples) for rows in outputs.values())):
         raise CheckpointError("what it holds are no digests (N, 16) and outputs (N, ...)")
+    if not len(samples):
+        raise CheckpointError("it holds no sample")
     return _Content(teacher, samples, outputs)
 
 

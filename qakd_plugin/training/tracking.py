@@ -45,7 +45,11 @@ class Tracking:
             accelerator = Accelerator(log_with=self._wanted, project_dir=None if self._folder is None else str(self._folder))
             accelerator.init_trackers("tracking", self._configuration)
             self._trackers = accelerator.trackers
-        numbers = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "epoch"}
+        numbers = {
+            name: value
+            for name, value in row.items()
+            if isinstance(value, int | float) and not isinstance(value, bool) and name != "epoch"
+        }
         for tracker in self._trackers:
             tracker.log(numbers, step=row["epoch"])
 

@@ -7,23 +7,24 @@ It knows tensors, a method's phases and an adapter; no toolkit. Everything it ne
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from .._common.console import Progress
+from .._common.history import START, Picking, below_start, kept_of, start_of
 from .._common.precision import wide
 from ..augment.selector import Augmentation
 from ..toolkits import Adapter
 from . import curvature
 from .batches import Batch, Batches
-from .config import Settings
+from .config import Resume, Settings
 from .deployed_view import DeployedView, evaluated
 from .distributed.observers import joint_ranges
 from .distributed.processes import Processes
@@ -32,7 +33,11 @@ from .ema import Ema
 from .methods import Phase
 from .networks import Learner, Networks
 from .objective import Losses, Objective
-from .run_state import Best, RunState
+from .outcome import Start, at_chance, line_of
+from .run_state import Best, Position, RunState
+from .validation import Validation, warn_of_one_class
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -51,8 +56,10 @@ class Trainer:
         teacher: what trains a teacher that learns too, or None.
         ema: average of the student's weights, or None.
         view: the student as it would be deployed.
-        validate: metrics of a network on the held-out split; empty without one.
+        validation: metrics of a network on the held-out split; empty without one.
         worth: of an epoch by its row, larger is better; None where nothing says.
+        picking: names of the numbers that say it, and their direction.
+        start: the prepared model's weights.
         state: position, best epoch, history, and checkpoints.
         settings: numbers of the run.
         checkpoint_every: also after so many optimizer steps; None for epochs only.
@@ -71,23 +78,49 @@ class Trainer:
     teacher: Learner | None
     ema: Ema | None
     view: DeployedView
-    validate: Callable[[nn.Module], dict[str, float]]
-    worth: Callable[[dict[str, Any]], float | None]
+    validation: Validation
+    worth: Callable[[Mapping[str, Any]], float | None]
+    picking: Picking
+    start: Start
     state: RunState
     settings: Settings
     checkpoint_every: int | None
     callbacks: Sequence[object]
     gradient_norm: float = math.nan
 
-    def train(self, *, resume: bool) -> None:
+    def train(self, *, resume: Resume) -> None:
         """Train all epochs that are left, and load the best weights."""
         bar = Progress(len(self.epochs) * self.batches.steps, enabled=self.processes.is_main)
         ranges = joint_ranges(self.processes, self.adapter, self.networks.model)
+        for learner in self._learners:  # gradients of somebody else's step would be added to the first
+            learner.optimizer.zero_grad(set_to_none=True)
         with self.state.begun(resume=resume), ranges, bar as progress:
             progress.advance(self.state.position.step)
+            for learner in self._learners:
+                learner.follow_schedule()
+            if self.state.position == Position():
+                self._evaluate_start(progress)
             while self.state.position.epoch < len(self.epochs) and not self._has_stalled():
                 self._epoch(self.epochs[self.state.position.epoch], progress)
         self._load_the_best()
+        self._say_how_it_ended()
+
+    @property
+    def _learners(self) -> list[Learner]:
+        return [self.student, *([] if self.teacher is None else [self.teacher])]
+
+    def _evaluate_start(self, progress: Progress) -> None:
+        """The prepared model as it was passed in: draws nothing from training, and moves no range and no statistic."""
+        with evaluated(self.adapter, self.networks.model):
+            if not (numbers := self.validation.of_start(self.networks.model)):
+                _log.info("Nothing is held out (val_loader): the last epoch is kept, whether better than the start or worse.")
+                return
+            row: dict[str, Any] = {"epoch": START, "phase": "start", **numbers}
+            value = self.worth(row)
+            if value is not None and not math.isnan(value):
+                row["best"], self.start.weights = True, self.view.weights()
+        self.state.history.append(row)
+        progress.line(line_of(row, len(self.epochs)), _log)
 
     def _epoch(self, phase: Phase, progress: Progress) -> None:
         position = self.state.position
@@ -106,11 +139,15 @@ class Trainer:
         row = {"epoch": position.epoch, "phase": phase.name, **position.means(), "lr": self.student.lr}
         row["images_per_second"] = _rate(position.samples - first, started)
         with self.view.shown():
-            row |= self.validate(self.networks.model)
+            row |= self.validation(self.networks.model)
             self._remember_if_best(row)
         self.state.history.append(row | self.augment.row())
         self.state.position = position.next_epoch()
         self.state.save()
+        if position.epoch == 0 and phase.needs_labels:
+            seen = self.processes.gather(self.batches.label_range)
+            warn_of_one_class("loader", seen, "the student can learn nothing else")
+        progress.line(line_of(self.state.history[-1], len(self.epochs)), _log)
         self._tell("on_epoch_end", self.state.history[-1])
 
     def _step(self, phase: Phase, group: Sequence[Batch]) -> dict[str, float]:
@@ -177,9 +214,9 @@ class Trainer:
             position.epoch,
             position.step_in_epoch,
             position.step,
-            self.settings.lr,
+            self.student.peak,
             self.gradient_norm,
-            self.state.newest(),
+            self.state.way_back(),
         )
         for index, (batch, found) in enumerate(zip(group, values, strict=True)):
             here = replace(moment, batch=moment.batch + index)
@@ -209,9 +246,16 @@ class Trainer:
             self.teacher.called.train()
 
     def _remember_if_best(self, row: dict[str, Any]) -> None:
-        value = self.worth(row)
-        if value is not None and value > self.state.best.value:
+        value, start = self.worth(row), start_of(self.state.history)
+        if value is None:
+            return
+        better = value > self.state.best.value
+        if better:
             self.state.best = Best(row["epoch"], value, self.view.weights())
+        least = self.worth(start) if start is not None and self.start.weights is not None else None
+        row["best"] = better and (least is None or value >= least)
+        if row["best"]:
+            self.start.weights = None
 
     def _has_stalled(self) -> bool:
         """Whether the last phase has gone on for ``patience`` epochs without a better one. Earlier phases run to their end."""
@@ -221,18 +265,28 @@ class Trainer:
         return self.state.position.epoch - max(self.state.best.epoch + 1, last) >= self.settings.patience
 
     def _load_the_best(self) -> None:
-        """Eval mode, frozen ranges, and the best epoch's weights, or without a held-out split the last."""
-        if self.state.best.state is None:
+        """Eval mode, frozen ranges, and the best weights: of an epoch or the start, or without a held-out split the last."""
+        kept = self.state.best.state if self.start.weights is None else self.start.weights
+        if kept is None:
             with self.view.shown():
-                self.state.best.state = self.view.weights()
+                kept = self.view.weights()
         model = self.networks.model
         # First, because the state of some toolkits' quantizers says whether their ranges are frozen: freezing remembers which
         # were free, for whoever goes on training.
         self.adapter.freeze_ranges(model, True)
-        model.load_state_dict(self.state.best.state)
+        model.load_state_dict(kept)
         self.adapter.set_mode(model, False)
         if self.teacher is not None:
             self.teacher.called.eval()
+
+    def _say_how_it_ended(self) -> None:
+        if not self.processes.is_main:
+            return
+        history = self.state.history
+        if (lost := below_start(history, self.picking)) is not None:
+            _log.warning("%s Lower lr=%g, or leave training out where nothing is lost without it.", lost, self.student.peak)
+        if (nothing := at_chance(kept_of(history), self.validation.classes)) is not None:
+            _log.warning("%s", nothing)
 
     def _tell(self, event: str, *args: Any) -> None:
         for callback in self.callbacks:

@@ -26,9 +26,9 @@ from torch import nn
 from qakd_plugin import EngineError, MissingPackageError, QakdError, benchmark, build_engine, export_float, export_onnx
 from qakd_plugin._common.cpu_features import has_bfloat16
 from qakd_plugin.bench import Candidate, peak_memory, row_fields, session
-from qakd_plugin.bench.accuracy import wilson_interval
 from qakd_plugin.bench.candidates import candidate_from_path
 from qakd_plugin.bench.census import census
+from qakd_plugin.bench.intervals import wilson_interval
 from qakd_plugin.bench.peak_memory import peak_rss_mib
 from qakd_plugin.bench.ratios import with_findings, with_speedups
 from qakd_plugin.bench.row_fields import percentiles

@@ -80,7 +80,7 @@ def test_distill_export_engine_bench_and_report_in_a_row(recipe, tmp_path, capsy
     (row,) = json.loads((tmp_path / "f1.json").read_text())["rows"]
     assert [value["name"] for value in row["metrics"]] == ["multiclass_f1_score"]
     assert (row["accuracy"], row["samples"]) == (None, 32)
-    assert main(["report", "r.json", "--title", "again"]) == 0
+    assert main(["report", "r.json", "--title", "again", "--force"]) == 0
     output = capsys.readouterr().out
     assert "9 of 9 in int8" in output
     assert "trtexec --onnx=s.onnx" in output
@@ -107,6 +107,17 @@ def test_rank_prints_the_table_and_draws_it(recipe, tmp_path, capsys):
     assert drawn == {record["name"] for record in document["records"]}
 
 
+def test_names_of_augmentations_are_no_markup(recipe, tmp_path, capsys):
+    """A closing tag of rich's raised an error, and the ranking was lost."""
+    (tmp_path / "my_recipe.py").write_text(
+        RECIPE + "\ndef named():\n"
+        "    return build() | dict(candidates={'none': None, 'blur [/soft]': lambda x: x.flip(-1)}, labels='teacher')\n"
+    )
+    assert main(["rank", "my_recipe:named"]) == 0
+    assert "blur [/soft]" in capsys.readouterr().out
+    assert {record["name"] for record in json.loads((tmp_path / "ranking.json").read_text())["records"]} >= {"blur [/soft]"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -120,6 +131,7 @@ def test_rank_prints_the_table_and_draws_it(recipe, tmp_path, capsys):
         (["bench", "none.onnx"], "none.onnx does not exist"),
         (["bench", "none.onnx", "--module", "my_recipe:nothing"], "torch modules, got dict"),
         (["report", "none.json"], "none.json does not exist"),
+        (["export-float", "my_recipe:nothing", "--out", "x.onnx"], "has no teacher and no loader"),
         (["report", "one.json", "two.json"], "--out is missing"),
     ],
 )
@@ -141,7 +153,7 @@ def test_weights_of_another_grid_are_refused_by_the_name_of_the_quantizer(recipe
     sys.modules.pop("my_recipe")
     assert main(["export", recipe, "--weights", "run/student.safetensors", "--out", "x.onnx"]) == 1
     error = " ".join(capsys.readouterr().err.split())
-    assert "was trained as toolkit, codes -127..127, and the recipe prepares toolkit, codes -8..7" in error
+    assert "was trained as toolkit, codes -127..127, and the model is prepared with toolkit, codes -8..7" in error
     assert not (tmp_path / "x.onnx").exists()
 
 
@@ -156,7 +168,7 @@ def test_weights_of_another_grid_are_refused_by_the_name_of_the_quantizer(recipe
         ({"other.weight": torch.ones(2)}, "does not fit the prepared model: "),
         ({"state_dict": 1, "quantizers": {}}, "holds no state_dict (int)"),
         ({"state_dict": {}, "quantizers": [1]}, "holds no state_dict (list)"),
-        ({"state_dict": {}, "quantizers": {"a": "b"}}, "a was trained as b, and the recipe prepares no quantizer"),
+        ({"state_dict": {}, "quantizers": {"a": "b"}}, "a was trained as b, and the model is prepared with no quantizer"),
         ({"state": {"weight": torch.ones(2)}}, "does not fit the prepared model: "),
     ],
 )

@@ -1,8 +1,11 @@
 """Options are a function's parameters; errors are one line that names the flag."""
 
 import inspect
+import logging
+import os
 import subprocess
 import sys
+import warnings
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Literal, get_type_hints
@@ -11,8 +14,10 @@ import pytest
 
 from qakd_plugin.cli import main
 from qakd_plugin.cli.commands import COMMANDS
+from qakd_plugin.cli.deploy import sizes_as_flags
+from qakd_plugin.cli.noise import quiet
 from qakd_plugin.cli.options import CommandParser, OneOf, PositiveInt, in_flags, suggestion
-from qakd_plugin.cli.recipes import APIS
+from qakd_plugin.cli.recipes import APIS, api_keys, api_parameters
 
 TABLE = ("x", "y")
 
@@ -134,6 +139,12 @@ def test_errors_of_the_api_speak_of_flags(message, translated):
     assert in_flags(message, flags | {"checkpoint_dir": "--out", "runtimes": "--runtime"}) == translated
 
 
+def test_sizes_of_an_engine_are_shown_as_flags():
+    shown = 'Pass sizes={"sequence": (smallest, usual, largest), "x": (smallest, usual, largest)}.'
+    assert sizes_as_flags(shown) == "Pass --size sequence=SMALLEST,USUAL,LARGEST --size x=SMALLEST,USUAL,LARGEST."
+    assert sizes_as_flags("sizes: 'x' needs three whole numbers") == "--size: 'x' needs three whole numbers"
+
+
 def test_suggestions_are_near():
     assert suggestion("epohcs", ["epochs", "lr"]) == " (did you mean epochs?)"
     assert suggestion("nothing", ["epochs", "lr"]) == ""
@@ -182,3 +193,73 @@ def test_help_needs_no_torch_and_no_jsonargparse():
         assert done.stdout.strip().splitlines()[-1] == loaded, argument
     wrong = subprocess.run([sys.executable, "-c", check, "distill", "--uot", "x"], capture_output=True, text=True, check=True)
     assert wrong.stdout.strip() == "['jsonargparse']"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("epohcs: 3", "unknown key 'epohcs' (did you mean epochs?)"),
+        ("teacher: {class_path: no_such_package.network}", "no module 'no_such_package' is here or installed"),
+        ("loader: {class_path: x.y, init_args: {a: [{class_path: no_such_package.z}]}}", "loader: 'x.y' cannot be imported"),
+        ("epochs: 3", "no prepared_model or no teacher or no loader"),
+        ("a: [", "cannot be read as YAML"),
+    ],
+)
+def test_a_mistake_in_a_recipe_is_named_before_torch_is_imported(content, message, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(content)
+    code = "import sys; from qakd_plugin.cli import main; code = main(sys.argv[1:]); print(code, 'torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "distill", "recipe.yaml", "--out", "run"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+    )
+    assert done.stdout == "1 False\n"
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_keys_that_are_read_from_the_source_are_those_of_the_functions():
+    for name in APIS:
+        assert list(api_keys(name)) == list(api_parameters(name))
+
+
+def test_what_other_packages_say_at_each_start_is_left_out_and_nothing_else(capsys, caplog):
+    with quiet(), warnings.catch_warnings(record=True) as found:
+        warnings.warn("`torch.jit.script` is deprecated. Please switch", FutureWarning, stacklevel=1)
+        warnings.warn("transformers 9.9.9 is not tested with current version of modelopt and may", UserWarning, stacklevel=1)
+        warnings.warn("something else", UserWarning, stacklevel=1)
+        logging.getLogger("torch.utils.cpp_extension").warning("No CUDA runtime is found, using CUDA_HOME='%s'", "/x")
+        logging.getLogger("torch.utils._pytree").warning("%s is an Enum subclass and is now natively supported", "X")
+        logging.getLogger("torch.utils._pytree").warning("other")
+        print("Inserted 263 quantizers")
+        print("Inserted by hand")
+        print()
+    assert [str(warning.message) for warning in found] == ["something else"]
+    assert caplog.messages == ["other"]
+    assert capsys.readouterr().out == "Inserted by hand\n\n"
+    print("Inserted 263 quantizers")
+    assert capsys.readouterr().out == "Inserted 263 quantizers\n"
+
+
+@pytest.mark.parametrize(("flags", "lines"), [([], "info\nwarning\nerror\n"), (["--quiet"], "error\n")])
+@pytest.mark.parametrize("first", [True, False])
+def test_without_a_terminal_progress_is_logged_and_quiet_leaves_errors_alone(flags, lines, first, tmp_path):
+    (tmp_path / "recipe.py").write_text(
+        "import logging\n"
+        "def build():\n"
+        "    log = logging.getLogger('qakd_plugin.training')\n"
+        "    log.info('info'), log.warning('warning'), log.error('error')\n"
+        "    raise SystemExit(5)\n"
+    )
+    command = ["distill", "recipe:build", "--out", "run"]
+    done = subprocess.run(
+        [sys.executable, "-m", "qakd_plugin.cli", *(flags + command if first else command + flags)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+    )
+    assert done.returncode == 5
+    assert done.stderr == lines

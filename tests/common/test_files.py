@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qakd_plugin._common.files import atomic_path, with_extension, write_atomic
+from qakd_plugin._common.files import atomic_path, read_whole, require_writable, with_extension, write_atomic
 from qakd_plugin.errors import CheckpointError, QakdError
 
 
@@ -76,6 +76,69 @@ def test_writing_does_not_open_other_threads_files_to_everybody(tmp_path: Path, 
         thread.join()
     assert masks == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2", "3"]
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o755])
+def test_what_is_replaced_keeps_its_permissions(mode: int, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "file").chmod(mode)
+    write_atomic(tmp_path / "file", b"new")
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == mode
+    assert (tmp_path / "file").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_of_a_link_the_file_that_it_leads_to_is_written(there: bool, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    if there:
+        (tmp_path / "other" / "file").write_text("old")
+    (tmp_path / "link").symlink_to(Path("other") / "file")
+    write_atomic(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "other" / "file").read_text() == "new"
+
+
+def test_a_pipe_a_device_and_a_circle_of_links_are_never_written_or_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "circle").symlink_to("circle")
+    for path, reason in [
+        (tmp_path / "pipe", "It is a pipe"),
+        (Path("/dev/zero"), "It is a pipe"),
+        (tmp_path / "circle", "Too many"),
+    ]:
+        with pytest.raises(QakdError, match=f"cannot write {path}: {reason}"):
+            write_atomic(path, b"x")
+        with pytest.raises(QakdError, match=f"cannot write {path}: {reason}"):
+            require_writable(path)
+        with pytest.raises(OSError, match=reason):
+            read_whole(path)
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    with pytest.raises(OSError, match="Is a directory"):
+        read_whole(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "é" * 127, "net." + "x" * 240 + ".onnx"])
+def test_the_longest_names_are_written(name: str, tmp_path: Path) -> None:
+    write_atomic(tmp_path / name, b"x")
+    assert read_whole(tmp_path / name) == b"x"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", ["x" * 256, "nul\0byte", "\ud800"])
+def test_names_that_no_system_can_have_are_one_error(name: str, tmp_path: Path) -> None:
+    for write in (lambda path: write_atomic(path, b"x"), require_writable):
+        with pytest.raises(QakdError, match="cannot write"):
+            write(tmp_path / name)
+    with pytest.raises(OSError):
+        read_whole(tmp_path / name)
+
+
+def test_trying_whether_a_file_can_be_written_leaves_nothing(tmp_path: Path) -> None:
+    require_writable(tmp_path / "folder" / "file")
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder"]
+    (tmp_path / "file").write_text("as it was")
+    require_writable(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "as it was"
 
 
 @pytest.mark.parametrize(

@@ -753,7 +753,7 @@ def test_points_are_told_by_pointer_and_keys(browser, tmp_path):
         tip = "document.querySelector('.tip')"
         assert page.evaluate(f"{tip}.firstChild.textContent") == fastest.name
         assert f"p50 ms: {fastest.p50_ms:.3f}" in page.evaluate(f"[...{tip}.children].map(line => line.textContent)")
-        assert page.evaluate("document.querySelector('#rows tr.active th').textContent").strip(" ★") == fastest.name
+        assert page.evaluate("document.querySelector('#rows tr.active th .key').textContent") == fastest.name
         page.evaluate("scrollTo(0, 0); document.getElementById('plot').scrollIntoView()")
         place = page.evaluate(
             "(() => {const p = document.querySelectorAll('#plot .float .point');"
@@ -813,3 +813,17 @@ def test_a_document_of_another_version_is_refused():
     with pytest.raises(QakdError, match="schema_version"):
         validate(made)
     assert isinstance(rows_of(document())[0], Row)
+
+
+def test_a_training_that_ended_below_its_start_says_so():
+    start = {"epoch": -1, "phase": "start", "val_accuracy": 0.98, "val_agreement": 0.99, "best": True}
+    worse = {"epoch": 0, "phase": "distill", "loss": 1.0, "val_accuracy": 0.94, "val_agreement": 0.95, "best": False}
+    run = training_run({"name": "r", "history": [start, worse]})
+    assert run.epochs == 1
+    assert run.phases == "distill 1 epoch"
+    assert "lost 4 points of accuracy (98.00% at the start, 94.00%) and 4 points of agreement" in run.outcome
+    assert run.outcome.endswith("; the prepared model was kept.")
+    better = worse | {"val_accuracy": 0.99, "val_agreement": 0.995, "best": True}
+    assert training_run({"name": "r", "history": [start, better]}).outcome == ""
+    odd = [start | {"val_accuracy": "high"}, {"val_accuracy": None}, better]
+    assert training_run({"name": "r", "history": odd}).outcome == ""

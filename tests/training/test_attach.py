@@ -216,3 +216,35 @@ def test_two_processes_have_the_gradients_of_one_with_the_joined_batch(network, 
         assert together.keys() == alone.keys()
         for name, expected in alone.items():
             _assert_same(expected, together[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("toolkit", TOOLKITS)
+def test_a_copy_made_meanwhile_holds_no_second_teacher_and_teaches_nothing(toolkit, prepared, mentor, batches):
+    x = batches[0][0]
+    student = prepared(toolkit)
+    passes = []
+    mentor.register_forward_hook(lambda *_: passes.append(1))
+    with attach(student, mentor) as kd:
+        kd.train()
+        average = copy.deepcopy(student)
+        owners = [getattr(hook, "__self__", None) for hook in average._forward_hooks.values()]
+        assert all(owner is kd or not isinstance(owner, type(kd)) for owner in owners)
+        kd.eval()  # the same numbers for each call
+        student(x)
+        expected = kd.loss()
+        student(x)
+        average(2 * x)  # no batch of the student's
+        assert len(passes) == 2
+        torch.testing.assert_close(kd.loss(), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("toolkit", TOOLKITS)
+def test_a_copy_of_the_student_is_frozen_by_eval(toolkit, prepared, mentor, batches):
+    x = batches[0][0]
+    with attach(prepared(toolkit), mentor) as kd, torch.no_grad():
+        kd.train()
+        average = copy.deepcopy(kd._model)
+        kd.eval(average)
+        before = average(x)
+        average(10 * x)
+        assert torch.equal(average(x), before)

@@ -137,3 +137,62 @@ def test_the_quantizers_within_attention_are_refused_before_training():
     student = mtq.quantize(copy.deepcopy(network), chosen, lambda model: model(images))
     with pytest.raises(qakd.UnsupportedQuantizerError, match=r"attention\.q_bmm_quantizer: .*no export form.*Disable it"):
         qakd.distill(student, network, [images], epochs=1)
+
+
+def _vision():
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=8,
+        num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    return transformers.ViTForImageClassification(config).eval(), {"pixel_values": torch.rand(8, 3, 16, 16)}
+
+
+def _tied():
+    """Its head's weight is that of its embeddings: a checkpoint holds one of them."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**TEXT, use_cache=False, tie_word_embeddings=True)
+    return transformers.LlamaForCausalLM(config).eval(), {"input_ids": torch.randint(1, 20, (8, 6))}
+
+
+def test_from_pretrained_refuses_a_students_folder(tmp_path):
+    network, batch = _vision()
+    student = qakd.prepare(network, [batch])
+    student.save_pretrained(tmp_path / "student")
+    with pytest.raises(ValueError, match="quant_method"):
+        transformers.ViTForImageClassification.from_pretrained(tmp_path / "student")
+    network.save_pretrained(tmp_path / "float")
+    assert isinstance(transformers.ViTForImageClassification.from_pretrained(tmp_path / "float"), type(network))
+
+
+@pytest.mark.parametrize("make", [_vision, _tied])
+def test_its_trainer_goes_on_where_it_was_stopped_and_saves_what_load_reads(make, tmp_path):
+    """transformers 5 writes other names of weights than it looks for when it resumes: it logs so, and goes on without."""
+    from qakd_plugin.integrations.huggingface import DistillationTrainer
+
+    network, batch = make()
+    rows = [{name: column[i] for name, column in batch.items()} for i in range(8)]
+    prepared = qakd.prepare(network, [batch])
+
+    def trainer():
+        args = transformers.TrainingArguments(
+            str(tmp_path), max_steps=2, save_steps=1, per_device_train_batch_size=4, report_to=[], use_cpu=True,
+            learning_rate=0.05, disable_tqdm=True, seed=0,
+        )  # fmt: skip
+        return DistillationTrainer(copy.deepcopy(prepared), args, teacher=network, train_dataset=rows)
+
+    whole, resumed = trainer(), trainer()
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    states = whole.model.state_dict(), resumed.model.state_dict()
+    assert any(not torch.equal(a, b) for a, b in zip(whole.model.parameters(), prepared.parameters(), strict=True))
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name
+    whole.save_model(str(tmp_path / "end"))
+    loaded = qakd.load(tmp_path / "end" / "student.safetensors", network)
+    whole.model.eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch).logits, whole.model(**batch).logits)
+    type(network)(network.config).save_pretrained(tmp_path / "checkpoint-1")
+    with pytest.raises(qakd.CheckpointError, match=r"did not restore .* tensors of a checkpoint, among them"):
+        trainer().train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))

@@ -35,7 +35,7 @@ def whole(server, tmp_path_factory):
             out = tmp_path_factory.mktemp("whole")
             assert server.run(out, folder=str(out / "checkpoints"), **case) == [0] * case["processes"], _log(out)
             known[key] = _results(out, case)
-            assert len(known[key][0]["history"]) == EPOCHS
+            assert len(known[key][0]["history"]) == EPOCHS + 1  # with the start
         return known[key]
 
     return run
@@ -65,7 +65,7 @@ def _finish(server, out, case):
     names = sorted(path.name for path in (out / "checkpoints").iterdir())
     assert len([name for name in names if name.startswith("step-")]) == 2
     assert len(names) == 3, names
-    _require_history(out, results[0]["history"], EPOCHS)
+    _require_history(out, results[0]["history"], EPOCHS + 1)
     return results
 
 

@@ -1,5 +1,6 @@
 """Where a run stands, written down and taken up again."""
 
+import copy
 import math
 
 import pytest
@@ -69,7 +70,90 @@ def test_an_empty_folder_starts_at_nothing(tmp_path):
     with state.begun(resume=True):
         assert state.position == Position()
         assert state.best.value == -math.inf
-        assert state.newest() is None
+        assert state.way_back() == ""
+
+
+def _learning(folder):
+    """A run with an optimizer and a schedule that have made a step."""
+    torch.manual_seed(0)
+    layer = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    state = _state(layer, folder)
+    state._parts |= {"optimizer": optimizer, "scheduler": schedule}
+
+    def step():
+        layer(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        schedule.step()
+
+    return state, step
+
+
+def _places(value, path=()):
+    """Every place in nested dicts and lists, by the keys that lead to it."""
+    keys = value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    for key in keys:
+        yield (*path, key)
+        yield from _places(value[key], (*path, key))
+
+
+def test_whatever_is_missing_or_of_another_type_in_a_checkpoint_is_one_error_or_harms_nothing(tmp_path):
+    state, step = _learning(tmp_path)
+    with state.begun(resume=False):
+        step()
+        state.position.count(4, {"loss": 0.5})
+        state.history.append({"epoch": 0})
+        state.save()
+    path = max(tmp_path.glob("step-*"))
+    content = torch.load(path, weights_only=True)
+    path.unlink()
+    own = ("state", "optimizer", "state")  # what an optimizer keeps of a parameter, only it knows
+    places = [place for place in _places(content["state"], ("state",)) if place[:3] != own or len(place) == 3]
+    messages = []
+    for place in places:
+        for change in ("gone", None, "text", {"x": 1}):
+            broken = copy.deepcopy(content)
+            inner = broken
+            for key in place[:-1]:
+                inner = inner[key]
+            if change == "gone":
+                del inner[place[-1]]
+            else:
+                inner[place[-1]] = change
+            file = CheckpointStore(tmp_path, {}).save(1, broken["state"])
+            other, again = _learning(tmp_path)
+            try:
+                with other.begun(resume=True):
+                    again()
+            except CheckpointError as error:
+                messages.append(str(error))
+            file.unlink(missing_ok=True)
+    assert len(messages) > 2 * len(places)
+    assert not [message for message in messages if "\n" in message]
+
+
+def test_forcing_goes_on_where_only_the_draws_do_not_fit(tmp_path, caplog):
+    layer = nn.Linear(2, 2)
+    state = _state(layer, tmp_path)
+    with state.begun(resume=False):
+        state.position.step = 3
+        state.save()
+    other, resumed = nn.Linear(2, 2), None
+    for resume in (True, "force"):
+        resumed = _state(other, tmp_path)
+        resumed._batches.generators.append(torch.Generator())
+        if resume == "force":
+            with resumed.begun(resume=resume):
+                assert resumed.position.step == 3
+        else:
+            with (
+                pytest.raises(CheckpointError, match="its state of the sources of randomness does not fit"),
+                resumed.begun(resume=resume),
+            ):
+                pass
+    assert torch.equal(other.weight, layer.weight)
+    assert 'resume="force" goes on with other draws' in caplog.text
 
 
 def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import struct
 
 import pytest
@@ -196,3 +197,45 @@ def test_what_cannot_be_cached_is_named(tmp_path):
     _train(_sentences(6), tmp_path / "values", {"values": qakd.L2()})
     with pytest.raises(CheckpointError, match=r"holds 'values' .* and not 'tags', which match compares"):
         _train(_sentences(6), tmp_path / "values")
+
+
+# -- files that are not what they seem
+
+
+def test_no_flipped_bit_of_the_first_versions_file_is_overlooked(path, tmp_path, network):
+    old = _as_version_1(path, tmp_path)
+    data = bytearray(old.read_bytes())
+    start = data.index(_tensors_of_version_2(path)["logits"].numpy().tobytes())
+    data[start + 3] ^= 0x40
+    old.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"is no file of a teacher's outputs: it is damaged \(the checksum of"):
+        TeacherCache(old, network, "no")
+
+
+@pytest.mark.parametrize(
+    ("samples", "reason"),
+    [
+        (torch.zeros(1, 16, dtype=torch.uint8).expand(10**9, 16), "is more than the file holds"),
+        (torch.zeros(0, 16, dtype=torch.uint8), r"(it holds no sample|no digests)"),
+        (None, r"no digests \(N, 16\)"),
+        (torch.zeros(10, 16, dtype=torch.uint8).to_sparse(), r"no digests \(N, 16\)"),
+    ],
+)
+def test_samples_that_are_none_are_refused_at_once(samples, reason, path, tmp_path, network):
+    old = _as_version_1(path, tmp_path)
+    content = torch.load(old, weights_only=True)
+    logits = content["logits"][:0] if samples is not None and len(samples) == 0 else content["logits"]
+    torch.save({**content, "samples": samples, "logits": logits}, old)
+    before = old.read_bytes()
+    with pytest.raises(CheckpointError, match=reason):
+        TeacherCache(old, network, "no")
+    assert old.read_bytes() == before
+
+
+def test_what_is_no_file_or_cannot_be_written_is_named_before_the_teacher_works(tmp_path, network):
+    os.mkfifo(tmp_path / "pipe")
+    for name, reason in [("pipe", "it cannot be read .It is a pipe"), (".", "Is a directory"), ("pipe/under", "cannot write")]:
+        with pytest.raises(CheckpointError, match=reason):
+            TeacherCache(tmp_path / name, network, "no")
+    (tmp_path / "link").symlink_to("new")
+    assert len(TeacherCache(tmp_path / "link", network, "no")) == 0

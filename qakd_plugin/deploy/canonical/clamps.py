@@ -6,7 +6,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
-from .graph import QUANTIZER_KEY, activation_quantizers, constant, initializer, only_consumer, producer, replace, scalar
+from .graph import activation_quantizers, constant, initializer, only_consumer, producer, replace, scalar
+from .labels import Call, calls_in, labels_of
 
 
 class QuantizeAfterRelu(InPlacePass):
@@ -37,13 +38,13 @@ class MergeClips(InPlacePass):
         return PassResult(model, modified)
 
 
-def quantizers_after_relu(graph: ir.Graph) -> set[str]:
-    """Labels of quantizers that read what a ReLU lets through: see :class:`QuantizeAfterRelu`, which moves them there."""
-    found: set[str] = set()
+def quantizers_after_relu(graph: ir.Graph) -> set[Call]:
+    """Calls of quantizers that read what a ReLU lets through: see :class:`QuantizeAfterRelu`, which moves them there."""
+    found: set[Call] = set()
     for quantize in activation_quantizers(graph):
         clamp = producer(quantize.inputs[0], "Relu", "Clip")
         if clamp is not None and _is_relu(clamp):
-            found.update(quantize.metadata_props.get(QUANTIZER_KEY, "").split(","))
+            found.update(calls_in(labels_of(quantize)))
     return found
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +16,16 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import Message
 
-from ...errors import ExportError
+from ...errors import ExportError, QakdError
 
 _TORCHS = re.compile(r"s\d+")
+_LARGEST_SIZE = 2**31 - 1
 
 DOMAIN = "qakd"
 """Domain of the operators that carry quantizers through the exporter."""
 
 QUANTIZER_KEY = "qakd.quantizer"
-"""Node metadata: the dotted names, comma-separated, of the quantizers of the trained model that this node carries out."""
+"""Node metadata: the calls of quantizers of the trained model that this node carries out, see :mod:`.labels`."""
 
 WEIGHT_KEY = "qakd.weight"
 """Node metadata of a weight's DequantizeLinear: the dotted name of its layer in the trained model."""
@@ -30,6 +33,31 @@ WEIGHT_KEY = "qakd.weight"
 COARSE_KEY = "qakd.coarse"
 """Node metadata of a weight's DequantizeLinear: "channel:bits, ..." where codes lost their lowest bits, see
 :mod:`qakd_plugin.deploy.targets.onnxruntime_bias`."""
+
+
+def parsed(data: bytes) -> onnx.ModelProto:
+    """A file's bytes as a model that can be handed to a runtime: some of them never return from what this looks for.
+
+    Raises:
+        ValueError: it is for an opset that ``onnx`` does not know, the sizes of an input are absurd, or a stored tensor has
+            another length than its shape says.
+        Exception: protobuf and onnx-ir raise many more kinds on foreign bytes.
+    """
+    proto = onnx.ModelProto.FromString(data)
+    newest = onnx.defs.onnx_opset_version()
+    for imported in proto.opset_import:
+        standard = imported.domain in ("", "ai.onnx")
+        if not 0 < imported.version <= (newest if standard else _LARGEST_SIZE):
+            known = f"onnx {onnx.__version__} knows 1 to {newest}" if standard else f"of {imported.domain!r}"
+            raise ValueError(f"it is for opset {imported.version}; {known}")
+    for value in proto.graph.input:
+        sizes = [dimension.dim_value for dimension in value.type.tensor_type.shape.dim]
+        if min(sizes, default=0) < 0 or math.prod(max(size, 1) for size in sizes) > _LARGEST_SIZE:
+            raise ValueError(f"its input {value.name!r} has the sizes {sizes}; all together may be 2^31 - 1")
+    for tensor in tensors(proto):
+        if external_location(tensor) is None:
+            ir.serde.deserialize_tensor(tensor).numpy()
+    return proto
 
 
 def read_onnx(path: str | os.PathLike[str]) -> ir.Model:
@@ -40,7 +68,7 @@ def read_onnx(path: str | os.PathLike[str]) -> ir.Model:
     """
     folder = Path(path).absolute().parent
     try:
-        proto = onnx.ModelProto.FromString(Path(path).read_bytes())
+        proto = parsed(Path(path).read_bytes())
         for location in {location for tensor in tensors(proto) if (location := external_location(tensor)) is not None}:
             if not (folder / location).resolve().is_relative_to(folder.resolve()):
                 raise ExportError(
@@ -61,6 +89,29 @@ def read_onnx(path: str | os.PathLike[str]) -> ir.Model:
     if len(model.graph) == 0:
         raise ExportError(f"{path} is not a valid ONNX file: its graph has no node. Export it again.")
     return model
+
+
+@contextmanager
+def understood(path: str | os.PathLike[str], done: str) -> Iterator[None]:
+    """Within the block a graph is reasoned about, which may be any: also one of a damaged file that runtimes take.
+
+    Args:
+        path: of the file, for the message.
+        done: what is not done then: "diagnosed", "tuned".
+
+    Raises:
+        ExportError: it is nothing that can be reasoned about.
+    """
+    try:
+        yield
+    except QakdError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ExportError(
+            f"{path} cannot be {done} ({type(error).__name__}: {reason}). It is damaged if ONNX Runtime does not load it "
+            "either: export it again."
+        ) from error
 
 
 def tensors(message: Message) -> Iterator[onnx.TensorProto]:

@@ -9,7 +9,8 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult, PostconditionError, PreconditionError
 
 from .clamps import set_bounds
-from .graph import DOMAIN, QUANTIZER_KEY, WEIGHT_KEY, constant, initializer, replace
+from .graph import DOMAIN, WEIGHT_KEY, constant, initializer, replace
+from .labels import escaped, set_labels
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
@@ -20,7 +21,7 @@ class NameNodes(InPlacePass):
     def call(self, model: ir.Model) -> PassResult:
         used: dict[str, int] = {}
         for node in model.graph:
-            name = node.attributes.get_string("name", "") if node.domain == DOMAIN else ""
+            name = escaped(node.attributes.get_string("name", "")) if node.domain == DOMAIN else ""
             if not name:
                 scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "['']"))
                 name = f"{scopes[-2]}/{node.op_type}" if len(scopes) > 1 and scopes[-2] else node.op_type
@@ -71,7 +72,7 @@ def _lower_activation(graph: ir.Graph, node: ir.Node) -> None:
     kind = np.uint8 if unsigned else np.int8
     zero = initializer(graph, f"zero_point_{kind.__name__}_{zero_point}", np.asarray(zero_point, dtype=kind))
     quantize = ir.node("QuantizeLinear", [x, scale, zero], name=f"{name}/QuantizeLinear")
-    quantize.metadata_props[QUANTIZER_KEY] = name
+    set_labels(quantize, [name])
     quantize.outputs[0].dtype = ir.DataType.UINT8 if unsigned else ir.DataType.INT8
     dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], scale, zero], name=f"{name}/DequantizeLinear")
     new = [quantize, dequantize]

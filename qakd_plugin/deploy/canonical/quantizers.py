@@ -6,7 +6,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
-from .graph import QUANTIZER_KEY, identity, initializer, producer, replace
+from .graph import WEIGHT_KEY, identity, initializer, producer, replace
+from .labels import labels_of, set_labels
 
 
 class CarryThroughMaxPool(InPlacePass):
@@ -36,7 +37,10 @@ class CarryThroughMaxPool(InPlacePass):
 
 
 class MergeEqualQuantizers(InPlacePass):
-    """Two quantizers with the same input and the same numbers become one, which keeps both labels."""
+    """Two quantizers with the same input and the same numbers become one, which keeps both labels.
+
+    Weights of two layers stay two, even where the exporter stores their equal numbers once.
+    """
 
     def call(self, model: ir.Model) -> PassResult:
         seen: dict[tuple[object, ...], ir.Node] = {}
@@ -45,13 +49,13 @@ class MergeEqualQuantizers(InPlacePass):
             if node.op_type not in {"Clip", "QuantizeLinear", "DequantizeLinear"}:
                 continue
             axis = node.attributes.get_int("axis", 1)
-            key = (node.op_type, node.inputs[0], axis, *(identity(value) for value in node.inputs[1:]))
+            layer = node.metadata_props.get(WEIGHT_KEY)
+            key = (node.op_type, node.inputs[0], axis, layer, *(identity(value) for value in node.inputs[1:]))
             kept = seen.setdefault(key, node)
             if kept is node or node.outputs[0].is_graph_output():
                 continue
-            if QUANTIZER_KEY in node.metadata_props:
-                labels = [kept.metadata_props.get(QUANTIZER_KEY), node.metadata_props[QUANTIZER_KEY]]
-                kept.metadata_props[QUANTIZER_KEY] = ",".join(label for label in labels if label)
+            if labels := labels_of(node):
+                set_labels(kept, (labels_of(kept), labels))
             replace(node, kept.outputs[0])
             modified = True
         return PassResult(model, modified)

@@ -19,7 +19,7 @@ from torch import nn
 
 from ...errors import ExportError
 from ...export_form import ops as ops  # registers qakd::qdq and qakd::dq
-from ...export_form.tracing import Traced, first_line, quiet, trace, unwrapped
+from ...export_form.tracing import Traced, first_line, trace, unwrapped
 from ...tasks.inputs import Inputs
 from .batch_norm import FoldBatchNorm
 from .clamps import MergeClips, QuantizeAfterRelu
@@ -111,19 +111,18 @@ def to_proto(model: ir.Model) -> onnx.ModelProto:
 
 def _export(traced: Traced) -> ir.Model:
     try:
-        with quiet():
-            program = torch.onnx.export(
-                traced.program,
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=list(traced.inputs),
-                output_names=list(traced.outputs),
-                custom_translation_table={
-                    torch.ops.qakd.qdq.default: _translate_qdq,
-                    torch.ops.qakd.dq.default: _translate_dq,
-                },
-                verbose=False,
-            )
+        program = torch.onnx.export(
+            traced.program,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=list(traced.inputs),
+            output_names=list(traced.outputs),
+            custom_translation_table={
+                torch.ops.qakd.qdq.default: _translate_qdq,
+                torch.ops.qakd.dq.default: _translate_dq,
+            },
+            verbose=False,
+        )
     except torch.onnx.errors.OnnxExporterError as error:
         raise ExportError(f"the model cannot be written as ONNX: {first_line(error.__cause__ or error)}") from error
     assert program is not None

@@ -186,6 +186,7 @@ def _manifest(request: _Request, plan: bytes) -> dict[str, Any]:
         profile=request.profile if any(None in shape for shape in source.inputs.values()) else None,
         shapes={name: list(map(list, of)) for name, of in request.shapes.items()} if named_dimensions(source.inputs) else None,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
+        metadata=source.metadata,
         **_precisions(contents, layers),
     )
     return sealed(manifest.model_dump())

@@ -86,7 +86,8 @@ class Manifest(_Entries):
     """What is known about an engine; ``model_json_schema()`` is the schema of its file.
 
     ``inputs`` has None for every dynamic size; ``shapes``, smallest, tuned for and largest of each input, are there where more
-    than the batch is dynamic. Entries with a default are missing in manifests of earlier versions, or where nothing is known.
+    than the batch is dynamic; ``metadata`` is what the ONNX file says of its history. Entries with a default are
+    missing in manifests of earlier versions, or where nothing is known.
     """
 
     format: int = FORMAT
@@ -107,6 +108,7 @@ class Manifest(_Entries):
     int4_layers: int | Unknown = "unknown"
     layers: list[Layer] | Unknown = "unknown"
     created: str | None = None
+    metadata: dict[str, str] = {}
 
 
 class SealedManifest(Manifest):

@@ -24,10 +24,12 @@ from ..canonical.graph import (
     external_location,
     is_stored,
     is_weight_only,
+    parsed,
     producer,
     tensors,
     weight_dequantizers,
 )
+from ..file_record import PREFIX
 from ..targets.tensorrt import ADVICE, CONVOLUTIONS, PRODUCTS, stored_weight, weight_problem
 from .rtx_plan import Kind
 
@@ -58,6 +60,7 @@ class OnnxContents:
         float16: whether what is not quantized is stored in FP16.
         quantized: whether it holds any QuantizeLinear, or a linear layer whose weight alone is stored as integers.
         int4_weights: number of weights stored in 4 bits.
+        metadata: what this package wrote of the file's history.
     """
 
     data: bytes
@@ -66,6 +69,7 @@ class OnnxContents:
     float16: bool
     quantized: bool
     int4_weights: int
+    metadata: dict[str, str]
 
     @property
     def dynamic(self) -> bool:
@@ -97,6 +101,7 @@ def inspect_onnx(path: str | os.PathLike[str]) -> OnnxContents:
         any(node.op_type == "QuantizeLinear" for node in nodes)
         or any(is_weight_only(node) for node in weight_dequantizers(graph)),
         sum(codes is not None and codes.dtype.name == "int4" for codes in weights),
+        {key: text for key, text in model.metadata_props.items() if key.startswith(PREFIX)},
     )
 
 
@@ -109,14 +114,11 @@ def _read(file: str | os.PathLike[str]) -> tuple[bytes, ir.Model]:
             f"{path} cannot be read: {error.strerror}. Export it first with export_onnx(..., target='tensorrt')."
         ) from error
     try:
-        proto = onnx.ModelProto.FromString(data)
-        stored = list(tensors(proto))
-        external = [tensor.name for tensor in stored if external_location(tensor) is not None]
+        proto = parsed(data)
+        external = [tensor.name for tensor in tensors(proto) if external_location(tensor) is not None]
         if not external:
             onnx.checker.check_model(data)  # the bytes: a model would be written once more
             model = ir.serde.deserialize_model(proto)
-            for tensor in stored:  # each has as much data as its shape says, or this raises; the checker does not look
-                ir.serde.deserialize_tensor(tensor).numpy()
     except Exception as error:  # protobuf, the checker and onnx-ir raise many kinds on foreign bytes; all mean the same here
         reason = " ".join(str(error).split())[:200]
         raise EngineError(f"{path} is not a valid ONNX file ({type(error).__name__}: {reason}). Export it again.") from error

@@ -25,6 +25,7 @@ from torch import nn
 
 from ...tasks.inputs import Inputs, call
 from ..canonical.clamps import quantizers_after_relu
+from ..canonical.labels import Call
 from .layers import LayerOutputs, float_tail_layers, recorded_outputs
 from .other_sizes import check_other_sizes
 from .programs import TIE_TOLERANCE, InFile, Program, Reference, same
@@ -40,7 +41,7 @@ def check_parity(
     samples: Inputs,
     *,
     fused: bool,
-    after_relu: Collection[str] | None = None,
+    after_relu: Collection[Call] | None = None,
 ) -> ParityReport:
     """Run all steps.
 

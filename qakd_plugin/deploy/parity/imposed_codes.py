@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
@@ -10,14 +11,19 @@ from torch import Tensor, nn
 
 from ...errors import ParityError
 from ...export_form.modules import ActivationQDQ
+from ..canonical.labels import Call
 from .recorded_codes import Codes
 
 
 class ImposedCodes:
-    """Outcome of a run with imposed codes: how many were compared, how many ties there were, the first mismatch.
+    """Outcome of a run with imposed codes.
 
-    Args:
+    Attributes:
         tolerance: distance from a tie, in steps, within which a code may differ by one.
+        compared: how many codes were compared.
+        ties: how many of them differ on a tie.
+        mismatch: the first quantizer that differs for another reason, and how.
+        missing: quantizers that were called, but of which the other program recorded nothing.
     """
 
     def __init__(self, tolerance: float) -> None:
@@ -25,6 +31,7 @@ class ImposedCodes:
         self.compared = 0
         self.ties = 0
         self.mismatch: tuple[str, str] | None = None
+        self.missing: list[str] = []
 
     def differs(self, name: str, detail: str) -> None:
         """Remember the first quantizer that differs for another reason than a tie: all that follows may differ for it."""
@@ -39,29 +46,32 @@ class ImposedCodes:
 
 
 @contextmanager
-def imposed_codes(form: nn.Module, codes: Codes, tolerance: float, after_relu: Collection[str] = ()) -> Iterator[ImposedCodes]:
+def imposed_codes(form: nn.Module, codes: Codes, tolerance: float, after_relu: Collection[Call] = ()) -> Iterator[ImposedCodes]:
     """Within the block, every activation quantizer of ``form`` outputs the recorded codes in place of its own.
 
     Those that the other program has ``after_relu`` may have their ReLU after them here: what it will take away stays.
     """
     outcome = ImposedCodes(tolerance)
-    calls: dict[str, int] = {}
+    calls: Counter[str] = Counter()
 
     def hook(name: str) -> object:
         def impose(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
             assert isinstance(module, ActivationQDQ)
-            call = calls.get(name, 0)
-            calls[name] = call + 1
+            call = Call(name, calls[name])
+            calls[name] += 1
+            if name not in codes:
+                outcome.missing += [name] if call.number == 0 else []
+                return output
             # Calls with one and the same input may be one in the other program.
-            given = torch.from_numpy(codes[name][min(call, len(codes[name]) - 1)])
-            return _impose(module, args[0], given, outcome, name, (f"{name}#{call}" if call else name) in after_relu)
+            given = torch.from_numpy(codes[name][min(call.number, len(codes[name]) - 1)])
+            return _impose(module, args[0], given, outcome, name, call in after_relu)
 
         return impose
 
     handles = [
         module.register_forward_hook(hook(name))  # type: ignore[arg-type]
         for name, module in form.named_modules()
-        if isinstance(module, ActivationQDQ) and name in codes
+        if isinstance(module, ActivationQDQ)
     ]
     try:
         yield outcome

@@ -15,6 +15,7 @@ import onnx_ir as ir
 from ..._common.optional import require
 from ...errors import ParityError
 from ...tasks.inputs import Inputs, named_tensors
+from ..canonical.labels import first_quantizer
 from .recorded_codes import run_labelled, with_codes
 from .report import Agreement, Array, agreement, as_array, as_float32, least_agreement
 
@@ -84,5 +85,5 @@ def _first_difference(file: ir.Model, samples: Inputs) -> str:
     outputs = _run(tapped, samples)[-len(taps) :] if taps else []
     for (labels, codes), (_, zero_point), array in zip(expected, taps, outputs, strict=True):
         if float((np.abs(array.astype(np.float32) - np.float32(zero_point) - codes) > 1).mean()) > FEW:
-            return labels.partition(",")[0].partition("#")[0]
+            return first_quantizer(labels)
     return "logits"

@@ -13,6 +13,7 @@ from torch import nn
 
 from ...errors import ParityError
 from ...tasks.inputs import Inputs, call
+from ..canonical.labels import Call
 from .imposed_codes import ImposedCodes, imposed_codes
 from .layers import LayerOutputs, recorded_outputs, run_layers
 from .recorded_codes import Codes, Recorder
@@ -39,7 +40,7 @@ class Program:
         codes: that it chose at its activation quantizers.
         tolerance: how far from a tie, in steps, its codes may differ.
         layer_outputs: what named layers of it output on the samples.
-        after_relu: quantizers whose ReLU this program has before them, where the export form may have it after them.
+        after_relu: calls of quantizers whose ReLU this program has before them, where the export form may have it after them.
     """
 
     name: str
@@ -47,7 +48,7 @@ class Program:
     codes: Codes
     tolerance: float
     layer_outputs: Callable[[Sequence[str]], LayerOutputs]
-    after_relu: Collection[str] = ()
+    after_relu: Collection[Call] = ()
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class InFile:
         fusions: let the runtime optimize the graph.
     """
 
-    def __init__(self, file: ir.Model, after_relu: Collection[str], *, fusions: bool = False) -> None:
+    def __init__(self, file: ir.Model, after_relu: Collection[Call], *, fusions: bool = False) -> None:
         self.file, self._after_relu, self._fusions = file, after_relu, fusions
         self._recorder = Recorder(file, fusions=fusions)
 
@@ -108,11 +109,30 @@ def same(reference: Reference, program: Program) -> tuple[ImposedCodes, float]:
     ):
         expected = arrays(call(reference.form, reference.samples))
     outcome.raise_first(program.name, "its export form")
+    for name in outcome.missing:
+        if _is_read(reference, name):
+            raise ParityError(f"{name}: {program.name} lacks this quantizer, so its codes cannot be compared.", name)
     found = deviations(program.outputs, expected, ranges=reference.ranges)
     worst = int(np.argmax(found))  # of NaN, too
     if not found[worst] <= LOGIT_TOLERANCE:
         _raise_for_output(reference.output_names[worst], found[worst], program, settled)
     return outcome, found[worst]
+
+
+def _is_read(reference: Reference, quantizer: str) -> bool:
+    """Whether any output depends on what a quantizer outputs: the exporter leaves those out of which none does."""
+
+    def hook(module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(output, torch.nan)
+
+    with torch.no_grad():
+        outputs = arrays(call(reference.form, reference.samples))
+        handle = reference.form.get_submodule(quantizer).register_forward_hook(hook)
+        try:
+            others = arrays(call(reference.form, reference.samples))
+        finally:
+            handle.remove()
+    return any(not np.array_equal(*pair, equal_nan=True) for pair in zip(outputs, others, strict=True))
 
 
 def _raise_for_output(output: str, deviation: float, program: Program, settled: LayerOutputs) -> NoReturn:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ...errors import ParityError
 from ...export_form.modules import ActivationQDQ
 from ...tasks.inputs import Inputs, call
-from ..canonical.graph import QUANTIZER_KEY, activation_quantizers, copied, scalar
+from ..canonical.graph import activation_quantizers, copied, scalar
+from ..canonical.labels import Call, calls_in, first_quantizer, labels_of
 from .onnxruntime import Session
 from .report import Array, arrays
 
@@ -35,13 +36,14 @@ class Recorder:
     def run(self, samples: Inputs) -> tuple[list[Array], Codes]:
         """Outputs, and the integer codes of every activation quantizer, by its calls."""
         outputs, recorded = self.run_labelled(samples)
-        codes: Codes = {}
+        by_call: dict[Call, Array] = {}
         for labels, array in recorded:
-            for label in labels.split(","):
-                name, _, call = label.partition("#")
-                calls = codes.setdefault(name, [])
-                assert len(calls) == int(call or 0), f"calls of {name} are out of order"
-                calls.append(array)
+            for made in calls_in(labels):
+                assert made not in by_call, f"two nodes carry out {made}"
+                by_call[made] = array
+        codes: Codes = {}
+        for made in sorted(by_call):
+            codes.setdefault(made.quantizer, []).append(by_call[made])
         return outputs, codes
 
     def run_labelled(self, samples: Inputs) -> tuple[list[Array], list[tuple[str, Array]]]:
@@ -95,15 +97,14 @@ def with_codes(file: ir.Model) -> tuple[ir.Model, list[tuple[str, float]]]:
     tapped = copied(file)
     taps: list[tuple[str, float]] = []
     for node in activation_quantizers(tapped.graph):
-        label = node.metadata_props.get(QUANTIZER_KEY)
-        if label is None:
+        if not (labels := labels_of(node)):
             continue
         value = node.outputs[0]
         clip = next((use.node for use in value.uses() if use.node.op_type == "Clip"), None)
         value = value if clip is None else clip.outputs[0]
         value.dtype = value.dtype or ir.DataType.INT8
         tapped.graph.outputs.append(value)
-        taps.append((label, scalar(node.inputs[2] if len(node.inputs) > 2 else None, 0.0)))
+        taps.append((labels, scalar(node.inputs[2] if len(node.inputs) > 2 else None, 0.0)))
     return tapped, taps
 
 
@@ -115,10 +116,9 @@ def check_same_bits(file: ir.Model, rewritten: ir.Model, samples: Inputs) -> Non
     """
     (outputs, codes), (others, kept) = (run_labelled(one, samples, optimize=False) for one in (file, rewritten))
     known = dict(codes)
-    pairs = [(labels, known.get(labels), array) for labels, array in kept]
+    pairs = [(first_quantizer(labels), known.get(labels), array) for labels, array in kept]
     names = [value.name or "output" for value in file.graph.outputs]
     pairs += zip(names, outputs, others, strict=True)
-    for labels, expected, array in pairs:
+    for name, expected, array in pairs:
         if expected is None or not np.array_equal(expected, array):
-            name = labels.partition(",")[0].partition("#")[0]
             raise ParityError(f"{name}: the file computes other numbers than before quantizers were dropped from it.", name)

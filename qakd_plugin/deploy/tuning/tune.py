@@ -14,10 +14,11 @@ import onnx_ir as ir
 import onnxruntime
 
 from ..._common.files import with_extension, write_atomic
+from ..._common.one_at_a_time import one_at_a_time
 from ...errors import ExportError, ParityError, QakdError
-from ...runtimes.base import Array, Input, fitted
+from ...runtimes.base import Array, Input, fitted, random_inputs
 from ...runtimes.host import environment
-from ..canonical.graph import read_onnx
+from ..canonical.graph import read_onnx, understood
 from .timing import Inputs, Variants
 from .zero_point import eligible_layers, with_weight_zero_point
 
@@ -59,6 +60,7 @@ class Tuning:
         return f"{found}, with {len(self.layers)} of {self.eligible} convolutions changed."
 
 
+@one_at_a_time
 def tune_for_host(
     path: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -97,13 +99,16 @@ def tune_for_host(
     model, runtime = read_onnx(source), Variants(source, threads)
     plain = _bytes(model, source)
     runtime.session(plain)  # what the runtime takes is what can be reasoned about
-    eligible = eligible_layers(model)
+    with understood(source, "tuned"):
+        eligible = eligible_layers(model)
+        stored = model.graph.initializers
+        expected = {str(value.name): _input(value) for value in model.graph.inputs if value.name not in stored}
     if not eligible:
         raise ExportError(
             f"{source}: no quantized convolution in ONNX Runtime's form: export it with target='onnxruntime'. Depthwise and "
             "grouped convolutions never gain."
         )
-    batches = _batches(model, samples, batch)
+    batches = _batches(expected, samples, batch)
     variants = {(): plain, eligible: _bytes(with_weight_zero_point(model, eligible), source)}
     before, after = runtime.layer_times(list(variants.values()), batches[0])
     faster = tuple(name for name in eligible if after.get(name, np.inf) < before.get(name, np.inf))
@@ -140,10 +145,8 @@ def _bytes(model: ir.Model, source: Path) -> bytes:
     return data
 
 
-def _batches(model: ir.Model, samples: Array | Mapping[str, Array] | None, batch: int) -> list[Inputs]:
+def _batches(expected: Mapping[str, Input], samples: Array | Mapping[str, Array] | None, batch: int) -> list[Inputs]:
     """Batches of the size that will be deployed; an input's first dimension counts samples."""
-    stored = model.graph.initializers
-    expected = {str(value.name): _input(value) for value in model.graph.inputs if value.name not in stored}
     given = _random(expected, batch) if samples is None else samples if isinstance(samples, Mapping) else {"0": samples}
     try:
         found = fitted(expected, given)
@@ -166,18 +169,10 @@ def _input(value: ir.Value) -> Input:
 
 
 def _random(expected: Mapping[str, Input], batch: int) -> dict[str, Array]:
-    draw, arrays = np.random.default_rng(0), {}
-    for name, spec in expected.items():
-        sizes = [size for size in (spec.shape or ())[1:] if size is not None]
-        if spec.dtype is None or spec.dtype.kind != "f":
-            raise ExportError(f"input {name!r} holds {spec.dtype}, which is not drawn at random: pass samples.")
-        if not sizes or len(sizes) < len(spec.shape or ()) - 1:
-            raise ExportError(f"input {name!r} has no fixed image size: pass samples.")
-        try:
-            arrays[name] = draw.random((4 * batch, *sizes), dtype=np.float32)
-        except (MemoryError, ValueError) as error:
-            raise ExportError(f"input {name!r}: {4 * batch} images of {sizes} do not fit into memory: pass samples.") from error
-    return arrays
+    try:
+        return random_inputs(expected, 4 * batch, least=batch)
+    except QakdError as error:
+        raise ExportError(f"{error}: pass samples.") from error
 
 
 def _check_same_bits(runtime: Variants, plain: bytes, tuned: bytes, batches: Sequence[Inputs]) -> None:

@@ -109,7 +109,7 @@
       const step = niceStep((high - low) / Math.max(2, Math.min(6, Math.abs(end - start) / 70)));
       for (let k = Math.ceil(low / step - 1e-9); k <= high / step + 1e-9; k++) values.push(k * step);
     }
-    return { at, ticks: values.filter(value => value >= low * 0.999 && value <= high * 1.001) };
+    return { at, low, high, ticks: values.filter(value => value >= low * 0.999 && value <= high * 1.001) };
   }
 
   const shorten = value => String(Number(value.toPrecision(4)));
@@ -142,13 +142,18 @@
     return [...lines.values()];
   }
 
-  function label(text, x, y, box, taken) {
-    const width = 6.4 * text.length;
-    const places = [["start", x + 9, y], ["end", x - 9, y], ["middle", x, y - 15], ["middle", x, y + 15], ["start", x + 9, y - 13], ["start", x + 9, y + 13]];
+  // Of a canvas: asking the drawing itself would lay the whole page out anew for each label.
+  const pen = document.createElement("canvas").getContext("2d");
+  pen.font = `12px ${getComputedStyle(document.body).fontFamily}`;
+
+  // Beside the point, above or below it; null where every place covers a point or another label.
+  function label(width, x, y, reach, box, taken) {
+    const places = [["start", x + reach, y], ["end", x - reach, y], ["middle", x, y - reach - 6], ["middle", x, y + reach + 6],
+      ["start", x + reach, y - 13], ["start", x + reach, y + 13], ["end", x - reach, y - 13], ["end", x - reach, y + 13]];
     for (const [anchor, atX, atY] of places) {
       const left = atX - { start: 0, middle: width / 2, end: width }[anchor];
-      const area = [left, atY - 7, left + width, atY + 7];
-      if (left < box.left || area[2] > box.right + 16 || area[1] < 0 || area[3] > box.bottom) continue;
+      const area = [left - 2, atY - 8, left + width + 2, atY + 8];
+      if (left < box.left || area[2] > box.right + 16 || area[1] < 12 || area[3] > box.bottom) continue;
       if (taken.some(other => area[0] < other[2] && other[0] < area[2] && area[1] < other[3] && other[1] < area[3])) continue;
       taken.push(area);
       return { anchor, x: atX, y: atY + 4 };
@@ -190,20 +195,25 @@
     }
     const placed = shown.map(row => ({ row, x: x.at(row[state.x]), y: y.at(row[state.y]) }));
     placed.sort((a, b) => best.has(b.row) - best.has(a.row) || a.x - b.x);
-    const taken = placed.map(point => [point.x - 5, point.y - 7, point.x + 5, point.y + 7]);
+    const reach = point => 6 * point.row.scale;
+    const taken = placed.map(point => [point.x - reach(point), point.y - reach(point), point.x + reach(point), point.y + reach(point)]);
     const [low, high] = [`${state.y}_low`, `${state.y}_high`];
     const intervals = shown.length <= 40;
-    const labelled = shown.length <= 200 ? placed : [];
+    // On a phone a label that has to give way ends up beside another point: only what nothing beats is labelled there.
+    const labelled = shown.length > 200 ? [] : width < 520 && best.size ? placed.filter(point => best.has(point.row)) : placed;
     for (const point of placed) {
       point.group = svg("g", root, { class: `${point.row.family}${best.has(point.row) ? " best" : ""}` });
       if (intervals && point.row[low] !== null && point.row[high] !== null) {
-        svg("line", point.group, { class: "interval", x1: point.x, x2: point.x, y1: y.at(point.row[low]), y2: y.at(point.row[high]) });
+        const ends = [y.at(point.row[low]), y.at(point.row[high])];
+        svg("line", point.group, { class: "interval", x1: point.x, x2: point.x, y1: ends[0], y2: ends[1] });
+        if (point.row[low] < y.low) svg("path", point.group, { class: "cut", d: "M-4-6h8L0 0Z", transform: `translate(${point.x} ${ends[0]})` });
+        if (point.row[high] > y.high) svg("path", point.group, { class: "cut", d: "M-4 6h8L0 0Z", transform: `translate(${point.x} ${ends[1]})` });
       }
-      svg("path", point.group, { class: "point", d: point.row.marker, transform: `translate(${point.x} ${point.y})` });
+      svg("path", point.group, { class: "point", d: point.row.marker, transform: `translate(${point.x} ${point.y}) scale(${point.row.scale})` });
     }
     for (const point of labelled) {
-      const text = point.row.label.length > 36 ? point.row.label.slice(0, 35) + "\u2026" : point.row.label;
-      const place = label(text, point.x, point.y, box, taken);
+      const text = point.row.tag;
+      const place = label(pen.measureText(text).width, point.x, point.y, reach(point) + 4, box, taken);
       if (place) svg("text", point.group, { class: "label", x: place.x, y: place.y, "text-anchor": place.anchor }, text);
     }
     points = placed.sort((a, b) => a.x - b.x || a.y - b.y);
@@ -298,6 +308,9 @@
 
   const count = makeFilters();
   update();
+
+  const scroll = table.parentElement;
+  new ResizeObserver(() => document.getElementById("measured").classList.toggle("is-wider", scroll.scrollWidth > scroll.clientWidth + 1)).observe(scroll);
 
   // Paper has no summaries to click on.
   let closed = [];

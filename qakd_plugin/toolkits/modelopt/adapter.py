@@ -7,9 +7,7 @@ Facts of the toolkit that shape this file: a quantizer is a ``TensorQuantizer`` 
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,7 +26,7 @@ from ..fake_quantizers import is_paused, per_channel, set_paused
 from .calibration import minimize_error
 from .configuration import modelopt_config
 from .export_form import export_form
-from .registration import registered
+from .registration import registered, without_prints
 from .rule_backend import BACKEND, quantizer_class
 
 _SMALLEST_AMAX = 2.0**-24
@@ -129,8 +127,7 @@ class ModelOptAdapter:
                     call(network, batch)
 
         names = [*placement.layers, *(output.name for output in placement.outputs)]
-        # mtq prints how many quantizers it inserted.
-        with contextlib.redirect_stdout(io.StringIO()), registered(prepared, names):
+        with without_prints(), registered(prepared, names):
             try:
                 prepared = mtq.quantize(prepared, config, forward_loop)
             except AssertionError:  # by which max calibration says that something is infinite, but not where

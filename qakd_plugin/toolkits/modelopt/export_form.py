@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..._common.module_copy import copied, move_hooks
 from ...export_form.modules import ActivationQDQ, QuantizedLayer, QuantizedModule, replace_modules, store_weight
 from ...placement.layer_names import never_called
 from ...placement.placement import has_own_forward
@@ -20,19 +20,23 @@ _log = logging.getLogger(__name__)
 
 def export_form(adapter: Adapter, model: nn.Module) -> nn.Module:
     """See :meth:`.Adapter.export_form`."""
-    copied = copy.deepcopy(model).eval()
-    active = {q.fqn: q for q in adapter.quantizers(copied)}
+    network = copied(model).eval()
+    active = {q.fqn: q for q in adapter.quantizers(network)}
     for quantizer in active.values():
         adapter.qparams(quantizer)  # refuses what has no export form
-    parents = {fqn.rpartition(".")[0] for fqn in active}
-    replacements = {name: _exported(adapter, copied.get_submodule(name), name, active) for name in sorted(parents)}
-    replacements |= {name: plain(layer) for name, layer in _idle_layers(copied).items()}
-    return replace_modules(copied, replacements)
+    parents = {name: network.get_submodule(name) for name in sorted({fqn.rpartition(".")[0] for fqn in active})}
+    made = {module: _exported(adapter, module, name, active) for name, module in parents.items()}
+    for module, replacement in made.items():
+        move_hooks(module, replacement)
+    # remove_duplicate=False: a module shared by several names stays shared.
+    replacements = {name: made[module] for name, module in network.named_modules(remove_duplicate=False) if module in made}
+    replacements |= {name: plain(layer) for name, layer in _idle_layers(network).items()}
+    return replace_modules(network, replacements)
 
 
-def _idle_layers(copied: nn.Module) -> dict[str, Any]:
+def _idle_layers(network: nn.Module) -> dict[str, Any]:
     """Layers that ModelOpt took and nothing calls; where a quantizer of such a weight is on, a warning says that it is not."""
-    found: dict[str, Any] = {name: copied.get_submodule(name) for name in sorted(never_called(copied))}
+    found: dict[str, Any] = {name: network.get_submodule(name) for name in sorted(never_called(network))}
     found = {name: layer for name, layer in found.items() if hasattr(layer, "weight_quantizer")}
     for name, layer in found.items():
         if not layer.weight_quantizer._disabled:

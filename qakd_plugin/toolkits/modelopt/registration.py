@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import io
 import os
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -12,7 +11,9 @@ from typing import Any
 
 from torch import nn
 
+from ..._common.one_at_a_time import one_at_a_time
 from ..._common.optional import require
+from ..._common.silenced import silenced
 from ...placement.attention import open_attention
 from ...placement.frozen_batch_norm import fold_as_saved
 from ...placement.layer_names import WEIGHTED
@@ -43,6 +44,11 @@ def registered(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
             registry.unregister(kind)
 
 
+def without_prints() -> contextlib.AbstractContextManager[None]:
+    """Within the block ModelOpt does not print how many quantizers it inserted."""
+    return silenced("modelopt.torch.quantization.conversion")
+
+
 @contextlib.contextmanager
 def _unrecognized(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Within the block the modules are of a class with a forward of its own, which ModelOpt leaves alone."""
@@ -64,6 +70,7 @@ def _with_own_forward(kind: Any) -> Any:
     return type(kind.__name__, (kind,), {"forward": forward})
 
 
+@one_at_a_time
 def restore_modelopt(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Put what ``modelopt.torch.opt.save`` wrote of a model from :func:`qakd_plugin.prepare` back into its float model.
 
@@ -83,6 +90,6 @@ def restore_modelopt(model: nn.Module, path: str | os.PathLike[str]) -> nn.Modul
     saved = utils.safe_load(path, map_location="cpu")["model_state_dict"]
     fold_as_saved(copied, saved)
     names = {key.rpartition("_quantizer.")[0].rpartition(".")[0] for key in saved if "_quantizer." in key}
-    with contextlib.redirect_stdout(io.StringIO()), registered(copied, sorted(names - {""})):
+    with without_prints(), registered(copied, sorted(names - {""})):
         restored: nn.Module = mto.restore(copied, path)
     return restored.eval()

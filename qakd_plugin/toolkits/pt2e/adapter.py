@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import sys
-import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ..._common.module_copy import carry_hooks, copied
 from ..._common.optional import require
 from ...errors import UnsupportedQuantizerError
 from ...placement.exported_graph import layer_name
@@ -133,9 +133,9 @@ class PT2EAdapter(FakeQuantizeAdapter):
         unify_batch_norms(network)
         graph = exported(network, batches[0])
         refuse_zero_gammas(graph)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            prepared: fx.GraphModule = pt2e.prepare_qat_pt2e(graph, quantizer)
+        prepared: fx.GraphModule = pt2e.prepare_qat_pt2e(graph, quantizer)
+        if isinstance(model, fx.GraphModule):  # of which torch.export reads the graph alone
+            carry_hooks(model, prepared)
         restore_momenta(prepared, network)
         rename_quantizers(prepared)
         self.set_mode(prepared, False)
@@ -153,12 +153,12 @@ class PT2EAdapter(FakeQuantizeAdapter):
         substitute(model, learned, restored_fake_quantize(learned, toolkit.FakeQuantize, toolkit.FixedQParamsObserver))
 
     def export_form(self, model: nn.Module) -> nn.Module:
-        copied = copy.deepcopy(model)
-        assert isinstance(copied, fx.GraphModule)
-        self.set_mode(copied, False)
-        self.freeze_ranges(copied, True)
+        graph = copied(model)
+        assert isinstance(graph, fx.GraphModule)
+        self.set_mode(graph, False)
+        self.freeze_ranges(graph, True)
         with torch.no_grad():
-            return ExportForm(self, copied).build()
+            return ExportForm(self, graph).build()
 
 
 def _layer_before(quantizer: fx.Node, dynamic: set[fx.Node]) -> str:

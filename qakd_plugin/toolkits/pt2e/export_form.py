@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ..._common.module_copy import carry_hooks
 from ...export_form.modules import ActivationQDQ, StoredWeight, store_weight
 from ...placement.exported_graph import layer_name
 from ..adapter import Adapter
@@ -67,6 +68,7 @@ class ExportForm:
                 self._retarget(node, kept[target])
         exported_model = fx.GraphModule(self.targets, self.graph, type(self.model).__name__)
         exported_model.graph.lint()
+        carry_hooks(self.model, exported_model)
         for name, module in exported_model.named_modules():
             if isinstance(module, ActivationQDQ | StoredWeight):
                 module.name = name

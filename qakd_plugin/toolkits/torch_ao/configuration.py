@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 from torch import nn
+from torch.ao.quantization import (
+    FakeQuantize,
+    FixedQParamsObserver,
+    MovingAverageMinMaxObserver,
+    MovingAveragePerChannelMinMaxObserver,
+    QConfig,
+    QConfigMapping,
+)
 
 from ...errors import QakdError
 from ...placement.layer_names import WEIGHTED
 from ...placement.placement import Placement, has_own_forward
 from ..adapter import Precision
-
-with warnings.catch_warnings():
-    # torch.ao.quantization announces its migration to torchao on import; the models it prepared live on.
-    warnings.simplefilter("ignore", DeprecationWarning)
-    from torch.ao.quantization import (
-        FakeQuantize,
-        FixedQParamsObserver,
-        MovingAverageMinMaxObserver,
-        MovingAveragePerChannelMinMaxObserver,
-        QConfig,
-        QConfigMapping,
-    )
 
 
 def require_signed_bytes(toolkit: str, precision: Precision) -> None:

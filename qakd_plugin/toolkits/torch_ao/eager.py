@@ -8,13 +8,16 @@ model is written with ``FloatFunctional``; inputs are quantized by a ``QuantStub
 from __future__ import annotations
 
 import copy
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.ao.nn.quantized import FloatFunctional
+from torch.ao.quantization import MovingAverageMinMaxObserver, QuantStub, QuantWrapper, fuse_modules_qat, prepare_qat
+from torch.ao.quantization.fake_quantize import FakeQuantizeBase
+from torch.ao.quantization.quantize import _register_activation_post_process_hook
 
 from ..._common.module_mode import eval_mode
 from ...errors import QakdError
@@ -28,13 +31,6 @@ from .configuration import fixed_fake_quantize, require_signed_bytes, torch_ao_q
 from .fx import TorchAOAdapter
 from .fx_graph import traceable
 from .qat_layers import QAT_LAYERS
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)
-    from torch.ao.nn.quantized import FloatFunctional
-    from torch.ao.quantization import MovingAverageMinMaxObserver, QuantStub, QuantWrapper, fuse_modules_qat, prepare_qat
-    from torch.ao.quantization.fake_quantize import FakeQuantizeBase
-    from torch.ao.quantization.quantize import _register_activation_post_process_hook
 
 _KEEP_GRID = {torch.flatten, torch.reshape, torch.squeeze, torch.nn.functional.max_pool2d,
               "flatten", "reshape", "view", "squeeze", "contiguous"}  # fmt: skip
@@ -82,9 +78,7 @@ class TorchAOEagerAdapter(TorchAOAdapter):
         if not any(isinstance(module, QuantStub) for module in model.modules()):
             prepared, prefix = QuantWrapper(prepared), _WRAPPED
             prepared.quant.qconfig = torch_ao_qconfig(8)  # type: ignore[union-attr, assignment]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the toolkit announces its migration, and a default that changed years ago
-            prepared = prepare_qat(prepared.train(), inplace=True)
+        prepared = prepare_qat(prepared.train(), inplace=True)
         network = prepared.get_submodule("module") if prefix else prepared
         _finish_outputs(network, plan, precision)
         low_bit = _use_low_bits(network, plan, precision.activation_bits, device_of(batches[0]))

@@ -9,13 +9,18 @@ one QAT module that divides by the folded scale again; the arithmetic is ``round
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.ao.quantization import FakeQuantize, FixedQParamsObserver
+from torch.ao.quantization.backend_config import get_tensorrt_backend_config
+from torch.ao.quantization.fake_quantize import FakeQuantizeBase
+from torch.ao.quantization.quantize import _observer_forward_hook, _observer_forward_pre_hook
+from torch.ao.quantization.quantize_fx import prepare_qat_fx
 
+from ..._common.module_copy import carry_hooks, copied, move_hooks
 from ...errors import QakdError
 from ...export_form.modules import ActivationQDQ, QuantizedLayer, QuantizedModule, replace_modules, store_weight
 from ...placement.placement import place_quantizers
@@ -34,13 +39,8 @@ from .fx_graph import (
 )
 from .qat_layers import FUSED_RELU, QAT_LAYERS, bake_weight, folded, folded_weight_of
 
-with warnings.catch_warnings():
-    # torch.ao.quantization announces its migration to torchao on import; the models it prepared live on.
-    warnings.simplefilter("ignore", DeprecationWarning)
-    from torch.ao.quantization import FakeQuantize, FixedQParamsObserver
-    from torch.ao.quantization.backend_config import get_tensorrt_backend_config
-    from torch.ao.quantization.fake_quantize import FakeQuantizeBase
-    from torch.ao.quantization.quantize_fx import prepare_qat_fx
+_OWN_HOOKS = (_observer_forward_hook, _observer_forward_pre_hook)
+"""Of eager mode, which run the quantizers of a module's input and output."""
 
 
 class TorchAOAdapter(FakeQuantizeAdapter):
@@ -105,12 +105,11 @@ class TorchAOAdapter(FakeQuantizeAdapter):
     def prepare(self, model: nn.Module, batches: Sequence[Inputs], precision: Precision) -> nn.Module:
         placement = place_quantizers(model, precision.keep, batches[0])
         mapping = torch_ao_qconfig_mapping(model, placement, precision.weight_bits)
-        with warnings.catch_warnings(), traceable(model, self.name):
-            warnings.simplefilter("ignore", DeprecationWarning)
-            warnings.simplefilter("ignore", UserWarning)  # one per observer, on a default that changed years ago
+        with traceable(model, self.name):
             prepared = prepare_qat_fx(
                 copy.deepcopy(model).eval(), mapping, _positional(batches[0]), backend_config=get_tensorrt_backend_config()
             )
+        carry_hooks(model, prepared)  # the tracer sees forward alone
         follow_the_mode(prepared)
         leave_output_in_float(prepared)
         if precision.unsigned_bytes:
@@ -127,20 +126,21 @@ class TorchAOAdapter(FakeQuantizeAdapter):
         substitute(model, learned, restored_fake_quantize(learned, FakeQuantize, FixedQParamsObserver))
 
     def export_form(self, model: nn.Module) -> nn.Module:
-        copied = copy.deepcopy(model).eval()
-        self.freeze_ranges(copied, True)
-        quantizers = {q.module: q for q in self.quantizers(copied)}
+        network = copied(model).eval()
+        self.freeze_ranges(network, True)
+        quantizers = {q.module: q for q in self.quantizers(network)}
         exported: dict[nn.Module, nn.Module | None] = {}
         replacements: dict[str, nn.Module] = {}
         # remove_duplicate=False: a module shared by several names stays shared.
-        for name, module in copied.named_modules(remove_duplicate=False):
+        for name, module in network.named_modules(remove_duplicate=False):
             if name.rpartition(".")[0] in replacements:
                 continue  # part of a layer that is replaced as a whole
             if module not in exported:
                 exported[module] = self._exported(module, name, quantizers)
             if (replacement := exported[module]) is not None:
                 replacements[name] = replacement
-        return replace_modules(copied, replacements)
+                move_hooks(module, replacement, but_not=_OWN_HOOKS)
+        return replace_modules(network, replacements)
 
     def _exported(self, module: nn.Module, name: str, quantizers: dict[nn.Module, Quantizer]) -> nn.Module | None:
         """What stands in the place of a module in the export form; None where it stays."""

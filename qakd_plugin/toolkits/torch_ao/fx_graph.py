@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.ao.quantization.fake_quantize import FakeQuantizeBase
 
 from ...errors import QakdError
 from ...placement.fx_graph import relu_bounds
@@ -18,11 +18,6 @@ from ...placement.sign_analysis import non_negative
 from ..fake_quantizers import substitute
 from .configuration import unsigned_byte
 from .qat_layers import FUSED_RELU
-
-with warnings.catch_warnings():
-    # torch.ao.quantization announces its migration to torchao on import; the models it prepared live on.
-    warnings.simplefilter("ignore", DeprecationWarning)
-    from torch.ao.quantization.fake_quantize import FakeQuantizeBase
 
 
 @contextmanager

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.ao.nn.intrinsic.qat as nniqat
+import torch.ao.nn.qat as nnqat
 from torch import Tensor, nn
 
 from ...errors import UnsupportedQuantizerError
-
-with warnings.catch_warnings():
-    # torch.ao.quantization announces its migration to torchao on import; the models it prepared live on.
-    warnings.simplefilter("ignore", DeprecationWarning)
-    import torch.ao.nn.intrinsic.qat as nniqat
-    import torch.ao.nn.qat as nnqat
 
 FUSED_BATCH_NORM = tuple(
     getattr(nniqat, name) for name in ("ConvBn1d", "ConvBn2d", "ConvBn3d", "ConvBnReLU1d", "ConvBnReLU2d", "ConvBnReLU3d")

@@ -6,9 +6,13 @@ over all samples, statistics of BatchNorm, what is written and what is read, and
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import torch
@@ -17,6 +21,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
 from torch import Tensor, nn
 
+from ... import errors
+from ..._common.files import write_atomic
 from ...errors import QakdError
 from .launch import on_cpu, require_data_parallel, require_not_divided, require_plain, require_started
 
@@ -45,6 +51,7 @@ class Processes:
         self.index: int = self.accelerator.process_index
         self.is_main: bool = self.accelerator.is_main_process
         self._hosts: Any = None  # their group; None for all
+        self._messages: Path | None = None  # the folder for errors that cannot be told
         self._is_waiting = self._is_over = False
 
     # -- errors
@@ -54,6 +61,7 @@ class Processes:
             # On the host: agreeing waits for no device, and never meets what other libraries exchange.
             timeout = dist.distributed_c10d._get_default_group()._get_backend(self.device).options._timeout
             self._hosts = dist.new_group(backend="gloo", timeout=timeout)
+            self._messages = Path(self.on_main(lambda: tempfile.mkdtemp(prefix="qakd-")))
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
@@ -66,6 +74,8 @@ class Processes:
             elif not (self._is_over or self._is_waiting):
                 self._tell(error)
         finally:
+            if self.is_main and self._messages is not None and not self._is_waiting:  # else others may read it still
+                shutil.rmtree(self._messages, ignore_errors=True)
             dist.destroy_process_group(self._hosts)
 
     def agree(self) -> None:
@@ -81,11 +91,34 @@ class Processes:
     def waiting(self) -> Iterator[None]:
         """Within the block processes wait for each other without agreeing, as a backward pass does.
 
-        An error within it cannot be told, since others do not listen: it is raised in its process alone.
+        An error within it cannot be told, since others do not listen: it is left in a file, where those on the same machine
+        find it once this process's end has broken what they wait in.
+
+        Raises:
+            QakdError: another process has failed so: of its error's class, with its message.
         """
         self._is_waiting = True
-        yield
+        try:
+            yield
+        except BaseException as error:
+            self._read_messages(error)
+            self._leave_message(error)
+            raise
         self._is_waiting = False
+
+    def _read_messages(self, error: BaseException) -> None:
+        for path in sorted(self._messages.glob("*.json")) if self._messages is not None else ():
+            kind, text = json.loads(path.read_text())
+            known: type[QakdError] = getattr(errors, kind, QakdError)
+            raise known(f"process {path.stem} of {self.count} failed: {text}") from error
+
+    def _leave_message(self, error: BaseException) -> None:
+        if self._messages is not None and self._messages.is_dir():  # not on another machine
+            content = json.dumps([type(error).__name__, _described(error)])
+            try:
+                write_atomic(self._messages / f"{self.index}.json", content)
+            except QakdError as problem:  # this process's own error is what counts
+                _log.error("process %d of %d could not leave its error for the others: %s", self.index, self.count, problem)
 
     def _tell(self, error: BaseException) -> None:
         _log.error("process %d of %d failed, and tells the others: %s", self.index, self.count, _described(error))

@@ -1,0 +1,152 @@
+"""Whether training with all defaults ends below its start: ten networks at W8A8.
+
+    python benchmarks/default_rate.py
+
+Each network learns scikit-learn's digits in full precision, is prepared with 8 bits, and is trained by ``qakd.distill`` with
+no option but the held-out split. Printed for each: agreement with its teacher on held-out images at the start, after the last
+epoch (what a call without ``val_loader`` returns) and of the weights that were kept; and the rate. ``--lr`` sets other rates
+beside it, ``--bits`` other widths. Every finished cell is written to the results at once and not run again unless --fresh.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import page_tables
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
+from torch.utils.data import DataLoader, TensorDataset
+
+import qakd_plugin as qakd
+from qakd_plugin._common.files import write_atomic
+from qakd_plugin.demo.data import load
+from qakd_plugin.demo.net import DigitNet, train_float
+from qakd_plugin.toolkits import adapter_for
+from qakd_plugin.training.optimizers import with_rate
+
+RESULTS = page_tables.RESULTS / "default_rate.json"
+IMAGES, TEACHER_EPOCHS, BATCH = 320, 16, 32
+
+
+def _torchvision(name: str, **options: Any) -> nn.Module:
+    model: nn.Module = torchvision.models.get_model(name, num_classes=10, **options)
+    return model
+
+
+def _timm(name: str, **options: Any) -> nn.Module:
+    import timm
+
+    model: nn.Module = timm.create_model(name, num_classes=10, **options)
+    return model
+
+
+NETS: dict[str, Callable[[], nn.Module]] = {
+    "DigitNet": partial(DigitNet, 8),
+    "resnet18": partial(_torchvision, "resnet18"),
+    "mobilenet_v2": partial(_torchvision, "mobilenet_v2", width_mult=0.35),
+    "mobilenet_v3_small": partial(_torchvision, "mobilenet_v3_small", width_mult=0.5),
+    "shufflenet_v2_x0_5": partial(_torchvision, "shufflenet_v2_x0_5"),
+    "squeezenet1_1": partial(_torchvision, "squeezenet1_1"),
+    "timm resnet10t": partial(_timm, "resnet10t"),
+    "timm regnetx_002": partial(_timm, "regnetx_002"),
+    "timm efficientnet_lite0": partial(_timm, "efficientnet_lite0"),
+    "timm vit_tiny_patch16_224": partial(_timm, "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=4),
+}
+"""All at 32x32: depthwise and dense, with and without BatchNorm, one transformer."""
+
+
+def _data(name: str) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    digits = load(seed=0)
+    colours = 1 if name == "DigitNet" else 3
+    train, held_out = (
+        (images[:IMAGES].repeat(1, colours, 1, 1), labels[:IMAGES]) for images, labels in (digits.train, digits.test)
+    )
+    return train, held_out
+
+
+def _loader(images: Tensor, *labels: Tensor, shuffle: bool = False) -> DataLoader[Any]:
+    data: Any = TensorDataset(images, *labels)
+    return DataLoader(data, BATCH, shuffle=shuffle, generator=torch.Generator().manual_seed(0))
+
+
+def run(name: str, bits: int, lr: float | None) -> dict[str, Any]:
+    """One cell."""
+    began = time.perf_counter()
+    torch.manual_seed(0)
+    train, held_out = _data(name)
+    teacher = train_float(NETS[name](), _loader(*train, shuffle=True), TEACHER_EPOCHS, lr=5e-3)
+    update_bn(_loader(train[0]), teacher)  # statistics of its last weights: a short training leaves older ones
+    student = qakd.prepare(teacher, list(train[0].split(BATCH)), weight_bits=bits, activation_bits=bits)
+    rate = with_rate(qakd.Settings(lr=lr), adapter_for(student), student).lr
+    given = {} if lr is None else {"lr": lr}
+    result = qakd.distill(
+        student, teacher, _loader(train[0], shuffle=True), val_loader=_loader(*held_out), seed=0, trackers=(), **given
+    )
+    start, *epochs = result.history
+    numbers = {
+        f"{when}_{what}": row[f"val_{what}"]
+        for when, row in (("start", start), ("last", epochs[-1]), ("kept", result.metrics))
+        for what in ("agreement", "accuracy")
+    }
+    return {
+        "network": name,
+        "bits": bits,
+        "lr": rate,
+        "default": lr is None,
+        "teacher_accuracy": start["val_teacher_accuracy"],
+        "kept_epoch": result.metrics["epoch"],
+        **numbers,
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def main() -> None:
+    """Run what is missing, and print all."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--nets", nargs="+", default=list(NETS), choices=NETS, help="which (all)")
+    parser.add_argument("--bits", nargs="+", type=int, default=[8], help="of weights and activations (8)")
+    parser.add_argument("--lr", nargs="+", type=float, default=[], help="rates beside the default")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="results (%(default)s)")
+    parser.add_argument("--fresh", action="store_true", help="run all again")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.ERROR)
+    torch.set_num_threads(1)
+    rows: list[dict[str, Any]] = json.loads(options.out.read_text()) if options.out.is_file() and not options.fresh else []
+    for bits in options.bits:
+        for name in options.nets:
+            for lr in (None, *options.lr):
+                known = {(row["network"], row["bits"], None if row["default"] else row["lr"]) for row in rows}
+                if (name, bits, lr) not in known:
+                    rows.append(run(name, bits, lr))
+                    write_atomic(options.out, json.dumps(rows, indent=1) + "\n")
+                _print(next(row for row in rows if _is(row, name, bits, lr)))
+    eight = [row for row in rows if row["default"] and row["bits"] == 8]
+    lower = [row["network"] for row in eight if row["last_agreement"] < row["start_agreement"]]
+    print(f"{len(eight)} networks at 8 bits with all defaults; {len(lower)} end below their start {', '.join(lower)}")
+
+
+def _is(row: dict[str, Any], name: str, bits: int, lr: float | None) -> bool:
+    return row["network"] == name and row["bits"] == bits and (row["default"] if lr is None else row["lr"] == lr)
+
+
+def _print(row: dict[str, Any]) -> None:
+    print(
+        f"{row['network']:28} {row['bits']} bits  lr {row['lr']:.3g}{' (default)' if row['default'] else ''}  agreement "
+        f"{row['start_agreement']:.2%} -> {row['last_agreement']:.2%}, kept {row['kept_agreement']:.2%}  accuracy "
+        f"{row['start_accuracy']:.2%} -> {row['last_accuracy']:.2%} (teacher {row['teacher_accuracy']:.2%})  "
+        f"{row['seconds']:.0f} s",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()

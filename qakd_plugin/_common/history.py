@@ -1,0 +1,66 @@
+"""The rows of a training's history: which is of the start, which was kept, and what was lost in between. Plain data only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+START = -1
+"""The epoch of the prepared model's row: before the first step."""
+
+Row = Mapping[str, Any]
+Picking = Callable[[Row], tuple[Sequence[str], int]]
+"""Names of a row whose mean picks the best epoch, and 1 where larger is better, else -1."""
+
+SHARES = ("val_accuracy", "val_teacher_accuracy", "val_agreement")
+"""What the names of shares begin with."""
+
+
+def start_of(history: Sequence[Row]) -> Row | None:
+    """The row of the prepared model; None where nothing was held out."""
+    return history[0] if history and history[0]["epoch"] == START else None
+
+
+def kept_of(history: Sequence[Row]) -> Row:
+    """The row of the weights that a run returns: the last that was the best so far, else the last."""
+    return next((row for row in reversed(history) if row.get("best")), history[-1])
+
+
+def below_start(history: Sequence[Row], picking: Picking) -> str | None:
+    """A sentence where the last epoch, or the one that was kept, is worse than the prepared model; None where neither is.
+
+    Args:
+        history: of the whole run.
+        picking: which number of a row picks the best epoch, and in which direction.
+    """
+    start = start_of(history)
+    if start is None or len(history) == 1:
+        return None
+    kept, last = kept_of(history), history[-1]
+    for row, when in ((kept, f"in epoch {kept['epoch'] + 1}, which was kept"), (last, "after the last epoch")):
+        if lost := _lost(start, row, *picking(start)):
+            winner = "the prepared model" if kept is start else f"epoch {kept['epoch'] + 1}"
+            return f"Training lost {' and '.join(lost)} {when}{'' if row is kept else f'; {winner} was kept'}."
+    return None
+
+
+def _lost(start: Row, row: Row, picking: Sequence[str], sign: int) -> list[str]:
+    beside = [name for name in start if name.startswith(("val_agreement", "val_sqnr_db"))]
+    return [
+        _difference(name, start[name], row[name])
+        for name in dict.fromkeys([*picking, *beside])
+        if name in row and (sign if name in picking else 1) * (start[name] - row[name]) > 0
+    ]
+
+
+def _difference(name: str, before: float, after: float) -> str:
+    word, _, of = name.removeprefix("val_").partition("_")
+    if name.startswith(SHARES):
+        points = f"{100 * (before - after):.2g} points of {word}{f' of {of}' if of else ''}"
+        return f"{points} ({percentage(name, before)} at the start, {percentage(name, after)})"
+    return f"{name.removeprefix('val_')} ({before:.4g} at the start, {after:.4g})"
+
+
+def percentage(name: str, value: float) -> str:
+    """A number of a row in few digits; a share in percent."""
+    return f"{value:.2%}" if name.startswith(SHARES) else f"{value:.4g}"

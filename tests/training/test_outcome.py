@@ -1,0 +1,355 @@
+"""What a run says at its end, and that it returns nothing worse than it was given."""
+
+import copy
+import json
+import logging
+
+import pytest
+import torch
+from interruption import Stop, StopAt
+
+from qakd_plugin import (
+    KD,
+    LSQ,
+    QAT,
+    QKD,
+    SQAKD,
+    CheckpointError,
+    QakdError,
+    TrainingError,
+    attach,
+    default_batch,
+    distill,
+    evaluate,
+    use_quantizers,
+)
+from qakd_plugin._common.history import below_start, kept_of
+from qakd_plugin.toolkits import adapter_for
+from qakd_plugin.training.methods import left_out
+from qakd_plugin.training.outcome import at_chance
+
+HARMFUL = 0.3
+"""A learning rate that ruins any student here."""
+
+
+def _weights(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def _same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def _held_out(digits):
+    images, labels = (part[:64] for part in digits.validation)
+    return [(images[:32], labels[:32]), (images[32:], labels[32:])]
+
+
+@pytest.mark.parametrize("toolkit", ["modelopt", "torch_ao", "pt2e"])
+def test_the_start_is_kept_where_training_only_harms(toolkit, make_student, teacher, batches, digits, caplog):
+    student, held_out = make_student(toolkit), _held_out(digits)
+    counted = evaluate(copy.deepcopy(student), teacher, held_out, default_batch, torch.device("cpu"))
+    prepared = _weights(student)
+    result = distill(student, teacher, batches, epochs=2, val_loader=held_out, lr=HARMFUL, seed=0)
+    start, *epochs = result.history
+    assert start == {"epoch": -1, "phase": "start", "best": True, **counted}
+    assert [row["epoch"] for row in epochs] == [0, 1]
+    assert not any(row["best"] for row in epochs)
+    assert result.metrics == start
+    trained = [name for name, _ in student.named_parameters()]
+    assert all(torch.equal(prepared[name], student.state_dict()[name]) for name in trained)
+    (said,) = [record.getMessage() for record in caplog.records if "Training lost" in record.getMessage()]
+    lost = 100 * (start["val_accuracy"] - epochs[-1]["val_accuracy"])
+    assert f"{lost:.2g} points of accuracy" in said
+    assert "the prepared model was kept" in said
+    assert f"lr={HARMFUL}" in said
+
+
+@pytest.mark.parametrize(("toolkit", "method"), [("modelopt", SQAKD()), ("torch_ao", QKD(0, 1, 0)), ("pt2e", QAT())])
+def test_evaluating_the_start_changes_nothing_that_is_trained(toolkit, method, make_student, teacher, digits):
+    """The loaders draw their order from the global generator, as does the augmentation."""
+
+    def run(val_loader):
+        data = torch.utils.data.TensorDataset(*(part[:96] for part in digits.train))
+        loader = torch.utils.data.DataLoader(data, 32, shuffle=True)
+        noisy = lambda images: (images + 0.05 * torch.randn_like(images)).clamp(0, 1)  # noqa: E731
+        seen = []
+
+        class Epochs:
+            def on_epoch_end(self, row):
+                seen.append(_weights(student))
+
+        student = make_student(toolkit, 4)
+        distill(
+            student,
+            teacher,
+            loader,
+            method=method,
+            epochs=1,
+            val_loader=val_loader,
+            augment=noisy,
+            seed=1,
+            callbacks=[Epochs()],
+        )
+        return seen[0]
+
+    held_out = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*digits.validation), 64, shuffle=True)
+    assert _same(run(None), run(held_out))
+
+
+def test_the_start_survives_a_resume(make_student, teacher, batches, digits, tmp_path):
+    def run(folder, **options):
+        student = make_student()
+        result = distill(
+            student, teacher, batches, epochs=2, val_loader=_held_out(digits), lr=HARMFUL, seed=0, checkpoint_dir=folder,
+            checkpoint_every=4, trackers=(), **options,
+        )  # fmt: skip
+        return _weights(student), [{k: v for k, v in row.items() if k != "images_per_second"} for row in result.history]
+
+    whole = run(tmp_path / "whole")
+    for stop in (5, 9):
+        with pytest.raises(Stop):
+            run(tmp_path / f"{stop}", callbacks=[StopAt(stop)])
+        resumed = run(tmp_path / f"{stop}", resume=True)
+        assert _same(whole[0], resumed[0])
+        assert whole[1] == resumed[1]
+    first = json.loads((tmp_path / "whole" / "history.jsonl").read_text().splitlines()[0])
+    assert first["epoch"] == -1
+
+
+def test_gradients_left_on_the_model_are_not_applied(make_student, teacher, batches):
+    def run(dirty):
+        student = make_student()
+        if dirty:
+            for parameter in student.parameters():
+                parameter.grad = torch.full_like(parameter, 100.0)
+        return _weights(distill(student, teacher, batches[:2], epochs=1, seed=0).model)
+
+    assert _same(run(False), run(True))
+
+
+def test_a_line_is_logged_for_the_start_and_each_epoch(make_student, teacher, batches, digits, caplog):
+    caplog.set_level(logging.INFO, "qakd_plugin")
+    history = distill(make_student(), teacher, batches, epochs=2, val_loader=_held_out(digits)).history
+    lines = [record.getMessage() for record in caplog.records if record.name == "qakd_plugin.training.trainer"]
+    lines = [line for line in lines if line.startswith(("start", "epoch"))]
+    assert [line.partition(":")[0] for line in lines] == ["start", "epoch 1 of 2, distill", "epoch 2 of 2, distill"]
+    for line, row in zip(lines, history, strict=True):
+        assert f"agreement {row['val_agreement']:.2%}" in line
+
+
+@pytest.mark.parametrize(("level", "printed"), [("WARNING", True), ("INFO", False), ("ERROR", False)])
+def test_the_lines_are_printed_once_where_there_is_no_terminal(level, printed, make_student, teacher, batches, capsys, caplog):
+    caplog.set_level(level, "qakd_plugin")
+    distill(make_student(), teacher, batches[:2], epochs=1)
+    assert ("epoch 1 of 1, distill: loss" in capsys.readouterr().err) == printed
+
+
+# -- sentences
+
+
+def _row(epoch, best=False, **numbers):
+    return {"epoch": epoch, "phase": "distill", "best": best, **{f"val_{name}": value for name, value in numbers.items()}}
+
+
+def _by(name, sign=1):
+    return lambda row: ([name], sign)
+
+
+def test_a_loss_of_agreement_is_said_though_accuracy_rose():
+    history = [_row(-1, True, accuracy=0.944, agreement=0.996), _row(0, True, accuracy=0.952, agreement=0.972)]
+    said = below_start(history, _by("val_accuracy"))
+    assert said == (
+        "Training lost 2.4 points of agreement (99.60% at the start, 97.20%) in epoch 1, which was kept."
+    )  # fmt: skip
+
+
+def test_which_epoch_was_kept_is_said_where_the_last_is_below_the_start():
+    history = [_row(-1, True, accuracy=0.9), _row(0, True, accuracy=0.95), _row(1, accuracy=0.85)]
+    assert below_start(history, _by("val_accuracy")).endswith("after the last epoch; epoch 1 was kept.")
+    assert kept_of(history)["epoch"] == 0
+
+
+def test_an_error_that_fell_is_no_loss():
+    history = [_row(-1, True, mean_squared_error=2.0), _row(0, True, mean_squared_error=1.0)]
+    assert below_start(history, _by("val_mean_squared_error", -1)) is None
+    assert "mean_squared_error (1 at the start, 2)" in below_start(
+        [history[1] | {"epoch": -1}, history[0] | {"epoch": 0}], _by("val_mean_squared_error", -1)
+    )
+
+
+@pytest.mark.parametrize("history", [[], [{"epoch": 0, "loss": 1.0}], [_row(-1, True, accuracy=0.9)]])
+def test_nothing_is_said_without_a_start_or_an_epoch(history):
+    assert below_start(history, _by("val_accuracy")) is None
+
+
+@pytest.mark.parametrize(
+    ("numbers", "classes", "warned"),
+    [
+        ({"accuracy": 0.103, "teacher_accuracy": 0.98}, 10, True),
+        ({"accuracy": 0.103, "teacher_accuracy": 0.11}, 10, False),
+        ({"accuracy": 0.5}, 10, False),
+        ({"agreement": 0.1}, 10, True),
+        ({"mean_squared_error": 0.1}, None, False),
+    ],
+)
+def test_chance_level_is_said(numbers, classes, warned):
+    assert (at_chance(_row(0, **numbers), classes) is not None) == warned
+
+
+def test_a_student_at_chance_level_is_named_at_the_end(make_student, teacher, batches, digits, caplog):
+    student = make_student("modelopt")
+
+    class Spoiler:
+        def on_step_end(self, step, losses):
+            with torch.no_grad():
+                student.head.weight.zero_()
+
+    with torch.no_grad():
+        student.head.weight.zero_()  # the start is no better
+    distill(student, teacher, batches, epochs=1, val_loader=digits.loader("validation"), callbacks=[Spoiler()])
+    assert any("chance among 10 classes" in record.getMessage() for record in caplog.records)
+
+
+def test_labels_of_one_class_are_named(make_student, teacher, batches, caplog):
+    one = [(x, torch.full_like(y, 3)) for x, y in batches[:2]]
+    distill(make_student(), teacher, one, method=KD(), epochs=2, val_loader=one)
+    said = [record.getMessage() for record in caplog.records if "all labels are 3" in record.getMessage()]
+    assert [text.partition(":")[0] for text in said] == ["val_loader", "loader"]
+    caplog.clear()
+    distill(make_student(), teacher, batches[:2], method=KD(), epochs=1, val_loader=batches[:2])
+    assert not any("all labels" in record.getMessage() for record in caplog.records)
+
+
+def test_the_start_leaves_the_ranges_of_observers_where_calibration_put_them(make_student, teacher, batches, digits):
+    student = make_student("torch_ao")
+    adapter = adapter_for(student)
+    before = [adapter.qparams(q).scale.clone() for q in adapter.quantizers(student) if q.role == "activation"]
+    distill(student, teacher, batches, epochs=1, val_loader=_held_out(digits), lr=HARMFUL, seed=0)
+    after = [adapter.qparams(q).scale for q in adapter.quantizers(student) if q.role == "activation"]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+# -- runs that are prolonged, and phases that are left out
+
+
+def test_a_finished_run_is_prolonged_by_resuming_with_more_epochs(make_student, teacher, batches, tmp_path):
+    """The weights go on, and the rates are those that the longer run has there."""
+
+    def run(folder, epochs, **options):
+        student = make_student()
+        rates = distill(
+            student, teacher, batches[:3], epochs=epochs, lr=1e-3, seed=0, checkpoint_dir=folder, trackers=(), **options
+        ).history
+        return _weights(student), [row["lr"] for row in rates]
+
+    first, _ = run(tmp_path / "run", 2)
+    second, rates = run(tmp_path / "run", 4, resume=True)
+    _, whole = run(tmp_path / "whole", 4)
+    assert not _same(first, second)
+    assert rates[2:] == whole[2:]
+    with pytest.raises(CheckpointError, match="epochs is 4 there and 3 here"):
+        run(tmp_path / "run", 3, resume=True)
+
+
+def test_a_prolonged_run_starts_with_the_rate_of_the_longer_schedule(make_student, teacher, batches, tmp_path):
+    moved = []
+
+    class Look:
+        def on_step_end(self, step, losses):
+            moved.append(student.head.weight.detach().clone())
+
+    options = {"lr": 1e-3, "checkpoint_dir": tmp_path, "trackers": ()}
+    student = make_student()
+    distill(student, teacher, batches[:2], epochs=1, **options)
+    before = student.head.weight.detach().clone()
+    student = make_student()
+    distill(student, teacher, batches[:2], epochs=2, resume=True, callbacks=[Look()], **options)
+    assert not torch.equal(moved[0], before)  # the shorter run had come to a rate of 0
+
+
+def test_a_run_of_several_phases_is_not_prolonged(make_student, teacher, batches, tmp_path):
+    options = {"method": QKD(), "checkpoint_dir": tmp_path, "trackers": ()}
+    distill(make_student(), teacher, batches[:1], epochs=4, **options)
+    with pytest.raises(CheckpointError, match="phases is"):
+        distill(make_student(), teacher, batches[:1], epochs=8, resume=True, **options)
+
+
+@pytest.mark.parametrize(("epochs", "missing"), [(1, "self-studying and tutoring"), (3, "self-studying"), (4, None)])
+def test_phases_that_a_short_run_leaves_out_are_named(epochs, missing, make_student, teacher, batches, caplog):
+    distill(make_student(), teacher, batches[:1], method=QKD(), epochs=epochs)
+    said = [record.getMessage() for record in caplog.records if "leaves out" in record.getMessage()]
+    assert (missing is None) == (not said)
+    if missing is not None:
+        assert f"QKD leaves out {missing} in {epochs} epochs" in said[0]
+        assert "at least 4" in said[0]
+
+
+def test_phases_of_no_length_are_not_missed():
+    assert left_out(QKD(0, 1, 0), QKD(0, 1, 0).phases(2)) == ([], 0)
+    assert left_out(SQAKD(), SQAKD().phases(1)) == ([], 0)
+
+
+@pytest.mark.parametrize(
+    ("method", "line"),
+    [
+        ("sqakd", r"'sqakd' is no method: pass method=qakd\.SQAKD\(\)"),
+        (SQAKD, r"SQAKD is a class: pass method=qakd\.SQAKD\(\)"),
+    ],
+)
+def test_what_is_no_method_is_refused_with_the_line_to_write(method, line, make_student, teacher, batches):
+    for call in (
+        lambda: distill(make_student(), teacher, batches, method=method),
+        lambda: attach(make_student(), teacher, method),
+    ):
+        with pytest.raises(QakdError, match=line):
+            call()
+
+
+def test_a_class_of_quantizers_is_refused_with_the_line_to_write(make_student):
+    with pytest.raises(QakdError, match=r"LSQ is a class: pass qakd\.LSQ\(\)"):
+        use_quantizers(make_student(), LSQ)
+
+
+# -- labels and inputs that do not fit
+
+
+@pytest.mark.parametrize("method", [QAT(), KD(), QKD(0, 1, 0)])
+def test_labels_out_of_range_are_named(method, make_student, teacher, batches):
+    wrong = [(x, y + 1) for x, y in batches]
+    with pytest.raises(QakdError, match=r"loader: labels must lie between 0 and 9, .* got 10\..*batch\[1\] - 1"):
+        distill(make_student(), teacher, wrong, method=method, epochs=1)
+
+
+def test_held_out_labels_out_of_range_are_named_before_the_first_step(make_student, teacher, batches):
+    steps = []
+
+    class Count:
+        def on_step_end(self, step, losses):
+            steps.append(step)
+
+    wrong = [(x, y - 1) for x, y in batches]
+    with pytest.raises(QakdError, match=r"val_loader: labels must lie between 0 and 9, .* got -1"):
+        distill(make_student(), teacher, batches, epochs=1, val_loader=wrong, callbacks=[Count()])
+    assert not steps
+
+
+def test_positions_that_are_ignored_may_have_any_network(make_student, teacher, batches):
+    x, y = batches[0]
+    ignored = y.clone()
+    ignored[::2] = -100
+    history = distill(make_student(), teacher, [(x, ignored)], method=QAT(), epochs=1, val_loader=[(x, ignored)]).history
+    assert history[0]["val_accuracy"] == evaluate(
+        make_student(), teacher, [(x[1::2], y[1::2])], default_batch, torch.device("cpu")
+    )["val_accuracy"]  # fmt: skip
+
+
+def test_inputs_of_another_shape_are_named(make_student, teacher, batches):
+    with pytest.raises(TrainingError, match=r"loader: .* first batch, 'input' \(32, 3, 32, 32\) float32: Given groups=1"):
+        distill(make_student(), teacher, [x.repeat(1, 3, 1, 1) for x, _ in batches], epochs=1)
+
+
+def test_held_out_images_of_another_type_are_named(make_student, teacher, batches):
+    held_out = [((255 * x).byte(), y) for x, y in batches]
+    with pytest.raises(QakdError, match=r"val_loader: 'input' .* is uint8"):
+        distill(make_student(), teacher, batches, epochs=1, val_loader=held_out)
