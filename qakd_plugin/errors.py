@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 
+_OF_A_WORKER = re.compile(r"\ACaught \w+ in DataLoader worker process \d+\..*\n[\w.]+: ", re.DOTALL)
+"""What torch writes before an error of a loader's worker, its traceback included."""
+
 _LINE_BREAK = re.compile(r"\s*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*")
 
 
@@ -14,7 +17,7 @@ class QakdError(Exception):
     """
 
     def __init__(self, message: object = "") -> None:
-        line = _LINE_BREAK.sub(" ", str(message).strip())
+        line = _LINE_BREAK.sub(" ", _OF_A_WORKER.sub("", str(message)).strip())
         super().__init__("".join(letter if letter.isprintable() else _written_out(letter) for letter in line))
 
 

@@ -40,7 +40,7 @@ def main(epochs: int = 4, teacher_epochs: int = 10, width: int = 8, max_samples:
     with torch.no_grad():
         accuracy = float((result.model(images).argmax(1) == labels).float().mean())
     print(f"accuracy {accuracy:.4f}")
-    return [score.name for score in scores], result.history[0]["augmentation"], accuracy
+    return [score.name for score in scores], result.history[1]["augmentation"], accuracy
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def main(epochs: int = 4, kill_after: int = 40, width: int = 8) -> dict[str, obj
     weights, again = whole.model.state_dict(), resumed.model.state_dict()
     same = all(torch.equal(weights[name], again[name]) for name in weights)
     print(f"resumed: weights are {'the same bits' if same else 'different'}")
-    return {"whole": weights, "resumed": again, "epochs": (len(whole.history), len(resumed.history))}
+    return {"whole": weights, "resumed": again, "epochs": (whole.history[-1]["epoch"] + 1, resumed.history[-1]["epoch"] + 1)}
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -41,9 +40,6 @@ class Command:
 
 
 VERBOSE, QUIET = "say more", "say nothing but how it ends, and errors"
-
-_WORKERS = re.compile(r"\ACaught \w+ in DataLoader worker process \d+\..*\n[\w.]+: ", re.DOTALL)
-"""What torch says before an error of a loader's worker, its traceback included."""
 
 COMMANDS = {
     "demo": Command(
@@ -146,9 +142,8 @@ def _run(name: str, arguments: Sequence[str]) -> int:
             function(**values)
     except QakdError as error:
         silent_on = command.alone if values.get("recipe") is not None else ()
-        text = _WORKERS.sub("", str(error))
         flags = {key: option for key, option in parser.flags.items() if key not in silent_on} | command.renamed
-        text = text if isinstance(error, RecipeError) else in_flags(text, flags)
+        text = str(error) if isinstance(error, RecipeError) else in_flags(str(error), flags)
         print(f"qakd: error: {visible(text)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

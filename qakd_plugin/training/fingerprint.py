@@ -45,11 +45,11 @@ def fingerprint(
         "toolkit": adapter.name,
         "method": repr(method) if getattr(method, "match", None) is None else facts(method, "method"),
         "epochs": epochs,
-        "settings": repr(settings),
         "optimizer": optimizer_name(settings.optimizer),
         "augmentation": getattr(data.augment, "__qualname__", type(data.augment).__qualname__),  # its repr may hold an address
         "quantizers": [_quantizer_line(adapter, quantizer) for quantizer in adapter.quantizers(model)],
         "parameters": [f"{name} {tuple(parameter.shape)}" for name, parameter in model.named_parameters()],
+        "settings": repr(settings),  # after what its default rate follows from
         "loader length": len(data.loader),  # type: ignore[arg-type]
         "seed": seed,
         "teacher": None if teacher is None else checksum(teacher),

@@ -161,8 +161,8 @@ def test_weights_of_another_grid_are_refused_by_the_name_of_the_quantizer(recipe
     ("content", "message"),
     [
         (nn.Linear(2, 2), "cannot be read as tensors and plain data"),
-        (b"", "cannot be read as tensors and plain data"),
-        (b"rubbish", "cannot be read as tensors and plain data"),
+        (b"", "it cannot be read: it is cut short, or no file of torch.save"),
+        (b"rubbish", "it cannot be read: it is cut short, or no file of torch.save"),
         ([torch.ones(2)], "holds no state_dict (list)"),
         ({0: torch.ones(2)}, "holds no state_dict (dict)"),
         ({"other.weight": torch.ones(2)}, "does not fit the prepared model: "),

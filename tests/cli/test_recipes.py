@@ -233,7 +233,7 @@ NETWORK = {"class_path": "my_code.network"}
             "expected one of 'no', 'bf16', got False (bool). YAML reads no, off,",
         ),
         ({"epochs": True}, "recipe.yaml: epochs: expected int, got True (bool)."),
-        ({"lr": "fast"}, "recipe.yaml: lr: expected float, got 'fast' (str)."),
+        ({"lr": "fast"}, "recipe.yaml: lr: expected float or null, got 'fast' (str)."),
         ({"grad_clip": [1]}, "recipe.yaml: grad_clip: expected float or null, got [1] (list)."),
         ({"seed": 1.5}, "recipe.yaml: seed: expected int or null, got 1.5 (float)."),
         ({"method": "sqakd"}, "recipe.yaml: method: expected {class_path: ..., init_args: {...}} or null, got 'sqakd' (str)."),
@@ -366,7 +366,7 @@ epochs: 1
 seed: 0
 """)
     assert main(["distill", "recipe.yaml", "--out", "run"]) == 0
-    (row,) = (json.loads(line) for line in (code / "run" / "history.jsonl").read_text().splitlines())
+    _, row = (json.loads(line) for line in (code / "run" / "history.jsonl").read_text().splitlines())
     assert {"kl_a", "kl_b", "ce", "val_multiclass_f1_score", "val_teacher_multiclass_accuracy"} <= row.keys()
     arguments = recipe((code / "recipe.yaml").read_text()).arguments("teacher")
     assert arguments["method"] == KD(match={"a": qakd_plugin.KL(dim=1, weight=0.5), "b": qakd_plugin.L2()})

@@ -100,7 +100,7 @@ def test_detectors_of_torchvision_learn_from_what_their_heads_output(name, toolk
     assert heads
     assert all(name.startswith("head.") and any(name.endswith(end) for end in last) for name in heads)
     assert all(name in caplog.text for name in heads)
-    result = qakd.distill(student, network, LOADER, method=qakd.SQAKD(match=MATCH), epochs=1, seed=0)
+    result = qakd.distill(student, network, LOADER, method=qakd.SQAKD(match=MATCH), epochs=1, seed=0, lr=1e-3)
     (row,) = result.history
     assert row["kl"] == pytest.approx(row["kl_cls_logits"] + row["kl_bbox_regression"], rel=1e-5)
     assert row["kl"] > 0

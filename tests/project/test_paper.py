@@ -225,7 +225,7 @@ def test_flags_replace_what_the_file_says():
     ("flags", "message"),
     [
         (["--student.wieght_bits", "3"], r"student: unknown key 'wieght_bits'; Student has .*did you mean weight_bits"),
-        (["--settings.lr", "fast"], r"settings.lr: expected float, got 'fast' \(str\)"),
+        (["--settings.lr", "fast"], r"settings.lr: expected float or null, got 'fast' \(str\)"),
         (["--schedule.epochs", "1.5"], "schedule.epochs: expected int, got 1.5"),
         (["--schedule.epochs", "true"], "schedule.epochs: expected int, got True"),
         (["--quantizer", "LSW"], "quantizer: expected LSQ or PACT or DoReFa or EWGS, got 'LSW'"),

@@ -376,7 +376,7 @@ def test_each_phase_of_qkd_equals_a_hand_written_loop_bit_for_bit(make_student, 
 
     other = copy.deepcopy(teacher)
     adapter = adapter_for(expected)
-    optimizer = student_optimizer(adapter, expected, Settings(warmup=0.0))
+    optimizer = student_optimizer(adapter, expected, Settings(warmup=0.0, lr=1e-3))
     groups = [
         {"params": [p for p in other.parameters() if p.ndim > 1], "weight_decay": 1e-4},
         {"params": [p for p in other.parameters() if p.ndim == 1], "weight_decay": 0.0},
