@@ -56,7 +56,7 @@ def _lost(start: Row, row: Row, picking: Sequence[str], sign: int) -> list[str]:
 def _difference(name: str, before: float, after: float) -> str:
     word, _, of = name.removeprefix("val_").partition("_")
     if name.startswith(SHARES):
-        points = f"{100 * (before - after):.2g} points of {word}{f' of {of}' if of else ''}"
+        points = f"{100 * (before - after):.3g} points of {word}{f' of {of}' if of else ''}"
         return f"{points} ({percentage(name, before)} at the start, {percentage(name, after)})"
     return f"{name.removeprefix('val_')} ({before:.4g} at the start, {after:.4g})"
 

@@ -60,7 +60,7 @@ def test_the_start_is_kept_where_training_only_harms(toolkit, make_student, teac
     assert all(torch.equal(prepared[name], student.state_dict()[name]) for name in trained)
     (said,) = [record.getMessage() for record in caplog.records if "Training lost" in record.getMessage()]
     lost = 100 * (start["val_accuracy"] - epochs[-1]["val_accuracy"])
-    assert f"{lost:.2g} points of accuracy" in said
+    assert f"{lost:.3g} points of accuracy" in said
     assert "the prepared model was kept" in said
     assert f"lr={HARMFUL}" in said
 
