@@ -237,7 +237,10 @@ def test_the_demo_writes_a_report_and_goes_on_where_it_was_stopped(tmp_path):
     assert {row["method"] for row in document["rows"]} == {"FP32", "PTQ", "QAT", "SQAKD"}
     assert all(row["integer_layers"] == row["total_layers"] for row in document["rows"] if row["weight_bits"] < 32)
     assert all(engine["convolutions"] == {"total": 9, "int8": 9} for engine in document["engines"])
-    assert all(entry["runtime_deviation"] < 1e-4 for entry in document["parity"])
+    records = [(row["method"], row["record"]) for row in document["rows"] if row["weight_bits"] < 32]
+    assert all(record["parity"]["runtime_deviation"] < 1e-4 for _, record in records)
+    trained = {(method, *(entry["method"] for entry in record["training"])) for method, record in records}
+    assert trained == {("PTQ",), ("QAT", "QAT"), ("SQAKD", "SQAKD")}
     assert len(list((tmp_path / "engines").iterdir())) == 18
     assert "8/8" in done.stdout
     torch.load(tmp_path / "teacher.pt", weights_only=True)
