@@ -60,12 +60,16 @@ def calibration(digits: Digits) -> list[torch.Tensor]:
     return [digits.train[0][start : start + 64] for start in range(0, 256, 64)]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_student(_trained_teacher: nn.Module, calibration: list[torch.Tensor]):
-    """A fresh prepared student of the teacher: ``make_student("modelopt", 8)``."""
+    """A prepared student of the teacher, each call another copy: ``make_student("modelopt", 8)``."""
+
+    @functools.cache
+    def made(toolkit: str, bits: int, options: tuple[tuple[str, object], ...]) -> nn.Module:
+        return prepare(_trained_teacher, calibration, toolkit, weight_bits=bits, activation_bits=bits, **dict(options))
 
     def make(toolkit: str = "modelopt", bits: int = 8, **options) -> nn.Module:
-        return prepare(_trained_teacher, calibration, toolkit, weight_bits=bits, activation_bits=bits, **options)
+        return copy.deepcopy(made(toolkit, bits, tuple(sorted(options.items()))))
 
     return make
 
