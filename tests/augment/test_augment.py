@@ -415,7 +415,7 @@ def test_it_ranks_again_every_so_many_epochs_on_other_images(make_student, teach
     assert scores[0] != scores[2]
 
 
-@pytest.mark.parametrize("stop", [4, 9])
+@pytest.mark.parametrize("stop", [pytest.param(4, marks=pytest.mark.matrix), 9])
 @pytest.mark.parametrize("search", [None, Search(budget=3, keep=2)], ids=["list", "search"])
 def test_a_stopped_run_goes_on_bit_identically(make_student, teacher, loader, tmp_path, stop, search):
     augment = CMISelector(

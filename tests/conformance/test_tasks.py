@@ -30,8 +30,7 @@ TRAINED = {
 DEPLOYED = {
     ("binary, one logit", "torch_ao_eager"),
     ("depth map, U-Net", "modelopt"),
-    ("detection, RetinaNet", "pt2e"),
-    ("segmentation, SegFormer", "modelopt"),
+    ("detection, YOLO-like with DFL", "pt2e"),
     ("embeddings, BERT", "torchao"),
     ("causal language model, Llama", "modelopt"),
     ("keyword spotting, Conv1d + GRU", "torch_ao"),

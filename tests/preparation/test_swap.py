@@ -60,8 +60,15 @@ def _logits(model, images):
         return model(images)
 
 
-@pytest.mark.parametrize("toolkit", TOOLKITS)
-@pytest.mark.parametrize("config", QUANTIZERS, ids=lambda c: type(c).__name__)
+def _covering(toolkits):
+    """Every quantizer with the toolkit that is prepared fastest, and one with every other; the rest is for the matrix."""
+    for toolkit in toolkits:
+        for index, config in enumerate(QUANTIZERS):
+            marks = () if toolkit == "modelopt" or index == 0 else pytest.mark.matrix
+            yield pytest.param(config, toolkit, id=f"{type(config).__name__}-{toolkit}", marks=marks)
+
+
+@pytest.mark.parametrize(("config", "toolkit"), _covering(TOOLKITS))
 def test_there_and_back_computes_the_same(config, toolkit, student_of, float_nets, batches, digits):
     student, images = student_of(toolkit), digits.test[0]
     teacher = float_nets[toolkit == "torch_ao_eager"]
@@ -325,8 +332,7 @@ def test_a_new_delta_leaves_a_teacher_that_learns_as_it_was(student_of, float_ne
     assert seen == [True] * 3
 
 
-@pytest.mark.parametrize("toolkit", TOOLKITS)
-@pytest.mark.parametrize("config", QUANTIZERS, ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize(("config", "toolkit"), _covering(TOOLKITS))
 def test_weights_that_moved_since_the_last_pass_are_exported_exactly(config, toolkit, student_of, digits, tmp_path):
     student, images = use_quantizers(student_of(toolkit), config), digits.test[0][:16]
     adapter_for(student).freeze_ranges(student, True)
@@ -394,8 +400,7 @@ def test_sqakd_with_a_learned_quantizer_reports_what_it_found(student_of, float_
     assert "prepared by modelopt with PACT" in caplog.text
 
 
-@pytest.mark.parametrize("toolkit", ["modelopt", "torch_ao", "pt2e"])
-@pytest.mark.parametrize("config", QUANTIZERS, ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize(("config", "toolkit"), _covering(["modelopt", "torch_ao", "pt2e"]))
 def test_channels_last_trains_alike_and_stays(config, toolkit, student_of, batches):
     x, y = batches[0]
     gradients = {}

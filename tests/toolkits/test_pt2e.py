@@ -443,8 +443,10 @@ def residual():
     return _seen(_Residual(), images), images
 
 
-@pytest.mark.parametrize("alone", [False, True])
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(
+    ("bits", "alone"),
+    [(8, False), (4, True), *(pytest.param(*rest, marks=pytest.mark.matrix) for rest in [(8, True), (4, False)])],
+)
 def test_sums_of_a_residual_network_run_as_integer_adds(bits, alone, tmp_path, residual):
     student = _prepared(*residual, bits, alone)
     exported = export_onnx(student, residual[1], tmp_path / "s.onnx", target="onnxruntime")
@@ -611,7 +613,7 @@ def test_asymmetric_activations_are_named_for_tensorrt_and_exported_elsewhere(tm
     assert proof.toolkit_deviation < 1e-4
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_torchvision_is_exported_exactly(tmp_path):
     torch.manual_seed(0)
     images = torch.randn(8, 3, 64, 64)

@@ -56,7 +56,7 @@ assert qakd.export_onnx(result.model, x, sys.argv[1]).parity.runtime_deviation <
     [
         ("modelopt", "import modelopt.torch.quantization"),  # which loads PyTorch's compiler
         ("pt2e", "import torchao.quantization.pt2e.quantize_pt2e"),
-        ("torchao", "import torchao.quantization.qat"),
+        pytest.param("torchao", "import torchao.quantization.qat", marks=pytest.mark.matrix),
     ],
 )
 def test_other_toolkits_need_no_torch_ao(toolkit, imports, tmp_path):

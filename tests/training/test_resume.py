@@ -150,7 +150,7 @@ def test_when_one_of_two_is_killed_the_run_goes_on_with_the_same_bits(victim, mo
     _require_same(_finish(server, tmp_path, TWO_QKD), whole(TWO_QKD))
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.resume)])
 def test_a_run_whose_loader_works_in_other_processes_ends_with_the_same_bits(processes, server, whole, tmp_path):
     case = ONE_SQAKD | {"workers": 1, "processes": processes}
     codes = server.run(tmp_path, folder=str(tmp_path / "checkpoints"), die=("step", 17), **case)

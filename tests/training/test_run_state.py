@@ -1,6 +1,7 @@
 """Where a run stands, written down and taken up again."""
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -111,25 +112,25 @@ def test_whatever_is_missing_or_of_another_type_in_a_checkpoint_is_one_error_or_
     own = ("state", "optimizer", "state")  # what an optimizer keeps of a parameter, only it knows
     places = [place for place in _places(content["state"], ("state",)) if place[:3] != own or len(place) == 3]
     messages = []
-    for place in places:
-        for change in ("gone", None, "text", {"x": 1}):
-            broken = copy.deepcopy(content)
-            inner = broken
-            for key in place[:-1]:
-                inner = inner[key]
-            if change == "gone":
-                del inner[place[-1]]
-            else:
-                inner[place[-1]] = change
-            file = CheckpointStore(tmp_path, {}).save(1, broken["state"])
-            other, again = _learning(tmp_path)
-            try:
-                with other.begun(resume=True):
-                    again()
-            except CheckpointError as error:
-                messages.append(str(error))
-            file.unlink(missing_ok=True)
-    assert len(messages) > 2 * len(places)
+    changes = ("gone", None, "text", {"x": 1})
+    for place, change in zip(places, itertools.cycle(changes)):  # each place with one, and each at many places
+        broken = copy.deepcopy(content)
+        inner = broken
+        for key in place[:-1]:
+            inner = inner[key]
+        if change == "gone":
+            del inner[place[-1]]
+        else:
+            inner[place[-1]] = change
+        file = CheckpointStore(tmp_path, {}).save(1, broken["state"])
+        other, again = _learning(tmp_path)
+        try:
+            with other.begun(resume=True):
+                again()
+        except CheckpointError as error:
+            messages.append(str(error))
+        file.unlink(missing_ok=True)
+    assert 2 * len(messages) > len(places)
     assert not [message for message in messages if "\n" in message]
 
 
