@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Le, MaxLen
+
+from .notes import notes_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -61,13 +62,13 @@ def record_training(model: nn.Module, record: TrainingRecord) -> None:
 
 def set_training_records(model: nn.Module, records: Iterable[TrainingRecord]) -> None:
     """Remember these and no others: of a model whose weights were loaded."""
-    _place(model)[_ATTRIBUTE] = tuple(records)
+    notes_of(model)[_ATTRIBUTE] = tuple(records)
 
 
 def training_records(model: nn.Module) -> tuple[TrainingRecord, ...]:
     """Every training that is remembered, in order. None is: calibrated only, or trained without this package's losses, or its
     weights were loaded from a file that does not say."""
-    records: tuple[TrainingRecord, ...] = _place(model).get(_ATTRIBUTE, ())
+    records: tuple[TrainingRecord, ...] = notes_of(model).get(_ATTRIBUTE, ())
     return records
 
 
@@ -93,13 +94,6 @@ def from_json(text: str) -> tuple[TrainingRecord, ...]:
     adapter = TypeAdapter(Annotated[tuple[TrainingRecord, ...], MaxLen(100)])
     records: tuple[TrainingRecord, ...] = adapter.validate_json(text, strict=True)
     return records
-
-
-def _place(model: nn.Module) -> dict[str, Any]:
-    """What copies of a model keep: of a GraphModule its ``meta`` alone, of others all attributes."""
-    fx = sys.modules.get("torch.fx")
-    is_graph = fx is not None and isinstance(model, fx.GraphModule)
-    return model.meta if is_graph else model.__dict__  # type: ignore[return-value]
 
 
 def _compact(row: Mapping[str, Any]) -> dict[str, Cell]:

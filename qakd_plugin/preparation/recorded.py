@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
 
+from .._common.notes import notes_of
 from .._common.precision import dtype_name
 from ..tasks.inputs import Inputs, first_samples
 
@@ -43,15 +43,12 @@ class Preparation:
 
 def record(model: nn.Module, preparation: Preparation) -> None:
     """Keep with a prepared model what it was prepared for; copies of it have it as well."""
-    if isinstance(model, GraphModule):  # of whose attributes a copy keeps those in meta alone
-        model.meta[_KEY] = preparation
-    else:
-        setattr(model, f"_{_KEY}", preparation)
+    notes_of(model)[_KEY] = preparation
 
 
 def recorded(model: nn.Module) -> Preparation | None:
     """What :func:`record` kept; None where somebody else prepared the model, or made it again from a file."""
-    found = model.meta.get(_KEY) if isinstance(model, GraphModule) else getattr(model, f"_{_KEY}", None)
+    found = notes_of(model).get(_KEY)
     return found if isinstance(found, Preparation) else None
 
 
