@@ -42,7 +42,8 @@ matrix: $(STAMP)
 	$(BIN)/python -m pytest -m matrix
 
 resume: $(STAMP)
-	$(BIN)/python -m pytest -m '' tests/training/test_resume.py tests/training/test_two_processes.py
+	$(BIN)/python -m pytest -m '' tests/training/test_resume.py tests/training/test_two_processes.py \
+		tests/cli/test_cli.py::test_the_demo_goes_on_where_it_was_stopped
 
 fuzz: $(STAMP)
 	$(BIN)/python -m pytest -m fuzz tests/deploy/test_fuzz.py

@@ -196,25 +196,15 @@ def test_scripts_run_from_a_checkout(script, tmp_path):
     assert "usage: qakd" in done.stdout
 
 
-def test_the_demo_writes_a_report_and_goes_on_where_it_was_stopped(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "qakd_plugin.cli",
-        "demo",
-        "--out",
-        tmp_path,
-        "--epochs",
-        "2",
-        "--teacher-epochs",
-        "3",
-        "--calls",
-        "70",
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment}
+DEMO = [sys.executable, "-m", "qakd_plugin.cli", "demo", "--epochs", "2", "--teacher-epochs", "3", "--calls", "70", "--out"]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+@pytest.mark.resume
+def test_the_demo_goes_on_where_it_was_stopped(tmp_path):
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": ENVIRONMENT}
     # What runs in the background of a shell inherits that Ctrl-C is ignored.
-    first = subprocess.Popen(command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options)
+    first = subprocess.Popen([*DEMO, tmp_path], preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options)
     deadline = time.monotonic() + 120
     while not list((tmp_path / "checkpoints").glob("*-sqakd-*/step-*")) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -224,9 +214,17 @@ def test_the_demo_writes_a_report_and_goes_on_where_it_was_stopped(tmp_path):
     assert "run the same command to go on" in output
     assert not list(tmp_path.rglob("*.tmp"))
     saved = (tmp_path / "teacher.pt").stat().st_mtime_ns
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
+    _check_demo(tmp_path)
     assert (tmp_path / "teacher.pt").stat().st_mtime_ns == saved
+
+
+def test_the_demo_writes_a_report(tmp_path):
+    _check_demo(tmp_path)
+
+
+def _check_demo(tmp_path):
+    done = subprocess.run([*DEMO, tmp_path], capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stdout + done.stderr
     document = json.loads((tmp_path / "report.json").read_text())
     runtimes = [row["runtime"] for row in document["rows"] if row["weight_bits"] < 32]
     assert {runtime: runtimes.count(runtime) for runtime in runtimes} == {"onnxruntime": 9, "openvino": 9}

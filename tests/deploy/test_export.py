@@ -72,7 +72,7 @@ def random_net():
     return make
 
 
-@pytest.mark.parametrize(("toolkit", "bits"), [("modelopt", 8), ("torch_ao", 4)])
+@pytest.mark.parametrize(("toolkit", "bits"), [("modelopt", 8), pytest.param("torch_ao", 4, marks=pytest.mark.matrix)])
 def test_a_trained_student_is_exported_exactly(toolkit, bits, tmp_path, make_student, teacher, digits):
     student = make_student(toolkit, bits)
     distill(student, teacher, digits.loader("train", labels=False, shuffle=True), method=SQAKD(), epochs=4, seed=0)

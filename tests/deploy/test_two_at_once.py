@@ -80,9 +80,10 @@ def test_exports_at_once_are_the_files_that_exports_alone_are(student, tmp_path,
 
 def test_distillations_at_once_are_the_ones_that_each_is_alone(student):
     batches = [(X[:8], torch.zeros(8).long()), (X[8:], torch.ones(8).long())]
+    teacher = _float()  # made here: it draws from the generators that a distillation of another thread draws from
 
     def train() -> Tensor:
-        model = distill(copy.deepcopy(student), _float(), batches, epochs=2, seed=0, trackers=(), augment=torch.rand_like).model
+        model = distill(copy.deepcopy(student), teacher, batches, epochs=2, seed=0, trackers=(), augment=torch.rand_like).model
         return torch.cat([parameter.flatten() for parameter in model.parameters()])
 
     alone = train()

@@ -173,7 +173,7 @@ def test_a_quantizer_that_the_user_disabled_stays_disabled(switch, calibration, 
     assert export_onnx(student, calibration[0], tmp_path / "s.onnx").parity.toolkit_deviation < 1e-4
 
 
-@pytest.mark.parametrize("toolkit", ["torch_ao", "torch_ao_eager", "pt2e"])
+@pytest.mark.parametrize("toolkit", ["torch_ao", pytest.param("torch_ao_eager", marks=pytest.mark.matrix), "pt2e"])
 def test_a_fake_quantizer_that_the_user_switched_off_stays_off_and_is_exported_in_floating_point(
     toolkit, prepared, mentor, images, tmp_path
 ):

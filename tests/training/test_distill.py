@@ -159,7 +159,7 @@ def test_bf16_trains_and_quantizers_see_float32(toolkit, make_student, teacher, 
     [
         pytest.param("modelopt", SQAKD(), 4, marks=pytest.mark.matrix),
         pytest.param("torch_ao", SQAKD(), 17, marks=pytest.mark.matrix),  # in the middle of an epoch
-        ("modelopt", QKD(0.25, 0.5, 0.25), 11),  # while the teacher learns too
+        pytest.param("modelopt", QKD(0.25, 0.5, 0.25), 11, marks=pytest.mark.matrix),  # while the teacher learns too
         pytest.param("torch_ao", QKD(0.25, 0.5, 0.25), 18, marks=pytest.mark.matrix),  # between two phases
     ],
 )
