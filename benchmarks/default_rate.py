@@ -34,7 +34,9 @@ from qakd_plugin.toolkits import adapter_for
 from qakd_plugin.training.optimizers import with_rate
 
 RESULTS = page_tables.RESULTS / "default_rate.json"
+PAGE = page_tables.ROOT / "docs" / "choosing.md"
 IMAGES, TEACHER_EPOCHS, BATCH = 320, 16, 32
+COUNTED = ("agreement", "accuracy")
 
 
 def _torchvision(name: str, **options: Any) -> nn.Module:
@@ -55,7 +57,7 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "mobilenet_v2": partial(_torchvision, "mobilenet_v2", width_mult=0.35),
     "mobilenet_v3_small": partial(_torchvision, "mobilenet_v3_small", width_mult=0.5),
     "shufflenet_v2_x0_5": partial(_torchvision, "shufflenet_v2_x0_5"),
-    "squeezenet1_1": partial(_torchvision, "squeezenet1_1"),
+    "timm mobilenetv4_conv_small": partial(_timm, "mobilenetv4_conv_small"),
     "timm resnet10t": partial(_timm, "resnet10t"),
     "timm regnetx_002": partial(_timm, "regnetx_002"),
     "timm efficientnet_lite0": partial(_timm, "efficientnet_lite0"),
@@ -95,7 +97,7 @@ def run(name: str, bits: int, lr: float | None) -> dict[str, Any]:
     numbers = {
         f"{when}_{what}": row[f"val_{what}"]
         for when, row in (("start", start), ("last", epochs[-1]), ("kept", result.metrics))
-        for what in ("agreement", "accuracy")
+        for what in COUNTED
     }
     return {
         "network": name,
@@ -107,6 +109,22 @@ def run(name: str, bits: int, lr: float | None) -> dict[str, Any]:
         **numbers,
         "seconds": time.perf_counter() - began,
     }
+
+
+def make_table(rows: list[dict[str, Any]]) -> str:
+    """What a call with all defaults ends with, network by network."""
+    return page_tables.markdown(
+        ["network, W8A8", "teacher's accuracy, %", *(f"{what}, %: start, last epoch, kept" for what in COUNTED)],
+        [
+            [
+                row["network"],
+                f"{100 * row['teacher_accuracy']:.1f}",
+                *(", ".join(f"{100 * row[f'{when}_{what}']:.1f}" for when in ("start", "last", "kept")) for what in COUNTED),
+            ]
+            for row in rows
+            if row["default"] and row["bits"] == 8
+        ],
+    )
 
 
 def main() -> None:
@@ -131,6 +149,8 @@ def main() -> None:
                 _print(next(row for row in rows if _is(row, name, bits, lr)))
     eight = [row for row in rows if row["default"] and row["bits"] == 8]
     lower = [row["network"] for row in eight if row["last_agreement"] < row["start_agreement"]]
+    if options.out == RESULTS:
+        page_tables.write_table("default_rate", make_table(rows), PAGE)
     print(f"{len(eight)} networks at 8 bits with all defaults; {len(lower)} end below their start {', '.join(lower)}")
 
 
