@@ -9,6 +9,7 @@ from pathlib import Path
 
 _BFLOAT16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 _VNNI = frozenset({"avx512_vnni", "avx_vnni"})
+_WITHOUT_VNNI = frozenset({"SSE41", "AVX", "AVX2", "AVX512_CORE"})
 _WITHOUT_BFLOAT16 = frozenset({"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI"})
 TOLD = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm", "avx512_bf16", "amx_bf16", "bf16")
 """Flags that speed depends on, and results."""
@@ -31,8 +32,16 @@ def has_bfloat16() -> bool:
 
     OpenVINO and torch do it with oneDNN, which ``ONEDNN_MAX_CPU_ISA`` may keep from it.
     """
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
-    return limit not in _WITHOUT_BFLOAT16 and not _BFLOAT16.isdisjoint(cpu_flags())
+    return _onednn_limit() not in _WITHOUT_BFLOAT16 and not _BFLOAT16.isdisjoint(cpu_flags())
+
+
+def onednn_adds_products_in_16_bits() -> bool:
+    """Whether oneDNN's integer kernels, which OpenVINO's are, may saturate: see :func:`adds_products_in_16_bits`."""
+    return adds_products_in_16_bits() or _onednn_limit() in _WITHOUT_VNNI
+
+
+def _onednn_limit() -> str:
+    return os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
 
 
 def has_amx() -> bool:

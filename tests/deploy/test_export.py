@@ -25,6 +25,7 @@ from qakd_plugin import (
     prepare,
     use_quantizers,
 )
+from qakd_plugin._common.cpu_features import onednn_adds_products_in_16_bits
 from qakd_plugin.bench.census import census
 from qakd_plugin.deploy.canonical.graph import QUANTIZER_KEY, activation_quantizers, constant, read_onnx, scalar
 from qakd_plugin.deploy.canonical.write import export_canonical, to_proto
@@ -240,6 +241,7 @@ def test_a_wrong_bias_of_either_head_is_caught(head, where, two_heads):
     assert caught.value.layer == head
 
 
+@pytest.mark.skipif(onednn_adds_products_in_16_bits(), reason="sums of integer kernels saturate here")
 def test_a_wrong_second_output_of_openvino_is_caught(two_heads):
     student, images = two_heads
     file, form = _exported(student, images)
@@ -537,6 +539,7 @@ def test_a_rewrite_that_changes_one_bit_is_refused_by_name(make_student, digits)
         check_same_bits(file, with_more(_weight_node(file, "stages.1.conv1.weight").inputs[1].name, 1.1), images)
 
 
+@pytest.mark.skipif(onednn_adds_products_in_16_bits(), reason="sums of integer kernels saturate here")
 def test_a_file_that_openvino_computes_differently_is_refused_and_its_layer_named(make_student, digits, tmp_path, monkeypatch):
     def as_written(file, samples):  # with integer kernels it names a layer where their sums saturate
         (tmp_path / "s.onnx").write_bytes(ir.serde.serialize_model(file).SerializeToString())

@@ -10,11 +10,15 @@ import torch
 from torch import nn
 
 import qakd_plugin as qakd
+import qakd_plugin.deploy.parity.openvino as gate
+from qakd_plugin._common.cpu_features import onednn_adds_products_in_16_bits
 from qakd_plugin.deploy.parity import openvino as openvino_parity
+from qakd_plugin.errors import ParityError
 from qakd_plugin.runtimes.onnxruntime import session_options, start_session
 from qakd_plugin.runtimes.openvino import OpenVINORunner
 
 pytest.importorskip("openvino")
+pytestmark = pytest.mark.skipif(onednn_adds_products_in_16_bits(), reason="sums of integer kernels saturate here")
 
 
 class Residual(nn.Module):
@@ -187,3 +191,16 @@ def test_an_output_that_is_a_twentieth_off_is_refused(factor, tmp_path, monkeypa
         return
     with pytest.raises(qakd.ParityError, match=r"signal-to-noise ratio of logits is 2[56]"):
         qakd.export_onnx(student, x, tmp_path / "student.onnx", "openvino")
+
+
+def test_where_sums_may_saturate_a_difference_is_told_and_no_reason_to_refuse(tmp_path, monkeypatch, caplog):
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 24, 24)
+    student = qakd.prepare(Residual().eval(), [x])
+    run = gate._run
+    monkeypatch.setattr(gate, "_run", lambda file, samples: [-output for output in run(file, samples)])
+    with pytest.raises(ParityError, match="OpenVINO computes something else"):
+        qakd.export_onnx(student, x, tmp_path / "student.onnx", "openvino")
+    monkeypatch.setattr(gate, "onednn_adds_products_in_16_bits", lambda: True)
+    assert qakd.export_onnx(student, x, tmp_path / "student.onnx", "openvino").parity.openvino.sqnr_db < 0
+    assert "This processor has no VNNI" in caplog.text
