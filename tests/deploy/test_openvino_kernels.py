@@ -193,6 +193,32 @@ def test_an_output_that_is_a_twentieth_off_is_refused(factor, tmp_path, monkeypa
         qakd.export_onnx(student, x, tmp_path / "student.onnx", "openvino")
 
 
+class Shuffle(nn.Module):
+    """Two branches, concatenated, shuffled and split; both halves are read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 8, 3, padding=1)
+        self.middle, self.head = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(16, 4, 1)
+        nn.init.normal_(self.right.weight)  # another range than the left one's
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([torch.relu(self.left(x)), torch.relu(self.right(x))], 1)
+        x = x.unflatten(1, (2, 8)).transpose(1, 2).flatten(1, 2)
+        kept, read = x.chunk(2, 1)
+        logits: torch.Tensor = self.head(torch.cat([kept, torch.relu(self.middle(read))], 1))
+        return logits
+
+
+@pytest.mark.parametrize("toolkit", ["modelopt", "pt2e"])
+def test_grids_that_are_concatenated_and_shuffled_stay_their_own(toolkit, tmp_path):
+    torch.manual_seed(0)
+    x = torch.rand(4, 3, 24, 24)
+    student = qakd.prepare(Shuffle().eval(), [x], toolkit)
+    file = qakd.export_onnx(student, x, tmp_path / "student.onnx", "openvino")
+    assert file.parity.openvino.sqnr_db > 50
+
+
 def test_where_sums_may_saturate_a_difference_is_told_and_no_reason_to_refuse(tmp_path, monkeypatch, caplog):
     torch.manual_seed(0)
     x = torch.randn(4, 3, 24, 24)

@@ -7,7 +7,8 @@ torch.ao FX repeats a quantizer after every operator that only moves numbers. Qu
 nothing, but the runtime would do it each time.
 
 Tensors of different grids that are concatenated and then quantized are brought onto one coarser grid by the runtime, which
-changes the numbers. Quantizing each of them is the same as quantizing all.
+changes the numbers. Quantizing each of them is the same as quantizing all. Where a shuffle or a split stands between the two,
+what is concatenated is rounded by operators instead, and no grid is seen.
 
 A sum is computed by the convolution before it, and where the convolution's output has a quantizer, the runtime (2026.4) then
 leaves out that it rounds: it takes for granted that an integer type will do it, and the kernel's type is that of the sum.
@@ -55,7 +56,7 @@ _PASS_ON = (*_MOVES, "Clip", "DequantizeLinear", "MaxPool", "Resize")
 
 def settled_for_kernels(model: ir.Model) -> ir.Model:
     """A copy of what :func:`.openvino.to_openvino_form` returned and the gate has proven, after all passes."""
-    model = round_before_sums(quantize_before_concat(drop_repeated_quantizers(model)))
+    model = round_before_sums(round_before_concat(quantize_before_concat(drop_repeated_quantizers(model))))
     return bias_as_sum(clamp_shared_convolutions(offset_concatenated_codes(model)))
 
 
@@ -105,6 +106,31 @@ def _from_concat(quantize: ir.Node) -> list[ir.Node]:
         return []
     steps = [concat, *([] if clip is None else [clip]), quantize, dequantize]
     return steps if all(only_consumer(one.outputs[0]) is other for one, other in pairwise(steps)) else []
+
+
+def round_before_concat(model: ir.Model) -> ir.Model:
+    """A copy in which parts of a Concat that are still of different grids are rounded by operators.
+
+        Q -> DQ -> Concat
+    becomes
+        Div -> Round -> Clip -> Mul -> Concat
+    """
+    model = copied(model)
+    for concat in [node for node in model.graph if node.op_type == "Concat"]:
+        for dequantize in map(_own_dequantizer, concat.inputs) if _differ_in_grid(concat) else ():
+            if dequantize is not None:
+                _round(model.graph, dequantize)
+    common.RemoveUnusedNodesPass()(model)
+    return model
+
+
+def _own_dequantizer(value: ir.Value | None) -> ir.Node | None:
+    """What a value comes straight from, where it has a quantizer and a single node reads each of the two."""
+    dequantize = producer(value, "DequantizeLinear")
+    if dequantize is None or only_consumer(dequantize.outputs[0]) is None:
+        return None
+    quantize = producer(dequantize.inputs[0], "QuantizeLinear")
+    return dequantize if quantize is not None and only_consumer(quantize.outputs[0]) is dequantize else None
 
 
 def _differ_in_grid(concat: ir.Node) -> bool:
