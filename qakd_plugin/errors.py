@@ -18,11 +18,12 @@ class QakdError(Exception):
 
     def __init__(self, message: object = "") -> None:
         line = _LINE_BREAK.sub(" ", _OF_A_WORKER.sub("", str(message)).strip())
-        super().__init__("".join(letter if letter.isprintable() else _written_out(letter) for letter in line))
+        super().__init__(written_out(line))
 
 
-def _written_out(letter: str) -> str:
-    return letter.encode("unicode_escape").decode()
+def written_out(text: str) -> str:
+    """With what a terminal would obey written out: ESC is ``\\x1b``."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 class ArgumentError(QakdError, ValueError):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from ..errors import written_out
+
 
 def visible(text: str) -> str:
     """On one line, with what a terminal would obey written out: ESC is ``\\x1b``."""
-    line = " ".join(text.split())
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in line)
+    return written_out(" ".join(text.split()))

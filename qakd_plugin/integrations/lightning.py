@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .._common.module_copy import copied
 from .._common.optional import require
 from .._common.training_record import TrainingRecord, record_training
 from ..errors import QakdError
@@ -86,7 +86,7 @@ class DistillationModule(_LightningModule):  # type: ignore[misc]
         learns = any(phase.teacher for phase in phases)
         self.automatic_optimization = not learns
         if learns and teacher is not None:
-            self.teacher: nn.Module | None = copy.deepcopy(teacher).requires_grad_(True)
+            self.teacher: nn.Module | None = copied(teacher).requires_grad_(True)
         else:  # past nn.Module, which would make it a submodule
             self.__dict__["teacher"] = teacher
         self._epochs: list[Phase] = []

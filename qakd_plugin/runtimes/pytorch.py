@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .._common.module_copy import copied
 from ..errors import QakdError
 from ..tasks.inputs import forward_names
 from ..tasks.outputs import named_outputs
@@ -33,7 +33,7 @@ class TorchRunner:
         self.runtime, self.precision = "torch.compile" if compiled else "torch", precision
         self.inputs = {name: Input(None, None) for name in forward_names(module)[0]}
         self._dtype = getattr(torch, precision)
-        model = copy.deepcopy(module).cpu().eval().to(self._dtype)
+        model = copied(module).cpu().eval().to(self._dtype)
         self._model: Any = torch.compile(model, dynamic=False) if compiled else model
         self._threads = torch.get_num_threads()
         torch.set_num_threads(threads)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import logging
 import os
@@ -18,6 +17,7 @@ from torch.optim import AdamW
 from .._common.arguments import positive_whole
 from .._common.console import say
 from .._common.history import kept_of
+from .._common.module_copy import copied
 from .._common.one_at_a_time import one_at_a_time
 from .._common.training_record import TrainingRecord, record_training
 from ..augment.data import Stats
@@ -343,7 +343,7 @@ def _with_own_teacher(lesson: Lesson) -> Lesson:
     """A teacher that learns is a copy: the one that was passed in stays as it is."""
     if not lesson.teacher_learns or lesson.teacher is None:
         return lesson
-    return replace(lesson, teacher=copy.deepcopy(lesson.teacher).requires_grad_(True))
+    return replace(lesson, teacher=copied(lesson.teacher).requires_grad_(True))
 
 
 def _result(trainer: Trainer) -> DistillResult:

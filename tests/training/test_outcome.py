@@ -353,3 +353,11 @@ def test_held_out_images_of_another_type_are_named(make_student, teacher, batche
     held_out = [((255 * x).byte(), y) for x, y in batches]
     with pytest.raises(QakdError, match=r"val_loader: 'input' .* is uint8"):
         distill(make_student(), teacher, batches, epochs=1, val_loader=held_out)
+
+
+def test_a_teacher_that_learns_keeps_the_hooks_of_the_one_that_was_passed_in(make_student, teacher, batches):
+    mentor = torch.fx.symbolic_trace(teacher)  # of which a plain copy has none
+    mentor.register_forward_pre_hook(lambda module, given: (given[0] * 2 - 1,))
+    result = distill(make_student(), mentor, batches, method=QKD(0, 1, 0), epochs=1, seed=0)
+    assert result.teacher is not mentor
+    assert list(result.teacher._forward_pre_hooks.values()) == list(mentor._forward_pre_hooks.values())

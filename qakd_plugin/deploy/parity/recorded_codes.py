@@ -121,4 +121,4 @@ def check_same_bits(file: ir.Model, rewritten: ir.Model, samples: Inputs) -> Non
     pairs += zip(names, outputs, others, strict=True)
     for name, expected, array in pairs:
         if expected is None or not np.array_equal(expected, array):
-            raise ParityError(f"{name}: the file computes other numbers than before quantizers were dropped from it.", name)
+            raise ParityError(f"{name}: the file computes other numbers than before it was rewritten for its target.", name)
