@@ -4,9 +4,8 @@
     python3 benchmarks/gpu.py --wheels wheels --out runs/gpu       # there: no network is needed
     python benchmarks/gpu.py --device cpu --dry --out runs/gpu     # here: every stage, on tiny sizes
 
-The other machine needs Python 3.12, torch 2.11 or later, torchvision, accelerate, torchmetrics, onnx, onnxscript, onnxruntime,
-timm, transformers, scipy, scikit-learn, matplotlib and pytest; what else the package imports is collected as wheels, for
-x86-64, and the package itself runs from this folder's parent.
+The other machine has Python 3.12, torch 2.11 or later, and what THERE lists; what else the package imports is collected as
+wheels, for x86-64, and the package itself runs from this folder's parent.
 
 Stages stand in the order of their worth. Each is a process of its own with a limit of its own, whatever it started ends with
 it, and ``gpu.json`` is written anew as each ends, so that a run that is cut leaves what it found:
@@ -49,6 +48,13 @@ WHEELS = (
     "typing-extensions", "filelock", "jsonargparse", "docstring-parser",
 )  # fmt: skip
 """With their dependencies that the other machine lacks; versions are those of constraints.txt, as far as it names them."""
+THERE = (
+    "torch", "torchvision", "numpy", "accelerate", "torchmetrics", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "ml-dtypes",
+    "rich", "psutil", "jinja2", "scipy", "safetensors", "pillow", "requests", "huggingface-hub", "transformers", "timm",
+    "scikit-learn", "matplotlib", "pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "setuptools", "packaging", "tqdm",
+    "regex", "pyyaml", "ninja", "nvidia-ml-py",
+)  # fmt: skip
+"""What is not collected, because the other machine has it."""
 TAIL = 4000
 """Characters of a stage's output that are kept in gpu.json; the whole is in its log."""
 
