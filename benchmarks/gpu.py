@@ -14,8 +14,9 @@ it, and ``gpu.json`` is written anew as each ends, so that a run that is cut lea
 2. steps: what a step costs, ours and one written by hand, and how often the host waits for the GPU (distill_step.py);
 3. evidence: students of the large study, as far as the time goes (evidence.py --full);
 4. augmentation: what each augmentation costs (augmentation_cost.py);
-5. engines: what runtimes are there, and what TensorRT says (engines.py);
-6. suite: the tests of training, which train on a GPU where there is one.
+5. scale: what an ImageNet run and a large language model would cost there (scale.py);
+6. engines: what runtimes are there, and what TensorRT says (engines.py);
+7. suite: the tests of training, which train on a GPU where there is one.
 """
 
 from __future__ import annotations
@@ -125,6 +126,15 @@ def _pytest(run: Run, *arguments: object) -> list[str]:
     return _python("-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={run.folder}/tests.xml", *arguments)
 
 
+_COMPILED = ("by hand: torch.ao FX, KL", "SQAKD, LSQ", "SQAKD, LSQ, compiled", "SQAKD, LSQ, bf16, channels_last, compiled")
+"""Last, because compiling takes minutes."""
+
+
+def _scale(run: Run) -> list[list[str]]:
+    size = ("--tiny", "--rounds", 1) if run.dry else ("--rounds", 10)
+    return [_script("scale.py", "--device", run.device, *size, "--out", run.folder / "scale.json")]
+
+
 def _steps(run: Run) -> list[list[str]]:
     def measured(batch: int, rounds: int, *others: object) -> list[str]:
         out = run.folder / f"steps-{batch}.json"
@@ -133,7 +143,8 @@ def _steps(run: Run) -> list[list[str]]:
 
     if run.dry:
         return [measured(2, 1, "--threads", 1, "--variant", "SQAKD, LSQ", "--loop", 2)]
-    return [measured(128, 30, "--loop", 60), measured(1024, 10, "--loop", 20)]
+    compiled = [part for name in _COMPILED for part in ("--variant", name)]
+    return [measured(128, 30, "--loop", 60), measured(1024, 10, "--loop", 20), measured(256, 20, *compiled)]
 
 
 def _evidence(run: Run) -> list[list[str]]:
@@ -204,9 +215,10 @@ def _outcomes(run: Run) -> dict[str, Any] | None:
 
 STAGES = (
     Stage("tests", 110, _tests, _outcomes),
-    Stage("steps", 150, _steps, _json_files),
+    Stage("steps", 170, _steps, _json_files),
     Stage("evidence", 150, _evidence, _json_files),
     Stage("augmentation", 40, _augmentation, _json_files),
+    Stage("scale", 60, _scale, _json_files),
     Stage("engines", 60, _engines, _json_files),
     Stage("suite", 180, _suite, _outcomes),
 )

@@ -15,7 +15,8 @@ Memory is not fitted but counted: parameters, gradients, AdamW's two moments, th
 for the backward pass, once each. What allocators waste and what an operator needs meanwhile comes on top.
 
 Large language models are traced at one and two blocks, and at two sizes of the vocabulary, of which their counts are linear
-functions.
+functions. Counts of the large runs do not depend on the device: they are read from benchmarks/results/scale.json where they are
+there, unless --count.
 """
 
 from __future__ import annotations
@@ -171,7 +172,10 @@ TINY = ((Case("ResNet-20", ResNet20, (3, 32, 32)), (1,)), (_language(16, 1, 50, 
 def step_of(case: Case, size: int, *, quantized: bool) -> tuple[Callable[[Tensor], None], nn.Module, nn.Module | None, Tensor]:
     """A step, its student, its teacher and a batch, on the CPU; without quantizers and teacher a plain step of FP32."""
     torch.manual_seed(0)
-    network, x = case.make().eval(), case.batch(size)
+    network, x = case.make(), case.batch(size)
+    if not case.vocabulary:
+        _fill_statistics(network, case.batch(4))
+    network.eval()
     if not quantized:
         optimizer = torch.optim.AdamW(network.train().parameters(), lr=1e-5)
 
@@ -193,6 +197,18 @@ def step_of(case: Case, size: int, *, quantized: bool) -> tuple[Callable[[Tensor
         adamw.zero_grad()
 
     return distilled, student, teacher, x
+
+
+@torch.no_grad()
+def _fill_statistics(network: nn.Module, x: Tensor) -> None:
+    """BatchNorm's, of one batch: with those that it starts with, random weights let a deep network's activations die away."""
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    kept = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    network.train()(x)
+    for norm, momentum in zip(norms, kept, strict=True):
+        norm.momentum = momentum
 
 
 class _Moved(TorchDispatchMode):
@@ -363,6 +379,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--count", action="store_true", help="count the large runs anew: minutes, and 10 GiB of memory")
     parser.add_argument("--tiny", action="store_true", help="two small networks, one small plan: whether it runs")
     parser.add_argument("--out", type=Path, help="JSON file; the table in docs/scale.md is written with the committed one")
     options = parser.parse_args()
@@ -390,8 +407,10 @@ def main() -> None:
     document["coefficients"] = coefficients.tolist()
     document["error"] = statistics.median(abs(row["predicted"] / row["seconds"] - 1) for row in rows)
     document["plans"] = []
+    known = {} if options.count or not RESULTS.is_file() else json.loads(RESULTS.read_text())
+    counted = {(plan["name"], plan["batch"]): Counts(**plan["counts"]) for plan in known.get("plans", [])}
     for plan in track(plans, "plans"):
-        found = plan.count(plan.batch)
+        found = counted.get((plan.name, plan.batch)) or plan.count(plan.batch)
         step = float(np.dot(coefficients, found.features))
         parts = {"hours": step * plan.samples / plan.batch / 3600, "step_seconds": step, "memory_gib": found.memory / GIB}
         document["plans"].append({"name": plan.name, "batch": plan.batch, **parts, "counts": asdict(found)})

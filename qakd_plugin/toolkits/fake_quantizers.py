@@ -206,12 +206,14 @@ def _class(base: Any) -> type[nn.Module]:
             return self.rule.scale(self).reshape(-1)
 
         def forward(self, x: Tensor) -> Tensor:
+            if torch.compiler.is_compiling():  # to which a value that is read is the end of a graph
+                return torch.where(self.fake_quant_enabled == 1, self.rule(x, self), x)
             return self.rule(x, self) if self._is_on() else x
 
         def _is_on(self) -> bool:
             """The flag, read again only once somebody has written to it: on a GPU every look at it waits for all work queued."""
             flag: Tensor = self.fake_quant_enabled
-            if torch.compiler.is_compiling() or flag.is_inference():  # a compiler traces values, inference counts no writes
+            if flag.is_inference():  # which counts no writes
                 return bool(flag[0] == 1)
             if self._flag_read is None or self._flag_read[0]() is not flag or self._flag_read[1] != flag._version:
                 self._flag_read = weakref.ref(flag), flag._version, bool(flag[0] == 1)

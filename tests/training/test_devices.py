@@ -140,6 +140,21 @@ def test_a_flag_is_read_again_once_somebody_wrote_to_it(toolkit, student, x):
     torch.testing.assert_close(pupil(x), floating)
 
 
+def test_a_compiled_student_has_the_gradients_of_one_that_is_not(student, net, x):
+    """In training, where a graph that ended between BatchNorm and its convolution would find its statistics changed."""
+    gradients = []
+    for compiled in (False, True):
+        pupil = student("pt2e", LSQ(4, 4))
+        called = torch.compile(pupil, backend="aot_eager") if compiled else pupil
+        with attach(called, copy.deepcopy(net), SQAKD()) as kd:
+            kd.train()
+            called(x)
+            kd.loss().backward()
+        gradients.append([p.grad for p in pupil.parameters() if p.grad is not None])
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 def test_what_a_captured_graph_makes_goes_where_the_network_goes(net, x):
     captured = torch.export.export(net, (x,)).module()
     expected = captured(x)
