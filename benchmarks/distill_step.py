@@ -6,10 +6,11 @@ CIFAR ResNet-20, batch 128, two threads (or ``--device cuda``), W4A4 with LSQ as
 what a user would write by hand: torch.ao FX quantization and a plain loop with a KL loss. A step is the teacher's forward pass
 without gradients, the student's forward and backward pass, and SGD with momentum. Every round runs each variant once, in turn;
 ratios are medians over rounds of (variant / FP32 of the same round). As in step_time.py, glibc keeps its memory. Peak memory is
-that of fresh processes, on the CPU. On a GPU the script also counts how often the host waits for it in a step, replays whole steps
-as CUDA graphs, and asks whether the best of ours is twice as fast as the loop written by hand.
+that of fresh processes, on the CPU. On a GPU the script also counts how often the host waits for it in a step, replays whole
+steps as CUDA graphs, and asks whether the best of ours is twice as fast as the loop written by hand.
 
-``--loop`` trains through ``qakd_plugin.distill`` for so many steps: what the loop around a step costs. The last part trains students on scikit-learn's digits in either precision, three seeds each, and prints accuracies.
+``--loop`` trains through ``qakd_plugin.distill`` for so many steps: what the loop around a step costs. The last part trains
+students on scikit-learn's digits in either precision, three seeds each, and prints accuracies.
 """
 
 from __future__ import annotations
@@ -316,7 +317,8 @@ def through_distill(batch: int, device: str, steps: int) -> dict[str, Any]:
     x, _ = _batch(batch, device)
     student = use_quantizers(_prepared("modelopt", x, device), LSQ())
     counted, sgd = _Counted(2 * steps), partial(torch.optim.SGD, momentum=0.9)
-    result = distill(student, _resnet(device).eval(), [x] * steps, epochs=2, lr=1e-3, optimizer=sgd, callbacks=[counted], seed=0)
+    options: dict[str, Any] = {"epochs": 2, "lr": 1e-3, "optimizer": sgd, "callbacks": [counted], "seed": 0}
+    result = distill(student, _resnet(device).eval(), [x] * steps, **options)
     return {"images_per_second": result.history[-1]["images_per_second"], "waits_a_step": counted.found, "steps": steps}
 
 

@@ -31,6 +31,7 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -275,7 +276,11 @@ def _stage(stage: Stage, run: Run, log: Path, environment: dict[str, str]) -> di
 
 
 def run_within(command: Sequence[str], seconds: float, output: Any, environment: dict[str, str]) -> str:
-    """Run a command, and end it with all that it started after so long. How it ended: "well", "with code 1", "cut after 9 s"."""
+    """Run a command, and end it with all that it started after so long.
+
+    Returns:
+        How it ended: "well", "with code 1", "cut after 9 s".
+    """
     process = subprocess.Popen(
         command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True
     )
@@ -284,10 +289,8 @@ def run_within(command: Sequence[str], seconds: float, output: Any, environment:
     except subprocess.TimeoutExpired:
         return f"cut after {seconds:.0f} s"
     finally:
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # workers that are left, too
-        except ProcessLookupError:
-            pass
         process.wait()
     return "well" if code == 0 else f"with code {code}"
 
@@ -308,8 +311,8 @@ def collect(folder: Path) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     wanted = ["--no-deps", "--only-binary=:all:", "--python-version", PYTHON, "--implementation", "cp"]
     wanted += [part for platform in PLATFORMS for part in ("--platform", platform)]
-    constraints = ["--constraint", str(ROOT / "constraints.txt")]
-    subprocess.run([*_python("-m", "pip", "download", "--quiet", *wanted, *constraints), "-d", str(folder), *WHEELS], check=True)
+    wanted += ["--constraint", str(ROOT / "constraints.txt"), "--dest", str(folder)]
+    subprocess.run([*_python("-m", "pip", "download", "--quiet", *wanted), *WHEELS], check=True)
     sizes = {path.name: path.stat().st_size for path in sorted(folder.glob("*.whl"))}
     for name, size in sizes.items():
         print(f"{size / 2**20:7.2f} MiB  {name}")

@@ -4,12 +4,12 @@
     python benchmarks/scale.py --device cuda        # your GPU: hours on it
 
 A step is that of distillation: the frozen teacher's forward pass, the student's forward and backward pass, AdamW. What it does
-is counted by running it on the meta device, which computes shapes alone: floating-point operations of convolutions and
-products, bytes that all other operators read and write, and how many operators there are. Its seconds are taken to be
-``a * operations + b * bytes + c * operators``, with a, b, c >= 0 fitted to steps measured here, of networks and batches small
-enough to be measured (least squares of relative errors). Every measured step is also predicted by a fit without its network:
-that error is what a prediction is worth. On a CPU, seconds are processor time of one thread, which other work on the machine
-disturbs less than the clock.
+is counted by running it on the meta device, which computes shapes alone: floating-point operations of convolutions and of
+matrix products, bytes that all other operators (and grouped convolutions) read and write, and how many operators there are. Its
+seconds are taken to be a sum of these four, each times a number >= 0 that is fitted to steps measured here, of networks and
+batches small enough to be measured (least squares of relative errors). Every measured step is also predicted by a fit without
+its network: that error is what a prediction is worth. On a CPU, seconds are processor time of one thread, which other work on
+the machine disturbs less than the clock.
 
 Memory is not fitted but counted: parameters, gradients, AdamW's two moments, the teacher, and every tensor that autograd keeps
 for the backward pass, once each. What allocators waste and what an operator needs meanwhile comes on top.
@@ -62,7 +62,8 @@ class Counts:
     """What a step does.
 
     Attributes:
-        operations: floating-point operations of convolutions and products.
+        convolutions: their floating-point operations.
+        products: those of matrix products and attention.
         moved: bytes that other operators read and write.
         operators: how many there are.
         kept: bytes that autograd keeps for the backward pass, parameters apart.
@@ -70,7 +71,8 @@ class Counts:
         teacher: parameters of the teacher.
     """
 
-    operations: float
+    convolutions: float
+    products: float
     moved: float
     operators: float
     kept: float
@@ -78,8 +80,8 @@ class Counts:
     teacher: float
 
     @property
-    def features(self) -> tuple[float, float, float]:
-        return self.operations, self.moved, self.operators
+    def features(self) -> tuple[float, float, float, float]:
+        return self.convolutions, self.products, self.moved, self.operators
 
     @property
     def memory(self) -> float:
@@ -160,8 +162,8 @@ def _language(width: int, depth: int, vocabulary: int, length: int, heads: int =
 
 MEASURED = (
     (Case("ResNet-20", ResNet20, (3, 32, 32)), (16, 64)),
-    (_vision("resnet18", 64), (4, 16)),
-    (_vision("mobilenet_v2", 64), (4, 16)),
+    (_vision("resnet18", 112), (2, 8)),
+    (_vision("mobilenet_v2", 112), (2, 8)),
     (_language(128, 2, 500, 64), (4, 16)),
     (_language(256, 2, 500, 64), (2, 8)),
 )
@@ -220,7 +222,9 @@ class _Moved(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if not func.is_view and func._overloadpacket not in _PRODUCTS:
+        packet = func._overloadpacket
+        grouped = packet in _GROUPS and args[_GROUPS[packet]] > 1
+        if grouped or not (func.is_view or packet in _PRODUCTS):
             self.operators += 1
             self.bytes += sum(leaf.nbytes for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor))
         return out
@@ -232,6 +236,8 @@ _PRODUCTS = {
     _aten._scaled_dot_product_flash_attention, _aten._scaled_dot_product_flash_attention_backward,
     _aten._scaled_dot_product_efficient_attention, _aten._scaled_dot_product_efficient_attention_backward,
 }  # fmt: skip
+_GROUPS = {_aten.convolution: 8, _aten.convolution_backward: 9}
+"""Where they are told their groups: with several, a convolution waits for memory."""
 
 
 @contextlib.contextmanager
@@ -261,8 +267,11 @@ def counts(case: Case, size: int, *, quantized: bool) -> Counts:
     x = x.to("meta")
     with _no_autocast(), FlopCounterMode(display=False) as flops, _Moved() as moved, kept_tensors(student) as kept:
         step(x)
+    total = flops.get_total_flops()
+    convolutions = sum(count for packet, count in flops.get_flop_counts()["Global"].items() if packet in _GROUPS)
     return Counts(
-        flops.get_total_flops(),
+        convolutions,
+        total - convolutions,
         moved.bytes,
         moved.operators,
         sum(kept.values()),
@@ -307,7 +316,7 @@ def _now(device: str) -> float:
 
 
 def fitted(rows: list[dict[str, Any]]) -> np.ndarray:
-    """Seconds an operation, a byte and an operator: least squares of relative errors, none negative."""
+    """Seconds an operation of either kind, a byte and an operator: least squares of relative errors, none negative."""
     features = np.array([row["features"] for row in rows], dtype=float)
     measured = np.array([row["seconds"] for row in rows])
     found, _ = nnls(features / measured[:, None], np.ones(len(rows)))
@@ -400,8 +409,11 @@ def main() -> None:
             f"{1e3 * row['predicted']:8.1f}  ({row['predicted'] / row['seconds'] - 1:+.0%})"
         )
     coefficients = fitted(rows)
-    rates = [f"{1e-9 / c:,.1f}" if c else "-" for c in coefficients[:2]]
-    print(f"{rates[0]} GFLOP/s, {rates[1]} GB/s, {1e6 * coefficients[2]:.1f} us an operator")
+    rates = [f"{1e-9 / c:,.1f}" if c else "-" for c in coefficients[:3]]
+    print(
+        f"convolutions {rates[0]} GFLOP/s, products {rates[1]} GFLOP/s, other {rates[2]} GB/s, "
+        f"{1e6 * coefficients[3]:.1f} us an operator"
+    )
     unit = "one CPU thread" if options.device == "cpu" else torch.cuda.get_device_name(0)
     document: dict[str, Any] = {"environment": environment(), "busy": busy, "unit": unit, "rows": rows}
     document["coefficients"] = coefficients.tolist()

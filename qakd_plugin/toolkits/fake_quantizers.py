@@ -211,7 +211,7 @@ def _class(base: Any) -> type[nn.Module]:
             return self.rule(x, self) if self._is_on() else x
 
         def _is_on(self) -> bool:
-            """The flag, read again only once somebody has written to it: on a GPU every look at it waits for all work queued."""
+            """The flag, read again only once somebody has written to it: on a GPU a look at it waits for all that is queued."""
             flag: Tensor = self.fake_quant_enabled
             if flag.is_inference():  # which counts no writes
                 return bool(flag[0] == 1)

@@ -28,9 +28,9 @@ _WERE_SCALARS = "_qakd_were_scalars"
 def shard(network: nn.Module) -> nn.Module:
     """Divide a network among all processes, in place, by ``torch.distributed.fsdp.fully_shard``.
 
-    Units are the entries of every ``nn.ModuleList``, as transformers keep their blocks, and the network: the weights of one unit
-    at a time are whole, on each process, while it computes. Parameters that are numbers, as learned scales of activations are,
-    become tensors of one element, which alone can be divided. Make optimizers after this.
+    Units are the entries of every ``nn.ModuleList``, as transformers keep their blocks, and the network: the weights of one
+    unit at a time are whole, on each process, while it computes. Parameters that are numbers, as learned scales of activations
+    are, become tensors of one element, which can be divided. Make optimizers after this.
 
     Args:
         network: a student prepared by ModelOpt or QATConfig, or any float network, on the device where it computes.
