@@ -5,8 +5,7 @@
 
 A step is that of distillation: the frozen teacher's forward pass, the student's forward and backward pass, AdamW. What it does
 is counted by running it on the meta device, which computes shapes alone: floating-point operations of convolutions and of
-matrix products, bytes that all other operators (and grouped convolutions) read and write, and how many operators there are. Its
-seconds are taken to be a sum of these four, each times a number >= 0 that is fitted to steps measured here, of networks and
+matrix products, bytes that all other operators read and write, and how many operators there are. Its seconds are taken to be a sum of these four, each times a number >= 0 that is fitted to steps measured here, of networks and
 batches small enough to be measured (least squares of relative errors). Every measured step is also predicted by a fit without
 its network: that error is what a prediction is worth. On a CPU, seconds are processor time of one thread, which other work on
 the machine disturbs less than the clock.
@@ -222,9 +221,7 @@ class _Moved(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        packet = func._overloadpacket
-        grouped = packet in _GROUPS and args[_GROUPS[packet]] > 1
-        if grouped or not (func.is_view or packet in _PRODUCTS):
+        if not func.is_view and func._overloadpacket not in _PRODUCTS:
             self.operators += 1
             self.bytes += sum(leaf.nbytes for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor))
         return out
@@ -236,8 +233,7 @@ _PRODUCTS = {
     _aten._scaled_dot_product_flash_attention, _aten._scaled_dot_product_flash_attention_backward,
     _aten._scaled_dot_product_efficient_attention, _aten._scaled_dot_product_efficient_attention_backward,
 }  # fmt: skip
-_GROUPS = {_aten.convolution: 8, _aten.convolution_backward: 9}
-"""Where they are told their groups: with several, a convolution waits for memory."""
+_CONVOLUTIONS = {_aten.convolution, _aten.convolution_backward}
 
 
 @contextlib.contextmanager
@@ -268,7 +264,7 @@ def counts(case: Case, size: int, *, quantized: bool) -> Counts:
     with _no_autocast(), FlopCounterMode(display=False) as flops, _Moved() as moved, kept_tensors(student) as kept:
         step(x)
     total = flops.get_total_flops()
-    convolutions = sum(count for packet, count in flops.get_flop_counts()["Global"].items() if packet in _GROUPS)
+    convolutions = sum(count for packet, count in flops.get_flop_counts()["Global"].items() if packet in _CONVOLUTIONS)
     return Counts(
         convolutions,
         total - convolutions,
@@ -419,6 +415,8 @@ def main() -> None:
     document["coefficients"] = coefficients.tolist()
     document["error"] = statistics.median(abs(row["predicted"] / row["seconds"] - 1) for row in rows)
     document["plans"] = []
+    if options.out:  # what was measured, should counting be cut
+        write_atomic(options.out, json.dumps(document, indent=1) + "\n")
     known = {} if options.count or not RESULTS.is_file() else json.loads(RESULTS.read_text())
     counted = {(plan["name"], plan["batch"]): Counts(**plan["counts"]) for plan in known.get("plans", [])}
     for plan in track(plans, "plans"):

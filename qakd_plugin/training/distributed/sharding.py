@@ -50,7 +50,8 @@ def shard(network: nn.Module) -> nn.Module:
     _without_scalars(network)
     for unit in _units(network):
         fully_shard(unit, mesh=mesh)
-    return fully_shard(network, mesh=mesh)
+    fully_shard(network, mesh=mesh)
+    return network
 
 
 def gathered(network: nn.Module) -> dict[str, Any]:
