@@ -5,10 +5,11 @@
 
 A step is that of distillation: the frozen teacher's forward pass, the student's forward and backward pass, AdamW. What it does
 is counted by running it on the meta device, which computes shapes alone: floating-point operations of convolutions and of
-matrix products, bytes that all other operators read and write, and how many operators there are. Its seconds are taken to be a sum of these four, each times a number >= 0 that is fitted to steps measured here, of networks and
-batches small enough to be measured (least squares of relative errors). Every measured step is also predicted by a fit without
-its network: that error is what a prediction is worth. On a CPU, seconds are processor time of one thread, which other work on
-the machine disturbs less than the clock.
+matrix products, bytes that all other operators read and write, and how many operators there are. Its seconds are taken to be a
+sum of these four, each times a number >= 0 that is fitted to steps measured here, of networks and batches small enough to be
+measured (least squares of relative errors). Every measured step is also predicted by a fit without its network: that error is
+what a prediction is worth. On a CPU, seconds are processor time of one thread, which other work on the machine disturbs less
+than the clock.
 
 Memory is not fitted but counted: parameters, gradients, AdamW's two moments, the teacher, and every tensor that autograd keeps
 for the backward pass, once each. What allocators waste and what an operator needs meanwhile comes on top.
