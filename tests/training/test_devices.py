@@ -16,8 +16,25 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qakd_plugin import EWGS, LSQ, PACT, SQAKD, Features, attach, distill, export_onnx, prepare, use_quantizers
+from qakd_plugin import (
+    EWGS,
+    LSQ,
+    PACT,
+    SQAKD,
+    CMISelector,
+    Features,
+    QakdError,
+    attach,
+    default_batch,
+    distill,
+    export_onnx,
+    prepare,
+    use_quantizers,
+)
 from qakd_plugin._common.device import move
+from qakd_plugin.augment import data as augment_data
+from qakd_plugin.augment.candidates import resolve_candidates
+from qakd_plugin.augment.selector import FixedAugmentation, SelectedAugmentation
 from qakd_plugin.placement.calibration import RangeObserver, _counted
 from qakd_plugin.quantizers.fake_quantize import fake_quantize
 from qakd_plugin.toolkits import adapter_for
@@ -68,15 +85,25 @@ def student(net, x):
 
 
 class _Reads(TorchDispatchMode):
-    """Counts looks of the host at a value of a tensor."""
+    """Counts looks of the host at a value of a tensor, and copies from one device to another."""
 
     def __init__(self):
         super().__init__()
-        self.count = 0
+        self.devices, self.crossings = [], 0
+
+    @property
+    def count(self):
+        return len(self.devices)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._local_scalar_dense.default:
+            self.devices.append(args[0].device.type)
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default:
+            self.crossings += out.device != args[0].device
+        elif func is torch.ops.aten.index.Tensor:
+            self.crossings += any(index is not None and index.device != args[0].device for index in args[1])
+        return out
 
 
 def _to_meta_but_flags(network):
@@ -153,6 +180,39 @@ def test_a_compiled_student_has_the_gradients_of_one_that_is_not(student, net, x
         gradients.append([p.grad for p in pupil.parameters() if p.grad is not None])
     for found, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("chosen", [None, "cutmix", "randomerasing+cutmix"])
+def test_the_host_looks_at_no_value_of_augmented_images(chosen, x):
+    """Nor does anything travel to the device: images, labels, and what they are normalised with are there."""
+    stats = ([0.5, 0.4, 0.3], [0.2, 0.2, 0.3])
+    augmentation = FixedAugmentation(lambda images: images.flip(3), stats)
+    judges = [augmentation.unit_range._extremes]
+    if chosen is not None:
+        augmentation = SelectedAugmentation(CMISelector(), [], default_batch, stats)
+        (augmentation.chosen,), augmentation.classes = resolve_candidates([chosen]), 10
+        augmentation._extremes = augmentation.chosen.extremes()
+        judges = [augmentation.unit_range._extremes, augmentation._extremes]
+    for extremes in judges:  # as a first batch leaves them
+        extremes._seen = torch.zeros((), device="meta"), torch.ones((), device="meta")
+    augmentation.unit_range._there = [values.to("meta") for values in augmentation.unit_range._stats]
+    with _Reads() as reads:
+        images, _ = augmentation(x.to("meta"), torch.zeros(16, dtype=torch.int64, device="meta"))
+    assert images.device.type == "meta"
+    assert reads.crossings == 1, "the test's own"
+    assert set(reads.devices) <= {"cpu"}, "draws are the host's own"
+
+
+def test_images_out_of_range_after_the_first_batch_are_refused_at_the_end_of_the_epoch(monkeypatch):
+    monkeypatch.setattr(augment_data, "_is_read_at_once", lambda _: False)
+    augmentation = FixedAugmentation(lambda images: images, None)
+    good = torch.full((2, 3, 4, 4), 0.5)
+    augmentation(good, None)
+    assert augmentation(good * 4, None)[0].max() == 1, "clamped until then"
+    with pytest.raises(QakdError, match=r"in 0.5..2.*input_stats"):
+        augmentation.row()
+    with pytest.raises(QakdError, match="input_stats"):
+        FixedAugmentation(lambda images: images, None)(good * 4, None)  # the first at once
 
 
 def test_what_a_captured_graph_makes_goes_where_the_network_goes(net, x):
