@@ -95,7 +95,8 @@ class UnitRange:
 
     def _like(self, x: Tensor) -> list[Tensor]:
         """Mean and deviation where ``x`` is; copied there once."""
-        assert self._stats is not None and self._there is not None
+        assert self._stats is not None
+        assert self._there is not None
         if self._there[0].device != x.device or self._there[0].dtype != x.dtype:
             self._there = [values.to(x) for values in self._stats]
         return self._there
