@@ -120,6 +120,9 @@ class _Changes:
 
 
 def _quantized(x: Tensor, scale: Tensor, low: float, high: float, shift: float) -> Tensor:
+    if torch.compiler.is_compiling():  # fuses these anyway; torch 2.11 compiles operations in place to gradients of zero
+        codes = torch.div(x, scale).clamp(low, high)
+        return ((codes + shift).round() - shift if shift else codes.round()) * scale
     codes = torch.div(x, scale).clamp_(low, high)
     codes = codes.add_(shift).round_().sub_(shift) if shift else codes.round_()
     return codes.mul_(scale)
@@ -127,9 +130,13 @@ def _quantized(x: Tensor, scale: Tensor, low: float, high: float, shift: float) 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """Sum of products. Images in channels_last are read as they lie in memory: flattening them otherwise makes copies."""
-    if a.ndim == 4 and all(not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last) for t in (a, b)):
+    if _is_channels_last(a) and _is_channels_last(b):
         a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
     return torch.dot(a.reshape(-1), b.reshape(-1))
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _where_inside(g: Tensor, x: Tensor, scale: Tensor, low: float, high: float) -> Tensor:

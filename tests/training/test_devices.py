@@ -167,6 +167,25 @@ def test_a_flag_is_read_again_once_somebody_wrote_to_it(toolkit, student, x):
     torch.testing.assert_close(pupil(x), floating)
 
 
+@pytest.mark.parametrize("delta", [None, 0.3], ids=["straight-through", "EWGS"])
+@pytest.mark.parametrize(("shape", "shift"), [((), 0.0), ((6, 1, 1, 1), 3.5)], ids=["per-tensor", "per-channel"])
+def test_a_compiled_quantizer_has_the_gradients_of_one_that_is_not(shape, shift, delta):
+    generator = torch.Generator().manual_seed(0)
+    data, steps = torch.randn(6, 5, 7, 3, generator=generator), torch.rand(shape, generator=generator) * 0.2 + 0.1
+
+    def quantized(own, scale):
+        strength = None if delta is None else torch.tensor(delta)
+        return fake_quantize(own, scale, -3.5 if shift else -4, 3.5 if shift else 3, shift=shift, delta=strength)
+
+    found = []
+    for call in (quantized, torch.compile(quantized, backend="eager", fullgraph=True)):
+        own, scale = (tensor.clone().requires_grad_() for tensor in (data, steps))
+        out = call(own, scale)
+        out.backward(torch.cos(data))
+        found.append((out.detach(), own.grad, scale.grad))
+    torch.testing.assert_close(*found)
+
+
 def test_a_compiled_student_has_the_gradients_of_one_that_is_not(student, net, x):
     """In training, where a graph that ended between BatchNorm and its convolution would find its statistics changed."""
     gradients = []
