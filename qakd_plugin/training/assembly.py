@@ -24,6 +24,7 @@ from .checkpoint import CheckpointStore
 from .config import Data, Settings
 from .deployed_view import DeployedView, evaluated
 from .distributed.processes import Processes
+from .distributed.shards import smallest_batch
 from .ema import Ema
 from .methods import Method, Phase
 from .networks import Learner, Networks, on_device
@@ -35,6 +36,7 @@ from .preflight import (
     check_counted,
     check_exportable,
     check_first_batch,
+    check_smallest_batch,
     check_taught,
     classes_learned,
     first_call_named,
@@ -225,7 +227,10 @@ def _check_first_batch(
                 check_against_teacher(adapter, model, teacher, taught, inputs)
             if processes.is_main:
                 check_exportable(adapter, model, inputs)
-            return () if taught is None else _compared(lesson.phases, taught, inputs)
+            adapter.set_mode(model, True)  # with the ranges frozen still
+            with computing():
+                check_smallest_batch(model, inputs, smallest_batch(data.loader, processes))
+    return () if taught is None else _compared(lesson.phases, taught, inputs)
 
 
 def _compared(phases: Sequence[Phase], taught: Outputs, inputs: Inputs) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ from ...placement.placement import place_quantizers
 from ...tasks.inputs import Inputs, arguments
 from ..adapter import Precision, QParams, Quantizer
 from ..fake_quantizers import FakeQuantizeAdapter, is_active, require_calibrated, restored_fake_quantize, rule_of, substitute
+from ..frozen_statistics import set_training
 from .calibration import calibrate
 from .configuration import require_signed_bytes, torch_ao_qconfig_mapping
 from .fx_graph import (
@@ -96,7 +97,7 @@ class TorchAOAdapter(FakeQuantizeAdapter):
         )
 
     def set_mode(self, model: nn.Module, training: bool) -> None:
-        model.train(training)
+        set_training(model, training)
 
     def configuration(self, model: nn.Module, precision: Precision) -> Any:
         require_signed_bytes(self.name, precision)
