@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .._common.files import write_atomic
-from .._common.module_copy import copied
+from .._common.module_copy import copied, uncompiled
 from .._common.module_mode import eval_mode
 from .._common.one_at_a_time import one_at_a_time
 from .._common.precision import dtype_name
@@ -27,6 +27,7 @@ from ..preparation.feasibility import target_problem
 from ..tasks.inputs import Inputs, call, call_problem, named_inputs, named_tensors, with_tensors
 from ..toolkits import Adapter, adapter_for
 from .canonical.clamps import quantizers_after_relu
+from .canonical.graph import WEIGHT_KEY
 from .canonical.write import to_canonical, to_proto
 from .file_record import FileRecord, finite
 from .parity.float16 import Float16Parity, check_float16
@@ -135,6 +136,7 @@ def export_onnx(
     if float16 and target != "tensorrt":
         raise ExportError(f"float16=True is for target='tensorrt': {target} fuses integer layers beside float32 only.")
     _check_storage(weight_storage, target)
+    prepared_model = uncompiled(prepared_model)
     samples = _checked(prepared_model, example_inputs)
     adapter = adapter_for(prepared_model)
     _check_quantizers(adapter, prepared_model, target)
@@ -143,6 +145,7 @@ def export_onnx(
     _check_types(traced, samples, target)
     _tell_fixed(traced)
     canonical = to_canonical(traced)
+    _tell_computed_weights(canonical)
     model = _for_target(canonical, target, weight_storage)
     evaluated = _evaluated(adapter, prepared_model)
     after_relu = quantizers_after_relu(canonical.graph)
@@ -197,6 +200,32 @@ def export_float(
     if float16:
         exported = to_float16(exported)
     return write_atomic(path, to_proto(exported).SerializeToString(), ExportError)
+
+
+def _tell_computed_weights(canonical: ir.Model) -> None:
+    """Name layers whose quantized weight is not what they multiply with: they compute in floating point."""
+    computed = [
+        node.metadata_props.get(WEIGHT_KEY, node.name)
+        for node in canonical.graph
+        if node.op_type == "DequantizeLinear" and WEIGHT_KEY in node.metadata_props and not _is_multiplied(node.outputs[0])
+    ]
+    if computed:
+        _log.warning(
+            "%s: not this quantized weight is multiplied, but what the forward pass makes of it (weight standardization, or "
+            "the like), so these layers compute in floating point. toolkit='pt2e' quantizes what is multiplied.",
+            ", ".join(map(str, computed)),
+        )
+
+
+def _is_multiplied(weight: ir.Value) -> bool:
+    """Whether everything that reads a weight is a layer, be it transposed or reshaped before."""
+    return all(
+        node.op_type in _LAYERS or (node.op_type in _VIEWS and _is_multiplied(node.outputs[0])) for node, _ in weight.uses()
+    )
+
+
+_LAYERS = {"Conv", "ConvTranspose", "Gemm", "MatMul", "Gather", "Einsum"}
+_VIEWS = {"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Slice", "Split", "Identity", "Cast"}
 
 
 def _for_target(canonical: ir.Model, target: Target, storage: WeightStorage) -> ir.Model:

@@ -24,6 +24,7 @@ from ...tasks.inputs import Inputs, call
 from ..adapter import Precision, QParams, Quantizer, Role, weight_of
 from ..fake_quantizers import is_paused, per_channel, set_paused
 from ..frozen_statistics import set_training
+from ..left_out import name_left_out
 from .calibration import minimize_error
 from .configuration import modelopt_config
 from .export_form import export_form
@@ -136,6 +137,7 @@ class ModelOptAdapter:
                 observe_inputs(float_model, {name: float_model.get_submodule(name) for name in placement.layers}, batches, {})
                 raise
         minimize_error(self, prepared, batches, placement)
+        name_left_out(self, prepared, placement)
         return prepared
 
     def install(self, model: nn.Module, quantizer: Quantizer, rule: Rule, clip: Tensor) -> None:

@@ -29,6 +29,7 @@ from ...tasks.inputs import Inputs, arguments
 from ..adapter import Precision, QParams, Quantizer
 from ..fake_quantizers import FakeQuantizeAdapter, is_active, require_calibrated, restored_fake_quantize, rule_of, substitute
 from ..frozen_statistics import set_training
+from ..left_out import name_left_out
 from .calibration import calibrate
 from .configuration import require_signed_bytes, torch_ao_qconfig_mapping
 from .fx_graph import (
@@ -120,6 +121,7 @@ class TorchAOAdapter(FakeQuantizeAdapter):
         bits = precision.activation_bits
         low_bit = insert_low_bit_inputs(prepared, placement, bits) if bits < 8 else {}
         calibrate(self, prepared.eval(), batches, low_bit)
+        name_left_out(self, prepared, placement)
         return prepared
 
     def uninstall(self, model: nn.Module, quantizer: Quantizer) -> None:
