@@ -2,8 +2,8 @@
 
     python benchmarks/checkpoint_cost.py --rounds 5
 
-The ways take turns, in another order each round; the median of each is printed, of elapsed time, which waits for the disk, and of
-processor time, which other work on the machine changes little. "As before" is what version 0.1 did.
+The ways take turns, in another order each round; the median of each is printed, of elapsed time, which waits for the disk,
+and of processor time, which other work on the machine changes little. "As before" is what version 0.1 did.
 """
 
 from __future__ import annotations

@@ -67,12 +67,12 @@ def require_writable(path: str | os.PathLike[str], error: type[QakdError] = Qakd
         raise error(f"cannot write {path}: {_reason(problem)}. Choose a folder that can be written.") from problem
 
 
-def read_whole(path: str | os.PathLike[str], most: int | None = None) -> bytes:
+def read_whole(path: str | os.PathLike[str], most: int = -1) -> bytes:
     """What a file holds; never waits for a pipe, and never reads a device without end.
 
     Args:
         path: of the file.
-        most: bytes that are read of it.
+        most: bytes that are read of it; -1 for all.
 
     Raises:
         OSError: it cannot be read, or is no file; ``strerror`` is the reason in a few words.

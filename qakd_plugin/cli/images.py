@@ -66,7 +66,8 @@ class Preprocessing:
         edges = (*self.size, *(self.resize if isinstance(self.resize, tuple) else (self.resize,)))
         if len(self.size) != 2 or min(edges) < 1 or max(math.prod(self.size), *edges) > _MOST_PIXELS:
             raise QakdError(
-                f"size={self.size}, resize={self.resize}: expected two positive whole numbers, height and width, of 2^26 pixels at most."
+                f"size={self.size}, resize={self.resize}: expected two positive whole numbers, height and width, of 2^26 pixels "
+                "at most."
             )
         if len(self.mean) != len(self.std) or len(self.mean) not in (1, 3) or min(self.std) <= 0:
             raise QakdError(

@@ -62,15 +62,15 @@ class CommandParser(jsonargparse.ArgumentParser):  # type: ignore[misc]
         for parameter in inspect.signature(function, eval_str=True).parameters.values():
             self._add(parameter, help_of[parameter.name])
 
-    def parse_args(self, args: Sequence[str], **options: Any) -> Any:
-        """As argparse does; but a flag that stands without its word takes no other argument for it."""
+    def read(self, args: Sequence[str]) -> Any:
+        """What ``parse_args`` returns; but a flag that stands without its word takes no other argument for it."""
         joined: list[str] = []
         for word in args:
             if joined and joined[-1].endswith("=") and word in self._words.get(joined[-1][:-1], ()):
                 joined[-1] += word
             else:
                 joined.append(f"{word}=" if word in self._words else word)
-        return super().parse_args(joined, **options)
+        return self.parse_args(joined)
 
     def _add(self, parameter: inspect.Parameter, text: str) -> None:
         kind, several = _item_type(parameter.annotation)

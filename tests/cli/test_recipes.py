@@ -145,6 +145,17 @@ def test_one_python_recipe_serves_them_as_well(code):
     assert len((code / "run" / "history.jsonl").read_text().splitlines()) == 2
 
 
+def test_a_changed_recipe_goes_on_with_the_word_force_alone(code, capsys):
+    (code / "recipe.yaml").write_text(changed(epochs=1))
+    assert main(["distill", "recipe.yaml", "--out", "run"]) == 0
+    (code / "recipe.yaml").write_text(changed(epochs=2, seed=4))
+    assert main(["distill", "recipe.yaml", "--out", "run", "--resume"]) == 1
+    assert "seed is 3 there and 4 here" in (said := capsys.readouterr().err)
+    assert "--resume force" in said
+    assert main(["distill", "recipe.yaml", "--out", "run", "--resume", "force"]) == 0
+    assert len((code / "run" / "history.jsonl").read_text().splitlines()) == 2
+
+
 def test_values_are_objects_made_of_the_users_functions():
     arguments = recipe(RECIPE).arguments("prepared_model", "teacher", "loader")
     assert arguments["method"] == SQAKD(temperature=2.0)

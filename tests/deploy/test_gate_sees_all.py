@@ -112,6 +112,12 @@ def test_layers_of_any_name_are_compared_as_those_of_plain_names(toolkit, prepar
     assert (odd.weight_codes, odd.activation_codes) == (plain.weight_codes, plain.activation_codes)
 
 
+@pytest.mark.parametrize("name", ["c@1", 'a"b', "a\\b"])
+def test_a_name_that_torch_export_cannot_keep_is_refused_and_its_layer_not_left_in_floating_point(name):
+    with pytest.raises(QakdError, match="has @, a double quote or a backslash in its name: give it another"):
+        prepare(_float("a", name), [X], "pt2e")
+
+
 @pytest.mark.parametrize("call", [Call("a.input_qdq", 0), Call("a,b#1%2C.input_qdq", 3), Call("#", 1), Call("%", 0)])
 def test_a_label_is_read_as_it_was_written(call):
     assert list(calls_in(f"first,{call},last#2")) == [Call("first", 0), call, Call("last", 2)]
