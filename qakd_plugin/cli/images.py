@@ -66,10 +66,11 @@ class Preprocessing:
         edges = (*self.size, *(self.resize if isinstance(self.resize, tuple) else (self.resize,)))
         if len(self.size) != 2 or min(edges) < 1 or max(math.prod(self.size), *edges) > _MOST_PIXELS:
             raise QakdError(
-                f"size={self.size}, resize={self.resize}: expected two positive whole numbers, height and width, of 2^26 pixels "
-                "at most."
+                f"size={self.size}, resize={self.resize}: expected two positive whole numbers, height and width, of 2^26 "
+                "pixels at most."
             )
-        if len(self.mean) != len(self.std) or len(self.mean) not in (1, 3) or min(self.std) <= 0:
+        finite = all(map(math.isfinite, (*self.mean, *self.std)))
+        if len(self.mean) != len(self.std) or len(self.mean) not in (1, 3) or not finite or min(self.std) <= 0:
             raise QakdError(
                 f"mean={self.mean}, std={self.std}: expected a number for each channel, three or one; std positive."
             )
@@ -141,7 +142,7 @@ def preprocessing_from(data: Any, where: str) -> Preprocessing:
             tuple(map(float, data["std"])),
             str(data["interpolation"]),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise QakdError(f"{where} does not say how images are prepared: {error!r}. Pass --size, --mean and --std.") from error
 
 

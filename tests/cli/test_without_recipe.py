@@ -72,6 +72,8 @@ def test_images_whose_resized_size_would_take_all_memory_are_refused(tmp_path):
         Image.new("L", size).save(tmp_path / "thin.png")
         with pytest.raises(QakdError, match=r"thin.png cannot be read as an image: it has \d+x\d+ pixels"):
             small(tmp_path / "thin.png")
+    with pytest.raises(QakdError, match="expected a number for each channel"):
+        Preprocessing((16, 16), 16, (float("nan"),), (0.25,))
     for size, resize in (((100_000, 100_000), 16), ((16, 16), 2**30)):
         with pytest.raises(QakdError, match="2\\^26 pixels at most"):
             Preprocessing(size, resize, (0.5,), (0.25,))
