@@ -45,7 +45,7 @@ def session_options(threads: int = 0, *, fusions: bool = True, profile: Path | N
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # errors are raised; its logger writes them once more, with names as the file has them
     # Threads would go on spinning after a call, while another session is being timed.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if adds_products_in_16_bits():
