@@ -43,7 +43,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from fault_record import Finding, Record, Tally
 from mutants import IMAGES, KINDS, TRAINING, digest_of, mutants, net, student
 
-from qakd_plugin import QakdError, distill, write_report
+from qakd_plugin import QakdError, distill, export_onnx, write_report
 from qakd_plugin._common.files import write_atomic
 from qakd_plugin._common.tensor_file import unpack
 from qakd_plugin.report import read_report
@@ -221,7 +221,10 @@ def _works() -> dict[str, Work]:
         write_report([], folder / "report.html", training=TRAINING)
         return {key: value for key, value in read_report(folder / "report.json").items() if key in {"training", "rows"}}
 
-    return {"training": Work(train), "student": Work(write), "report": Work(report)}
+    def export(folder: Path) -> Any:
+        return export_onnx(copy.deepcopy(prepared), IMAGES, folder / "net.onnx").path.read_bytes()
+
+    return {"training": Work(train), "student": Work(write), "report": Work(report), "export": Work(export)}
 
 
 def injections(tally: Tally, count: int, seed: int, folder: Path, only: tuple[str, ...] = ()) -> None:
