@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..augment.selector import Augmentation, CMISelector, FixedAugmentation, SelectedAugmentation
-from ..errors import TrainingError
+from ..errors import QakdError, TrainingError
 from ..tasks.batches import batch_splitter
 from ..tasks.evaluation import picking, value_of
 from ..tasks.inputs import Inputs, arguments, require_known
@@ -40,6 +40,7 @@ from .preflight import (
     first_call_named,
 )
 from .run_state import RunState, Stateful
+from .streams import length_of
 from .teacher_cache import TeacherCache
 from .trainer import Trainer
 from .validation import Validation
@@ -113,6 +114,7 @@ def assembled(
             augment=augment,
             method=lesson.method,
             accumulate=settings.accumulate,
+            steps_per_epoch=data.steps_per_epoch,
             cache=cache,
             masks=_masks(lesson.phases),
         )
@@ -162,7 +164,12 @@ def assembled(
 
 def _require_agreement(processes: Processes, data: Data, store: CheckpointStore | None, checkpoint_every: int | None) -> None:
     """Several processes make their steps and their checkpoints together, or wait for each other for ever."""
-    processes.require_equal("the length of loader", len(data.loader))  # type: ignore[arg-type]
+    if data.steps_per_epoch is not None and processes.count > 1:
+        raise QakdError(
+            f"steps_per_epoch: whether the {processes.count} processes read the same stream or each its share cannot be told. "
+            "Train in one process, or pass a DataLoader over a map-style data set, which is shared out."
+        )
+    processes.require_equal("the length of loader", length_of(data.loader))
     where = None if store is None else str(store.folder)
     processes.require_equal("checkpoint_dir and checkpoint_every", (where, checkpoint_every))
     if store is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from ..._common.rng_state import samplers_of
 from ...errors import QakdError
+from ..streams import length_of
 from .processes import Processes
 
 
@@ -115,7 +116,8 @@ def shared(loader: Iterable[Any], processes: Processes) -> Shares:
 
 def held_out(loader: Iterable[Any], processes: Processes) -> Iterable[Any]:
     """Batches that this process evaluates, as often as it is asked: a share of them where each process gets one, else all."""
-    divided = isinstance(loader, Sized) and len(loader) >= processes.count
+    length = length_of(loader)
+    divided = length is not None and length >= processes.count
     return _Counting(shared(loader, processes) if divided else Whole(loader), processes)
 
 
