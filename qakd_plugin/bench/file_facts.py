@@ -11,7 +11,8 @@ from xml.etree import ElementTree
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from ..deploy.canonical.graph import parsed
+from .._common.files import read_whole
+from ..deploy.canonical.graph import parsed, require_weights
 from ..deploy.engine.manifest import read_manifest
 from ..deploy.file_record import FileRecord, read_record
 from ..errors import EngineError, QakdError
@@ -168,10 +169,15 @@ def _stored_types(graph: onnx.GraphProto) -> set[str]:
 
 
 def _layers(path: Path, kind: str) -> list[ElementTree.Element]:
+    weights = path.with_suffix(".bin")
+    if weights.exists() and not weights.is_file():
+        raise QakdError(f"{path} keeps its weights in {weights.name}, which is no file.")
     try:
-        found = [layer for layer in ElementTree.parse(path).iter("layer") if layer.get("type") == kind]
-    except ElementTree.ParseError as error:
-        raise QakdError(f"{path}: cannot load it: it is no valid file of OpenVINO ({error}).") from error
+        found = [layer for layer in ElementTree.fromstring(read_whole(path)).iter("layer") if layer.get("type") == kind]
+    except OSError as error:
+        raise QakdError(f"{path} cannot be read: {error.strerror}.") from error
+    except (ElementTree.ParseError, ValueError, LookupError, RecursionError) as error:  # LookupError: an unknown encoding
+        raise QakdError(f"{path}: cannot load it: it is no valid file of OpenVINO ({str(error)[:200]}).") from error
     if kind == "Parameter" and not found:
         raise QakdError(f"{path}: the graph has no input.")
     return found
@@ -180,13 +186,17 @@ def _layers(path: Path, kind: str) -> list[ElementTree.Element]:
 @lru_cache(maxsize=1)
 def _parsed(path: Path, modified_ns: int, size: int) -> onnx.ModelProto:
     """Each file is asked several things, one after the other."""
-    return parsed(path.read_bytes())
+    proto = parsed(read_whole(path))
+    require_weights(path, proto)
+    return proto
 
 
 def _load(path: Path) -> onnx.ModelProto:
     try:
         facts = path.stat()
         return _parsed(path, facts.st_mtime_ns, facts.st_size)
+    except QakdError:
+        raise
     except OSError as error:
         raise QakdError(f"{path} cannot be read: {error.strerror}.") from error
     except Exception as error:  # protobuf and onnx-ir raise many kinds on foreign bytes; all mean the same here

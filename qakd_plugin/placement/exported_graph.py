@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from .._common.silenced import silenced
+from ..errors import QakdError
 from ..tasks.inputs import Inputs, arguments, runs_on_one_sample
 from .frozen_batch_norm import is_frozen_batch_norm
 from .layer_names import WEIGHTED
@@ -66,14 +67,23 @@ def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sh
         shapes: ``dynamic_shapes`` of ``torch.export.export``.
 
     Raises:
+        QakdError: a module's name cannot be told from what ``torch.export`` writes around it.
         Exception: whatever ``torch.export`` or the model's own code raises.
     """
+    _require_names(model)
     try:
         return _captured(model, args, kwargs, shapes)
     except Exception:
         if shapes is None or not runs_on_one_sample(model, args, kwargs):
             raise
     return _captured(model, args, kwargs, shapes)
+
+
+def _require_names(model: nn.Module) -> None:
+    """torch counts a module's calls as "name@1", and writes names between double quotes into the code of its graphs."""
+    for name, _ in model.named_modules():
+        if any(letter in '@"\\' for letter in name):
+            raise QakdError(f"the module {name!r} has @, a double quote or a backslash in its name: give it another.")
 
 
 def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> fx.GraphModule:

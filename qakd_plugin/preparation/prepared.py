@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .._common.module_copy import copied, has_hooks
 from .._common.module_mode import eval_mode
@@ -89,9 +91,11 @@ def prepare(
     network = open_attention(model)
     if frozen_batch_norms(network):
         network = fold_frozen_batch_norms(network, layer_graph(network, batches[0]))
-    with dtypes_named(model, batches[0], "calibration_batches"):
+    added = _added(model)
+    with dtypes_named(model, batches[0], "calibration_batches"), _added_named(adapter, added):
         prepared = adapter.prepare(network, batches, precision)
-    _require_hooks(adapter, model, prepared, batches[0])
+    if added:
+        _require_same(adapter, model, prepared, batches[0], added)
     kept = None if keep is None else list(keep)
     asked = Preparation(adapter.name, weight_bits, activation_bits, kept, target, described_inputs(batches[0]))
     record(prepared, asked)
@@ -176,12 +180,41 @@ def _require_float(model: nn.Module) -> None:
     raise NotPreparedError(f"model is prepared by {adapter.name} already: pass the float model, or call distill with this one.")
 
 
+def _added(model: nn.Module) -> list[str]:
+    """What was added to modules from outside, and may change what they compute, in words."""
+    found = []
+    for name, module in model.named_modules():
+        where = name or type(model).__name__
+        if is_parametrized(module):
+            found.append(f"the parametrization of {where}")
+        if "forward" in vars(module):
+            found.append(f"the forward that was put in the place of {where}'s own")
+        if has_hooks(module):
+            found.append(f"a hook of {where}")
+    return found
+
+
+@contextmanager
+def _added_named(adapter: Adapter, added: Sequence[str]) -> Iterator[None]:
+    """Say what a toolkit may have failed at; without anything of the kind, what it raises passes."""
+    try:
+        yield
+    except QakdError:
+        raise
+    except Exception as error:
+        if not added:
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise QakdError(
+            f"model: toolkit={adapter.name!r} cannot prepare {', '.join(added[:3])} ({type(error).__name__}: {reason}). Remove "
+            "it first (torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.remove_weight_norm), or use "
+            "toolkit='pt2e'."
+        ) from error
+
+
 @torch.no_grad()
-def _require_hooks(adapter: Adapter, model: nn.Module, prepared: nn.Module, inputs: Inputs) -> None:
-    """Refuse a toolkit that lost hooks of forward which change what the network computes; others are no loss."""
-    hooked = [name or type(model).__name__ for name, module in model.named_modules() if has_hooks(module)]
-    if not hooked:
-        return
+def _require_same(adapter: Adapter, model: nn.Module, prepared: nn.Module, inputs: Inputs, added: Sequence[str]) -> None:
+    """Refuse a toolkit that lost what was added and changes what the network computes; the rest is no loss."""
     unquantized = copied(prepared)
     adapter.set_mode(unquantized, False)
     adapter.freeze_ranges(unquantized, True)
@@ -191,8 +224,8 @@ def _require_hooks(adapter: Adapter, model: nn.Module, prepared: nn.Module, inpu
     for wanted, found in zip(expected, named_outputs(call(unquantized, inputs)).values(), strict=True):
         if wanted.is_floating_point() and not torch.allclose(wanted, found, rtol=1e-3, atol=1e-3 * float(wanted.abs().max())):
             raise QakdError(
-                f"model: toolkit={adapter.name!r} loses a hook of {', '.join(hooked[:3])} that changes what is computed. "
-                "Write what the hook does in forward, or use toolkit='modelopt'."
+                f"model: toolkit={adapter.name!r} loses {', '.join(added[:3])}, which changes what is computed. Write what it "
+                f"does in forward, or use toolkit={'modelopt' if adapter.name == 'pt2e' else 'pt2e'!r}."
             )
 
 
