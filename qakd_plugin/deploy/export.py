@@ -14,6 +14,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from .._common.device import move
 from .._common.files import write_atomic
 from .._common.module_copy import copied, uncompiled
 from .._common.module_mode import eval_mode
@@ -140,7 +141,8 @@ def export_onnx(
     samples = _checked(prepared_model, example_inputs)
     adapter = adapter_for(prepared_model)
     _check_quantizers(adapter, prepared_model, target)
-    form = adapter.export_form(prepared_model).cpu()
+    form = adapter.export_form(prepared_model)
+    move(form, "cpu")
     traced = trace(form, samples, dynamic, input_names=input_names, output_names=output_names)
     _check_types(traced, samples, target)
     _tell_fixed(traced)
@@ -250,7 +252,8 @@ def _bits(adapter: Adapter, model: nn.Module) -> tuple[int, int]:
 
 def _evaluated(adapter: Adapter, prepared: nn.Module) -> nn.Module:
     """A copy of the prepared model as it is evaluated: in eval mode, ranges frozen."""
-    evaluated = copied(prepared).cpu()
+    evaluated = copied(prepared)
+    move(evaluated, "cpu")
     adapter.set_mode(evaluated, False)
     adapter.freeze_ranges(evaluated, True)
     return evaluated

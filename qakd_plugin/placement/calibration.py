@@ -53,7 +53,7 @@ class RangeObserver:
         if top > self._limit:
             self._grow(top)
         if self._limit > 0:
-            self._counts += torch.histc(values, bins=_BINS, min=0.0, max=self._limit).double().cpu()
+            self._counts += _histogram(values, self._limit)
 
     def _grow(self, top: float) -> None:
         """Double the covered range until it holds ``top``; counts are merged pairwise, so nothing is lost but resolution."""
@@ -78,6 +78,20 @@ class RangeObserver:
         quantized = torch.clamp(torch.round(centers / steps), max=levels) * steps
         errors = ((quantized - centers) ** 2 * self._counts).sum(1)
         return float(clips[int(errors.argmin())])
+
+
+def _histogram(values: Tensor, limit: float) -> Tensor:
+    """float64 (_BINS,) on the CPU: how many of (N,) ``values`` lie in each of the bins from 0 to ``limit``.
+
+    torch.histc adds floats on a GPU, one by one: it stops counting at 2^24, and refuses to be deterministic.
+    """
+    if values.device.type == "cpu":
+        return torch.histc(values, bins=_BINS, min=0.0, max=limit).double()
+    return _counted(values, limit).double().cpu()
+
+
+def _counted(values: Tensor, limit: float) -> Tensor:
+    return torch.bincount((values / limit * _BINS).long().clamp_(max=_BINS - 1), minlength=_BINS)
 
 
 @torch.no_grad()
