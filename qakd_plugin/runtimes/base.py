@@ -19,8 +19,8 @@ MODULE_RUNTIMES = ("torch", "torch.compile")
 RUNTIMES = (*FILE_RUNTIMES, "tensorrt", *MODULE_RUNTIMES)
 
 DYNAMIC_INT8 = "dynamic int8"
-"""A precision: beside weights that alone are quantized, the runtime rounds activations to 8 bits, with scales that it takes from
-each call's numbers. Nothing of that was trained or proven."""
+"""A precision: beside weights that alone are quantized, the runtime rounds activations to 8 bits, with scales that it takes
+from each call's numbers. Nothing of that was trained or proven."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import nn
 from ...errors import ParityError
 from ...export_form.modules import StoredWeight
 from ..canonical.graph import COARSE_KEY, WEIGHT_KEY, constant, stored_codes, weight_dequantizers
-from ..targets.onnxruntime_weights import weights_alone
+from ..targets.onnxruntime_weights import weight_only_codes
 
 
 def check_weight_codes(file: ir.Model, form: nn.Module) -> int:
@@ -24,7 +24,7 @@ def check_weight_codes(file: ir.Model, form: nn.Module) -> int:
     """
     stored = {name: module for name, module in form.named_modules() if isinstance(module, StoredWeight)}
     found: set[str] = set()
-    for node, codes, scale in (*_dequantized(file.graph), *weights_alone(file.graph)):
+    for node, codes, scale in (*_dequantized(file.graph), *weight_only_codes(file.graph)):
         name = node.metadata_props.get(WEIGHT_KEY, "")
         layer = name.removesuffix(".weight") or "(root)"
         weight = stored.get(name)

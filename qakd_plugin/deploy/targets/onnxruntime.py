@@ -30,7 +30,7 @@ from ..canonical.graph import (
 from ..canonical.quantizers import make_unsigned
 from ..canonical.sign_analysis import non_negative_values
 from .onnxruntime_bias import loses_bias, scale_codes_up, split_bias
-from .onnxruntime_weights import ComputeWeightsOnly
+from .onnxruntime_weights import WeightOnlyLayers
 from .weight_packing import WeightStorage, store_weights
 
 _WEIGHTED = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
@@ -44,7 +44,7 @@ def to_onnxruntime_form(model: ir.Model, storage: WeightStorage = "int4") -> ir.
     for quantize in list(activation_quantizers(graph)):
         _to_unsigned(graph, quantize, non_negative)
     common.RemoveUnusedNodesPass()(model)  # the clamps that quantizers absorbed
-    ComputeWeightsOnly()(model)
+    WeightOnlyLayers()(model)
     for dequantize in weight_dequantizers(graph):
         if not dequantize.attributes.get_int("block_size", 0):
             scale_codes_up(graph, dequantize)

@@ -49,7 +49,7 @@ _BLOCKS = (256, 128, 64, 32, 16)
 """Columns that share a scale, which MatMulNBits takes. Fewer scales are a smaller file, and no slower."""
 
 
-class ComputeWeightsOnly(InPlacePass):
+class WeightOnlyLayers(InPlacePass):
     """Rewrite what reads the weights of linear layers whose activations are in floating point. Exact."""
 
     def call(self, model: ir.Model) -> PassResult:
@@ -67,8 +67,8 @@ class ComputeWeightsOnly(InPlacePass):
         return PassResult(model, modified=bool(chosen))
 
 
-def weights_alone(graph: ir.Graph) -> Iterator[tuple[ir.Node, Codes, Scales]]:
-    """What :class:`ComputeWeightsOnly` wrote: nodes, with the codes that they compute with and the scale of each of these."""
+def weight_only_codes(graph: ir.Graph) -> Iterator[tuple[ir.Node, Codes, Scales]]:
+    """What :class:`WeightOnlyLayers` wrote: nodes, with the codes that they compute with and the scale of each of these."""
     for node in graph:
         if node.op_type == "MatMulNBits" and node.domain == DOMAIN:
             packed, scales = constant(node.inputs[1]), constant(node.inputs[2])
