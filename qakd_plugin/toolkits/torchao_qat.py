@@ -174,7 +174,7 @@ class TorchAOQATAdapter:
                 fake_quantized: Tensor = quantizer.module(layer.weight)
             # Read only now: the scales of some learned quantizers follow the weight in the forward pass.
             stored = store_weight(fake_quantized, self.qparams(quantizer), quantizer.fqn.rpartition(".")[0])
-            exported[layer] = QuantizedLayer(layer, stored, None if layer.bias is None else layer.bias.detach())
+            exported[layer] = QuantizedLayer(layer, stored, getattr(layer, "bias", None))  # an embedding has none
             move_hooks(layer, exported[layer])
         # remove_duplicate=False: a layer shared by several names stays shared.
         names = copied.named_modules(remove_duplicate=False)
@@ -243,10 +243,10 @@ def _require_symmetric_integers(quantizer: Quantizer) -> None:
     integer: Any = _quantizer_class("IntxFakeQuantizer")
     q: Any = quantizer.module
     layer = quantizer.fqn.rpartition(".")[0] or "(root)"
-    if not isinstance(quantizer.layer, nn.Linear):
+    if not isinstance(quantizer.layer, nn.Linear | nn.Embedding):
         raise UnsupportedQuantizerError(
-            f"{layer} ({type(quantizer.layer).__name__}): only weights of linear layers can be exported. Leave this "
-            "layer out with quantize_'s filter_fn."
+            f"{layer} ({type(quantizer.layer).__name__}): only weights of linear layers and embeddings can be exported. Leave "
+            "this layer out with quantize_'s filter_fn."
         )
     if not isinstance(q, integer):
         raise UnsupportedQuantizerError(

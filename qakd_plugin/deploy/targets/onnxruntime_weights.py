@@ -1,22 +1,26 @@
-"""Weights of linear layers whose activations stay in floating point: fast in ONNX Runtime, and exact in any session.
+"""Weights that alone are quantized, of linear layers and embeddings: fast in ONNX Runtime, and exact in any session.
 
-The runtime does not fold DequantizeLinear of stored integers: in front of a Gemm it would dequantize the weight in every call,
-which is several times slower than a float weight. In front of a MatMul it may take both for MatMulNBits, but one that rounds
-activations to 8 bits (accuracy level 4) unless the session says otherwise. So neither is left to it:
+The runtime does not fold DequantizeLinear of stored integers: it would dequantize the whole weight in every call, which takes
+several times as long as a layer with a float weight. In front of a MatMul it may take both for MatMulNBits, but one that rounds
+activations to 8 bits (accuracy level 4) unless the session says otherwise. So neither is left to it. Where codes are -8..7,
 
     Gemm(x, DequantizeLinear(codes, scale), bias)  or  MatMul(x, Transpose(DequantizeLinear(codes, scale)))
-become, where codes are -8..7,
+become
     MatMulNBits(x, packed codes, scales, bias), accuracy level 1: float32
-and otherwise
-    Gemm(x, Mul(Cast(codes), scale), bias)  or  MatMul(x, Transpose(Mul(Cast(codes), scale)))
 
-whose weight is folded when the file is loaded: the speed is that of a float layer, the file as small. (MatMulNBits takes codes
-of 8 bits as well, but computes them in float32 ten times slower than a float layer, those of 2 bits likewise.)
+and embeddings, which are Gather(DequantizeLinear(codes, scale), ids), become
+
+    GatherBlockQuantized(packed codes, ids, scales)
+
+In all other cases DequantizeLinear(codes, scale) becomes Mul(Cast(codes), scale), which is folded when the file is loaded: the
+speed is that of a float weight, the file as small. (MatMulNBits takes codes of 8 and of 2 bits as well, but multiplies by them
+in float32 ten times slower than by a float weight.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
@@ -31,6 +35,7 @@ from ..canonical.graph import (
     chain,
     constant,
     initializer,
+    is_table,
     is_weight_only,
     producer,
     replace,
@@ -46,45 +51,82 @@ _EXACT = 1
 """Accuracy level of MatMulNBits: activations in float32."""
 
 _BLOCKS = (256, 128, 64, 32, 16)
-"""Columns that share a scale, which MatMulNBits takes. Fewer scales are a smaller file, and no slower."""
+"""Columns that share a scale, which the runtime takes. Fewer scales are a smaller file, and no slower."""
 
 
 class WeightOnlyLayers(InPlacePass):
-    """Rewrite what reads the weights of linear layers whose activations are in floating point. Exact."""
+    """Rewrite layers whose weights alone are quantized. Exact."""
 
     def call(self, model: ir.Model) -> PassResult:
-        chosen = [node for node in weight_dequantizers(model.graph) if is_weight_only(node)]
-        for dequantize in chosen:
+        graph = model.graph
+        layers = [node for node in weight_dequantizers(graph) if is_weight_only(node)]
+        tables = [node for node in weight_dequantizers(graph) if is_table(node)]
+        for dequantize in layers:
             readers = list(_readers(dequantize))
-            packed = _packed(model.graph, dequantize) if readers and all(map(_is_linear, readers)) else None
+            packed = _packed(graph, dequantize) if all(map(_is_linear, readers)) else None
             if packed is None:
-                _fold(model.graph, dequantize)
+                _fold(graph, dequantize)
                 continue
-            model.opset_imports[DOMAIN] = 1
-            for reader in readers:
-                _multiply_packed(model.graph, reader, dequantize, *packed)
+            for node, _ in readers:
+                _take_over(node, _product(graph, node, packed), dequantize)
+        for dequantize in tables:  # after layers, whose codes they may share
+            packed = _packed(graph, dequantize)
+            if packed is None or packed.is_filled:
+                _fold(graph, dequantize)
+                continue
+            rows = _rows(graph, dequantize, packed)
+            for use in list(dequantize.outputs[0].uses()):
+                _take_over(use.node, _lookup(use.node, rows, packed), dequantize)
         common.RemoveUnusedNodesPass()(model)  # dequantizers, transposes, and codes that were packed
-        return PassResult(model, modified=bool(chosen))
+        if any(node.domain == DOMAIN for node in graph):
+            model.opset_imports[DOMAIN] = 1
+        return PassResult(model, modified=bool(layers or tables))
 
 
 def weight_only_codes(graph: ir.Graph) -> Iterator[tuple[ir.Node, Codes, Scales]]:
     """What :class:`WeightOnlyLayers` wrote: nodes, with the codes that they compute with and the scale of each of these."""
     for node in graph:
-        if node.op_type == "MatMulNBits" and node.domain == DOMAIN:
-            packed, scales = constant(node.inputs[1]), constant(node.inputs[2])
+        if node.domain == DOMAIN and node.op_type in {"MatMulNBits", "GatherBlockQuantized"}:
+            stored = node.inputs[1 if node.op_type == "MatMulNBits" else 0]
+            reshape = producer(stored, "Reshape")
+            packed, scales = constant(stored if reshape is None else reshape.inputs[0]), constant(node.inputs[2])
             assert packed is not None
             assert scales is not None
-            columns, block = node.attributes.get_int("K", 0), node.attributes.get_int("block_size", 0)
             codes = np.stack([packed & 0xF, packed >> 4], axis=-1).reshape(len(packed), -1).astype(np.int8) - np.int8(8)
-            yield node, codes[:, :columns], np.repeat(scales, block, axis=1)[:, :columns]
+            columns = node.attributes.get_int("K", codes.shape[1])
+            yield node, codes[:, :columns], np.repeat(scales, node.attributes.get_int("block_size", 0), axis=1)[:, :columns]
         elif node.op_type == "Mul" and WEIGHT_KEY in node.metadata_props:
-            blocks, scales = producer(node.inputs[0], "Reshape"), constant(node.inputs[1])
+            blocks, factors = producer(node.inputs[0], "Reshape"), constant(node.inputs[1])
             widened = producer(node.inputs[0] if blocks is None else blocks.inputs[0], "Cast")
-            codes = None if widened is None else constant(widened.inputs[0])
+            whole = None if widened is None else constant(widened.inputs[0])
             shape = None if blocks is None else constant(blocks.inputs[1])
-            assert codes is not None
-            assert scales is not None
-            yield node, codes, np.broadcast_to(scales, codes.shape if shape is None else shape).reshape(codes.shape)
+            assert whole is not None
+            assert factors is not None
+            yield node, whole, np.broadcast_to(factors, whole.shape if shape is None else shape).reshape(whole.shape)
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A weight (N, K) as the runtime takes it: two codes, plus 8 each, in a byte, the first one in the lower half.
+
+    Attributes:
+        codes: uint8 (N, blocks, block / 2); columns that fill the last block are 0.
+        scales: float32 (N, blocks).
+        columns: K.
+        block: columns that share a scale.
+        name: of the initializer.
+    """
+
+    codes: npt.NDArray[np.uint8]
+    scales: ir.Value
+    columns: int
+    block: int
+    name: str
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether the last block has more columns than the weight."""
+        return self.columns < self.codes.shape[1] * self.block
 
 
 def _readers(dequantize: ir.Node) -> Iterator[tuple[ir.Node, int]]:
@@ -106,69 +148,87 @@ def _is_linear(reader: tuple[ir.Node, int]) -> bool:
         return transposed
     numbers = (node.attributes.get_float("alpha", 1.0), node.attributes.get_float("beta", 1.0))
     flags = (node.attributes.get_int("transA", 0), node.attributes.get_int("transB", 0))
-    bias = constant(node.inputs[2]) if len(node.inputs) > 2 else None
-    plain_bias = len(node.inputs) < 3 or node.inputs[2] is None or (bias is not None and bias.ndim == 1)
-    return node.op_type == "Gemm" and numbers == (1, 1) and flags == (0, int(not transposed)) and plain_bias
+    bias = constant(_bias(node))
+    return (
+        numbers == (1, 1)
+        and flags == (0, int(not transposed))
+        and (_bias(node) is None or (bias is not None and bias.ndim == 1))
+    )
 
 
-def _packed(graph: ir.Graph, dequantize: ir.Node) -> tuple[ir.Value, ir.Value, int, int] | None:
-    """Codes and scales as MatMulNBits has them, the columns of a row, and of a block; None where it does not take them."""
-    codes, scale, name = stored_codes(dequantize), constant(dequantize.inputs[1]), dequantize.name
+def _bias(node: ir.Node) -> ir.Value | None:
+    return node.inputs[2] if len(node.inputs) > 2 else None
+
+
+def _packed(graph: ir.Graph, dequantize: ir.Node) -> _Packed | None:
+    """None where codes do not fit, or blocks are others than the runtime takes."""
+    codes, scale, value = stored_codes(dequantize), constant(dequantize.inputs[1]), dequantize.inputs[0]
     assert scale is not None
-    if codes.ndim != 2 or codes.min(initial=0) < -8 or codes.max(initial=0) > 7:
+    assert value is not None
+    assert dequantize.inputs[1] is not None
+    axis, block = dequantize.attributes.get_int("axis", 1), dequantize.attributes.get_int("block_size", 0)
+    along_columns = axis == 1 if scale.ndim == 2 else axis == 0 or scale.ndim == 0
+    if codes.ndim != 2 or not _fits_int4(codes) or not along_columns:
         return None
     rows, columns = codes.shape
-    axis, block = dequantize.attributes.get_int("axis", 1), dequantize.attributes.get_int("block_size", 0)
-    if (scale.ndim == 1 and axis != 0) or (scale.ndim == 2 and axis != 1):
-        return None
-    span = block if scale.ndim == 2 and block < columns else columns  # columns that share a scale
-    whole = span == columns
-    size = next((size for size in _BLOCKS if span % size == 0), 32 if whole else None)
-    if size is None:
+    is_whole = scale.ndim < 2 or block >= columns  # one scale for a row
+    shared = columns if is_whole else block
+    size = next((size for size in _BLOCKS if shared % size == 0), 32 if is_whole else 0)
+    if size == 0:
         return None
     blocks = -(-columns // size)
-    each = np.broadcast_to(scale.reshape(-1, 1) if scale.ndim < 2 else scale, (rows, 1 if whole else scale.shape[1]))
-    scales = np.repeat(each, blocks if whole else span // size, axis=1)[:, :blocks]
-    filled = np.pad(codes.astype(np.int8), ((0, 0), (0, blocks * size - columns)))
-    shifted = (filled.astype(np.int16) + 8).astype(np.uint8).reshape(rows, blocks, size // 2, 2)
-    packed = shifted[..., 0] | shifted[..., 1] << 4
-    return (
-        initializer(graph, f"{name}/packed", packed),
-        initializer(graph, f"{name}/scales", np.ascontiguousarray(scales, dtype=np.float32)),
-        columns,
-        size,
-    )
+    given = np.broadcast_to(scale.reshape(-1, 1), (rows, 1)) if scale.ndim < 2 else scale
+    scales = np.repeat(given, blocks if is_whole else block // size, axis=1)[:, :blocks]
+    filled = np.pad(codes.astype(np.int16) + 8, ((0, 0), (0, blocks * size - columns)), constant_values=8)
+    pairs = filled.astype(np.uint8).reshape(rows, blocks, size // 2, 2)
+    name = f"{dequantize.inputs[1].name}.blocks{size}"
+    held = initializer(graph, name, np.ascontiguousarray(scales, dtype=np.float32))
+    return _Packed(pairs[..., 0] | pairs[..., 1] << 4, held, columns, size, f"{value.name}.packed{size}")
 
 
-def _multiply_packed(
-    graph: ir.Graph,
-    reader: tuple[ir.Node, int],
-    dequantize: ir.Node,
-    packed: ir.Value,
-    scales: ir.Value,
-    columns: int,
-    block: int,
-) -> None:
-    """Put MatMulNBits in the place of one layer."""
-    node, _ = reader
-    assert packed.shape is not None
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
+def _fits_int4(codes: Codes) -> bool:
+    return bool(codes.min(initial=0) >= -8 and codes.max(initial=0) <= 7)
+
+
+def _product(graph: ir.Graph, node: ir.Node, packed: _Packed) -> ir.Node:
+    bias = _bias(node)
     attributes = {
-        "K": columns,
-        "N": int(packed.shape[0]),
+        "K": packed.columns,
+        "N": packed.codes.shape[0],
         "bits": 4,
-        "block_size": block,
+        "block_size": packed.block,
         "accuracy_level": _EXACT,
     }
-    inputs = [node.inputs[0], packed, scales] + ([] if bias is None else [None, None, bias])
-    product = ir.node(
-        "MatMulNBits", inputs, attributes, domain=DOMAIN, name=(node.name or "").replace(node.op_type, "MatMulNBits")
+    inputs = [node.inputs[0], initializer(graph, packed.name, packed.codes), packed.scales]
+    return ir.node("MatMulNBits", inputs if bias is None else [*inputs, None, None, bias], attributes, domain=DOMAIN)
+
+
+def _rows(graph: ir.Graph, dequantize: ir.Node, packed: _Packed) -> ir.Value:
+    """The rows of an embedding; where a linear layer shares its weight, those that this one stores."""
+    rows = packed.codes.reshape(len(packed.codes), -1)
+    if packed.name not in graph.initializers:
+        return initializer(graph, packed.name, rows)
+    stored, sizes = (
+        initializer(graph, packed.name, packed.codes),
+        initializer(graph, f"{packed.name}.rows", np.asarray(rows.shape)),
     )
-    product.metadata_props[WEIGHT_KEY] = dequantize.metadata_props.get(WEIGHT_KEY, "")
-    old, made = node.outputs[0], product.outputs[0]
+    return chain(dequantize, stored, [ir.node("Reshape", [None, sizes])], f"{packed.name}/rows")
+
+
+def _lookup(node: ir.Node, data: ir.Value, packed: _Packed) -> ir.Node:
+    attributes = {"bits": 4, "block_size": packed.block, "gather_axis": 0, "quantize_axis": 1}
+    return ir.node("GatherBlockQuantized", [data, node.inputs[1], packed.scales], attributes, domain=DOMAIN)
+
+
+def _take_over(node: ir.Node, new: ir.Node, dequantize: ir.Node) -> None:
+    """Put a node in the place of a layer."""
+    graph, old, made = node.graph, node.outputs[0], new.outputs[0]
+    assert graph is not None
+    new.name = (node.name or "").replace(node.op_type, new.op_type)
+    new.metadata_props[WEIGHT_KEY] = dequantize.metadata_props.get(WEIGHT_KEY, "")
     made.type, made.shape = old.type, old.shape
-    made.name, old.name = old.name, f"{product.name}:replaced"
-    graph.insert_before(node, product)
+    made.name, old.name = old.name, f"{new.name}:replaced"
+    graph.insert_before(node, new)
     replace(node, made)
 
 
@@ -184,15 +244,14 @@ def _fold(graph: ir.Graph, dequantize: ir.Node) -> None:
         scale, shape = np.expand_dims(scale, axis + 1), (*shape[:axis], scale.shape[axis], block, *shape[axis + 1 :])
     elif scale.ndim > 1:
         scale = np.repeat(scale, block, axis=axis).take(range(shape[axis]), axis=axis)
-    fits = codes.min(initial=0) >= -8 and codes.max(initial=0) <= 7
-    value = initializer(graph, f"{dequantize.name}/codes", codes.astype(ml_dtypes.int4 if fits else np.int8))
+    kept = codes.astype(ml_dtypes.int4 if _fits_int4(codes) else np.int8)
     multiply = ir.node("Mul", [None, initializer(graph, f"{dequantize.name}/scale", scale)])
     multiply.metadata_props[WEIGHT_KEY] = dequantize.metadata_props.get(WEIGHT_KEY, "")
     steps = [cast(ir.DataType.FLOAT), multiply]
     if shape != codes.shape:
-        there, back = (
-            ir.node("Reshape", [None, initializer(graph, f"{dequantize.name}/shape", np.asarray(sizes))])
-            for sizes in (shape, codes.shape)
-        )
+        sizes = [initializer(graph, f"{dequantize.name}/shape", np.asarray(one)) for one in (shape, codes.shape)]
+        there, back = (ir.node("Reshape", [None, one]) for one in sizes)
         steps = [steps[0], there, multiply, back]
-    replace(dequantize, chain(dequantize, value, steps, f"{dequantize.name}/"))
+    stored = dequantize.inputs[0]
+    assert stored is not None
+    replace(dequantize, chain(dequantize, initializer(graph, f"{stored.name}", kept), steps, f"{dequantize.name}/"))

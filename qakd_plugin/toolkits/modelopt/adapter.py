@@ -260,17 +260,23 @@ def _blocked(quantizer: Quantizer, scale: Tensor) -> tuple[int, int | None, Tens
     A row that one block covers has one scale per output channel, which is how it is stored.
 
     Raises:
-        UnsupportedQuantizerError: blocks of something else than a linear layer's inputs.
+        UnsupportedQuantizerError: blocks of something else than a linear layer's inputs or the columns of an embedding.
     """
     q: Any = quantizer.module
     layer = quantizer.layer
     sizes = {key: size for key, size in q.block_sizes.items() if isinstance(key, int)}
-    if not isinstance(layer, nn.Linear) or len(sizes) != 1 or not sizes.keys() <= {-1, 1} or q.block_sizes.get("scale_bits"):
+    is_linear = isinstance(layer, nn.Linear | nn.Embedding)
+    if not is_linear or len(sizes) != 1 or not sizes.keys() <= {-1, 1} or q.block_sizes.get("scale_bits"):
         raise UnsupportedQuantizerError(
             f"{quantizer.fqn}: block_sizes={q.block_sizes} has no export form: blocks can be taken along the inputs of a "
             "linear layer's weight only, with scales in floating point. Use one scale per channel here (axis=0), or disable "
             "this quantizer."
         )
     (block,) = sizes.values()
-    scale = scale.reshape(layer.out_features, -1)
+    if isinstance(layer, nn.Embedding) and layer.embedding_dim > block and layer.embedding_dim % block:
+        raise UnsupportedQuantizerError(
+            f"{quantizer.fqn}: blocks of {block} do not divide the {layer.embedding_dim} columns of this embedding, and what "
+            "fills the last one up would be looked up as well. Use blocks that do, or one scale per row (axis=0)."
+        )
+    scale = scale.reshape(layer.num_embeddings if isinstance(layer, nn.Embedding) else layer.out_features, -1)
     return (0, None, scale.reshape(-1)) if scale.shape[1] == 1 else (1, int(block), scale)
