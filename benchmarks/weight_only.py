@@ -4,10 +4,10 @@
 
 Batch 1, one thread, all files of a network interleaved in one run. Networks have random weights, which latency does not depend
 on: six blocks of linear layers 1024-4096-1024, for which reading weights is what takes long, and an encoder of MiniLM's sizes
-on 128 tokens, for which arithmetic is. Prepared with ModelOpt, weights in blocks of 128 as INT4_BLOCKWISE_WEIGHT_ONLY_CFG has
-them, embeddings too; the first one also with a scale per output channel, in 4 and in 8 bits. "exact" computes what was trained; "dynamic" lets the runtime round
-activations to 8 bits (accuracy level 4 in ONNX Runtime, dynamic quantization in OpenVINO), and its deviation stands beside it.
-Ratios are of median processor times.
+on 128 tokens, for which arithmetic is. Prepared with ModelOpt, in blocks of 128 as its INT4_BLOCKWISE_WEIGHT_ONLY_CFG has them,
+embeddings too; the first network also with a scale per output channel, in 4 and in 8 bits. "exact" computes what was trained;
+"dynamic" lets the runtime round activations to 8 bits (accuracy level 4 in ONNX Runtime, dynamic quantization in OpenVINO).
+Beside each ratio, of median processor times, stands the largest deviation from the student, of the range of its outputs.
 """
 
 from __future__ import annotations

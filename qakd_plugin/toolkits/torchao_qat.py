@@ -25,7 +25,7 @@ from ..export_form.modules import QuantizedLayer, replace_modules, store_weight
 from ..placement.placement import Placement, place_quantizers
 from ..quantizers import Rule
 from ..tasks.inputs import Inputs
-from .adapter import Precision, QParams, Quantizer, loaded_class, weight_of
+from .adapter import Precision, QParams, Quantizer, loaded_class, rows_of, weight_of
 from .fake_quantizers import is_paused, rule_of, set_paused
 
 _log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class TorchAOQATAdapter:
                 "activations prepare the model with toolkit='modelopt'."
             )
         if (rule := rule_of(q)) is not None:
-            return rule.qparams(q, getattr(quantizer.layer, "out_features", None))
+            return rule.qparams(q, None if quantizer.layer is None else rows_of(quantizer.layer))
         _require_symmetric_integers(quantizer)
         weight, scale, zero_point = _read(quantizer)
         groups = scale.shape[1]
@@ -148,12 +148,12 @@ class TorchAOQATAdapter:
         layer, q = quantizer.layer, quantizer.module
         rule = rule_of(q)
         assert rule is not None
-        assert isinstance(layer, nn.Linear)
+        assert isinstance(layer, nn.Linear | nn.Embedding)
         if rule.transforms_weight:
             layer.weight.copy_(q(layer.weight))
         qparams = self.qparams(quantizer)
         columns = 1 if qparams.block is None else qparams.scale.shape[-1]
-        scale = qparams.scale.reshape(-1, columns).expand(layer.out_features, columns)  # torchao has one per channel at least
+        scale = qparams.scale.reshape(-1, columns).expand(rows_of(layer), columns)  # torchao has one per channel at least
         config = _learned_config(rule)
         config.dtype = _dtype(max(qparams.quant_max, -qparams.quant_min - 1).bit_length() + 1)
         restored = qat.FakeQuantizerBase.from_config(config)
@@ -211,7 +211,7 @@ def _learned_class() -> Any:
             self.rule = rule
             self.enabled = True
             self.config = _learned_config(rule)
-            self.out_features = layer.out_features
+            self.out_features = rows_of(layer)
             rule.install(self, clip)
 
         @property
