@@ -126,7 +126,7 @@ class _Packed:
     @property
     def is_filled(self) -> bool:
         """Whether the last block has more columns than the weight."""
-        return self.columns < self.codes.shape[1] * self.block
+        return self.columns < int(self.codes.shape[1]) * self.block
 
 
 def _readers(dequantize: ir.Node) -> Iterator[tuple[ir.Node, int]]:
@@ -181,9 +181,10 @@ def _packed(graph: ir.Graph, dequantize: ir.Node) -> _Packed | None:
     scales = np.repeat(given, blocks if is_whole else block // size, axis=1)[:, :blocks]
     filled = np.pad(codes.astype(np.int16) + 8, ((0, 0), (0, blocks * size - columns)), constant_values=8)
     pairs = filled.astype(np.uint8).reshape(rows, blocks, size // 2, 2)
+    packed = (pairs[..., 0] | pairs[..., 1] << 4).astype(np.uint8, copy=False)
     name = f"{dequantize.inputs[1].name}.blocks{size}"
     held = initializer(graph, name, np.ascontiguousarray(scales, dtype=np.float32))
-    return _Packed(pairs[..., 0] | pairs[..., 1] << 4, held, columns, size, f"{value.name}.packed{size}")
+    return _Packed(packed, held, columns, size, f"{value.name}.packed{size}")
 
 
 def _fits_int4(codes: Codes) -> bool:
