@@ -12,7 +12,7 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from .._common.files import read_whole
-from ..deploy.canonical.graph import parsed, require_weights
+from ..deploy.canonical.graph import WEIGHT_KEY, parsed, require_weights
 from ..deploy.engine.manifest import read_manifest
 from ..deploy.file_record import FileRecord, read_record
 from ..errors import EngineError, QakdError
@@ -104,6 +104,15 @@ def float_type(path: Path) -> str:
     return next((name.lower() for name in ("FLOAT16", "BFLOAT16") if name in stored), "float32")
 
 
+def accuracy_levels(path: Path) -> set[int]:
+    """Of an ONNX file's products with weights of few bits (MatMulNBits): 4 rounds activations to 8 bits, others do not.
+
+    Raises:
+        QakdError: the file is damaged.
+    """
+    return {level for level, _ in _products_of_few_bits(_load(path).graph)}
+
+
 def require_valid(path: Path) -> None:
     """Let ONNX's own checker look at a file: OpenVINO crashes on some that are not valid.
 
@@ -154,8 +163,19 @@ def _bits_of_openvino(path: Path) -> tuple[int, int]:
 def _bits_of_onnx(path: Path) -> tuple[int, int]:
     graph = _load(path).graph
     kinds = {node.op_type for node in graph.node}
-    narrowest = min((_NARROW[name] for name in _stored_types(graph) if name in _NARROW), default=8)
-    return _bits(bool(kinds & {"QuantizeLinear", "DynamicQuantizeLinear"}), "DequantizeLinear" in kinds, narrowest)
+    packed = [bits for _, bits in _products_of_few_bits(graph)]
+    narrowest = min([*packed, *(_NARROW[name] for name in _stored_types(graph) if name in _NARROW)], default=8)
+    folded = any(entry.key == WEIGHT_KEY for node in graph.node for entry in node.metadata_props)
+    weights = bool(packed) or folded or "DequantizeLinear" in kinds
+    return _bits(bool(kinds & {"QuantizeLinear", "DynamicQuantizeLinear"}), weights, narrowest)
+
+
+def _products_of_few_bits(graph: onnx.GraphProto) -> list[tuple[int, int]]:
+    """Accuracy level and bits of each MatMulNBits."""
+    found = [
+        {attribute.name: attribute.i for attribute in node.attribute} for node in graph.node if node.op_type == "MatMulNBits"
+    ]
+    return [(numbers.get("accuracy_level", 0), numbers.get("bits", 4)) for numbers in found]
 
 
 def _bits(activations: bool, weights: bool, stored: int) -> tuple[int, int]:

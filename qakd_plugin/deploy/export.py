@@ -95,9 +95,10 @@ def export_onnx(
 
     Weights of at most 4 bits take 4 bits in the file. For ONNX Runtime and OpenVINO a Cast follows them that the runtime
     folds: outputs and speed are those of int8 codes. TensorRT has no such form: there this holds for linear layers, with a
-    scale per channel or, where their activations stay in floating point, in blocks; all other weights take 8 bits. OpenVINO by
-    default quantizes the activations of layers that have none on its own: set DYNAMIC_QUANTIZATION_GROUP_SIZE to 0 for the
-    numbers that were trained.
+    scale per channel or, where their activations stay in floating point, in blocks, and for embeddings; all other weights take
+    8 bits. Where weights alone are quantized, ONNX Runtime's file has its operators for that (MatMulNBits at accuracy level 1,
+    GatherBlockQuantized), which compute what was trained in any session. OpenVINO by default quantizes the activations of such
+    layers on its own: set DYNAMIC_QUANTIZATION_GROUP_SIZE to 0 for the numbers that were trained.
 
     The file's metadata ("qakd.method", "qakd.toolkit", "qakd.bits", "qakd.target", "qakd.parity", "qakd.training") says by what
     the model was prepared and trained, as far as :func:`~qakd_plugin.distill`, :func:`~qakd_plugin.attach` and the bridges to
@@ -116,8 +117,9 @@ def export_onnx(
             dynamic, not even the batch.
         weight_storage: the narrowest type of weights beside quantized activations. "int4" needs ONNX Runtime 1.23 or later,
             OpenVINO, or TensorRT-RTX; "int8" is for older ones, and for a classic TensorRT that takes no 4 bits there; "int2"
-            (opset 25) makes files of 2-bit models smaller still, for ONNX Runtime alone. Linear layers whose activations stay
-            in floating point take INT4 with each of the three, where they have no more bits: all targets read it there.
+            (opset 25) makes files of 2-bit models smaller still, for ONNX Runtime alone. Embeddings, and linear layers whose
+            activations stay in floating point, take 4 bits with each of the three, where they have no more: all targets read it
+            there.
         float16: for TensorRT: write what is not quantized, and all scales, in FP16. Strongly typed engines compute it as the
             file says, and INT8 layers beside FP32 ones lose to FP16 throughout. The gate then holds in two steps: exactly for
             the float32 form, and within the tolerances of :mod:`qakd_plugin.deploy.parity.float16` for its conversion.

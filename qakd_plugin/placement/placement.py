@@ -127,8 +127,8 @@ def _first_line(error: Exception) -> str:
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Whether a convolution or linear layer is of a class that computes in its own way, or may."""
-    base = next(kind for kind in _LAYER_CLASSES if isinstance(module, kind))
+    """Whether a convolution, linear layer or embedding is of a class that computes in its own way, or may."""
+    base = next(kind for kind in (*_LAYER_CLASSES, nn.Embedding) if isinstance(module, kind))
     return type(module).forward is not base.forward
 
 

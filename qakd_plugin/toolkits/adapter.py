@@ -97,6 +97,11 @@ def weight_of(layer: nn.Module) -> Callable[[], Tensor]:
     return weight
 
 
+def rows_of(layer: nn.Module) -> int:
+    """Output features of a linear layer, or entries of an embedding."""
+    return len(weight_of(layer)())
+
+
 def require_no_zero_gamma(name: str, gamma: Tensor, function: str) -> None:
     """Refuse a BatchNorm whose gamma is 0 in some channel, where a toolkit fuses it and divides by gamma.
 

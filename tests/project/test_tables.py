@@ -13,6 +13,7 @@ from evidence_drawing import places_of
 TABLES = [
     "step_time",
     "deployment",
+    "weight_only",
     "distill_step",
     "engines",
     "peers",

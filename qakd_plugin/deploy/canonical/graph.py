@@ -330,6 +330,19 @@ def is_weight_only(dequantize: ir.Node) -> bool:
     return is_linear_weight(dequantize) and not any(is_quantized(node.inputs[0]) for node in weight_readers(dequantize))
 
 
+def is_table(dequantize: ir.Node) -> bool:
+    """Whether stored integers are the weight of embeddings alone: rows that are looked up."""
+    uses = list(dequantize.outputs[0].uses())
+    return bool(uses) and all(
+        use.node.op_type == "Gather" and use.idx == 0 and use.node.attributes.get_int("axis", 0) == 0 for use in uses
+    )
+
+
+def is_quantized_alone(dequantize: ir.Node) -> bool:
+    """Whether stored integers are a weight beside which nothing is quantized: of linear layers, or of embeddings."""
+    return is_weight_only(dequantize) or is_table(dequantize)
+
+
 def replace(old: ir.Node, new: ir.Value) -> None:
     """Let every reader of ``old``'s output read ``new``, and remove ``old``."""
     output, graph = old.outputs[0], old.graph

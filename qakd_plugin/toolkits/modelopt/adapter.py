@@ -21,7 +21,7 @@ from ...placement.layer_names import never_called
 from ...placement.placement import place_quantizers
 from ...quantizers import Rule, remove_tensors, rule_from_dict
 from ...tasks.inputs import Inputs, call
-from ..adapter import Precision, QParams, Quantizer, Role, weight_of
+from ..adapter import Precision, QParams, Quantizer, Role, rows_of, weight_of
 from ..fake_quantizers import is_paused, per_channel, set_paused
 from ..frozen_statistics import set_training
 from ..left_out import name_left_out
@@ -73,7 +73,7 @@ class ModelOptAdapter:
         _require_exportable_place(quantizer)
         q: Any = quantizer.module
         if (rule := self.learned(quantizer)) is not None:
-            return rule.qparams(q, getattr(quantizer.layer, "out_features", None))
+            return rule.qparams(q, None if quantizer.layer is None or rule.block is None else rows_of(quantizer.layer))
         _require_static_integers(quantizer)
         amax = _calibrated_amax(quantizer)
         maxbound = float(q.maxbound)
@@ -263,17 +263,23 @@ def _blocked(quantizer: Quantizer, scale: Tensor) -> tuple[int, int | None, Tens
     A row that one block covers has one scale per output channel, which is how it is stored.
 
     Raises:
-        UnsupportedQuantizerError: blocks of something else than a linear layer's inputs.
+        UnsupportedQuantizerError: blocks of something else than a linear layer's inputs or the columns of an embedding.
     """
     q: Any = quantizer.module
     layer = quantizer.layer
     sizes = {key: size for key, size in q.block_sizes.items() if isinstance(key, int)}
-    if not isinstance(layer, nn.Linear) or len(sizes) != 1 or not sizes.keys() <= {-1, 1} or q.block_sizes.get("scale_bits"):
+    along_rows = len(sizes) == 1 and sizes.keys() <= {-1, 1}
+    if not isinstance(layer, nn.Linear | nn.Embedding) or not along_rows or q.block_sizes.get("scale_bits"):
         raise UnsupportedQuantizerError(
-            f"{quantizer.fqn}: block_sizes={q.block_sizes} has no export form: blocks can be taken along the inputs of a "
-            "linear layer's weight only, with scales in floating point. Use one scale per channel here (axis=0), or disable "
-            "this quantizer."
+            f"{quantizer.fqn}: block_sizes={q.block_sizes} has no export form: blocks can be taken along the rows of a linear "
+            "layer's or an embedding's weight only, with scales in floating point. Use one scale per channel here (axis=0), or "
+            "disable this quantizer."
         )
     (block,) = sizes.values()
-    scale = scale.reshape(layer.out_features, -1)
+    if isinstance(layer, nn.Embedding) and layer.embedding_dim > block and layer.embedding_dim % block:
+        raise UnsupportedQuantizerError(
+            f"{quantizer.fqn}: blocks of {block} do not divide the {layer.embedding_dim} columns of this embedding, and what "
+            "fills the last one up would be looked up as well. Use blocks that do, or one scale per row (axis=0)."
+        )
+    scale = scale.reshape(rows_of(layer), -1)
     return (0, None, scale.reshape(-1)) if scale.shape[1] == 1 else (1, int(block), scale)

@@ -70,7 +70,7 @@ def _exported(adapter: Adapter, module: Any, name: str, active: dict[str, Quanti
     unquantized = plain(module)
     if stored is None:
         return QuantizedModule(unquantized, input_qdq, output_qdq)
-    bias = unquantized.bias
+    bias = getattr(unquantized, "bias", None)  # an embedding has none
     assert bias is None or isinstance(bias, Tensor)
     return QuantizedLayer(
         unquantized,
