@@ -117,14 +117,15 @@ def require_valid(path: Path) -> None:
 
 
 def record_of(path: Path) -> FileRecord | None:
-    """What an ONNX file or an engine says of its history; None where it does not.
+    """What a file says of its history; None where it does not.
 
     Raises:
         QakdError: the file is damaged.
     """
     if path.suffix == ".xml":
-        return None
-    if path.suffix == ".engine":
+        # Where OpenVINO keeps the metadata of the ONNX file that it converted.
+        metadata = {entry.tag: entry.get("value", "") for entry in _tree(path).iterfind("rt_info/framework/*")}
+    elif path.suffix == ".engine":
         metadata = read_manifest(path).get("metadata") or {}
     else:
         metadata = {entry.key: entry.value for entry in _load(path).metadata_props}
@@ -167,11 +168,15 @@ def _stored_types(graph: onnx.GraphProto) -> set[str]:
     return {onnx.TensorProto.DataType.Name(tensor.data_type) for tensor in graph.initializer}
 
 
-def _layers(path: Path, kind: str) -> list[ElementTree.Element]:
+def _tree(path: Path) -> ElementTree.ElementTree[ElementTree.Element]:
     try:
-        found = [layer for layer in ElementTree.parse(path).iter("layer") if layer.get("type") == kind]
+        return ElementTree.parse(path)
     except ElementTree.ParseError as error:
         raise QakdError(f"{path}: cannot load it: it is no valid file of OpenVINO ({error}).") from error
+
+
+def _layers(path: Path, kind: str) -> list[ElementTree.Element]:
+    found = [layer for layer in _tree(path).iter("layer") if layer.get("type") == kind]
     if kind == "Parameter" and not found:
         raise QakdError(f"{path}: the graph has no input.")
     return found
