@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .._common.module_copy import copied, has_hooks
 from .._common.module_mode import eval_mode
@@ -86,9 +87,9 @@ def prepare(
     if recurrent := [name for name, module in model.named_modules() if isinstance(module, nn.RNNBase | nn.RNNCellBase)]:
         _log.warning("%s: recurrent layers stay in floating point.", ", ".join(recurrent))
     network = open_attention(model)
-    if frozen_batch_norms(network):
-        network = fold_frozen_batch_norms(network, layer_graph(network, batches[0]))
-    with dtypes_named(model, batches[0], "calibration_batches"):
+    with _uncomputable_named(model, batches, calibration_batches), dtypes_named(model, batches[0], "calibration_batches"):
+        if frozen_batch_norms(network):
+            network = fold_frozen_batch_norms(network, layer_graph(network, batches[0]))
         prepared = adapter.prepare(network, batches, precision)
     _require_hooks(adapter, model, prepared, batches[0])
     kept = None if keep is None else list(keep)
@@ -187,6 +188,39 @@ def _require_hooks(adapter: Adapter, model: nn.Module, prepared: nn.Module, inpu
                 f"model: toolkit={adapter.name!r} loses a hook of {', '.join(hooked[:3])} that changes what is computed. "
                 "Write what the hook does in forward, or use toolkit='modelopt'."
             )
+
+
+@contextmanager
+def _uncomputable_named(model: nn.Module, batches: Sequence[Inputs], given: object) -> Iterator[None]:
+    """Within the block, an error that the float network raises on a batch, too, says which batch that is.
+
+    Raises:
+        QakdError: the network cannot compute a batch.
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError) as error:
+        if isinstance(error, QakdError | torch.OutOfMemoryError):
+            raise
+        for index, batch in enumerate(batches):
+            _require_computable(model, batch, index, given)
+        raise
+
+
+@torch.no_grad()
+def _require_computable(model: nn.Module, batch: Inputs, index: int, given: object) -> None:
+    try:
+        with eval_mode(model):
+            call(model, batch)
+    except Exception as error:  # whatever a user's network raises
+        shapes = ", ".join(f"{name!r} {tuple(x.shape)} {dtype_name(x.dtype)}" for name, x in named_tensors(batch).items())
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        advice = "Yield what it was trained on, or pass batch_fn=lambda batch: (inputs, targets)."
+        if isinstance(given, Tensor):
+            advice = "A tensor counts as a batch per entry: pass a list of batches, [images]."
+        raise QakdError(
+            f"calibration_batches: {type(model).__name__} cannot compute batch {index}, {shapes}: {reason}. {advice}"
+        ) from error
 
 
 def _inputs(split: BatchFn, batch: object, index: int) -> Inputs:

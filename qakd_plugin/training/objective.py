@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .._common.precision import wide
@@ -93,6 +94,17 @@ class Objective:
         teacher = self._networks.teacher
         inputs = batch.inputs if teacher is None or not phase.teacher else self._inputs(phase, teacher, batch)
         return taught_outputs(self._networks.called_teacher, phase, *arguments(inputs))
+
+    @torch.no_grad()
+    def distance(self, phase: Phase, batch: Batch) -> Tensor | None:
+        """() the loss of the student as it is now, in its mode; None where this mode lacks an output that is compared."""
+        with self._autocast():
+            student, other = named_outputs(call(self._networks.model, batch.inputs)), self.taught(phase, batch)
+        assert phase.imitation is not None
+        assert other is not None
+        if not phase.imitation.matched(student, batch.inputs).keys() <= student.keys() & other.keys():
+            return None
+        return wide(total_loss(phase.student, student, other, batch.targets, batch.inputs)[0])
 
     def refresh_curvature(self, phase: Phase, batch: Batch) -> None:
         """Set EWGS's delta from the curvature of this phase's loss on a batch, the student in eval mode."""

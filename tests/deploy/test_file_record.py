@@ -89,7 +89,7 @@ def test_a_file_that_openvino_converted_keeps_its_record(net, batches, tmp_path)
     openvino.save_model(openvino.convert_model(export_float(net, batches[0][0], tmp_path / "f.onnx")), tmp_path / "f.xml")
     assert record_of(tmp_path / "f.xml") is None
     (tmp_path / "f.xml").write_text("<net")
-    with pytest.raises(QakdError, match="f.xml: cannot load it"):
+    with pytest.raises(QakdError, match=r"f\.xml: cannot load it"):
         record_of(tmp_path / "f.xml")
 
 
