@@ -44,8 +44,8 @@ def below_start(history: Sequence[Row], picking: Picking) -> str | None:
     if history and history[-1].keys() >= LOSSES:
         before, after = history[-1]["start_eval_loss"], history[-1]["eval_loss"]
         return (
-            f"Training took the student away from its teacher: in eval mode, on the same training batches, the loss was {before:.4g} "
-            f"at the start and is {after:.4g} after the last epoch; the prepared model was kept."
+            "Training took the student away from its teacher: in eval mode, on the same training batches, the loss was "
+            f"{before:.4g} at the start and is {after:.4g} after the last epoch; the prepared model was kept."
         )
     if start is None or len(history) == 1:
         return None
