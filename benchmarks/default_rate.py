@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import qakd_plugin as qakd
 from qakd_plugin._common.files import write_atomic
-from qakd_plugin.demo.data import load
+from qakd_plugin.demo.data import Digits, load
 from qakd_plugin.demo.net import DigitNet, train_float
 from qakd_plugin.toolkits import adapter_for
 from qakd_plugin.training.optimizers import with_rate
@@ -70,12 +70,15 @@ NETS: dict[str, Callable[[], nn.Module]] = {
 """All at 32x32: depthwise and dense, with and without BatchNorm, one transformer."""
 
 
+def held_out_of(digits: Digits) -> tuple[Tensor, Tensor]:
+    """All images that the demo does not train with, and their labels."""
+    return torch.cat([digits.validation[0], digits.test[0]]), torch.cat([digits.validation[1], digits.test[1]])
+
+
 def _data(name: str) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Of training and held out: all images that the demo does not train with."""
     digits = load(seed=0)
     colours = 1 if name == "DigitNet" else 3
-    held_out = tuple(torch.cat(parts) for parts in zip(digits.validation, digits.test, strict=True))
-    (images, labels), (others, truth) = digits.train, held_out
+    (images, labels), (others, truth) = digits.train, held_out_of(digits)
     return (images[:IMAGES].repeat(1, colours, 1, 1), labels[:IMAGES]), (others.repeat(1, colours, 1, 1), truth)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from ..tasks.task_loss import with_targets
 from ..toolkits import Adapter
 from .batches import Batch
 from .features import FeatureTaps
-from .methods import MatchCheck, Phase, total_loss
+from .methods import Imitation, MatchCheck, Phase, total_loss
 from .networks import Networks
 from .teachers import taught_outputs
 
@@ -97,14 +97,21 @@ class Objective:
 
     @torch.no_grad()
     def distance(self, phase: Phase, batch: Batch) -> Tensor | None:
-        """() the loss of the student as it is now, in its mode; None where this mode lacks an output that is compared."""
+        """How far the student is from the teacher in a phase that imitates it.
+
+        At a temperature of 1, as predictions are read: what is softened says little of which class is ahead.
+
+        Returns:
+            () the loss of the student as it is now, in its mode; None where this mode lacks an output that is compared.
+        """
         with self._autocast():
             student, other = named_outputs(call(self._networks.model, batch.inputs)), self.taught(phase, batch)
         assert phase.imitation is not None
         assert other is not None
         if not phase.imitation.matched(student, batch.inputs).keys() <= student.keys() & other.keys():
             return None
-        return wide(total_loss(phase.student, student, other, batch.targets, batch.inputs)[0])
+        terms = tuple(replace(term, temperature=1.0) if isinstance(term, Imitation) else term for term in phase.student)
+        return wide(total_loss(terms, student, other, batch.targets, batch.inputs)[0])
 
     def refresh_curvature(self, phase: Phase, batch: Batch) -> None:
         """Set EWGS's delta from the curvature of this phase's loss on a batch, the student in eval mode."""

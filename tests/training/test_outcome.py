@@ -143,9 +143,11 @@ def test_without_a_held_out_split_the_start_is_kept_where_training_leads_away_fr
 
 
 def _distance(student, teacher, images):
+    student = copy.deepcopy(student)
     adapter_for(student).set_mode(student, False)
+    adapter_for(student).freeze_ranges(student, True)
     with torch.no_grad():
-        losses = [kl_divergence(student(x), teacher(x), 4.0).mean() for x in images]
+        losses = [kl_divergence(student(x), teacher(x), 1.0).mean() for x in images]
     return float(sum(losses)) / len(losses)
 
 
@@ -287,6 +289,14 @@ def test_an_error_that_fell_is_no_loss():
     assert "mean_squared_error (1 at the start, 2)" in below_start(
         [history[1] | {"epoch": -1}, history[0] | {"epoch": 0}], _by("val_mean_squared_error", -1)
     )
+
+
+def test_a_start_that_was_kept_though_nothing_was_held_out_is_said_and_is_the_row_that_counts():
+    history = [{"epoch": 0, "loss": 1.0}, {"epoch": 1, "loss": 0.5, "eval_loss": 0.25, "start_eval_loss": 0.125}]
+    said = below_start(history, lambda row: ([], 1))
+    assert "the loss was 0.125 at the start and is 0.25 after the last epoch; the prepared model was kept." in said
+    assert kept_of(history) == {"epoch": -1, "phase": "start", "loss": 0.125}
+    assert kept_of(history[:1]) is history[0]
 
 
 @pytest.mark.parametrize("history", [[], [{"epoch": 0, "loss": 1.0}], [_row(-1, True, accuracy=0.9)]])
