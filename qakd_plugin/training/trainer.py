@@ -327,8 +327,8 @@ class Trainer:
                 method(*args)
 
 
-_COMPARED = 8
-"""Training batches on which the last epoch is compared with the start: the same for both, so that few tell."""
+_COMPARED = 32
+"""Training batches at most on which the last epoch is compared with the start. A few samples make most of the difference."""
 
 
 def _rate(samples: int, started: float) -> float:
