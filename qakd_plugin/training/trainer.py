@@ -65,6 +65,8 @@ class Trainer:
         settings: numbers of the run.
         checkpoint_every: also after so many optimizer steps; None for epochs only.
         callbacks: objects; their methods ``on_step_end(step, losses)`` and ``on_epoch_end(row)`` are called where they exist.
+        own_rate: whether the rate was left to the run, which then answers for it: it returns nothing that is farther from the
+            teacher than the start was.
         gradient_norm: of the last step, before clipping.
     """
 
@@ -87,6 +89,7 @@ class Trainer:
     settings: Settings
     checkpoint_every: int | None
     callbacks: Sequence[object]
+    own_rate: bool = False
     gradient_norm: float = math.nan
 
     def train(self, *, resume: Resume) -> None:
@@ -115,7 +118,7 @@ class Trainer:
         with evaluated(self.adapter, self.networks.model):
             if not (numbers := self.validation.of_start(self.networks.model)):
                 _log.info("Nothing is held out (val_loader): the last epoch is kept, and not the best.")
-                if self.epochs[-1].only_imitates:
+                if self.own_rate and self.epochs[-1].only_imitates:
                     self.start.weights = self.view.weights()
                 return
             row: dict[str, Any] = {"epoch": START, "phase": "start", **numbers}
