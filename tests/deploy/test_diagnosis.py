@@ -86,11 +86,11 @@ def test_exporting_says_what_a_stock_configuration_leaves_in_floating_point(stoc
         export_onnx(student, images, tmp_path / f"{target}.onnx", target=target)
     said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("export: ONNX Runtime")]
     left = set(census(tmp_path / "onnxruntime.onnx").float_layers)
-    assert left == ({"branch/Conv", "last/Conv"} if stock else {"last/Conv"})
+    assert left == ({"first/Conv", "branch/Conv", "last/Conv"} if stock else {"last/Conv"})
     assert len(said) == stock
     if stock:
-        assert "1 of 3 quantized convolutions" in said[0]
-        assert "output: branch. For ModelOpt mtq.quantize(model, qakd_plugin.configuration(model)" in said[0]
+        assert "2 of 3 quantized convolutions" in said[0]
+        assert "output: first, branch. For ModelOpt mtq.quantize(model, qakd_plugin.configuration(model)" in said[0]
 
 
 def test_a_clip_in_front_of_a_quantizer(tmp_path):
