@@ -199,9 +199,9 @@ def _uncomputable_named(model: nn.Module, batches: Sequence[Inputs], given: obje
     """
     try:
         yield
-    except (RuntimeError, ValueError, TypeError) as error:
-        if isinstance(error, QakdError | torch.OutOfMemoryError):
-            raise
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, QakdError):  # a toolkit may find another reason for the same failure
         for index, batch in enumerate(batches):
             _require_computable(model, batch, index, given)
         raise

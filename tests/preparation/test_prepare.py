@@ -358,8 +358,9 @@ def test_batches_that_the_network_cannot_compute_are_named(toolkit, teacher):
         expected = rf"cannot compute batch {index}, 'input' \(2, 3, 32, 32\) float32: .*3 channels.*batch_fn="
         with pytest.raises(QakdError, match=expected):
             prepare(teacher, batches, toolkit)
-    with pytest.raises(QakdError, match=r"'input' \(1, 32, 32\) float32: .*pass a list of batches, \[images\]"):
-        prepare(teacher, good, toolkit)
+    if toolkit != "torch_ao":  # which folds BatchNorm first: what is left computes a single image
+        with pytest.raises(QakdError, match=r"'input' \(1, 32, 32\) float32: .*pass a list of batches, \[images\]"):
+            prepare(teacher, good, toolkit)
 
 
 @pytest.mark.parametrize("toolkit", ["modelopt", "pt2e", "torch_ao"])
