@@ -118,7 +118,7 @@ class Trainer:
         with evaluated(self.adapter, self.networks.model):
             if not (numbers := self.validation.of_start(self.networks.model)):
                 _log.info("Nothing is held out (val_loader): the last epoch is kept, and not the best.")
-                if self.own_rate and self.epochs[-1].only_imitates:
+                if self.own_rate and self.batches.repeat and self.epochs[-1].only_imitates:
                     self.start.weights = self.view.weights()
                 return
             row: dict[str, Any] = {"epoch": START, "phase": "start", **numbers}

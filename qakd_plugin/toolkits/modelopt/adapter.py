@@ -23,6 +23,7 @@ from ...quantizers import Rule, remove_tensors, rule_from_dict
 from ...tasks.inputs import Inputs, call
 from ..adapter import Precision, QParams, Quantizer, Role, weight_of
 from ..fake_quantizers import is_paused, per_channel, set_paused
+from ..frozen_statistics import set_training
 from .calibration import minimize_error
 from .configuration import modelopt_config
 from .export_form import export_form
@@ -110,7 +111,7 @@ class ModelOptAdapter:
         """Nothing to do: ModelOpt's ranges change only when they are calibrated."""
 
     def set_mode(self, model: nn.Module, training: bool) -> None:
-        model.train(training)
+        set_training(model, training)
 
     def configuration(self, model: nn.Module, precision: Precision) -> dict[str, Any]:
         return modelopt_config(place_quantizers(model, precision.keep), precision)
