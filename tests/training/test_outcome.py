@@ -200,9 +200,13 @@ def test_without_a_held_out_split_the_start_survives_a_resume(harmful, make_stud
 
 
 @pytest.mark.parametrize(
-    ("method", "options"), [(QAT(), {}), (KD(), {}), (QKD(0, 1, 0), {}), (SQAKD(), {"lr": HARMFUL})], ids=repr
+    ("method", "options"),
+    [(QAT(), {}), (KD(), {}), (QKD(0, 1, 0), {}), (SQAKD(), {"lr": HARMFUL}), (SQAKD(), {"steps_per_epoch": 2})],
+    ids=repr,
 )
-def test_labels_or_a_rate_of_the_users_may_lead_away_from_the_teacher(method, options, harmful, make_student, teacher, batches):
+def test_labels_a_rate_of_the_users_and_a_stream_may_lead_away_from_the_teacher(
+    method, options, harmful, make_student, teacher, batches
+):
     result = distill(make_student(), teacher, batches[:2], method=method, epochs=1, **options)
     assert result.metrics == result.history[-1]
     assert "eval_loss" not in result.metrics
