@@ -63,7 +63,8 @@ lint: $(STAMP)
 	$(BIN)/lint-imports --no-logo
 
 docs/report.png: runs/demo/report.html
-	chromium --headless --hide-scrollbars --window-size=1280,2000 --screenshot=$@ file://$(abspath $<)
+	chromium --headless --hide-scrollbars $(if $(filter 0,$(shell id -u)),--no-sandbox) --window-size=1280,1640 \
+		--screenshot=$@ file://$(abspath $<)
 
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)

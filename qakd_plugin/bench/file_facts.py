@@ -127,14 +127,15 @@ def require_valid(path: Path) -> None:
 
 
 def record_of(path: Path) -> FileRecord | None:
-    """What an ONNX file or an engine says of its history; None where it does not.
+    """What a file says of its history; None where it does not.
 
     Raises:
         QakdError: the file is damaged.
     """
     if path.suffix == ".xml":
-        return None
-    if path.suffix == ".engine":
+        # Where OpenVINO keeps the metadata of the ONNX file that it converted.
+        metadata = {entry.tag: entry.get("value", "") for entry in _root(path).iterfind("rt_info/framework/*")}
+    elif path.suffix == ".engine":
         metadata = read_manifest(path).get("metadata") or {}
     else:
         metadata = {entry.key: entry.value for entry in _load(path).metadata_props}
@@ -188,16 +189,20 @@ def _stored_types(graph: onnx.GraphProto) -> set[str]:
     return {onnx.TensorProto.DataType.Name(tensor.data_type) for tensor in graph.initializer}
 
 
-def _layers(path: Path, kind: str) -> list[ElementTree.Element]:
+def _root(path: Path) -> ElementTree.Element:
     weights = path.with_suffix(".bin")
     if weights.exists() and not weights.is_file():
         raise QakdError(f"{path} keeps its weights in {weights.name}, which is no file.")
     try:
-        found = [layer for layer in ElementTree.fromstring(read_whole(path)).iter("layer") if layer.get("type") == kind]
+        return ElementTree.fromstring(read_whole(path))
     except OSError as error:
         raise QakdError(f"{path} cannot be read: {error.strerror}.") from error
     except (ElementTree.ParseError, ValueError, LookupError, RecursionError) as error:  # LookupError: an unknown encoding
         raise QakdError(f"{path}: cannot load it: it is no valid file of OpenVINO ({str(error)[:200]}).") from error
+
+
+def _layers(path: Path, kind: str) -> list[ElementTree.Element]:
+    found = [layer for layer in _root(path).iter("layer") if layer.get("type") == kind]
     if kind == "Parameter" and not found:
         raise QakdError(f"{path}: the graph has no input.")
     return found

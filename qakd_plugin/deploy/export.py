@@ -25,11 +25,13 @@ from ..errors import ExportError, UnsupportedQuantizerError
 from ..export_form.tracing import Traced, trace
 from ..placement.targets import TARGETS, Target
 from ..preparation.feasibility import target_problem
+from ..preparation.recorded import recorded
 from ..tasks.inputs import Inputs, call, call_problem, named_inputs, named_tensors, with_tensors
 from ..toolkits import Adapter, adapter_for
 from .canonical.clamps import quantizers_after_relu
 from .canonical.graph import WEIGHT_KEY
 from .canonical.write import to_canonical, to_proto
+from .diagnosis import left_in_float
 from .file_record import FileRecord, finite
 from .parity.float16 import Float16Parity, check_float16
 from .parity.gate import check_parity
@@ -158,6 +160,8 @@ def export_onnx(
         proven, model = model, settled_for_kernels(model)
         check_same_bits(proven, model, samples)
         parity = replace(parity, openvino=check_openvino(model, form, samples, arrays(call(evaluated, samples))))
+    if target == "onnxruntime":
+        _tell_slow(model, recorded(prepared_model) is not None)
     conversion = None
     if float16:
         model = to_float16(model)
@@ -325,6 +329,30 @@ _NOT_IN_TENSORRT = (torch.int16, torch.uint16, torch.uint32, torch.uint64)
 def _tell_fixed(traced: Traced) -> None:
     for line in traced.fixed:
         _log.warning("export: %s. The file takes this size alone.", line)
+
+
+def _tell_slow(model: ir.Model, ours: bool) -> None:
+    """Say which quantized convolutions will run in floating point, and what to write unless the model is ``ours``."""
+    names, quantized = left_in_float(model)
+    if names:
+        shown = ", ".join(names[:_MOST_NAMES]) + (f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else "")
+        remedy = (
+            ""
+            if ours
+            else " For ModelOpt mtq.quantize(model, qakd_plugin.configuration(model), forward_loop) puts quantizers there, as "
+            "qakd_plugin.prepare(model, batches) does."
+        )
+        _log.warning(
+            "export: ONNX Runtime will compute %d of %d quantized convolutions in floating point, because no quantizer but an "
+            "addition, a concatenation, a pooling or the like reads what they output: %s.%s",
+            len(names),
+            quantized,
+            shown,
+            remedy,
+        )
+
+
+_MOST_NAMES = 3
 
 
 def _check_quantizers(adapter: Adapter, model: nn.Module, target: str) -> None:

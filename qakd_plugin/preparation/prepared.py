@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from .._common.module_copy import copied, has_hooks
@@ -81,6 +81,7 @@ def prepare(
     """
     adapter, precision = _parse_request(toolkit, weight_bits, activation_bits, keep, target)
     _require_float(model)
+    _require_plain_weights(adapter, model)
     device = device_of_network(model)
     split = batch_splitter(batch_fn, model)
     batches = [to_device(_inputs(split, batch, index), device) for index, batch in enumerate(calibration_batches)]
@@ -89,10 +90,11 @@ def prepare(
     if recurrent := [name for name, module in model.named_modules() if isinstance(module, nn.RNNBase | nn.RNNCellBase)]:
         _log.warning("%s: recurrent layers stay in floating point.", ", ".join(recurrent))
     network = open_attention(model)
-    if frozen_batch_norms(network):
-        network = fold_frozen_batch_norms(network, layer_graph(network, batches[0]))
     added = _added(model)
-    with dtypes_named(model, batches[0], "calibration_batches"), _added_named(adapter, added):
+    types = dtypes_named(model, batches[0], "calibration_batches")
+    with _uncomputable_named(model, batches, calibration_batches), types, _added_named(adapter, added):
+        if frozen_batch_norms(network):
+            network = fold_frozen_batch_norms(network, layer_graph(network, batches[0]))
         prepared = adapter.prepare(network, batches, precision)
     if added:
         _require_same(adapter, model, prepared, batches[0], added)
@@ -157,12 +159,6 @@ def _require_float(model: nn.Module) -> None:
             f"model holds {dtype_name(dtype)} weights, in which steps of training are lost to rounding and "
             'codes do not lie on their grid: pass model.float(), and mixed_precision="bf16" to distill for speed.'
         )
-    for name, module in model.named_modules():
-        if (how := reparametrized(module)) is not None:
-            raise QakdError(
-                f"model: {name} ({type(module).__name__}) computes its weight by {how[0]}, where no quantizer sees it. Make "
-                f"it a parameter again before prepare: {how[1].format(name)}"
-            )
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise QakdError(
@@ -178,6 +174,16 @@ def _require_float(model: nn.Module) -> None:
     except NotPreparedError:
         return
     raise NotPreparedError(f"model is prepared by {adapter.name} already: pass the float model, or call distill with this one.")
+
+
+def _require_plain_weights(adapter: Adapter, model: nn.Module) -> None:
+    """Refuse layers that compute their weight, where the toolkit would quantize what it is computed from, or nothing."""
+    for name, module in model.named_modules():
+        if (how := reparametrized(module)) is not None and not (adapter.name == "pt2e" and is_parametrized(module)):
+            raise QakdError(
+                f"model: {name} ({type(module).__name__}) computes its weight by {how[0]}, where no quantizer sees it. Make "
+                f"it a parameter again before prepare: {how[1].format(name)}"
+            )
 
 
 def _added(model: nn.Module) -> list[str]:
@@ -227,6 +233,39 @@ def _require_same(adapter: Adapter, model: nn.Module, prepared: nn.Module, input
                 f"model: toolkit={adapter.name!r} loses {', '.join(added[:3])}, which changes what is computed. Write what it "
                 f"does in forward, or use toolkit={'modelopt' if adapter.name == 'pt2e' else 'pt2e'!r}."
             )
+
+
+@contextmanager
+def _uncomputable_named(model: nn.Module, batches: Sequence[Inputs], given: object) -> Iterator[None]:
+    """Within the block, an error that the float network raises on a batch, too, says which batch that is.
+
+    Raises:
+        QakdError: the network cannot compute a batch.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, QakdError):  # a toolkit may find another reason for the same failure
+        for index, batch in enumerate(batches):
+            _require_computable(model, batch, index, given)
+        raise
+
+
+@torch.no_grad()
+def _require_computable(model: nn.Module, batch: Inputs, index: int, given: object) -> None:
+    try:
+        with eval_mode(model):
+            call(model, batch)
+    except Exception as error:  # whatever a user's network raises
+        shapes = ", ".join(f"{name!r} {tuple(x.shape)} {dtype_name(x.dtype)}" for name, x in named_tensors(batch).items())
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        advice = "Yield what it was trained on, or pass batch_fn=lambda batch: (inputs, targets)."
+        if isinstance(given, Tensor):
+            advice = "A tensor counts as a batch per entry: pass a list of batches, [images]."
+        raise QakdError(
+            f"calibration_batches: {type(model).__name__} cannot compute batch {index}, {shapes}: {reason}. {advice}"
+        ) from error
 
 
 def _inputs(split: BatchFn, batch: object, index: int) -> Inputs:

@@ -84,7 +84,9 @@ def test_distillations_at_once_are_the_ones_that_each_is_alone(student):
     teacher = _float()  # made here: it draws from the generators that a distillation of another thread draws from
 
     def train() -> Tensor:
-        model = distill(copy.deepcopy(student), teacher, batches, epochs=2, seed=0, trackers=(), augment=torch.rand_like).model
+        model = distill(
+            copy.deepcopy(student), teacher, batches, epochs=2, lr=1e-3, seed=0, trackers=(), augment=torch.rand_like
+        ).model
         return torch.cat([parameter.flatten() for parameter in model.parameters()])
 
     alone = train()

@@ -352,6 +352,18 @@ def test_missing_or_bad_calibration_data_is_named(teacher):
 
 
 @pytest.mark.parametrize("toolkit", ["modelopt", "pt2e", "torch_ao"])
+def test_batches_that_the_network_cannot_compute_are_named(toolkit, teacher):
+    good, colours = torch.rand(2, 1, 32, 32), torch.rand(2, 3, 32, 32)
+    for batches, index in (([colours], 0), ([good, colours], 1)):
+        expected = rf"cannot compute batch {index}, 'input' \(2, 3, 32, 32\) float32: .*3 channels.*batch_fn="
+        with pytest.raises(QakdError, match=expected):
+            prepare(teacher, batches, toolkit)
+    if toolkit != "torch_ao":  # which folds BatchNorm first: what is left computes a single image
+        with pytest.raises(QakdError, match=r"'input' \(1, 32, 32\) float32: .*pass a list of batches, \[images\]"):
+            prepare(teacher, good, toolkit)
+
+
+@pytest.mark.parametrize("toolkit", ["modelopt", "pt2e", "torch_ao"])
 def test_a_layer_that_an_infinite_value_reaches_in_calibration_is_named(toolkit):
     class Overflows(nn.Module):
         def __init__(self):

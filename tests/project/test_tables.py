@@ -54,6 +54,11 @@ def test_the_table_of_the_default_rate_is_made_from_the_committed_figures():
     assert page_tables.read_table("default_rate", script.PAGE) == script.make_table(committed("default_rate"))
 
 
+def test_the_table_of_calibration_is_made_from_the_committed_figures():
+    script = import_module("calibration_images")
+    assert page_tables.read_table("calibration_images", script.PAGE) == script.make_table(committed("calibration_images"))
+
+
 def test_the_zoo_is_made_from_the_committed_cells():
     zoo = import_module("zoo")
     assert page_tables.read_table("zoo") == zoo.make_table(json.loads(zoo.RESULTS.read_text())["cells"])
