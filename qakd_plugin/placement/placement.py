@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch.nn.functional as F
 from torch import fx, nn
@@ -22,9 +23,10 @@ from ..tasks.inputs import Inputs
 from .detection_heads import detection_heads
 from .exported_graph import exported_layer_graph
 from .frozen_batch_norm import is_frozen_batch_norm
-from .fx_graph import GRID_KEEPING, TRANSPARENT, called_module, only_reader, outermost, readers, relu_bounds
+from .fx_graph import TRANSPARENT, called_module, only_reader, outermost, readers, relu_bounds
 from .layer_names import WEIGHTED, quantizable_layers
 from .sign_analysis import non_negative
+from .sums import RESULT_OF, Sum, grids, made_by
 
 _log = logging.getLogger(__name__)
 _LAYER_CLASSES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
@@ -53,6 +55,8 @@ class Placement:
         unsigned: layers whose input cannot be negative.
         covered: layers whose input already lies on the 8-bit grid of an output quantizer.
         outputs: further quantizers, after a module.
+        sums: quantizers of sums, on the output of the module that returns them.
+        floating_sums: sums that belong on a grid, and that no module returns: what they add, for messages.
     """
 
     layers: tuple[str, ...]
@@ -60,6 +64,8 @@ class Placement:
     unsigned: frozenset[str] = frozenset()
     covered: frozenset[str] = frozenset()
     outputs: tuple[OutputQuantizer, ...] = field(default=())
+    sums: tuple[Sum, ...] = ()
+    floating_sums: tuple[str, ...] = ()
 
 
 def place_quantizers(model: nn.Module, keep: Sequence[str] | None = None, inputs: Inputs | None = None) -> Placement:
@@ -133,7 +139,25 @@ def has_own_forward(module: nn.Module) -> bool:
 
 
 class _Tracer(fx.Tracer):
-    """Sees a layer or a frozen BatchNorm as one call also where its class is not PyTorch's own."""
+    """Sees a layer or a frozen BatchNorm as one call also where its class is not PyTorch's own, and notes what modules return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._returned: dict[str, list[object]] = {}
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        graph = super().trace(root, concrete_args)
+        for name, results in self._returned.items():
+            if len(results) == 1 and isinstance(results[0], fx.Node):
+                results[0].meta.setdefault(RESULT_OF, []).append(name)
+        return graph
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = super().call_module(m, forward, args, kwargs)
+        takes_tensor = bool(args) and isinstance(args[0], fx.Proxy)  # by position, where toolkits look for it
+        node = result.node if takes_tensor and isinstance(result, fx.Proxy) else None
+        self._returned.setdefault(self.path_of_module(m), []).append(node)
+        return result
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, WEIGHTED) or is_frozen_batch_norm(m) or super().is_leaf_module(m, module_qualified_name)
@@ -151,13 +175,15 @@ class _Analysis:
     def placement(self) -> Placement:
         calls = [node for node in self.nodes if node.op == "call_module" and node.target in self.layers]
         outputs = self._output_quantizers(calls)
-        on_grid = self._on_grid({node for node, _ in outputs})
+        found = grids(self.nodes, self.modules, self.layers, {node for node, _ in outputs}, self.positive)
         return Placement(
             layers=tuple(dict.fromkeys(name for node in self.nodes for name in self._layers_of(node))),
             edges=frozenset(str(node.target) for node in outermost(self.nodes, set(calls))),
             unsigned=frozenset(self._for_all_calls(calls, self.positive)),
-            covered=frozenset(self._for_all_calls(calls, on_grid)),
+            covered=frozenset(self._for_all_calls(calls, found.on_grid)),
             outputs=tuple(dict.fromkeys(quantizer for _, quantizer in outputs)),
+            sums=tuple(found.sums.values()),
+            floating_sums=tuple(" + ".join(map(made_by, node.all_input_nodes)) for node in found.floating),
         )
 
     def _layers_of(self, node: fx.Node) -> list[str]:
@@ -178,14 +204,6 @@ class _Analysis:
             if quantizer is not None:
                 found.append((chain.end, quantizer))
         return found
-
-    def _on_grid(self, quantized: set[fx.Node]) -> set[fx.Node]:
-        on_grid = set(quantized)
-        for node in self.nodes:
-            keeps = isinstance(called_module(node, self.modules), GRID_KEEPING)
-            if keeps and all(source in on_grid for source in node.all_input_nodes):
-                on_grid.add(node)
-        return on_grid
 
     @staticmethod
     def _for_all_calls(calls: Iterable[fx.Node], nodes: set[fx.Node]) -> set[str]:

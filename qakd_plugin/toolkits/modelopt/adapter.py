@@ -8,6 +8,7 @@ Facts of the toolkit that shape this file: a quantizer is a ``TensorQuantizer`` 
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ from .export_form import export_form
 from .registration import registered, without_prints
 from .rule_backend import BACKEND, quantizer_class
 
+_log = logging.getLogger(__name__)
 _SMALLEST_AMAX = 2.0**-24
 """ModelOpt maps everything to zero where amax is not above this."""
 
@@ -119,6 +121,13 @@ class ModelOptAdapter:
         mtq = require("modelopt.torch.quantization", extra="modelopt", purpose="prepare a model with toolkit='modelopt'")
         placement = place_quantizers(model, precision.keep, batches[0])
         config = modelopt_config(placement, precision)
+        if placement.floating_sums:
+            _log.warning(
+                "%s: no module returns these sums, so ModelOpt has no place for their quantizers and they stay in floating point: "
+                "%s. Compute each in a module that returns it, or use toolkit='pt2e'.",
+                type(model).__name__,
+                ", ".join(placement.floating_sums),
+            )
         prepared: nn.Module = copy.deepcopy(model).eval()
 
         def forward_loop(network: nn.Module) -> None:
@@ -126,8 +135,12 @@ class ModelOptAdapter:
                 for batch in batches:
                     call(network, batch)
 
-        names = [*placement.layers, *(output.name for output in placement.outputs)]
-        with without_prints(), registered(prepared, names):
+        names = [*placement.layers, *(quantizer.name for quantizer in (*placement.outputs, *placement.sums))]
+        with without_prints(), registered(prepared, names) as foreign:
+            if foreign:
+                from .restore_mode import require_our_restore
+
+                prepared = require_our_restore(prepared, foreign)
             try:
                 prepared = mtq.quantize(prepared, config, forward_loop)
             except AssertionError:  # by which max calibration says that something is infinite, but not where

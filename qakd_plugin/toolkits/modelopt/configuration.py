@@ -33,6 +33,8 @@ def modelopt_config(placement: Placement, precision: Precision) -> dict[str, Any
             )
     for output in placement.outputs:
         enable(output_name(output), num_bits=8, axis=None)
+    for total in placement.sums:
+        enable(f"{total.name}.output_quantizer", num_bits=8, axis=None, unsigned=precision.is_unsigned(8, total.unsigned))
     return {"quant_cfg": entries, "algorithm": "max"}
 
 

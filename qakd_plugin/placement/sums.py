@@ -1,0 +1,131 @@
+"""Sums of quantized tensors, as residual blocks compute them: which of them are quantized as well, and by the output of which module.
+
+Integers in, integers out: a sum whose operands lie on 8-bit grids is quantized, after its ReLU. So are all sums of a residual
+network, and none of a transformer, whose norms read them in floating point. Otherwise ONNX Runtime and OpenVINO dequantize both
+operands, add in floating point, and quantize again for each layer that reads the sum.
+
+A toolkit that keeps quantizers in modules has a place for one only where the sum is what some module returns: the residual block.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from .fx_graph import GRID_KEEPING, called_function, called_module, only_reader, readers, relu_bounds
+
+RESULT_OF = "result_of"
+"""In the ``meta`` of a node: names of the modules that return it, innermost first; only of modules that are called once, with a
+tensor first."""
+
+_ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+"""Run their children, or let others do so: a quantizer among them would be one more."""
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A quantizer on the output of module ``name``, which is a sum of quantized tensors, or the ReLU of one."""
+
+    name: str
+    unsigned: bool
+
+
+@dataclass
+class Grids:
+    """What lies on the 8-bit grid of a quantizer after a module.
+
+    Attributes:
+        on_grid: nodes.
+        sums: quantizers of sums, by the nodes that they quantize.
+        floating: sums that belong on a grid, and that no module returns: they stay in floating point.
+    """
+
+    on_grid: set[fx.Node] = field(default_factory=set)
+    sums: dict[fx.Node, Sum] = field(default_factory=dict)
+    floating: list[fx.Node] = field(default_factory=list)
+
+
+def grids(
+    nodes: Iterable[fx.Node],
+    modules: Mapping[str, nn.Module],
+    layers: Set[str],
+    quantized: Set[fx.Node],
+    positive: Set[fx.Node],
+) -> Grids:
+    """Follow the grids of quantized tensors through a graph.
+
+    Args:
+        nodes: in order.
+        modules: that they call, by name.
+        layers: names of the layers that quantize their input, if it is not.
+        quantized: nodes that have a quantizer.
+        positive: nodes that cannot be negative.
+    """
+    found = Grids()
+    wanted: set[fx.Node] = set()  # on a grid, if every sum had a place for its quantizer
+    for node in nodes:
+        sources = node.all_input_nodes
+        for known in (found.on_grid, wanted):
+            if node in quantized or (_keeps_grid(node, modules) and known.issuperset(sources)):
+                known.add(node)
+        if called_function(node) not in _ADDS or len(sources) != 2 or not wanted.issuperset(sources):
+            continue
+        end = _after_relu(node, modules)
+        reading = readers(end)
+        alone = len(reading) == 1 and reading[0].op == "call_module" and reading[0].target in layers  # quantizes it itself
+        if alone or any(reader.op == "output" for reader in reading):
+            continue
+        wanted.update((node, end))
+        name = _returning(end, modules)
+        if name is not None and found.on_grid.issuperset(sources):
+            found.on_grid.update((node, end))
+            found.sums[end] = Sum(name, end in positive)
+        else:
+            found.floating.append(node)
+    return found
+
+
+def made_by(node: fx.Node) -> str:
+    """The module that a tensor comes from, for messages."""
+    while node.op != "call_module" and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return str(node.target)
+
+
+def _after_relu(node: fx.Node, modules: Mapping[str, nn.Module]) -> fx.Node:
+    reader = only_reader(node)
+    return node if reader is None or relu_bounds(reader, called_module(reader, modules)) is None else reader
+
+
+def _returning(node: fx.Node, modules: Mapping[str, nn.Module]) -> str | None:
+    """The module that computes and returns a node. One with children if there is one: a toolkit takes all modules of a class, or
+    none.
+    """
+    names = [
+        name
+        for name in node.meta.get(RESULT_OF, ())
+        if not isinstance(modules[name], _CONTAINERS)
+        and name in _scopes(node)
+        and not any(name in _scopes(reader) for reader in readers(node))  # which would read what is not quantized
+    ]
+    blocks = [name for name in names if next(modules[name].children(), None) is not None]
+    return next(iter(blocks or names), None)
+
+
+def _scopes(node: fx.Node) -> set[str]:
+    """Names of the modules that a node is computed in."""
+    return {name for name, _ in (node.meta.get("nn_module_stack") or {}).values()}
+
+
+def _keeps_grid(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    if isinstance(called_module(node, modules), GRID_KEEPING):
+        return True
+    function = called_function(node)
+    passes_on = function is F.dropout or getattr(function, "__name__", "") == "stochastic_depth"  # of torchvision
+    return passes_on and False in (*node.args, *node.kwargs.values())  # in eval mode
