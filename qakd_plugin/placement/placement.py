@@ -26,7 +26,7 @@ from .frozen_batch_norm import is_frozen_batch_norm
 from .fx_graph import TRANSPARENT, called_module, only_reader, outermost, readers, relu_bounds
 from .layer_names import WEIGHTED, quantizable_layers
 from .sign_analysis import non_negative
-from .sums import RESULT_OF, Sum, grids, made_by
+from .sums import RESULT_OF, Sum, grids, made_by, returning
 
 _log = logging.getLogger(__name__)
 _LAYER_CLASSES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
@@ -37,12 +37,14 @@ class OutputQuantizer:
     """A quantizer after module ``name``; its range covers what the clamp that follows (a ReLU) lets through.
 
     With ``in_front`` it stands on the module's input instead: where a BatchNorm is a function call, or part of a larger module,
-    the module that reads its result is the only place.
+    the module that reads its result is the only place. ``after_clamp`` is the module that returns what the clamp lets through, if
+    there is one: on its output the quantizer can be unsigned.
     """
 
     name: str
     clamp: tuple[float, float] | None
     in_front: bool = False
+    after_clamp: str | None = None
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,7 @@ class _Analysis:
                 continue
             chain = _Chain.of(call, self.modules)
             read_by_layers = all(user.target in self.layers or user.op == "output" for user in readers(chain.end))
-            quantizer = None if read_by_layers else chain.quantizer()
+            quantizer = None if read_by_layers else chain.quantizer(self.modules)
             if quantizer is not None:
                 found.append((chain.end, quantizer))
         return found
@@ -223,11 +225,13 @@ class _Chain:
         last: the convolution, or its last BatchNorm: what is quantized.
         end: the end of the chain, which everything else reads.
         clamp: what the ReLU lets through, if there is one.
+        clamped: that ReLU.
     """
 
     last: fx.Node
     end: fx.Node
     clamp: tuple[float, float] | None = None
+    clamped: fx.Node | None = None
 
     @classmethod
     def of(cls, convolution: fx.Node, modules: Mapping[str, nn.Module]) -> _Chain:
@@ -242,15 +246,16 @@ class _Chain:
             self.last = node
             return True
         if self.clamp is None and (bounds := relu_bounds(node, module)) is not None:
-            self.clamp = bounds
+            self.clamp, self.clamped = bounds, node
             return True
         return isinstance(module, TRANSPARENT)
 
-    def quantizer(self) -> OutputQuantizer | None:
+    def quantizer(self, modules: Mapping[str, nn.Module]) -> OutputQuantizer | None:
         """The quantizer of ``last``; None where neither it nor what reads it is a module."""
+        after_clamp = None if self.clamped is None else returning(self.clamped, modules)
         if self.last.op == "call_module":
-            return OutputQuantizer(str(self.last.target), self.clamp)
+            return OutputQuantizer(str(self.last.target), self.clamp, after_clamp=after_clamp)
         reader = only_reader(self.last)
         if reader is None or reader.op != "call_module":
             return None
-        return OutputQuantizer(str(reader.target), self.clamp, in_front=True)
+        return OutputQuantizer(str(reader.target), self.clamp, in_front=True, after_clamp=after_clamp)

@@ -82,7 +82,7 @@ def grids(
         if alone or any(reader.op == "output" for reader in reading):
             continue
         wanted.update((node, end))
-        name = _returning(end, modules)
+        name = returning(end, modules)
         if name is not None and found.on_grid.issuperset(sources):
             found.on_grid.update((node, end))
             found.sums[end] = Sum(name, end in positive)
@@ -103,7 +103,7 @@ def _after_relu(node: fx.Node, modules: Mapping[str, nn.Module]) -> fx.Node:
     return node if reader is None or relu_bounds(reader, called_module(reader, modules)) is None else reader
 
 
-def _returning(node: fx.Node, modules: Mapping[str, nn.Module]) -> str | None:
+def returning(node: fx.Node, modules: Mapping[str, nn.Module]) -> str | None:
     """The module that computes and returns a node. One with children if there is one: a toolkit takes all modules of a class, or
     none.
     """

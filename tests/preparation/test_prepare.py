@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models import resnet18
 
-from qakd_plugin import MissingPackageError, NotPreparedError, QakdError, configuration, describe, export_onnx, prepare
+from qakd_plugin import MissingPackageError, NotPreparedError, QakdError, configuration, describe, export_onnx, prepare, restore_modelopt
 from qakd_plugin.placement.calibration import RangeObserver, best_weight_clip
 from qakd_plugin.placement.placement import OutputQuantizer, place_quantizers
 from qakd_plugin.toolkits import adapter_for
@@ -84,7 +84,7 @@ def test_modelopt_saves_and_restores_what_prepare_made(tmp_path, make_student, t
 
     student, images = make_student("modelopt", 4), digits.test[0][:16]
     mto.save(student, tmp_path / "student.pth")
-    restored = mto.restore(teacher, tmp_path / "student.pth")
+    restored = restore_modelopt(teacher, tmp_path / "student.pth")
     with torch.no_grad():
         assert torch.equal(student(images), restored(images))
 

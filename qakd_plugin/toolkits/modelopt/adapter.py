@@ -25,7 +25,7 @@ from ...tasks.inputs import Inputs, call
 from ..adapter import Precision, QParams, Quantizer, Role, weight_of
 from ..fake_quantizers import is_paused, per_channel, set_paused
 from .calibration import minimize_error
-from .configuration import modelopt_config
+from .configuration import modelopt_config, quantized_modules
 from .export_form import export_form
 from .registration import registered, without_prints
 from .rule_backend import BACKEND, quantizer_class
@@ -135,8 +135,7 @@ class ModelOptAdapter:
                 for batch in batches:
                     call(network, batch)
 
-        names = [*placement.layers, *(quantizer.name for quantizer in (*placement.outputs, *placement.sums))]
-        with without_prints(), registered(prepared, names) as foreign:
+        with without_prints(), registered(prepared, quantized_modules(placement, precision)) as foreign:
             if foreign:
                 from .restore_mode import require_our_restore
 
@@ -147,7 +146,7 @@ class ModelOptAdapter:
                 float_model = copy.deepcopy(model).eval()
                 observe_inputs(float_model, {name: float_model.get_submodule(name) for name in placement.layers}, batches, {})
                 raise
-        minimize_error(self, prepared, batches, placement)
+        minimize_error(self, prepared, batches, placement, precision)
         return prepared
 
     def install(self, model: nn.Module, quantizer: Quantizer, rule: Rule, clip: Tensor) -> None:

@@ -11,15 +11,15 @@ from torch import nn
 from ...placement.calibration import best_weight_clip
 from ...placement.placement import Placement
 from ...tasks.inputs import Inputs
-from ..adapter import Adapter, require_no_negative
+from ..adapter import Adapter, Precision, require_no_negative
 from ..fake_quantizers import dead_activations, observe_unquantized
 from .configuration import output_name
 
 
 @torch.no_grad()
-def minimize_error(adapter: Adapter, model: nn.Module, batches: Sequence[Inputs], placement: Placement) -> None:
+def minimize_error(adapter: Adapter, model: nn.Module, batches: Sequence[Inputs], placement: Placement, precision: Precision) -> None:
     """Replace the ranges of max calibration by those with the least squared error over all batches."""
-    clamps = {output_name(output): output.clamp for output in placement.outputs}
+    clamps = {output_name(output, precision): output.clamp for output in placement.outputs}
     quantizers = adapter.quantizers(model)
     watched = {quantizer.fqn: quantizer.module for quantizer in quantizers if quantizer.role == "activation"}
     observers = observe_unquantized(adapter, model, watched, batches, clamps)
