@@ -6,9 +6,9 @@ Networks are calibrated, not trained: latency does not depend on the weights. Ro
 pinned to f32); ours at W8A8 and W4A4, prepared by ModelOpt, and at W8A8 by torch.ao FX and torchao PT2E (convolutional
 networks), each for every target and ("0..255") for these two runtimes alone; ours tuned for this machine (AMX hosts only);
 ``quantize_static`` at several settings (the fastest counts); NNCF's post-training quantization (where ``nncf`` is installed).
-Bars are ratios of median processor times: over FP32 in ONNX Runtime, and over the fastest of the runtimes' own tools in the same
-run. With --batch and --threads further settings are measured, each as its own interleaved run; tables and bars are of batch 1 and
-one thread.
+Bars are ratios of median processor times: over FP32 in ONNX Runtime, and over the fastest of the runtimes' own tools in the
+same run. With --batch and --threads further settings are measured, each as its own interleaved run; tables and bars are of
+batch 1 and one thread.
 Files are made once per folder ``--cells``, each network in a process of its own, whose time and peak memory are noted; networks
 that --out holds already are not measured again unless --fresh.
 """
@@ -150,7 +150,11 @@ def measure(name: str, cells: Path, calls: int, batches: Sequence[int] = (1,), t
     rows = benchmark(candidates, runtimes=tuple(RUNTIMES.values()), calls=calls, batch_sizes=batches, threads=threads)
     from rich.console import Console
 
-    settings = {(batch, count): [row for row in rows if (row.batch, row.threads) == (batch, count)] for count in threads for batch in batches}
+    settings = {
+        (batch, count): [row for row in rows if (row.batch, row.threads) == (batch, count)]
+        for count in threads
+        for batch in batches
+    }
     for (batch, count), found in settings.items():
         Console(width=150).print(console_table(found, title=f"{name}, batch {batch}, {count} threads"))
     left = census(folder / "w8.ort.onnx").float_layers

@@ -36,8 +36,8 @@ from .parity.recorded_codes import check_same_bits
 from .parity.report import ParityReport, arrays
 from .targets.float16 import to_float16
 from .targets.onnxruntime import to_onnxruntime_form
-from .targets.openvino import to_openvino_form
 from .targets.onnxruntime_moves import move_codes
+from .targets.openvino import to_openvino_form
 from .targets.openvino_kernels import settled_for_kernels
 from .targets.tensorrt import check_weights, to_tensorrt_form
 from .targets.weight_packing import WeightStorage

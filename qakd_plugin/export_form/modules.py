@@ -174,7 +174,7 @@ class QuantizedModule(nn.Module):
 
 
 def quantize_output(module: nn.Module, quantizer: ActivationQDQ) -> nn.Module:
-    """Put a quantizer on the output of a module that has children: those keep their names, as within no :class:`QuantizedModule`.
+    """Put a quantizer on the output of a module with children: they keep their names, which :class:`QuantizedModule` changes.
 
     Args:
         module: it gets the quantizer as a child, and runs it ahead of all other hooks.

@@ -37,8 +37,8 @@ class OutputQuantizer:
     """A quantizer after module ``name``; its range covers what the clamp that follows (a ReLU) lets through.
 
     With ``in_front`` it stands on the module's input instead: where a BatchNorm is a function call, or part of a larger module,
-    the module that reads its result is the only place. ``after_clamp`` is the module that returns what the clamp lets through, if
-    there is one: on its output the quantizer can be unsigned.
+    the module that reads its result is the only place. ``after_clamp`` is the module that returns what the clamp lets through,
+    if there is one: on its output the quantizer can be unsigned.
     """
 
     name: str
@@ -141,7 +141,7 @@ def has_own_forward(module: nn.Module) -> bool:
 
 
 class _Tracer(fx.Tracer):
-    """Sees a layer or a frozen BatchNorm as one call also where its class is not PyTorch's own, and notes what modules return."""
+    """Sees a layer or a frozen BatchNorm as one call also where its class is not PyTorch's own; notes what modules return."""
 
     def __init__(self) -> None:
         super().__init__()

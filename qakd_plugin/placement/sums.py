@@ -1,10 +1,10 @@
-"""Sums of quantized tensors, as residual blocks compute them: which of them are quantized as well, and by the output of which module.
+"""Sums of quantized tensors, as residual blocks compute them: which are quantized as well, and on the output of which module.
 
 Integers in, integers out: a sum whose operands lie on 8-bit grids is quantized, after its ReLU. So are all sums of a residual
 network, and none of a transformer, whose norms read them in floating point. Otherwise ONNX Runtime and OpenVINO dequantize both
 operands, add in floating point, and quantize again for each layer that reads the sum.
 
-A toolkit that keeps quantizers in modules has a place for one only where the sum is what some module returns: the residual block.
+A toolkit that keeps quantizers in modules has a place for one only where some module returns the sum: the residual block.
 """
 
 from __future__ import annotations
@@ -104,9 +104,7 @@ def _after_relu(node: fx.Node, modules: Mapping[str, nn.Module]) -> fx.Node:
 
 
 def returning(node: fx.Node, modules: Mapping[str, nn.Module]) -> str | None:
-    """The module that computes and returns a node. One with children if there is one: a toolkit takes all modules of a class, or
-    none.
-    """
+    """The module that computes and returns a node; one with children if any: a toolkit takes all of a class, or none."""
     names = [
         name
         for name in node.meta.get(RESULT_OF, ())

@@ -45,9 +45,10 @@ def prepare(
     Weights are symmetric per channel, activations symmetric per tensor; below 8 bits activations that a ReLU made non-negative
     get an unsigned grid. The first and the last layer stay at 8 bits. A quantizer goes after every convolution that feeds a
     residual add, a concatenation or a pooling, because ONNX Runtime runs it in floating point otherwise, and on the sum of a
-    residual block (with ModelOpt, where a module returns it). Ranges minimize the squared error over all calibration batches. ``nn.MultiheadAttention`` becomes a module of the same name whose four
-    projections are linear layers (:func:`qakd_plugin.placement.attention.open_attention`), or they would stay in floating
-    point. What ``modelopt.torch.opt.save`` wrote of a model comes back with
+    residual block (with ModelOpt, where a module returns it). With PT2E and torch.ao, tensors that are concatenated share one.
+    Ranges minimize the squared error over all calibration batches. ``nn.MultiheadAttention`` becomes a module of the same name
+    whose four projections are linear layers (:func:`qakd_plugin.placement.attention.open_attention`), or they would stay in
+    floating point. What ``modelopt.torch.opt.save`` wrote of a model comes back with
     :func:`qakd_plugin.toolkits.modelopt.restore_modelopt`.
 
     Args:
@@ -63,9 +64,9 @@ def prepare(
             docs/tasks.md), and nothing of other networks.
         target: "tensorrt": every target takes the model. "onnxruntime" or "openvino" (the same): TensorRT does not, because
             8-bit activations that cannot be negative get codes 0..255 in the place of 0..127: a grid twice as fine, and no
-            clamp after each ReLU. (Quantizers in front of a ReLU stay signed: eager mode's of layers that are not fused with it,
-            ModelOpt's where no module returns what the ReLU lets through. With "torchao", which leaves activations alone, this
-            changes nothing.)
+            clamp after each ReLU. (Quantizers in front of a ReLU stay signed: eager mode's of layers that are not fused with
+            it, ModelOpt's where no module returns what the ReLU lets through. With "torchao", which leaves activations alone,
+            this changes nothing.)
         batch_fn: splits a batch into (inputs, targets), as in ``distill``.
 
     Returns:

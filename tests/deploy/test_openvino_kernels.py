@@ -213,7 +213,7 @@ class Shuffle(nn.Module):
 
 
 @pytest.mark.parametrize("toolkit", ["modelopt", "pt2e"])
-def test_grids_that_are_concatenated_and_shuffled_stay_their_own(toolkit, tmp_path):
+def test_what_is_concatenated_and_shuffled_is_read_as_it_was_rounded(toolkit, tmp_path):
     torch.manual_seed(0)
     x = torch.rand(4, 3, 24, 24)
     student = qakd.prepare(Shuffle().eval(), [x], toolkit)

@@ -9,7 +9,16 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models import resnet18
 
-from qakd_plugin import MissingPackageError, NotPreparedError, QakdError, configuration, describe, export_onnx, prepare, restore_modelopt
+from qakd_plugin import (
+    MissingPackageError,
+    NotPreparedError,
+    QakdError,
+    configuration,
+    describe,
+    export_onnx,
+    prepare,
+    restore_modelopt,
+)
 from qakd_plugin.placement.calibration import RangeObserver, best_weight_clip
 from qakd_plugin.placement.placement import OutputQuantizer, place_quantizers
 from qakd_plugin.toolkits import adapter_for

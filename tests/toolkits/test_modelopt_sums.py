@@ -11,7 +11,18 @@ from agreement import ties_are_rare
 from torch import nn
 from torchvision.ops import StochasticDepth
 
-from qakd_plugin import LSQ, QKD, NotPreparedError, build_engine, describe, distill, export_onnx, prepare, restore_modelopt, use_quantizers
+from qakd_plugin import (
+    LSQ,
+    QKD,
+    NotPreparedError,
+    build_engine,
+    describe,
+    distill,
+    export_onnx,
+    prepare,
+    restore_modelopt,
+    use_quantizers,
+)
 from qakd_plugin.bench.census import optimized_nodes
 from qakd_plugin.placement.placement import place_quantizers
 from qakd_plugin.toolkits import adapter_for

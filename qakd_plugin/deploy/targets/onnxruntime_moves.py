@@ -28,7 +28,7 @@ _MOVES = ("Flatten", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Un
 
 
 def move_codes(model: ir.Model) -> ir.Model:
-    """A copy of what :func:`.onnxruntime.to_onnxruntime_form` returned, after the gate; ``model`` itself where nothing changes."""
+    """A copy of what :func:`.onnxruntime.to_onnxruntime_form` returned, after the gate; itself where nothing changes."""
     changed = copied(model)
     graph = changed.graph
     moved = [_move(graph, node) for node in list(graph) if node.op_type in _JOINS]

@@ -12,7 +12,8 @@ what is concatenated is rounded by operators instead, and no grid is seen.
 
 A sum is computed by the convolution before it, and where the convolution's output has a quantizer, the runtime (2026.4) then
 leaves out that it rounds, if the quantizer is the first of what it fuses into that convolution. After anything else it rounds,
-by the same kernel. A leaky ReLU whose slope is 1 is something else, and changes nothing; clamps it would merge with the quantizer.
+by the same kernel. A leaky ReLU whose slope is 1 is something else, and changes nothing; a clamp it would merge with the
+quantizer.
 
 What else it computes wrongly, each by as much as 0 to 25 dB:
   - signed codes that are concatenated in front of a convolution: it rounds them to whole numbers. Codes with a zero point are

@@ -123,8 +123,8 @@ class ModelOptAdapter:
         config = modelopt_config(placement, precision)
         if placement.floating_sums:
             _log.warning(
-                "%s: no module returns these sums, so ModelOpt has no place for their quantizers and they stay in floating point: "
-                "%s. Compute each in a module that returns it, or use toolkit='pt2e'.",
+                "%s: no module returns these sums, so ModelOpt has no place for their quantizers and they stay in floating "
+                "point: %s. Compute each in a module that returns it, or use toolkit='pt2e'.",
                 type(model).__name__,
                 ", ".join(placement.floating_sums),
             )

@@ -17,7 +17,9 @@ from .configuration import output_name
 
 
 @torch.no_grad()
-def minimize_error(adapter: Adapter, model: nn.Module, batches: Sequence[Inputs], placement: Placement, precision: Precision) -> None:
+def minimize_error(
+    adapter: Adapter, model: nn.Module, batches: Sequence[Inputs], placement: Placement, precision: Precision
+) -> None:
     """Replace the ranges of max calibration by those with the least squared error over all batches."""
     clamps = {output_name(output, precision): output.clamp for output in placement.outputs}
     quantizers = adapter.quantizers(model)

@@ -11,8 +11,8 @@ from ..adapter import Precision
 def modelopt_config(placement: Placement, precision: Precision) -> dict[str, Any]:
     """The configuration for ``mtq.quantize`` that :func:`qakd_plugin.prepare` uses.
 
-    Quantizers after a convolution stand in front of its ReLU, where ModelOpt's unsigned ones would refuse negative values. Where
-    unsigned codes are wanted they stand after it, if a module returns what it lets through.
+    Quantizers after a convolution stand in front of its ReLU, where ModelOpt's unsigned ones would refuse negative values.
+    Where unsigned codes are wanted they stand after it, if a module returns what it lets through.
     """
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
 

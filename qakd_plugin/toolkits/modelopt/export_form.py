@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..._common.module_copy import copied, move_hooks
-from ...export_form.modules import ActivationQDQ, QuantizedLayer, QuantizedModule, quantize_output, replace_modules, store_weight
+from ...export_form.modules import (
+    ActivationQDQ,
+    QuantizedLayer,
+    QuantizedModule,
+    quantize_output,
+    replace_modules,
+    store_weight,
+)
 from ...placement.layer_names import never_called
 from ...placement.placement import has_own_forward
 from ..adapter import Adapter, Quantizer

@@ -1,9 +1,9 @@
-"""Which tensors of an exported graph lie on the 8-bit grid of a quantizer, and whose: through sums, concatenations and splits."""
+"""Which tensors of an exported graph lie on the 8-bit grid of a quantizer, and whose: after sums, concats and splits, too."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Set
+from collections.abc import Iterable
 
 import torch
 from torch import fx
@@ -33,8 +33,8 @@ _CONCATS = {_aten.cat.default, _aten.concat.default}
 class Grids:
     """One walk over the graph of a float model.
 
-    The sum of two quantized tensors is quantized as well, after its ReLU, where one follows; not where a layer alone reads it, and
-    not what the model returns. Tensors that are concatenated share one quantizer, so that moving their codes is all that a
+    The sum of two quantized tensors is quantized as well, after its ReLU, where one follows; not where a layer alone reads it,
+    and not what the model returns. Tensors that are concatenated share one quantizer, so that moving their codes is all that a
     concatenation, a split and a channel shuffle do.
 
     Args:
@@ -48,7 +48,7 @@ class Grids:
         divided: nodes on a grid that a split or a concatenation made.
     """
 
-    def __init__(self, graph: fx.Graph, adds: Set[fx.Node], layers: Set[fx.Node], outputs: Iterable[fx.Node]) -> None:
+    def __init__(self, graph: fx.Graph, adds: set[fx.Node], layers: set[fx.Node], outputs: Iterable[fx.Node]) -> None:
         self.outputs = set(outputs)
         self.divided: set[fx.Node] = set()
         self._layers = layers

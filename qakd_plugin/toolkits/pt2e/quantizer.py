@@ -31,6 +31,8 @@ from .grids import Grids
 from .sign_analysis import non_negative
 
 _aten = torch.ops.aten
+
+
 @dataclass(frozen=True)
 class _Layer:
     """What one convolution or linear layer takes."""
@@ -101,16 +103,20 @@ class SymmetricQuantizer(Quantizer):  # type: ignore[misc]
         for node in grids.outputs:
             annotation = node.meta.setdefault("quantization_annotation", QuantizationAnnotation(_annotated=True))
             first = grids.first(node)
-            annotation.output_qspec = self._activation_spec(8, node not in signed) if first is node else SharedQuantizationSpec(first)
+            annotation.output_qspec = (
+                self._activation_spec(8, node not in signed) if first is node else SharedQuantizationSpec(first)
+            )
         return model
 
     def _annotate_layer(self, node: fx.Node, layer: _Layer, grids: Grids) -> None:
+        read = node.args[0]
+        assert isinstance(read, fx.Node)
         source: QuantizationSpecBase | None = self._activation_spec(layer.activation_bits, layer.non_negative)
-        if layer.activation_bits == 8 and node.args[0] in grids:
+        if layer.activation_bits == 8 and read in grids:
             # What was split has no quantizer straight before the layer, where runtimes look for one: the same one again.
-            source = SharedQuantizationSpec(grids.first(node.args[0])) if node.args[0] in grids.divided else None
+            source = SharedQuantizationSpec(grids.first(read)) if read in grids.divided else None
         # The order matters: torchao takes the first entry for the input and the second for the weight.
-        inputs = {node.args[0]: source, node.args[1]: weight_spec(layer.weight_bits, 1 if node.target in TRANSPOSED else 0)}
+        inputs = {read: source, node.args[1]: weight_spec(layer.weight_bits, 1 if node.target in TRANSPOSED else 0)}
         node.meta["quantization_annotation"] = QuantizationAnnotation(input_qspec_map=inputs, _annotated=True)
 
     def _activation_spec(self, bits: int, non_negative: bool) -> QuantizationSpec:
