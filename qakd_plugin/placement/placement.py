@@ -70,7 +70,9 @@ class Placement:
     floating_sums: tuple[str, ...] = ()
 
 
-def place_quantizers(model: nn.Module, keep: Sequence[str] | None = None, inputs: Inputs | None = None) -> Placement:
+def place_quantizers(
+    model: nn.Module, keep: Sequence[str] | None = None, inputs: Inputs | None = None, *, sums: bool = True
+) -> Placement:
     """Look at the graph of a float model and say where quantizers belong.
 
     Args:
@@ -78,6 +80,7 @@ def place_quantizers(model: nn.Module, keep: Sequence[str] | None = None, inputs
         keep: names or patterns of modules that stay in floating point; None: the heads of a detector, see
             :func:`.detection_heads.detection_heads`.
         inputs: a batch of the model, with which ``torch.export`` reads what ``torch.fx`` cannot trace.
+        sums: look for sums to quantize.
 
     Raises:
         QakdError: as :func:`.layer_names.quantizable_layers`.
@@ -93,7 +96,7 @@ def place_quantizers(model: nn.Module, keep: Sequence[str] | None = None, inputs
             ", ".join(layers),
         )
         return Placement(tuple(layers), edges=frozenset({layers[0], layers[-1]}))
-    placement = _Analysis(model, graph, set(layers)).placement()
+    placement = _Analysis(model, graph, set(layers)).placement(sums)
     if left := sorted(set(layers) - set(placement.layers)):
         _log.warning(
             "%s: the forward pass does not call %s: they stay in floating point. Call the modules themselves, not functions on "
@@ -174,10 +177,10 @@ class _Analysis:
         self.layers = layers
         self.positive = non_negative(self.nodes, self.modules)
 
-    def placement(self) -> Placement:
+    def placement(self, sums: bool) -> Placement:
         calls = [node for node in self.nodes if node.op == "call_module" and node.target in self.layers]
         outputs = self._output_quantizers(calls)
-        found = grids(self.nodes, self.modules, self.layers, {node for node, _ in outputs}, self.positive)
+        found = grids(self.nodes, self.modules, self.layers, {node for node, _ in outputs}, self.positive, sums=sums)
         return Placement(
             layers=tuple(dict.fromkeys(name for node in self.nodes for name in self._layers_of(node))),
             edges=frozenset(str(node.target) for node in outermost(self.nodes, set(calls))),

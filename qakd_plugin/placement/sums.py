@@ -57,6 +57,8 @@ def grids(
     layers: Set[str],
     quantized: Set[fx.Node],
     positive: Set[fx.Node],
+    *,
+    sums: bool,
 ) -> Grids:
     """Follow the grids of quantized tensors through a graph.
 
@@ -66,6 +68,7 @@ def grids(
         layers: names of the layers that quantize their input, if it is not.
         quantized: nodes that have a quantizer.
         positive: nodes that cannot be negative.
+        sums: quantize sums; or else nothing lies on the grid of one.
     """
     found = Grids()
     wanted: set[fx.Node] = set()  # on a grid, if every sum had a place for its quantizer
@@ -74,7 +77,7 @@ def grids(
         for known in (found.on_grid, wanted):
             if node in quantized or (_keeps_grid(node, modules) and known.issuperset(sources)):
                 known.add(node)
-        if called_function(node) not in _ADDS or len(sources) != 2 or not wanted.issuperset(sources):
+        if not sums or called_function(node) not in _ADDS or len(sources) != 2 or not wanted.issuperset(sources):
             continue
         end = _after_relu(node, modules)
         reading = readers(end)

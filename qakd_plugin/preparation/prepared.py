@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from ..placement.targets import TARGETS, Target
 from ..tasks.batches import BatchFn, batch_splitter, default_batch
 from ..tasks.inputs import HALF, Inputs, call, device_of_network, dtypes_named, named_tensors, precision_of, to_device
 from ..tasks.outputs import named_outputs
-from ..toolkits import Adapter, Precision, adapter_for, adapter_named
+from ..toolkits import PLACEMENT, Adapter, Precision, adapter_for, adapter_named
 from .pretrained import mark_pretrained
 from .recorded import Preparation, described_inputs, record
 
@@ -77,7 +78,33 @@ def prepare(
         NotPreparedError: the model is prepared already.
         MissingPackageError: the toolkit is not installed.
     """
+    return prepare_as(model, calibration_batches, toolkit, weight_bits, activation_bits, keep, target=target, batch_fn=batch_fn)
+
+
+@one_at_a_time
+def prepare_as(
+    model: nn.Module,
+    calibration_batches: Iterable[object],
+    toolkit: str,
+    weight_bits: int,
+    activation_bits: int,
+    keep: Sequence[str] | None,
+    *,
+    target: str,
+    batch_fn: BatchFn,
+    placement: int = PLACEMENT,
+) -> nn.Module:
+    """:func:`prepare`, also as earlier versions placed quantizers.
+
+    Raises:
+        QakdError: as :func:`prepare`, or ``placement`` is of a later version.
+    """
     adapter, precision = _parse_request(toolkit, weight_bits, activation_bits, keep, target)
+    if not 1 <= placement <= PLACEMENT:
+        raise QakdError(
+            f"placement {placement} is of a later version of qakd_plugin; this one knows 1 to {PLACEMENT}: update it."
+        )
+    precision = replace(precision, placement=placement)
     _require_float(model)
     device = device_of_network(model)
     split = batch_splitter(batch_fn, model)
@@ -93,7 +120,7 @@ def prepare(
         prepared = adapter.prepare(network, batches, precision)
     _require_hooks(adapter, model, prepared, batches[0])
     kept = None if keep is None else list(keep)
-    asked = Preparation(adapter.name, weight_bits, activation_bits, kept, target, described_inputs(batches[0]))
+    asked = Preparation(adapter.name, weight_bits, activation_bits, kept, target, described_inputs(batches[0]), placement)
     record(prepared, asked)
     mark_pretrained(prepared)
     return prepared

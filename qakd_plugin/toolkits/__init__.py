@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from ..errors import MissingPackageError, NotPreparedError, QakdError
-from .adapter import Adapter, Precision, QParams, Quantizer, Role, loaded_class
+from .adapter import PLACEMENT, Adapter, Precision, QParams, Quantizer, Role, loaded_class
 
-__all__ = ["TOOLKITS", "Adapter", "Precision", "QParams", "Quantizer", "Role", "adapter_for", "adapter_named"]
+__all__ = ["PLACEMENT", "TOOLKITS", "Adapter", "Precision", "QParams", "Quantizer", "Role", "adapter_for", "adapter_named"]
 
 
 @dataclass(frozen=True)

@@ -16,15 +16,21 @@ from qakd_plugin import (
     QKD,
     NotPreparedError,
     build_engine,
+    configuration,
     describe,
     distill,
     export_onnx,
+    load,
     prepare,
     restore_modelopt,
+    save,
     use_quantizers,
 )
 from qakd_plugin.bench.census import optimized_nodes
 from qakd_plugin.placement.placement import place_quantizers
+from qakd_plugin.preparation.again import prepare_again
+from qakd_plugin.preparation.prepared import prepare_as
+from qakd_plugin.preparation.recorded import recorded
 from qakd_plugin.toolkits import adapter_for
 
 WIDTH = 8
@@ -225,3 +231,25 @@ def test_children_of_a_block_keep_their_names_in_the_export_form(net, images):
     names = {name for name, _ in form.named_modules()}
     assert {"blocks.0.output_qdq", "blocks.0.first.0.weight"} <= names
     assert not any("blocks.0.inner" in name for name in names)
+
+
+def test_the_configuration_for_modelopts_own_call_asks_for_nothing_that_it_has_no_place_for(net, images):
+    student = mtq.quantize(copy.deepcopy(net), configuration(net), lambda model: model(images))
+    read = {name.removesuffix(".input_quantizer") for name in _activations(student) if name.endswith("input_quantizer")}
+    assert {"blocks.1.first.0", "blocks.2.first.0", "last.0"} <= read  # which read sums
+
+
+@pytest.mark.parametrize("toolkit", ["modelopt", "pt2e"])
+def test_a_student_of_an_earlier_version_is_prepared_as_it_was(net, images, toolkit, tmp_path):
+    asked = {"target": "openvino", "batch_fn": lambda batch: (batch, None)}
+    old = prepare_as(net, [images], toolkit, 8, 8, None, placement=1, **asked)
+    restored = load(save(old, tmp_path / "old.safetensors"), net)
+    with torch.no_grad():
+        assert torch.equal(restored(images), old(images))
+    unsaid = {key: value for key, value in recorded(old).as_dict().items() if key != "placement"}
+    assert _activations(prepare_again(net, unsaid, {})) == _activations(old)
+    if toolkit == "modelopt":
+        assert not set(SUMS) & set(_activations(old))
+    new = prepare(net, [images], toolkit, target="openvino")
+    with torch.no_grad():
+        assert torch.equal(load(save(new, tmp_path / "new.safetensors"), net)(images), new(images))

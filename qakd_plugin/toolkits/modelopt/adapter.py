@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -115,11 +116,12 @@ class ModelOptAdapter:
         model.train(training)
 
     def configuration(self, model: nn.Module, precision: Precision) -> dict[str, Any]:
-        return modelopt_config(place_quantizers(model, precision.keep), precision)
+        # Where the user calls ModelOpt it takes neither residual blocks nor ReLUs: their quantizers would be left out, silently.
+        return modelopt_config(place_quantizers(model, precision.keep, sums=False), replace(precision, placement=1))
 
     def prepare(self, model: nn.Module, batches: Sequence[Inputs], precision: Precision) -> nn.Module:
         mtq = require("modelopt.torch.quantization", extra="modelopt", purpose="prepare a model with toolkit='modelopt'")
-        placement = place_quantizers(model, precision.keep, batches[0])
+        placement = place_quantizers(model, precision.keep, batches[0], sums=precision.placement > 1)
         config = modelopt_config(placement, precision)
         if placement.floating_sums:
             _log.warning(

@@ -52,4 +52,4 @@ def quantized_modules(placement: Placement, precision: Precision) -> list[str]:
 
 
 def _is_after_clamp(output: OutputQuantizer, precision: Precision) -> bool:
-    return output.after_clamp is not None and precision.is_unsigned(8, non_negative=True)
+    return output.after_clamp is not None and precision.is_unsigned(8, non_negative=True) and precision.placement > 1

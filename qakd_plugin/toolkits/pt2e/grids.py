@@ -24,9 +24,8 @@ _GRID_KEEPING = {
     _aten.dropout_.default,
     _aten.relu.default,
     _aten.relu_.default,
-    _aten.contiguous.default,
 }
-_SPLITS = {_aten.chunk.default, _aten.split.Tensor, _aten.split_with_sizes.default, operator.getitem}
+_SPLITS = {_aten.contiguous.default, _aten.chunk.default, _aten.split.Tensor, _aten.split_with_sizes.default, operator.getitem}
 _CONCATS = {_aten.cat.default, _aten.concat.default}
 
 
@@ -42,16 +41,19 @@ class Grids:
         adds: its residual adds.
         layers: convolutions and linear layers that quantize their input, if it is not.
         outputs: nodes whose output is to be quantized to 8 bits.
+        share: follow grids through concatenations and splits; what is concatenated shares one.
 
     Attributes:
         outputs: those, and the sums that are quantized as well.
         divided: nodes on a grid that a split or a concatenation made.
     """
 
-    def __init__(self, graph: fx.Graph, adds: set[fx.Node], layers: set[fx.Node], outputs: Iterable[fx.Node]) -> None:
+    def __init__(
+        self, graph: fx.Graph, adds: set[fx.Node], layers: set[fx.Node], outputs: Iterable[fx.Node], *, share: bool
+    ) -> None:
         self.outputs = set(outputs)
         self.divided: set[fx.Node] = set()
-        self._layers = layers
+        self._layers, self._share = layers, share
         self._of: dict[fx.Node, fx.Node] = {}  # the quantized node that a node's grid is of
         self._shared: dict[fx.Node, fx.Node] = {}  # the earlier quantized node that one shares its quantizer with
         for node in graph.nodes:
@@ -73,12 +75,12 @@ class Grids:
         on_grid = bool(operands) and all(operand in self for operand in operands)
         if node in self.outputs:
             self._of[node] = node
-        elif node.target in _CONCATS and on_grid:
+        elif node.target in _CONCATS and on_grid and self._share:
             first, *others = dict.fromkeys(self.first(operand) for operand in operands)
             self._shared.update(dict.fromkeys(others, first))
             self._of[node] = first
             self.divided.add(node)
-        elif (node.target in _GRID_KEEPING or node.target in _SPLITS) and on_grid:
+        elif on_grid and (node.target in _GRID_KEEPING or (node.target in _SPLITS and self._share)):
             self._of[node] = self._of[operands[0]]
             if node.target in _SPLITS or operands[0] in self.divided:
                 self.divided.add(node)

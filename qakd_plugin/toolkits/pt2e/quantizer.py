@@ -64,6 +64,7 @@ class SymmetricQuantizer(Quantizer):  # type: ignore[misc]
         activation_bits: likewise, of their inputs.
         keep: names or patterns of modules that stay in floating point; for use without a placement, which has its own.
         unsigned_bytes: let 8-bit activations that cannot be negative take codes 0..255, which TensorRT cannot.
+        share_grids: let tensors that are concatenated share one quantizer.
 
     Raises:
         QakdError: the bits are out of range, or (in ``annotate``) nothing is left to quantize.
@@ -77,12 +78,14 @@ class SymmetricQuantizer(Quantizer):  # type: ignore[misc]
         *,
         keep: Sequence[str] = (),
         unsigned_bytes: bool = False,
+        share_grids: bool = True,
     ) -> None:
         for name, bits in (("weight_bits", weight_bits), ("activation_bits", activation_bits)):
             if not 2 <= bits <= 8:
                 raise QakdError(f"{name}={bits} is out of range: 2 to 8 bits can be prepared.")
         self.placement = placement
         self.precision = Precision(weight_bits, activation_bits, tuple(keep), unsigned_bytes)
+        self.share_grids = share_grids
 
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
         dynamic = from_inputs(model)
@@ -93,7 +96,7 @@ class SymmetricQuantizer(Quantizer):  # type: ignore[misc]
             raise QakdError("the exported graph holds no convolution or linear layer to quantize.")
         adds = {node for node in model.graph.nodes if node.target in ADDS and _adds_activations(node, dynamic)}
         ends = _operands(adds, set(layers)) if self.placement is None else self._ends(model.graph, self.placement)
-        grids = Grids(model.graph, adds, set(layers), ends)
+        grids = Grids(model.graph, adds, set(layers), ends, share=self.share_grids)
         for node, layer in layers.items():
             self._annotate_layer(node, layer, grids)
         for node in adds if self.placement is None else ():
