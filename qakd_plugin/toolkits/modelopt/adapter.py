@@ -116,7 +116,7 @@ class ModelOptAdapter:
         model.train(training)
 
     def configuration(self, model: nn.Module, precision: Precision) -> dict[str, Any]:
-        # Where the user calls ModelOpt it takes neither residual blocks nor ReLUs: their quantizers would be left out, silently.
+        # Where the user calls ModelOpt it takes neither residual blocks nor ReLUs: their quantizers would silently be left out.
         return modelopt_config(place_quantizers(model, precision.keep, sums=False), replace(precision, placement=1))
 
     def prepare(self, model: nn.Module, batches: Sequence[Inputs], precision: Precision) -> nn.Module:
