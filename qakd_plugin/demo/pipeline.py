@@ -23,14 +23,22 @@ from ..deploy.engine.bindings import load_runtime
 from ..deploy.engine.build import build_engine
 from ..deploy.export import export_float, export_onnx
 from ..errors import MissingPackageError
+from ..placement.targets import Target
 from ..preparation.prepared import prepare
 from ..report import console_table, write_report
 from ..training.distillation import distill
 from ..training.methods import QAT, SQAKD, Method
 from .data import Digits, load
 from .net import DigitNet, train_float
+from .summary import conclusions, first_table, winners
 
-CONFIGURATIONS = (("modelopt", 8), ("modelopt", 4), ("torch_ao", 8))
+TOOLKIT = "modelopt"
+CONFIGURATIONS: tuple[tuple[int, tuple[Method, ...]], ...] = (
+    (8, (SQAKD(),)),
+    (3, (QAT(), SQAKD())),
+    (2, (QAT(), SQAKD())),
+)
+"""Bits of weights and activations, and what trains them; each is calibrated alone, too."""
 CALIBRATION_BATCHES = 8
 PARITY_SAMPLES = 64
 
@@ -40,14 +48,13 @@ class Student:
     """One trained or calibrated model on its way to a file."""
 
     method: str
-    toolkit: str
     bits: int
     model: nn.Module
     history: list[dict[str, Any]]
 
     @property
     def name(self) -> str:
-        return f"{self.toolkit}-w{self.bits}a{self.bits}-{self.method.lower()}"
+        return f"w{self.bits}a{self.bits}-{self.method.lower()}"
 
 
 def run(folder: Path, *, epochs: int = 12, teacher_epochs: int = 15, seed: int = 0, calls: int = 300) -> Path:
@@ -88,9 +95,9 @@ def run(folder: Path, *, epochs: int = 12, teacher_epochs: int = 15, seed: int =
     step(3, "Preparing and calibrating students (post-training quantization)")
     students = _prepared(console, teacher, digits, float_accuracy)
     step(4, f"Training them: QAT with labels, SQAKD without, {epochs} epochs each")
-    for toolkit, bits in CONFIGURATIONS:
-        for method in (QAT(), SQAKD()):
-            students.append(_train(folder, teacher, digits, toolkit, bits, method, epochs, seed))
+    for bits, methods in CONFIGURATIONS:
+        for method in methods:
+            students.append(_train(folder, teacher, digits, bits, method, epochs, seed))
             best = max(row["val_accuracy"] for row in students[-1].history)
             console.print(f"     {students[-1].name}: validation accuracy {100 * best:.2f} %")
     step(5, "Exporting canonical ONNX, gated on parity with the trained model")
@@ -106,10 +113,13 @@ def run(folder: Path, *, epochs: int = 12, teacher_epochs: int = 15, seed: int =
         rows,
         folder / "report.html",
         title="Handwritten digits: from a full-precision teacher to integer files",
-        notes=[*without_engines, *_conclusions(rows)],
+        notes=[*without_engines, *conclusions(rows)],
         seeds={"split": seed, "teacher": seed, "students": seed},
         engines=engines,
     )
+    console.print(first_table(rows))
+    for sentence in winners(rows):
+        console.print(f"     {sentence}")
     console.print(console_table(rows, title="Deployed files (one thread, batch 1)"))
     folders = [folder / "onnx", *([folder / "engines"] if engines else [])]
     console.print(f"Report: {path}  (report.md and report.json beside it). Files: {', '.join(map(str, folders))}.")
@@ -142,27 +152,24 @@ def _teacher(path: Path, digits: Digits, epochs: int, seed: int) -> nn.Module:
 
 def _prepared(console: Console, teacher: nn.Module, digits: Digits, float_accuracy: float) -> list[Student]:
     students = []
-    for toolkit, bits in CONFIGURATIONS:
-        model = _prepare(teacher, digits, toolkit, bits)
+    for bits, _ in CONFIGURATIONS:
+        model = _prepare(teacher, digits, bits)
         gap = 100 * (float_accuracy - _accuracy(model, digits.validation))
-        text = f"PTQ gap of {toolkit} W{bits}A{bits}: {gap:.2f} points on the validation split."
+        text = f"PTQ gap of W{bits}A{bits}: {gap:.2f} points on the validation split."
         if gap < 1:
             text += " Under one point: for this task calibration alone is nearly enough, training can only win back that much."
         console.print(f"     {text}")
-        students.append(Student("PTQ", toolkit, bits, model, []))
+        students.append(Student("PTQ", bits, model, []))
     return students
 
 
-def _prepare(teacher: nn.Module, digits: Digits, toolkit: str, bits: int) -> nn.Module:
+def _prepare(teacher: nn.Module, digits: Digits, bits: int) -> nn.Module:
     batches = [batch for _, batch in zip(range(CALIBRATION_BATCHES), digits.loader("train", labels=False), strict=False)]
-    return prepare(teacher, batches, toolkit, weight_bits=bits, activation_bits=bits)
+    return prepare(teacher, batches, TOOLKIT, weight_bits=bits, activation_bits=bits)
 
 
-def _train(
-    folder: Path, teacher: nn.Module, digits: Digits, toolkit: str, bits: int, method: Method, epochs: int, seed: int
-) -> Student:
-    name = type(method).__name__
-    student = Student(name, toolkit, bits, _prepare(teacher, digits, toolkit, bits), [])
+def _train(folder: Path, teacher: nn.Module, digits: Digits, bits: int, method: Method, epochs: int, seed: int) -> Student:
+    student = Student(type(method).__name__, bits, _prepare(teacher, digits, bits), [])
     loader: DataLoader[Tensor] = digits.loader("train", labels=isinstance(method, QAT), shuffle=True, seed=seed)
     result = distill(
         student.model,
@@ -179,11 +186,19 @@ def _train(
     return student
 
 
+def _suffixes() -> dict[Target, str]:
+    """What files end in, by the runtime that they are written for; OpenVINO's are proven in OpenVINO, so it must be there."""
+    suffixes: dict[Target, str] = {"tensorrt": ".onnx", "onnxruntime": ".ort.onnx"}
+    return {**suffixes, "openvino": ".vino.onnx"} if find_spec("openvino") else suffixes
+
+
 def _export_all(console: Console, folder: Path, students: list[Student], example: Tensor) -> None:
     for student in track(students, "export"):
-        export_onnx(student.model, example, folder / "onnx" / f"{student.name}.onnx")
-        exported = export_onnx(student.model, example, folder / "onnx" / f"{student.name}.ort.onnx", target="onnxruntime")
-        proof = exported.parity
+        exported = {
+            target: export_onnx(student.model, example, folder / "onnx" / f"{student.name}{suffix}", target=target)
+            for target, suffix in _suffixes().items()
+        }
+        proof = exported["onnxruntime"].parity
         console.print(
             f"     {student.name}: {proof.weight_codes:,} weight codes equal, {proof.activation_codes:,} activation codes "
             f"compared, {proof.ties_runtime} rounding ties, deviation {proof.runtime_deviation:.0e} with ties settled"
@@ -206,16 +221,14 @@ def _build_all(console: Console, folder: Path, students: list[Student]) -> list[
 
 def _measure(folder: Path, float_file: Path, students: list[Student], digits: Digits, calls: int) -> list[Row]:
     """Every student in the file made for each runtime; layers are profiled, since the nets are small."""
-    suffixes = {"onnxruntime": ".ort.onnx"}
-    if find_spec("openvino"):
-        suffixes["openvino"] = ".onnx"
+    suffixes = {runtime: suffix for runtime, suffix in _suffixes().items() if runtime != "tensorrt"}
     candidates = [Candidate(float_file, method="FP32", model="digits")]
     candidates += [
         Candidate(
             folder / "onnx" / f"{student.name}{suffix}",
             method=student.method,
             model="digits",
-            toolkit=student.toolkit,
+            toolkit=TOOLKIT,
             weight_bits=student.bits,
             activation_bits=student.bits,
             runtime=runtime,
@@ -224,29 +237,6 @@ def _measure(folder: Path, float_file: Path, students: list[Student], digits: Di
         for runtime, suffix in suffixes.items()
     ]
     return benchmark(candidates, digits.loader("test"), tuple(suffixes), calls=calls, profile_layers=True)
-
-
-def _conclusions(rows: list[Row]) -> list[str]:
-    """What the table shows, in sentences."""
-    notes = []
-    for runtime in dict.fromkeys(row.runtime for row in rows):
-        integer = [row for row in rows if row.runtime == runtime and not row.is_float]
-        if all(row.integer_layers == row.total_layers for row in integer):
-            notes.append(f"Every convolution and linear layer of every quantized file runs on an integer kernel in {runtime}.")
-        else:
-            names = [row.name for row in integer if row.integer_layers != row.total_layers]
-            notes.append(f"Some layers stay in floating point in {runtime}: {', '.join(names)}.")
-        speedups = [row.speedup for row in integer if row.speedup is not None]
-        if speedups:
-            notes.append(
-                f"In {runtime} quantized files are {min(speedups):.2f} to {max(speedups):.2f} times as fast as FP32 there."
-            )
-    notes.append(
-        "Four-bit files compute exactly what was trained, in 8-bit kernels: the runtimes here compute convolutions in 8 bits "
-        "at least, so they are as fast as 8-bit files, not faster."
-    )
-    notes.append("A loss against FP32 whose interval reaches 0 is no evidence: the test split has a few hundred images.")
-    return notes
 
 
 def _accuracy(model: nn.Module, split: tuple[Tensor, Tensor]) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from ..bench.rows import Row, fastest_integer_rows, rival
 from ..deploy.finding import Finding
@@ -61,7 +62,26 @@ class Verdict:
 
 
 def warnings_of(rows: Sequence[Row]) -> list[str]:
-    """What disturbed a measurement."""
+    """What disturbed a measurement, and files that ran where they were not proven."""
+    return [*_disturbances(rows), *_not_proven(rows)]
+
+
+def _not_proven(rows: Sequence[Row]) -> list[str]:
+    """By runtime: files written for another one, whose proof does not hold for the kernels of this one."""
+    proofs: dict[str, Literal["fused", "openvino"]] = {"onnxruntime": "fused", "openvino": "openvino"}
+    warnings = []
+    for runtime, name in proofs.items():
+        proven = {row.name: row.record.parity for row in rows if row.runtime == runtime and row.record is not None}
+        missing = [row for row, parity in proven.items() if parity is not None and parity.get(name) is None]
+        if missing:
+            warnings.append(
+                f"Not proven in {runtime}: {', '.join(missing)}. Written for another runtime, they may compute "
+                f'something else in this one. Export with target="{runtime}".'
+            )
+    return warnings
+
+
+def _disturbances(rows: Sequence[Row]) -> list[str]:
     found = [row.conditions for row in rows if row.conditions is not None and row.conditions.busy]
     if not found:
         return []

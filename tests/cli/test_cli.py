@@ -13,8 +13,10 @@ import pytest
 import torch
 from torch import nn
 
+from qakd_plugin import QAT, SQAKD
 from qakd_plugin._common.cpu_features import has_bfloat16
 from qakd_plugin.cli import main
+from qakd_plugin.demo import pipeline
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RECIPE = """
@@ -218,27 +220,49 @@ def test_the_demo_goes_on_where_it_was_stopped(tmp_path):
     assert (tmp_path / "teacher.pt").stat().st_mtime_ns == saved
 
 
-def test_the_demo_writes_a_report(tmp_path):
-    _check_demo(tmp_path)
+def test_the_demo_writes_a_report(tmp_path, monkeypatch, capsys):
+    """Two of its eight students; all of them in the test above."""
+    monkeypatch.setattr(pipeline, "CONFIGURATIONS", ((2, (QAT(), SQAKD())),))
+    assert main(["demo", "--epochs", "1", "--teacher-epochs", "1", "--calls", "70", "--out", str(tmp_path)]) == 0
+    _check_report(tmp_path, {"PTQ": 1, "QAT": 1, "SQAKD": 1}, capsys.readouterr().out)
 
 
 def _check_demo(tmp_path):
     done = subprocess.run([*DEMO, tmp_path], capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stdout + done.stderr
+    _check_report(tmp_path, {"PTQ": 3, "QAT": 2, "SQAKD": 3}, done.stdout)
+
+
+def _check_report(tmp_path, students, output):
     document = json.loads((tmp_path / "report.json").read_text())
+    count = sum(students.values())
+    methods = [row["method"] for row in document["rows"] if row["weight_bits"] < 32]
+    assert {method: methods.count(method) for method in methods} == {method: 2 * many for method, many in students.items()}
     runtimes = [row["runtime"] for row in document["rows"] if row["weight_bits"] < 32]
-    assert {runtime: runtimes.count(runtime) for runtime in runtimes} == {"onnxruntime": 9, "openvino": 9}
+    assert {runtime: runtimes.count(runtime) for runtime in runtimes} == {"onnxruntime": count, "openvino": count}
     floats = {(row["runtime"], row["precision"]) for row in document["rows"] if row["weight_bits"] == 32}
     expected = {("onnxruntime", "float32"), ("openvino", "float32")}
     assert floats == expected | ({("openvino", "bfloat16")} if has_bfloat16() else set())
     assert all(row["layers"] and row["conditions"] for row in document["rows"])
-    assert {row["method"] for row in document["rows"]} == {"FP32", "PTQ", "QAT", "SQAKD"}
-    assert all(row["integer_layers"] == row["total_layers"] for row in document["rows"] if row["weight_bits"] < 32)
+    for row in document["rows"]:
+        if row["weight_bits"] < 32:
+            # With codes of two or three bits the integer grid of a bias can be too coarse: ONNX Runtime then adds it in float,
+            # which the diagnosis says.
+            least = 10 if row["weight_bits"] == 8 or row["runtime"] == "openvino" else 8
+            assert least <= row["integer_layers"] <= row["total_layers"] == 10
     assert all(engine["convolutions"] == {"total": 9, "int8": 9} for engine in document["engines"])
     records = [(row["method"], row["record"]) for row in document["rows"] if row["weight_bits"] < 32]
     assert all(record["parity"]["runtime_deviation"] < 1e-4 for _, record in records)
     trained = {(method, *(entry["method"] for entry in record["training"])) for method, record in records}
     assert trained == {("PTQ",), ("QAT", "QAT"), ("SQAKD", "SQAKD")}
-    assert len(list((tmp_path / "engines").iterdir())) == 18
-    assert "8/8" in done.stdout
+    assert len(list((tmp_path / "engines").iterdir())) == 2 * count
+    assert not any("Not proven" in warning for warning in (tmp_path / "report.md").read_text().splitlines())
+    first, _, _ = output.partition("8/8")[2].partition("Deployed files")
+    assert all(heading in first for heading in ("calibrated only", "QAT, with labels", "SQAKD, no labels"))
+    (row,) = [
+        row for row in document["rows"] if (row["runtime"], row["method"], row["weight_bits"]) == ("onnxruntime", "QAT", 2)
+    ]
+    scores = [f"{100 * row[name]:.1f}" for name in ("accuracy", "accuracy_low", "accuracy_high")]
+    assert "{} [{}, {}]".format(*scores) in first
+    assert "W2A2: calibration alone reaches" in " ".join(first.split())
     torch.load(tmp_path / "teacher.pt", weights_only=True)

@@ -1,7 +1,7 @@
 """The demo where packages are missing; the whole of it runs in tests/cli."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -9,8 +9,11 @@ from report_rows import ROW
 from torch import nn
 
 from qakd_plugin import MissingPackageError
-from qakd_plugin.demo import data, pipeline
+from qakd_plugin.bench.intervals import wilson_interval
+from qakd_plugin.demo import data, pipeline, summary
 from qakd_plugin.report import read_report
+
+FP32 = replace(ROW, method="FP32", toolkit=None, weight_bits=32, activation_bits=32, precision="float32", speedup=1.0)
 
 
 @dataclass
@@ -24,11 +27,11 @@ class Trained:
 @pytest.fixture
 def short(monkeypatch):
     """One student of each method, calibrated alone; exporting and measuring have tests of their own."""
-    monkeypatch.setattr(pipeline, "CONFIGURATIONS", (("torch_ao", 8),))
+    monkeypatch.setattr(pipeline, "CONFIGURATIONS", ((8, (pipeline.SQAKD(),)),))
     history = [{"epoch": 0, "phase": "none", "loss": 1.0, "val_accuracy": 0.5}]
     monkeypatch.setattr(pipeline, "distill", lambda model, *_, **__: Trained(model, history))
     monkeypatch.setattr(pipeline, "_export_all", lambda *_: [])
-    monkeypatch.setattr(pipeline, "_measure", lambda *_: [ROW])
+    monkeypatch.setattr(pipeline, "_measure", lambda *_: [FP32, ROW])
 
 
 def test_without_tensorrt_rtx_the_first_step_says_so_and_the_report_too(short, tmp_path, monkeypatch, capsys):
@@ -64,3 +67,18 @@ def test_the_digits_are_split_once_into_classes_of_equal_shares():
         assert images.shape[1:] == (1, 32, 32)
         assert 0 <= images.min() < images.max() <= 1
         assert torch.bincount(labels).min() > 0.08 * len(labels)
+
+
+def test_a_winner_is_named_only_where_intervals_part():
+    def row(method, accuracy):
+        low, high = wilson_interval(round(450 * accuracy), 450)
+        return replace(
+            ROW, method=method, weight_bits=2, activation_bits=2, accuracy=accuracy, accuracy_low=low, accuracy_high=high
+        )
+
+    (parted,) = summary.winners([FP32, row("PTQ", 0.2), row("QAT", 0.8), row("SQAKD", 0.96)])
+    assert "W2A2: calibration alone reaches 20.0 [16.6, 23.9] %" in parted
+    assert "SQAKD won, and the intervals part" in parted
+    (close,) = summary.winners([FP32, row("PTQ", 0.2), row("QAT", 0.97), row("SQAKD", 0.96)])
+    assert "neither has won" in close
+    assert summary.winners([FP32, row("PTQ", 0.99), row("SQAKD", 0.99)]) == []

@@ -305,3 +305,14 @@ def test_a_busy_machine_contradicts_itself_no_more():
     assert "other processes" not in text
     assert "load average before was up to 2.8" in text
     assert FINDING.kind not in text
+
+
+def test_a_file_that_ran_where_it_was_not_proven_is_named():
+    canonical = FileRecord("modelopt", 8, 8, "tensorrt", (), {"weight_codes": 77, "fused": None, "openvino": None})
+    proven = FileRecord("modelopt", 8, 8, "openvino", (), {"weight_codes": 77, "fused": None, "openvino": {"top1": 1.0}})
+    (text,) = warnings_of([replace(ROW, runtime="openvino", record=canonical)])
+    assert text.startswith(f"Not proven in openvino: {ROW.name}.")
+    assert 'target="openvino"' in text
+    assert (
+        warnings_of([replace(ROW, runtime="openvino", record=proven), replace(ROW, runtime="tensorrt", record=canonical)]) == []
+    )
