@@ -26,7 +26,7 @@ from .frozen_batch_norm import is_frozen_batch_norm
 from .fx_graph import TRANSPARENT, called_module, only_reader, outermost, readers, relu_bounds
 from .layer_names import WEIGHTED, quantizable_layers
 from .sign_analysis import non_negative
-from .sums import RESULT_OF, Sum, grids, made_by, returning
+from .sums import RESULT_OF, Sum, grids, joined, made_by, returning
 
 _log = logging.getLogger(__name__)
 _LAYER_CLASSES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
@@ -58,6 +58,7 @@ class Placement:
         covered: layers whose input already lies on the 8-bit grid of an output quantizer.
         outputs: further quantizers, after a module.
         sums: quantizers of sums, on the output of the module that returns them.
+        joined: groups of quantizers that should have one grid: those of outputs and sums, and layers' names for their inputs'.
         floating_sums: sums that belong on a grid, and that no module returns: what they add, for messages.
     """
 
@@ -67,6 +68,7 @@ class Placement:
     covered: frozenset[str] = frozenset()
     outputs: tuple[OutputQuantizer, ...] = field(default=())
     sums: tuple[Sum, ...] = ()
+    joined: tuple[tuple[OutputQuantizer | Sum | str, ...], ...] = ()
     floating_sums: tuple[str, ...] = ()
 
 
@@ -181,6 +183,8 @@ class _Analysis:
         calls = [node for node in self.nodes if node.op == "call_module" and node.target in self.layers]
         outputs = self._output_quantizers(calls)
         found = grids(self.nodes, self.modules, self.layers, {node for node, _ in outputs}, self.positive, sums=sums)
+        quantizers: dict[fx.Node, OutputQuantizer | Sum] = {**dict(outputs), **found.sums}
+        groups = joined(self.nodes, self.modules, self.layers, set(quantizers))
         return Placement(
             layers=tuple(dict.fromkeys(name for node in self.nodes for name in self._layers_of(node))),
             edges=frozenset(str(node.target) for node in outermost(self.nodes, set(calls))),
@@ -188,6 +192,7 @@ class _Analysis:
             covered=frozenset(self._for_all_calls(calls, found.on_grid)),
             outputs=tuple(dict.fromkeys(quantizer for _, quantizer in outputs)),
             sums=tuple(found.sums.values()),
+            joined=tuple((*(quantizers[node] for node in nodes), *names) for nodes, names in groups),
             floating_sums=tuple(" + ".join(map(made_by, node.all_input_nodes)) for node in found.floating),
         )
 

@@ -24,6 +24,10 @@ RESULT_OF = "result_of"
 tensor first."""
 
 _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_CONCATS = {torch.cat, torch.concat}
+_MOVES = {operator.getitem, torch.chunk, torch.split, torch.reshape, torch.flatten, torch.transpose, torch.permute, "chunk",
+          "split", "view", "reshape", "flatten", "unflatten", "transpose", "permute", "contiguous"}  # fmt: skip
+"""Of single tensors; what follows the first argument are sizes and positions."""
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 """Run their children, or let others do so: a quantizer among them would be one more."""
 
@@ -92,6 +96,55 @@ def grids(
         else:
             found.floating.append(node)
     return found
+
+
+def joined(
+    nodes: Iterable[fx.Node], modules: Mapping[str, nn.Module], layers: Set[str], quantized: Set[fx.Node]
+) -> list[tuple[list[fx.Node], list[str]]]:
+    """Quantizers that should have one grid, because what they quantize is concatenated: then only codes are moved.
+
+    Args:
+        nodes: in order.
+        modules: that they call, by name.
+        layers: names of the layers that quantize their input.
+        quantized: nodes that have a quantizer.
+
+    Returns:
+        Groups: quantized nodes, and layers that read what was made of them by concatenating, splitting and moving.
+    """
+    of: dict[fx.Node, fx.Node] = {}  # the quantized node that a node's grid is of
+    earlier: dict[fx.Node, fx.Node] = {}
+    divided: set[fx.Node] = set()
+
+    def first(node: fx.Node) -> fx.Node:
+        node = of[node]
+        while node in earlier:
+            node = earlier[node]
+        return node
+
+    reading: list[tuple[fx.Node, str]] = []
+    for node in nodes:
+        sources, function = node.all_input_nodes, called_function(node)
+        if node in quantized:
+            of[node] = node
+        elif function in _CONCATS and all(source in of for source in sources):
+            root, *others = dict.fromkeys(map(first, sources))
+            earlier.update(dict.fromkeys(others, root))
+            of[node] = root
+            divided.add(node)
+        elif node.op == "call_module" and node.target in layers:
+            if sources[0] in divided:
+                reading.append((sources[0], str(node.target)))
+        elif sources and sources[0] in of and (function in _MOVES or _keeps_grid(node, modules)):
+            of[node] = of[sources[0]]
+            if function in _MOVES or sources[0] in divided:
+                divided.add(node)
+    groups: dict[fx.Node, tuple[list[fx.Node], list[str]]] = {}
+    for node in [node for node in of if node in quantized]:
+        groups.setdefault(first(node), ([], []))[0].append(node)
+    for source, layer in reading:
+        groups[first(source)][1].append(layer)
+    return [group for group in groups.values() if len(group[0]) + len(group[1]) > 1]
 
 
 def made_by(node: fx.Node) -> str:

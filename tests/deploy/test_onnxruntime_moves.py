@@ -54,7 +54,7 @@ def shuffle():
     return model.eval(), images
 
 
-@pytest.mark.parametrize(("toolkit", "target"), [("pt2e", "tensorrt"), ("torch_ao", "onnxruntime")])
+@pytest.mark.parametrize(("toolkit", "target"), [("pt2e", "tensorrt"), ("torch_ao", "onnxruntime"), ("modelopt", "tensorrt")])
 def test_a_channel_shuffle_moves_codes_alone(toolkit, target, shuffle, tmp_path):
     model, images = shuffle
     exported = export_onnx(prepare(model, [images], toolkit, target=target), images, tmp_path / "s.onnx", target="onnxruntime")

@@ -13,18 +13,23 @@ from ...placement.placement import Placement
 from ...tasks.inputs import Inputs
 from ..adapter import Adapter, Precision, require_no_negative
 from ..fake_quantizers import dead_activations, observe_unquantized
-from .configuration import output_name
+from .configuration import joined_quantizers, output_name
 
 
 @torch.no_grad()
 def minimize_error(
     adapter: Adapter, model: nn.Module, batches: Sequence[Inputs], placement: Placement, precision: Precision
 ) -> None:
-    """Replace the ranges of max calibration by those with the least squared error over all batches."""
+    """Replace the ranges of max calibration by those with the least squared error over all batches.
+
+    What is concatenated gets one range. ModelOpt's own quantizers keep it in training; learned ones need not.
+    """
     clamps = {output_name(output, precision): output.clamp for output in placement.outputs}
     quantizers = adapter.quantizers(model)
-    watched = {quantizer.fqn: quantizer.module for quantizer in quantizers if quantizer.role == "activation"}
-    observers = observe_unquantized(adapter, model, watched, batches, clamps)
+    watched: dict[str, Any] = {quantizer.fqn: quantizer.module for quantizer in quantizers if quantizer.role == "activation"}
+    joined = joined_quantizers(placement, precision)
+    groups = {name: group for name, group in joined.items() if name in watched and watched[name].num_bits == 8}
+    observers = observe_unquantized(adapter, model, watched, batches, clamps, groups)
     dead = dead_activations(observers)
     for quantizer in quantizers:
         q: Any = quantizer.module

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...placement.placement import OutputQuantizer, Placement
+from ...placement.sums import Sum
 from ..adapter import Precision
 
 
@@ -34,7 +35,7 @@ def modelopt_config(placement: Placement, precision: Precision) -> dict[str, Any
     for output in placement.outputs:
         enable(output_name(output, precision), num_bits=8, axis=None, unsigned=_is_after_clamp(output, precision))
     for total in placement.sums:
-        enable(f"{total.name}.output_quantizer", num_bits=8, axis=None, unsigned=precision.is_unsigned(8, total.unsigned))
+        enable(_name(total, precision), num_bits=8, axis=None, unsigned=precision.is_unsigned(8, total.unsigned))
     return {"quant_cfg": entries, "algorithm": "max"}
 
 
@@ -49,6 +50,21 @@ def quantized_modules(placement: Placement, precision: Precision) -> list[str]:
     """Names of the modules that hold a quantizer, some of them twice."""
     outputs = (output_name(output, precision).rpartition(".")[0] for output in placement.outputs)
     return [*placement.layers, *outputs, *(total.name for total in placement.sums)]
+
+
+def joined_quantizers(placement: Placement, precision: Precision) -> dict[str, str]:
+    """Names of quantizers that should have one grid, with the name of their group's first; others have none."""
+    found: dict[str, str] = {}
+    for group in placement.joined:
+        names = [_name(quantizer, precision) for quantizer in group]
+        found.update(dict.fromkeys(names, names[0]))
+    return found
+
+
+def _name(quantizer: OutputQuantizer | Sum | str, precision: Precision) -> str:
+    if isinstance(quantizer, OutputQuantizer):
+        return output_name(quantizer, precision)
+    return f"{quantizer}.input_quantizer" if isinstance(quantizer, str) else f"{quantizer.name}.output_quantizer"
 
 
 def _is_after_clamp(output: OutputQuantizer, precision: Precision) -> bool:
