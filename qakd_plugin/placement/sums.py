@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from .fx_graph import GRID_KEEPING, called_function, called_module, only_reader, readers, relu_bounds
+from .fx_graph import GRID_KEEPING, called_function, called_module, leads_to, only_reader, readers, relu_bounds
 
 RESULT_OF = "result_of"
 """In the ``meta`` of a node: names of the modules that return it, innermost first; only of modules that are called once, with a
@@ -101,7 +101,7 @@ def grids(
 def joined(
     nodes: Iterable[fx.Node], modules: Mapping[str, nn.Module], layers: Set[str], quantized: Set[fx.Node]
 ) -> list[tuple[list[fx.Node], list[str]]]:
-    """Quantizers that should have one grid, because what they quantize is concatenated: then only codes are moved.
+    """Quantizers that should have one grid, because what they quantize is concatenated for a layer: then only codes are moved.
 
     Args:
         nodes: in order.
@@ -122,20 +122,26 @@ def joined(
             node = earlier[node]
         return node
 
+    def is_layer(node: fx.Node) -> bool:
+        return node.op == "call_module" and node.target in layers
+
+    def moves(node: fx.Node) -> bool:
+        return called_function(node) in _MOVES | _CONCATS or _keeps_grid(node, modules)
+
     reading: list[tuple[fx.Node, str]] = []
     for node in nodes:
         sources, function = node.all_input_nodes, called_function(node)
         if node in quantized:
             of[node] = node
-        elif function in _CONCATS and all(source in of for source in sources):
+        elif function in _CONCATS and all(source in of for source in sources) and leads_to(node, is_layer, moves):
             root, *others = dict.fromkeys(map(first, sources))
             earlier.update(dict.fromkeys(others, root))
             of[node] = root
             divided.add(node)
-        elif node.op == "call_module" and node.target in layers:
+        elif is_layer(node):
             if sources[0] in divided:
                 reading.append((sources[0], str(node.target)))
-        elif sources and sources[0] in of and (function in _MOVES or _keeps_grid(node, modules)):
+        elif sources and sources[0] in of and moves(node):
             of[node] = of[sources[0]]
             if function in _MOVES or sources[0] in divided:
                 divided.add(node)

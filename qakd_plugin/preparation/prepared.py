@@ -46,7 +46,8 @@ def prepare(
     Weights are symmetric per channel, activations symmetric per tensor; below 8 bits activations that a ReLU made non-negative
     get an unsigned grid. The first and the last layer stay at 8 bits. A quantizer goes after every convolution that feeds a
     residual add, a concatenation or a pooling, because ONNX Runtime runs it in floating point otherwise, and on the sum of a
-    residual block (with ModelOpt, where a module returns it). With PT2E and torch.ao, tensors that are concatenated share one.
+    residual block (with ModelOpt, where a module returns it). Tensors that are concatenated get one range, so that codes are
+    moved and not rounded again; with ModelOpt, learned quantizers may part.
     Ranges minimize the squared error over all calibration batches. ``nn.MultiheadAttention`` becomes a module of the same name
     whose four projections are linear layers (:func:`qakd_plugin.placement.attention.open_attention`), or they would stay in
     floating point. What ``modelopt.torch.opt.save`` wrote of a model comes back with

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import fx
 
+from ...placement.fx_graph import leads_to
 from .graph import RELUS, readers
 
 _aten = torch.ops.aten
@@ -29,11 +30,15 @@ _SPLITS = {_aten.contiguous.default, _aten.chunk.default, _aten.split.Tensor, _a
 _CONCATS = {_aten.cat.default, _aten.concat.default}
 
 
+def _moves(node: fx.Node) -> bool:
+    return node.target in _GRID_KEEPING | _SPLITS | _CONCATS
+
+
 class Grids:
     """One walk over the graph of a float model.
 
     The sum of two quantized tensors is quantized as well, after its ReLU, where one follows; not where a layer alone reads it,
-    and not what the model returns. Tensors that are concatenated share one quantizer, so that moving their codes is all that a
+    and not what the model returns. Tensors that are concatenated for a layer share one quantizer: moving their codes is all that a
     concatenation, a split and a channel shuffle do.
 
     Args:
@@ -75,7 +80,7 @@ class Grids:
         on_grid = bool(operands) and all(operand in self for operand in operands)
         if node in self.outputs:
             self._of[node] = node
-        elif node.target in _CONCATS and on_grid and self._share:
+        elif node.target in _CONCATS and on_grid and self._share and leads_to(node, self._layers.__contains__, _moves):
             first, *others = dict.fromkeys(self.first(operand) for operand in operands)
             self._shared.update(dict.fromkeys(others, first))
             self._of[node] = first
