@@ -76,7 +76,7 @@ def test_parts_of_a_concatenation_learn_one_range(shuffle, tmp_path):
     quantizers = [q for q in adapter_for(student).quantizers(student) if q.role == "activation"]
     read = {q.fqn for q in quantizers if set(q.layers) & {"second.0", "last.0"}}
     assert len(read) == 1  # by the half that is split off, and by the last layer: that of all three branches
-    assert len(quantizers) == 4  # of the input, the stem, the branches and the linear layer
+    assert len(quantizers) == 5  # of the input, the stem, the branches, the last layer and the mean
     exported = export_onnx(student, images, tmp_path / "s.onnx", target="onnxruntime")
     assert exported.parity.runtime_deviation < 1e-4
     assert [node.op_type for node in optimized_nodes(exported)].count("Concat") == 2

@@ -38,7 +38,7 @@ class Grids:
     """One walk over the graph of a float model.
 
     The sum of two quantized tensors is quantized as well, after its ReLU, where one follows; not where a layer alone reads it,
-    and not what the model returns. Tensors that are concatenated for a layer share one quantizer: moving their codes is all that a
+    and not what the model returns. Tensors that are concatenated for a layer share one quantizer: moving codes is all that a
     concatenation, a split and a channel shuffle do.
 
     Args:
