@@ -101,7 +101,8 @@ def test_modelopt_saves_and_restores_what_prepare_made(tmp_path, make_student, t
 def test_an_output_quantizer_goes_behind_convolutions_that_feed_an_add(teacher):
     placement = place_quantizers(teacher)
     assert OutputQuantizer("stages.0.bn2", None) in placement.outputs
-    assert OutputQuantizer("stem.1", (0.0, float("inf"))) in placement.outputs  # read by a convolution and by an add
+    after_relu = OutputQuantizer("stem.1", (0.0, float("inf")), after_clamp="stem.2")
+    assert after_relu in placement.outputs  # read by a convolution and by an add
     assert placement.edges == {"stem.0", "head"}
     assert "stem.0" not in placement.unsigned
     assert "stages.0.conv2" in placement.unsigned
