@@ -25,6 +25,7 @@ from ..tasks.outputs import named_outputs
 from ..toolkits import PLACEMENT, Adapter, Precision, adapter_for, adapter_named
 from .pretrained import mark_pretrained
 from .recorded import Preparation, described_inputs, record
+from .reparametrized import reparametrized
 
 _log = logging.getLogger(__name__)
 
@@ -181,6 +182,12 @@ def _require_float(model: nn.Module) -> None:
             f"model holds {dtype_name(dtype)} weights, in which steps of training are lost to rounding and "
             'codes do not lie on their grid: pass model.float(), and mixed_precision="bf16" to distill for speed.'
         )
+    for name, module in model.named_modules():
+        if (how := reparametrized(module)) is not None:
+            raise QakdError(
+                f"model: {name} ({type(module).__name__}) computes its weight by {how[0]}, where no quantizer sees it. Make "
+                f"it a parameter again before prepare: {how[1].format(name)}"
+            )
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise QakdError(

@@ -27,6 +27,7 @@ from ..quantizers import Rule
 from ..tasks.inputs import Inputs
 from .adapter import Precision, QParams, Quantizer, loaded_class, weight_of
 from .fake_quantizers import is_paused, rule_of, set_paused
+from .frozen_statistics import set_training
 
 _log = logging.getLogger(__name__)
 _WEIGHT = "weight_fake_quantizer"
@@ -100,7 +101,7 @@ class TorchAOQATAdapter:
         """Nothing to do: ranges follow the weight, or are trained like one."""
 
     def set_mode(self, model: nn.Module, training: bool) -> None:
-        model.train(training)
+        set_training(model, training)
 
     def configuration(self, model: nn.Module, precision: Precision) -> Any:
         """Pairs of a ``QATConfig`` and the ``filter_fn`` to call ``quantize_`` with."""

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..augment.selector import Augmentation, CMISelector, FixedAugmentation, SelectedAugmentation
-from ..errors import TrainingError
+from ..errors import QakdError, TrainingError
 from ..tasks.batches import batch_splitter
 from ..tasks.evaluation import picking, value_of
 from ..tasks.inputs import Inputs, arguments, require_known
@@ -24,6 +24,7 @@ from .checkpoint import CheckpointStore
 from .config import Data, Settings
 from .deployed_view import DeployedView, evaluated
 from .distributed.processes import Processes
+from .distributed.shards import smallest_batch
 from .ema import Ema
 from .methods import Method, Phase
 from .networks import Learner, Networks, on_device
@@ -35,11 +36,13 @@ from .preflight import (
     check_counted,
     check_exportable,
     check_first_batch,
+    check_smallest_batch,
     check_taught,
     classes_learned,
     first_call_named,
 )
 from .run_state import RunState, Stateful
+from .streams import length_of
 from .teacher_cache import TeacherCache
 from .trainer import Trainer
 from .validation import Validation
@@ -113,6 +116,7 @@ def assembled(
             augment=augment,
             method=lesson.method,
             accumulate=settings.accumulate,
+            steps_per_epoch=data.steps_per_epoch,
             cache=cache,
             masks=_masks(lesson.phases),
         )
@@ -162,7 +166,12 @@ def assembled(
 
 def _require_agreement(processes: Processes, data: Data, store: CheckpointStore | None, checkpoint_every: int | None) -> None:
     """Several processes make their steps and their checkpoints together, or wait for each other for ever."""
-    processes.require_equal("the length of loader", len(data.loader))  # type: ignore[arg-type]
+    if data.steps_per_epoch is not None and processes.count > 1:
+        raise QakdError(
+            f"steps_per_epoch: whether the {processes.count} processes read the same stream or each its share cannot be told. "
+            "Train in one process, or pass a DataLoader over a map-style data set, which is shared out."
+        )
+    processes.require_equal("the length of loader", length_of(data.loader))
     where = None if store is None else str(store.folder)
     processes.require_equal("checkpoint_dir and checkpoint_every", (where, checkpoint_every))
     if store is not None:
@@ -218,7 +227,10 @@ def _check_first_batch(
                 check_against_teacher(adapter, model, teacher, taught, inputs)
             if processes.is_main:
                 check_exportable(adapter, model, inputs)
-            return () if taught is None else _compared(lesson.phases, taught, inputs)
+            adapter.set_mode(model, True)  # with the ranges frozen still
+            with computing():
+                check_smallest_batch(model, inputs, smallest_batch(data.loader, processes))
+    return () if taught is None else _compared(lesson.phases, taught, inputs)
 
 
 def _compared(phases: Sequence[Phase], taught: Outputs, inputs: Inputs) -> tuple[str, ...]:

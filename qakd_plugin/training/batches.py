@@ -23,6 +23,7 @@ from ..tasks.outputs import Outputs
 from .distributed.processes import Processes
 from .distributed.shards import shared
 from .methods import Method, require_labels
+from .streams import Stream, is_walked_once, length_of
 from .teacher_cache import TeacherCache
 
 
@@ -49,8 +50,9 @@ class Batches:
     """The batches of every epoch, in groups of one optimizer step, and the state of all that they are drawn from.
 
     Args:
-        loader: re-iterable, with a length, as the user passed it.
+        loader: as the user passed it.
         processes: that train together: each takes its share.
+        steps_per_epoch: optimizer steps in an epoch, each epoch going on where the one before ended; None: the whole loader.
         batch_fn: splits a batch.
         augment: of inputs and labels.
         method: for messages.
@@ -72,13 +74,16 @@ class Batches:
         augment: Augmentation,
         method: Method,
         accumulate: int = 1,
+        steps_per_epoch: int | None = None,
         cache: TeacherCache | None = None,
         masks: bool = False,
     ) -> None:
-        self._shares, self._processes = shared(loader, processes), processes
+        self._samplers, self.generators = samplers_of(loader), generators_of(loader)
+        self._stream = _stream(loader, steps_per_epoch, accumulate, self.generators, processes)
+        self._shares = shared(loader if self._stream is None else self._stream, processes)
+        self._processes = processes
         self._batch_fn, self._augment, self._method = batch_fn, augment, method
         self._accumulate, self._cache, self._masks = accumulate, cache, masks
-        self._samplers, self.generators = samplers_of(loader), generators_of(loader)
         self._epoch_start: dict[str, Any] = {}
         self.classes: int | None = None
         self.label_range: tuple[int, int] | None = None
@@ -118,7 +123,13 @@ class Batches:
 
     @contextmanager
     def aside(self, *, labels: bool = False, augmented: bool = True) -> Iterator[Iterator[Batch]]:
-        """Batches of a pass beside training: whatever is drawn within the block is undone at its end."""
+        """Batches of a pass beside training: whatever is drawn within the block is undone at its end.
+
+        What a stream draws cannot be undone, so training gets these batches, too.
+        """
+        if self._stream is not None:
+            yield (self._ready(batch, True, labels, augmented) for batch in self._stream.ahead())
+            return
         with undisturbed(self.generators):
             yield (self._ready(batch, counts, labels, augmented) for batch, counts in self._shares)
 
@@ -126,14 +137,19 @@ class Batches:
         """Sources of randomness of every process, at the start of this epoch and now: with the first, a resumed epoch shuffles
         alike."""
         gather = self._processes.gather
-        return {"epoch_start": gather(self._epoch_start), "now": gather(random_state(self.generators))}
+        state = {"epoch_start": gather(self._epoch_start), "now": gather(random_state(self.generators))}
+        return state if self._stream is None else state | {"stream": self._stream.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to where a checkpoint was written."""
         self._epoch_start = state["epoch_start"][self._processes.index]
         restore_random_state(state["now"][self._processes.index], self.generators)
+        if self._stream is not None:
+            self._stream.load_state_dict(state["stream"])
 
     def _begin(self, number: int, done: int) -> Iterator[tuple[Any, bool]]:
+        if self._stream is not None:
+            return islice(self._shares, len(self) - done)
         now = random_state(self.generators)
         if done:
             restore_random_state(self._epoch_start, self.generators)
@@ -182,3 +198,19 @@ class Batches:
         if found is not None:
             low, high = self.label_range or found
             self.label_range = min(low, found[0]), max(high, found[1])
+
+
+def _stream(
+    loader: Iterable[Any],
+    steps_per_epoch: int | None,
+    accumulate: int,
+    generators: list[torch.Generator],
+    processes: Processes,
+) -> Stream | None:
+    if steps_per_epoch is not None:
+        return Stream(loader, steps_per_epoch * accumulate, generators)
+    length = length_of(loader)
+    # Several processes walk it alike, and none of them puts a batch back.
+    if length is not None and is_walked_once(loader) and processes.count == 1:
+        return Stream(loader, length, generators)
+    return None

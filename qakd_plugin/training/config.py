@@ -68,7 +68,7 @@ class Data:
     """What is trained and validated with.
 
     Attributes:
-        loader: training batches, re-iterable, with a length.
+        loader: training batches.
         val_loader: held-out batches, or None.
         batch_fn: splits a batch.
         augment: of training batches: a callable, a selector, or None.
@@ -77,6 +77,7 @@ class Data:
         metric: what is counted on ``val_loader``; None for accuracy.
         metric_fn: what the metric takes of outputs and targets.
         monitor: which of its numbers picks the best epoch.
+        steps_per_epoch: optimizer steps in an epoch; None: the whole loader.
     """
 
     loader: Iterable[Any]
@@ -88,8 +89,10 @@ class Data:
     metric: AnyMetric | None = None
     metric_fn: MetricFn = outputs_and_targets
     monitor: str | None = None
+    steps_per_epoch: int | None = None
 
     def __post_init__(self) -> None:
+        positive_whole("steps_per_epoch", self.steps_per_epoch, none=True)
         check_task_loss(self.task_loss)
         if self.metric is not None:
             check_metric(self.metric)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, ParamSpec
@@ -38,6 +38,7 @@ from .fingerprint import fingerprint
 from .methods import SQAKD, Method, left_out, planned
 from .optimizers import optimizer_name, with_rate
 from .preflight import check_precision, check_quantizers, check_separate, check_trainable
+from .streams import is_walked_once, length_of
 from .teacher_cache import TeacherCache
 from .teachers import one_teacher, require_teacher
 from .tracking import Tracking
@@ -88,6 +89,7 @@ def distill(
     *,
     method: Method | None = None,
     epochs: int = 10,
+    steps_per_epoch: int | None = None,
     val_loader: Iterable[Any] | None = None,
     augment: Callable[[Tensor], Tensor] | CMISelector | None = None,
     input_stats: Stats | None = None,
@@ -132,10 +134,13 @@ def distill(
         teacher: full-precision network with the same classes, larger or not; or several, of which the mean logits teach. It is
             left as it was, bit for bit, in its own mode; a method that trains the teacher trains a copy, which
             ``result.teacher`` holds. None for methods that need none.
-        loader: training batches with a length; x, (x, y), a dict, or anything ``batch_fn`` splits. x is a tensor, (N, C, H, W)
+        loader: training batches; x, (x, y), a dict, or anything ``batch_fn`` splits. x is a tensor, (N, C, H, W)
             for images; a mapping's entries go in by keyword.
         method: SQAKD() by default; QKD, KD, QAT.
         epochs: passes over ``loader``.
+        steps_per_epoch: optimizer steps in an epoch, for a loader without a length or an end; each epoch goes on where the one
+            before ended. A resumed run asks the loader's ``state_dict``; one without reads again what was given out, and drops
+            it. None: the whole loader.
         val_loader: held-out batches that pick the best epoch, by accuracy where they have labels, else by agreement with the
             teacher. The prepared model is counted first, and kept where no epoch is as good; a warning says so. Without them
             the last epoch is kept, whatever it is worth. Never the split that is reported.
@@ -208,7 +213,7 @@ def distill(
         optimizer=optimizer,
     )
     settings = with_rate(settings, lesson.adapter, prepared_model)
-    data = Data(loader, val_loader, batch_fn, augment, input_stats, task_loss, metric, metric_fn, monitor)
+    data = Data(loader, val_loader, batch_fn, augment, input_stats, task_loss, metric, metric_fn, monitor, steps_per_epoch)
     checkpoints = Checkpoints.of(checkpoint_dir, checkpoint_every, resume)
     _check(lesson, data, settings, cache_teacher)
     run = _run(lesson, data, settings, checkpoints, seed, cache_teacher, trackers, callbacks)
@@ -251,13 +256,33 @@ def _lesson(model: nn.Module, teacher: nn.Module | None, method: Method, epochs:
 
 def _check(lesson: Lesson, data: Data, settings: Settings, cache_teacher: str | os.PathLike[str] | None) -> None:
     """Raise QakdError where options do not fit the lesson or each other."""
-    _require_length(data.loader)
+    _check_loader(data, cache_teacher)
     if settings.patience is not None and data.val_loader is None:
         raise QakdError("patience needs val_loader: held-out batches say whether an epoch is better.")
     if isinstance(data.augment, CMISelector) and lesson.teacher is None:
         raise QakdError("augment=CMISelector() ranks augmentations with the teacher: pass a teacher, or another augment.")
     if cache_teacher is not None:
         _check_cache(lesson, data, cache_teacher)
+
+
+def _check_loader(data: Data, cache_teacher: str | os.PathLike[str] | None) -> None:
+    length, name = length_of(data.loader), type(data.loader).__name__
+    if length == 0:
+        raise QakdError("loader is empty: it holds no batch. Check the data set, the batch size and drop_last.")
+    if length is None and data.steps_per_epoch is None:
+        raise QakdError(
+            f"loader ({name}) has no length, which the schedule needs. Pass steps_per_epoch=, how many optimizer steps make an "
+            "epoch, or a DataLoader over a map-style data set."
+        )
+    if data.steps_per_epoch is None and not is_walked_once(data.loader):
+        return
+    if cache_teacher is not None:
+        raise QakdError("cache_teacher needs data that can be walked again from the beginning. Leave out cache_teacher.")
+    if isinstance(data.augment, CMISelector):
+        raise QakdError(
+            "augment=CMISelector() looks at the training data over and over, which a stream cannot give. Choose first: "
+            "augment=qakd.rank_augmentations(teacher, batches)[0], with a list of some batches."
+        )
 
 
 def _check_cache(lesson: Lesson, data: Data, path: str | os.PathLike[str]) -> None:
@@ -355,13 +380,3 @@ def _record(trainer: Trainer, method: Method, kept: int | None) -> None:
     if trainer.state.position.step:
         name = type(method).__name__
         record_training(trainer.networks.model, TrainingRecord.of_distill(name, trainer.state.history, kept))
-
-
-def _require_length(loader: Iterable[Any]) -> None:
-    if not isinstance(loader, Sized):
-        raise QakdError(
-            f"loader ({type(loader).__name__}) has no length, which the schedule needs. Pass a DataLoader over a map-style "
-            "data set, or a list of batches."
-        )
-    if len(loader) == 0:
-        raise QakdError("loader is empty: it holds no batch. Check the data set, the batch size and drop_last.")

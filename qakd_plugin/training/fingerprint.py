@@ -14,6 +14,7 @@ from .data_facts import DataFacts, data_facts
 from .facts import facts
 from .methods import Method
 from .optimizers import optimizer_name
+from .streams import length_of
 from .teachers import checksum
 
 
@@ -50,7 +51,7 @@ def fingerprint(
         "quantizers": [_quantizer_line(adapter, quantizer) for quantizer in adapter.quantizers(model)],
         "parameters": [f"{name} {tuple(parameter.shape)}" for name, parameter in model.named_parameters()],
         "settings": repr(settings),  # after what its default rate follows from
-        "loader length": len(data.loader),  # type: ignore[arg-type]
+        "loader length": length_of(data.loader) if data.steps_per_epoch is None else f"{data.steps_per_epoch} steps an epoch",
         "seed": seed,
         "teacher": None if teacher is None else checksum(teacher),
         "data": seen.data,

@@ -157,11 +157,57 @@ def test_convolutions_that_share_a_weight_keep_their_own_batch_norms(weights):
         np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
 
 
+LAYERS = {
+    "transposed": ((3, 4, 2, 2), 1, "float[N, 3, 2, 2]", "float[N, 4, 3, 3]", "ConvTranspose(input, w)"),
+    "linear": ((4, 3), 0, "float[N, 3]", "float[N, 4]", "Gemm<transB = 1>(input, w, bias)"),
+    "linear, [K, N]": ((3, 4), 1, "float[N, 3]", "float[N, 4]", "Gemm(input, w)"),
+}
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_fold_into_any_layer_changes_nothing(kind, per_channel):
+    shape, axis, inputs, outputs, layer = LAYERS[kind]
+    bias = {"bias": np.linspace(-1, 1, 4, dtype=np.float32)} if "bias" in layer else {}
+    model = parsed(
+        f"""<ir_version: 10, opset_import: ["" : 20]> graph ({inputs} input) => ({outputs} y) {{
+            w = DequantizeLinear<axis = {axis}>(q, s)
+            c = {layer}
+            y = BatchNormalization(c, g, b, m, v)
+        }}""",
+        q=np.random.default_rng(4).integers(-127, 128, shape).astype(np.int8),
+        s=np.linspace(0.01, 0.04, 4, dtype=np.float32) if per_channel else np.asarray(0.02, np.float32),
+        **statistics(1), **bias,
+    )  # fmt: skip
+    x = np.random.default_rng(3).normal(size=(5, 3, 2, 2) if "transposed" in kind else (5, 3)).astype(np.float32)
+    expected = run(model, x)
+    assert FoldBatchNorm()(model).modified
+    assert [node.op_type for node in model.graph] == ["DequantizeLinear", layer.partition("(")[0].partition("<")[0]]
+    np.testing.assert_allclose(run(model, x)[0], expected[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("group", "axis"), [(2, 1), (1, 0)])
+def test_a_batch_norm_that_no_scale_can_hold_stays_and_is_told(group, axis, caplog):
+    """Scales of input channels, and of groups that share them, are not one per output channel."""
+    model = parsed(
+        f"""<ir_version: 10, opset_import: ["" : 20]> graph (float[N, 4, 2, 2] input) => (float[N, 4, 3, 3] y) {{
+            w = DequantizeLinear<axis = {axis}>(q, s)
+            c = ConvTranspose<group = {group}>(input, w)
+            y = BatchNormalization(c, g, b, m, v)
+        }}""",
+        q=np.ones((4, 4 // group, 2, 2), np.int8),
+        s=np.linspace(0.01, 0.04, 4 if axis == 0 else 4 // group, dtype=np.float32), **statistics(1),
+    )  # fmt: skip
+    with caplog.at_level(logging.WARNING):
+        assert not FoldBatchNorm()(model).modified
+    assert "c_1: BatchNorm stays in the graph: its factors are one per output channel" in caplog.messages[0]
+
+
 @pytest.mark.parametrize(
     ("codes", "more", "reason"),
     [
         (np.full_like(CODES, -128), "", "code of -128"),
-        (CODES, "n = ReduceSum(c)", "something else reads the convolution's output"),
+        (CODES, "n = ReduceSum(c)", "something else reads the layer's output"),
     ],
 )
 def test_a_batch_norm_that_stays_is_told_by_the_name_of_its_layer(codes, more, reason, caplog):

@@ -1,4 +1,4 @@
-"""BatchNorm after a quantized convolution goes into its scales and its bias, and never into its integer codes."""
+"""BatchNorm after a quantized layer goes into its scales and its bias, and never into its integer codes."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ Floats = npt.NDArray[np.float64]
 class FoldBatchNorm(InPlacePass):
     """``DQ(q, s) -> Conv -> BatchNorm`` becomes ``DQ(sign(a) q, s |a|) -> Conv`` with a float bias, a = gamma / sigma.
 
-    Integer codes stay as trained, up to the sign of a channel. A channel with gamma = 0 outputs its beta: its codes become 0.
-    Convolutions that share a weight get one DequantizeLinear each. Where a BatchNorm has to stay, a warning names the layer.
+    Likewise for transposed convolutions without groups, and for linear layers (Gemm). Integer codes stay as trained, up to the
+    sign of a channel. A channel with gamma = 0 outputs its beta: its codes become 0. Layers that share a weight get one
+    DequantizeLinear each. Where a BatchNorm has to stay, a warning names the layer.
     """
 
     def call(self, model: ir.Model) -> PassResult:
@@ -38,19 +39,21 @@ class FoldBatchNorm(InPlacePass):
 
 @dataclass(frozen=True)
 class Fold:
-    """A BatchNorm that goes into the convolution before it: the three nodes, and their numbers for O output channels.
+    """A BatchNorm that goes into the layer before it: the three nodes, and their numbers for O output channels.
 
     Attributes:
-        codes: int8 (O, ...), the stored weight.
+        axis: of the output channels in the weight.
+        codes: int8, the stored weight, with O entries along ``axis``.
         scale: float32, () or (O,).
-        bias: float64 (O,), of the convolution; zeros where it has none.
+        bias: float64 (O,), of the layer; zeros where it has none.
         factor: float64 (O,), gamma / sqrt(variance + epsilon).
         shift: float64 (O,), what BatchNorm makes of zero: beta - mean * factor.
     """
 
     batch_norm: ir.Node
-    conv: ir.Node
+    layer: ir.Node
     dequantize: ir.Node
+    axis: int
     codes: Codes
     scale: npt.NDArray[np.float32]
     bias: Floats
@@ -60,11 +63,11 @@ class Fold:
     @property
     def keeps_codes(self) -> bool:
         """Whether all codes fit after the sign of channels has changed: -128 has no opposite."""
-        return not bool((self.codes[self.factor < 0] == -128).any())
+        return not bool((np.moveaxis(self.codes, self.axis, 0)[self.factor < 0] == -128).any())
 
     def folded(self) -> tuple[Codes, npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """Codes, scale (O,) and bias (O,) with which the convolution alone computes what both compute."""
-        sign = np.sign(self.factor).astype(np.int8).reshape(-1, *[1] * (self.codes.ndim - 1))
+        """Codes, scale (O,) and bias (O,) with which the layer alone computes what both compute."""
+        sign = np.sign(self.factor).astype(np.int8).reshape([-1 if dim == self.axis else 1 for dim in range(self.codes.ndim)])
         scale = np.where(self.factor == 0, 1.0, np.abs(self.factor)) * self.scale.astype(np.float64).reshape(-1)
         bias = self.shift + self.bias * self.factor
         return self.codes * sign, scale.astype(np.float32), bias.astype(np.float32)
@@ -72,48 +75,70 @@ class Fold:
     def apply(self, graph: ir.Graph) -> None:
         """Change the graph."""
         dequantize = self.dequantize
-        if only_consumer(dequantize.outputs[0]) is not self.conv:
-            dequantize = _copied(dequantize, f"{self.conv.name}/DequantizeLinear")
-            graph.insert_before(self.conv, dequantize)
-            self.conv.replace_input_with(1, dequantize.outputs[0])
-        layer = dequantize.metadata_props.get(WEIGHT_KEY, self.conv.name or "conv")
+        if only_consumer(dequantize.outputs[0]) is not self.layer:
+            dequantize = _copied(dequantize, f"{self.layer.name}/DequantizeLinear")
+            graph.insert_before(self.layer, dequantize)
+            self.layer.replace_input_with(1, dequantize.outputs[0])
+        name = dequantize.metadata_props.get(WEIGHT_KEY, self.layer.name or "conv")
         codes, scale, bias = self.folded()
-        dequantize.replace_input_with(0, initializer(graph, f"{layer}.folded_codes", codes))
-        dequantize.replace_input_with(1, initializer(graph, f"{layer}.folded_scale", scale))
-        dequantize.attributes["axis"] = ir.AttrInt64("axis", 0)
-        self.conv.resize_inputs(3)
-        self.conv.replace_input_with(2, initializer(graph, f"{layer}.folded_bias", bias))
-        replace(self.batch_norm, self.conv.outputs[0])
+        dequantize.replace_input_with(0, initializer(graph, f"{name}.folded_codes", codes))
+        dequantize.replace_input_with(1, initializer(graph, f"{name}.folded_scale", scale))
+        dequantize.attributes["axis"] = ir.AttrInt64("axis", self.axis)
+        self.layer.resize_inputs(3)
+        self.layer.replace_input_with(2, initializer(graph, f"{name}.folded_bias", bias))
+        replace(self.batch_norm, self.layer.outputs[0])
 
 
 def _foldable(node: ir.Node) -> Fold | None:
-    """What can be folded at a node, if it is a BatchNorm after a convolution with stored integers."""
+    """What can be folded at a node, if it is a BatchNorm after a layer with stored integers."""
     if node.op_type != "BatchNormalization" or any(output.uses() for output in node.outputs[1:]):
         return None
-    conv = producer(node.inputs[0], "Conv")
-    dequantize = None if conv is None else producer(conv.inputs[1], "DequantizeLinear")
+    layer = next(filter(None, (producer(node.inputs[0], kind) for kind in ("Conv", "ConvTranspose", "Gemm"))), None)
+    dequantize = None if layer is None else producer(layer.inputs[1], "DequantizeLinear")
     numbers = [constant(value) for value in node.inputs[1:5]]
-    if conv is None or dequantize is None or any(number is None for number in numbers):
+    if layer is None or dequantize is None or any(number is None for number in numbers):
         return None
     codes, scale = constant(dequantize.inputs[0]), constant(dequantize.inputs[1])
     if codes is None or scale is None:
         return None
-    if only_consumer(conv.outputs[0]) is not node:
-        _log.warning("%s: BatchNorm stays in the graph: something else reads the convolution's output too.", conv.name)
+    if only_consumer(layer.outputs[0]) is not node:
+        _log.warning("%s: BatchNorm stays in the graph: something else reads the layer's output too.", layer.name)
+        return None
+    axis = _output_axis(layer)
+    scaled_along = dequantize.attributes.get_int("axis", 1)
+    if axis is None or "block_size" in dequantize.attributes or (scale.size > 1 and scaled_along != axis):
+        _log.warning(
+            "%s: BatchNorm stays in the graph: its factors are one per output channel, and the scales of this weight are not. "
+            "Quantize it per tensor or per output channel (axis 1 of a transposed convolution without groups).",
+            layer.name,
+        )
         return None
     gamma, beta, mean, variance = (np.asarray(number, dtype=np.float64) for number in numbers)
     factor = gamma / np.sqrt(variance + node.attributes.get_float("epsilon", 1e-5))
-    bias = constant(conv.inputs[2]) if len(conv.inputs) > 2 else None
-    bias = np.zeros_like(factor) if bias is None else bias.astype(np.float64)
-    fold = Fold(node, conv, dequantize, codes, scale, bias, factor, beta - mean * factor)
+    bias = constant(layer.inputs[2]) if len(layer.inputs) > 2 and layer.inputs[2] is not None else np.zeros(1)
+    if bias is None:  # computed: nothing to add to
+        return None
+    bias = np.broadcast_to(bias.astype(np.float64).reshape(-1), factor.shape)
+    fold = Fold(node, layer, dequantize, axis, codes, scale, bias, factor, beta - mean * factor)
     if not fold.keeps_codes:
         _log.warning(
             "%s: BatchNorm stays in the graph: a weight code of -128 would have to change its sign. "
             "Train with a narrow range (-127..127) to have it folded.",
-            conv.name,
+            layer.name,
         )
         return None
     return fold
+
+
+def _output_axis(layer: ir.Node) -> int | None:
+    """Dimension of the weight that counts output channels; None where no single one does."""
+    attributes = layer.attributes
+    if layer.op_type == "Conv":
+        return 0
+    if layer.op_type == "ConvTranspose":
+        return 1 if attributes.get_int("group", 1) == 1 else None
+    plain = attributes.get_float("alpha", 1.0) == attributes.get_float("beta", 1.0) == 1 and not attributes.get_int("transA", 0)
+    return (0 if attributes.get_int("transB", 0) else 1) if plain else None
 
 
 def _copied(dequantize: ir.Node, name: str) -> ir.Node:

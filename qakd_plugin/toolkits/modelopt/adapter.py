@@ -25,6 +25,7 @@ from ...quantizers import Rule, remove_tensors, rule_from_dict
 from ...tasks.inputs import Inputs, call
 from ..adapter import Precision, QParams, Quantizer, Role, weight_of
 from ..fake_quantizers import is_paused, per_channel, set_paused
+from ..frozen_statistics import set_training
 from .calibration import minimize_error
 from .configuration import modelopt_config, quantized_modules
 from .export_form import export_form
@@ -113,7 +114,7 @@ class ModelOptAdapter:
         """Nothing to do: ModelOpt's ranges change only when they are calibrated."""
 
     def set_mode(self, model: nn.Module, training: bool) -> None:
-        model.train(training)
+        set_training(model, training)
 
     def configuration(self, model: nn.Module, precision: Precision) -> dict[str, Any]:
         # Where the user calls ModelOpt it takes neither residual blocks nor ReLUs: their quantizers would silently be left out.

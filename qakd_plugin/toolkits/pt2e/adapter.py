@@ -26,8 +26,16 @@ from ...placement.placement import Placement, place_quantizers
 from ...tasks.inputs import Inputs
 from ..adapter import Precision, QParams, Quantizer
 from ..fake_quantizers import FakeQuantizeAdapter, is_active, require_calibrated, restored_fake_quantize, rule_of, substitute
+from ..frozen_statistics import is_frozen
 from .calibration import calibrate
-from .capture import exported, refuse_zero_gammas, rename_quantizers, restore_momenta, unify_batch_norms
+from .capture import (
+    exported,
+    refuse_grouped_transposes,
+    refuse_zero_gammas,
+    rename_quantizers,
+    restore_momenta,
+    unify_batch_norms,
+)
 from .export_form import ExportForm
 from .graph import BATCH_NORM, WEIGHTED, Constants, attribute, from_inputs, is_quantizer, quantizer_class
 
@@ -112,8 +120,9 @@ class PT2EAdapter(FakeQuantizeAdapter):
         for node in model.graph.nodes:
             index = _TRAINING_ARGUMENT.get(node.target)
             has_statistics = node.target is not BATCH_NORM or node.args[3] is not None
-            if index is not None and has_statistics and node.args[index] is not training:
-                node.update_arg(index, training)
+            wanted = training and not (node.target is BATCH_NORM and is_frozen(*_parameters(model, node)))
+            if index is not None and has_statistics and node.args[index] is not wanted:
+                node.update_arg(index, wanted)
                 changed = True
         if changed:
             model.recompile()
@@ -133,6 +142,7 @@ class PT2EAdapter(FakeQuantizeAdapter):
         unify_batch_norms(network)
         graph = exported(network, batches[0])
         refuse_zero_gammas(graph)
+        refuse_grouped_transposes(graph)
         prepared: fx.GraphModule = pt2e.prepare_qat_pt2e(graph, quantizer)
         if isinstance(model, fx.GraphModule):  # of which torch.export reads the graph alone
             carry_hooks(model, prepared)
@@ -170,6 +180,15 @@ def _layer_before(quantizer: fx.Node, dynamic: set[fx.Node]) -> str:
             return layer_name(node)
         pending += [source for source in node.all_input_nodes if source in dynamic]
     return ""
+
+
+def _parameters(model: fx.GraphModule, batch_norm: fx.Node) -> tuple[Tensor | None, Tensor | None]:
+    """Gamma and beta of a BatchNorm."""
+    found = []
+    for argument in batch_norm.args[1:3]:
+        is_stored = isinstance(argument, fx.Node) and argument.op == "get_attr"
+        found.append(attribute(model, str(argument.target)) if is_stored else None)  # type: ignore[union-attr]
+    return found[0], found[1]
 
 
 def _configuration(placement: Placement, precision: Precision) -> Any:

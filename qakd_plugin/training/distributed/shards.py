@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Protocol
 
 import torch
 from accelerate.data_loader import DataLoaderStateMixin
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
 
 from ..._common.rng_state import samplers_of
 from ...errors import QakdError
+from ..streams import length_of
 from .processes import Processes
 
 
@@ -115,8 +116,28 @@ def shared(loader: Iterable[Any], processes: Processes) -> Shares:
 
 def held_out(loader: Iterable[Any], processes: Processes) -> Iterable[Any]:
     """Batches that this process evaluates, as often as it is asked: a share of them where each process gets one, else all."""
-    divided = isinstance(loader, Sized) and len(loader) >= processes.count
+    length = length_of(loader)
+    divided = length is not None and length >= processes.count
     return _Counting(shared(loader, processes) if divided else Whole(loader), processes)
+
+
+def smallest_batch(loader: Iterable[Any], processes: Processes) -> int | None:
+    """Samples in the smallest batch that a process computes on; None where it cannot be known before.
+
+    What is left at the end of a loader makes it, divided among the processes; one that gets nothing borrows a sample.
+    """
+    if type(loader) is DataLoader and type(loader.batch_sampler) is BatchSampler:
+        shared_already = isinstance(loader.sampler, DistributedSampler)
+        count, size = 1 if shared_already else processes.count, loader.batch_sampler.batch_size
+        samples, drop_last = len(loader.sampler), loader.batch_sampler.drop_last  # type: ignore[arg-type]
+        rest = (samples - samples % size if drop_last else samples) % (size * count)
+        return min(size, max(1, rest // count)) if rest else size
+    if isinstance(loader, list | tuple) and processes.count == 1:
+        try:
+            return min(map(_size, loader))
+        except TypeError:
+            return None
+    return None
 
 
 class _Counting:
