@@ -40,6 +40,7 @@ from .parity.recorded_codes import check_same_bits
 from .parity.report import ParityReport, arrays
 from .targets.float16 import to_float16
 from .targets.onnxruntime import to_onnxruntime_form
+from .targets.onnxruntime_moves import move_codes
 from .targets.openvino import to_openvino_form
 from .targets.openvino_kernels import settled_for_kernels
 from .targets.tensorrt import check_weights, to_tensorrt_form
@@ -156,6 +157,9 @@ def export_onnx(
     evaluated = _evaluated(adapter, prepared_model)
     after_relu = quantizers_after_relu(canonical.graph)
     parity = check_parity(model, form, evaluated, samples, fused=target == "onnxruntime", after_relu=after_relu)
+    if target == "onnxruntime" and (moved := move_codes(model)) is not model:
+        check_same_bits(model, moved, samples)
+        model = moved
     if target == "openvino":
         proven, model = model, settled_for_kernels(model)
         check_same_bits(proven, model, samples)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from ..placement.targets import TARGETS, Target
 from ..tasks.batches import BatchFn, batch_splitter, default_batch
 from ..tasks.inputs import HALF, Inputs, call, device_of_network, dtypes_named, named_tensors, precision_of, to_device
 from ..tasks.outputs import named_outputs
-from ..toolkits import Adapter, Precision, adapter_for, adapter_named
+from ..toolkits import PLACEMENT, Adapter, Precision, adapter_for, adapter_named
 from .pretrained import mark_pretrained
 from .recorded import Preparation, described_inputs, record
 from .reparametrized import reparametrized
@@ -47,10 +48,12 @@ def prepare(
 
     Weights are symmetric per channel, activations symmetric per tensor; below 8 bits activations that a ReLU made non-negative
     get an unsigned grid. The first and the last layer stay at 8 bits. A quantizer goes after every convolution that feeds a
-    residual add, a concatenation or a pooling, because ONNX Runtime runs it in floating point otherwise. Ranges minimize the
-    squared error over all calibration batches. ``nn.MultiheadAttention`` becomes a module of the same name whose four
-    projections are linear layers (:func:`qakd_plugin.placement.attention.open_attention`), or they would stay in floating
-    point; such a model, saved by ModelOpt, comes back with
+    residual add, a concatenation or a pooling, because ONNX Runtime runs it in floating point otherwise, and on the sum of a
+    residual block (with ModelOpt, where a module returns it). Tensors that are concatenated get one range, so that codes are
+    moved and not rounded again; with ModelOpt, learned quantizers may part.
+    Ranges minimize the squared error over all calibration batches. ``nn.MultiheadAttention`` becomes a module of the same name
+    whose four projections are linear layers (:func:`qakd_plugin.placement.attention.open_attention`), or they would stay in
+    floating point. What ``modelopt.torch.opt.save`` wrote of a model comes back with
     :func:`qakd_plugin.toolkits.modelopt.restore_modelopt`.
 
     Args:
@@ -66,9 +69,9 @@ def prepare(
             docs/tasks.md), and nothing of other networks.
         target: "tensorrt": every target takes the model. "onnxruntime" or "openvino" (the same): TensorRT does not, because
             8-bit activations that cannot be negative get codes 0..255 in the place of 0..127: a grid twice as fine, and no
-            clamp after each ReLU. (Quantizers in front of a ReLU stay signed: ModelOpt's after a convolution that an add, a
-            concatenation or a pooling reads, eager mode's of layers that are not fused with it. With "torchao", which leaves
-            activations alone, this changes nothing.)
+            clamp after each ReLU. (Quantizers in front of a ReLU stay signed: eager mode's of layers that are not fused with
+            it, ModelOpt's where no module returns what the ReLU lets through. With "torchao", which leaves activations alone,
+            this changes nothing.)
         batch_fn: splits a batch into (inputs, targets), as in ``distill``.
 
     Returns:
@@ -79,7 +82,33 @@ def prepare(
         NotPreparedError: the model is prepared already.
         MissingPackageError: the toolkit is not installed.
     """
+    return prepare_as(model, calibration_batches, toolkit, weight_bits, activation_bits, keep, target=target, batch_fn=batch_fn)
+
+
+@one_at_a_time
+def prepare_as(
+    model: nn.Module,
+    calibration_batches: Iterable[object],
+    toolkit: str,
+    weight_bits: int,
+    activation_bits: int,
+    keep: Sequence[str] | None,
+    *,
+    target: str,
+    batch_fn: BatchFn,
+    placement: int = PLACEMENT,
+) -> nn.Module:
+    """:func:`prepare`, also as earlier versions placed quantizers.
+
+    Raises:
+        QakdError: as :func:`prepare`, or ``placement`` is of a later version.
+    """
     adapter, precision = _parse_request(toolkit, weight_bits, activation_bits, keep, target)
+    if not 1 <= placement <= PLACEMENT:
+        raise QakdError(
+            f"placement {placement} is of a later version of qakd_plugin; this one knows 1 to {PLACEMENT}: update it."
+        )
+    precision = replace(precision, placement=placement)
     _require_float(model)
     _require_plain_weights(adapter, model)
     device = device_of_network(model)
@@ -99,7 +128,7 @@ def prepare(
     if added:
         _require_same(adapter, model, prepared, batches[0], added)
     kept = None if keep is None else list(keep)
-    asked = Preparation(adapter.name, weight_bits, activation_bits, kept, target, described_inputs(batches[0]))
+    asked = Preparation(adapter.name, weight_bits, activation_bits, kept, target, described_inputs(batches[0]), placement)
     record(prepared, asked)
     mark_pretrained(prepared)
     return prepared

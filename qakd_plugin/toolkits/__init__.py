@@ -14,9 +14,9 @@ from torch import nn
 
 from .._common.module_copy import uncompiled
 from ..errors import MissingPackageError, NotPreparedError, QakdError
-from .adapter import Adapter, Precision, QParams, Quantizer, Role, loaded_class
+from .adapter import PLACEMENT, Adapter, Precision, QParams, Quantizer, Role, loaded_class
 
-__all__ = ["TOOLKITS", "Adapter", "Precision", "QParams", "Quantizer", "Role", "adapter_for", "adapter_named"]
+__all__ = ["PLACEMENT", "TOOLKITS", "Adapter", "Precision", "QParams", "Quantizer", "Role", "adapter_for", "adapter_named"]
 
 
 @dataclass(frozen=True)

@@ -200,7 +200,11 @@ def _configuration(placement: Placement, precision: Precision) -> Any:
     from .quantizer import SymmetricQuantizer
 
     return SymmetricQuantizer(
-        placement, precision.weight_bits, precision.activation_bits, unsigned_bytes=precision.unsigned_bytes
+        placement,
+        precision.weight_bits,
+        precision.activation_bits,
+        unsigned_bytes=precision.unsigned_bytes,
+        share_grids=precision.placement > 1,
     )
 
 

@@ -37,6 +37,7 @@ from .fx_graph import (
     insert_low_bit_inputs,
     is_fake_quant,
     leave_output_in_float,
+    share_after_splits,
     traceable,
     use_unsigned_bytes,
 )
@@ -116,6 +117,8 @@ class TorchAOAdapter(FakeQuantizeAdapter):
         carry_hooks(model, prepared)  # the tracer sees forward alone
         follow_the_mode(prepared)
         leave_output_in_float(prepared)
+        if precision.placement > 1:
+            share_after_splits(prepared)
         if precision.unsigned_bytes:
             use_unsigned_bytes(prepared)
         bits = precision.activation_bits
