@@ -11,13 +11,13 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..tasks.inputs import Inputs
 from .detection_heads import detection_heads
@@ -60,6 +60,7 @@ class Placement:
         sums: quantizers of sums, on the output of the module that returns them.
         joined: groups of quantizers that should have one grid: those of outputs and sums, and layers' names for their inputs'.
         floating_sums: sums that belong on a grid, and that no module returns: what they add, for messages.
+        transposed: layers whose weight counts output channels along its second dimension.
     """
 
     layers: tuple[str, ...]
@@ -70,6 +71,7 @@ class Placement:
     sums: tuple[Sum, ...] = ()
     joined: tuple[tuple[OutputQuantizer | Sum | str, ...], ...] = ()
     floating_sums: tuple[str, ...] = ()
+    transposed: frozenset[str] = frozenset()
 
 
 def place_quantizers(
@@ -97,8 +99,9 @@ def place_quantizers(
             "stay in floating point in ONNX Runtime.",
             ", ".join(layers),
         )
-        return Placement(tuple(layers), edges=frozenset({layers[0], layers[-1]}))
+        return Placement(tuple(layers), edges=frozenset({layers[0], layers[-1]}), transposed=_transposed(model, layers))
     placement = _Analysis(model, graph, set(layers)).placement(sums)
+    placement = replace(placement, transposed=_transposed(model, placement.layers))
     if left := sorted(set(layers) - set(placement.layers)):
         _log.warning(
             "%s: the forward pass does not call %s: they stay in floating point. Call the modules themselves, not functions on "
@@ -107,6 +110,10 @@ def place_quantizers(
             ", ".join(left),
         )
     return placement
+
+
+def _transposed(model: nn.Module, layers: Iterable[str]) -> frozenset[str]:
+    return frozenset(name for name in layers if isinstance(model.get_submodule(name), _ConvTransposeNd))
 
 
 def layer_graph(model: nn.Module, inputs: Inputs | None) -> fx.Graph | None:

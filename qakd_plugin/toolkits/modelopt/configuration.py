@@ -23,7 +23,8 @@ def modelopt_config(placement: Placement, precision: Precision) -> dict[str, Any
     for layer in placement.layers:
         edge = layer in placement.edges
         bits = 8 if edge else precision.weight_bits
-        enable(f"{layer}.weight_quantizer", num_bits=bits, axis=0, narrow_range=bits == 8)
+        axis = 1 if layer in placement.transposed and precision.placement > 1 else 0
+        enable(f"{layer}.weight_quantizer", num_bits=bits, axis=axis, narrow_range=bits == 8)
         bits = 8 if edge else precision.activation_bits
         if bits < 8 or layer not in placement.covered:
             enable(

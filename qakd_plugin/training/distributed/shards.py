@@ -129,7 +129,9 @@ def smallest_batch(loader: Iterable[Any], processes: Processes) -> int | None:
     if type(loader) is DataLoader and type(loader.batch_sampler) is BatchSampler:
         shared_already = isinstance(loader.sampler, DistributedSampler)
         count, size = 1 if shared_already else processes.count, loader.batch_sampler.batch_size
-        samples, drop_last = len(loader.sampler), loader.batch_sampler.drop_last  # type: ignore[arg-type]
+        samples, drop_last = length_of(loader.sampler), loader.batch_sampler.drop_last
+        if samples is None:
+            return None
         rest = (samples - samples % size if drop_last else samples) % (size * count)
         return min(size, max(1, rest // count)) if rest else size
     if isinstance(loader, list | tuple) and processes.count == 1:
