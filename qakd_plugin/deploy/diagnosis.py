@@ -20,7 +20,7 @@ NARROW = 16
 (``benchmarks/narrow_layers.py``)."""
 
 _CONVOLUTIONS = {"Conv", "ConvTranspose"}
-_PRODUCTS = {"Gemm", "MatMul"}
+_PRODUCTS = {"Gemm", "MatMul", "MatMulNBits"}
 _BETWEEN = {"Relu", "Clip"}
 """Operators that a runtime takes into the convolution before them."""
 
@@ -60,7 +60,7 @@ def left_in_float(model: ir.Model) -> tuple[tuple[str, ...], int]:
 
 
 def _findings(graph: ir.Graph, float_layers: Iterable[str], runtime: str) -> list[Finding]:
-    if not any(node.op_type in {"QuantizeLinear", "DequantizeLinear"} for node in graph):
+    if not any(node.op_type in {"QuantizeLinear", "DequantizeLinear"} or WEIGHT_KEY in node.metadata_props for node in graph):
         return [Finding("not quantized", (), "The file has no quantizers. Prepare the model, train it, and export it again.")]
     findings = [
         Finding(kind, layers, advice)
@@ -282,11 +282,14 @@ def _quantized_convolutions(graph: ir.Graph) -> Iterator[ir.Node]:
 
 
 def _weight(node: ir.Node) -> ir.Node | None:
-    """The DequantizeLinear that a layer's weight comes from, also through a Transpose."""
+    """The node that dequantizes a layer's weight, also before a Transpose: the layer itself where it is MatMulNBits."""
+    if node.op_type == "MatMulNBits":
+        return node
     value = node.inputs[1]
     while (moved := producer(value, "Transpose", "Reshape")) is not None:
         value = moved.inputs[0]
-    return producer(value, "DequantizeLinear")
+    folded = producer(value, "Mul")
+    return folded if folded is not None and WEIGHT_KEY in folded.metadata_props else producer(value, "DequantizeLinear")
 
 
 def _is_stored(node: ir.Node) -> bool:
@@ -295,9 +298,9 @@ def _is_stored(node: ir.Node) -> bool:
 
 
 def _codes(dequantize: ir.Node) -> ir.Value | None:
-    """The initializer that a DequantizeLinear reads, also through what is folded at load; None for an activation."""
-    value = dequantize.inputs[0]
-    while (between := producer(value, "Cast", "Mul", "Add", "Clip", "QuantizeLinear")) is not None:
+    """The initializer that a weight's codes come from, also through what is folded at load; None for an activation."""
+    value = dequantize.inputs[1 if dequantize.op_type == "MatMulNBits" else 0]
+    while (between := producer(value, "Cast", "Reshape", "Mul", "Add", "Clip", "QuantizeLinear")) is not None:
         value = between.inputs[0]
     return value if constant(value) is not None else None
 

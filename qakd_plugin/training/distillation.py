@@ -17,7 +17,7 @@ from torch.optim import AdamW
 from .._common.arguments import positive_whole
 from .._common.console import say
 from .._common.history import kept_of
-from .._common.module_copy import copied
+from .._common.module_copy import copied, uncompiled
 from .._common.one_at_a_time import one_at_a_time
 from .._common.training_record import TrainingRecord, record_training
 from ..augment.data import Stats
@@ -198,6 +198,7 @@ def distill(
         CheckpointError: a checkpoint belongs to another run, cannot be written, or is there though ``resume`` is False.
         QakdError: another argument is wrong; names it.
     """
+    prepared_model = uncompiled(prepared_model)
     lesson = _lesson(prepared_model, one_teacher(teacher), SQAKD() if method is None else method, epochs, task_loss)
     settings = settings or Settings(
         lr=lr,

@@ -9,7 +9,16 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models import resnet18
 
-from qakd_plugin import MissingPackageError, NotPreparedError, QakdError, configuration, describe, export_onnx, prepare
+from qakd_plugin import (
+    MissingPackageError,
+    NotPreparedError,
+    QakdError,
+    configuration,
+    describe,
+    export_onnx,
+    prepare,
+    restore_modelopt,
+)
 from qakd_plugin.placement.calibration import RangeObserver, best_weight_clip
 from qakd_plugin.placement.placement import OutputQuantizer, place_quantizers
 from qakd_plugin.toolkits import adapter_for
@@ -84,7 +93,7 @@ def test_modelopt_saves_and_restores_what_prepare_made(tmp_path, make_student, t
 
     student, images = make_student("modelopt", 4), digits.test[0][:16]
     mto.save(student, tmp_path / "student.pth")
-    restored = mto.restore(teacher, tmp_path / "student.pth")
+    restored = restore_modelopt(teacher, tmp_path / "student.pth")
     with torch.no_grad():
         assert torch.equal(student(images), restored(images))
 
@@ -92,7 +101,8 @@ def test_modelopt_saves_and_restores_what_prepare_made(tmp_path, make_student, t
 def test_an_output_quantizer_goes_behind_convolutions_that_feed_an_add(teacher):
     placement = place_quantizers(teacher)
     assert OutputQuantizer("stages.0.bn2", None) in placement.outputs
-    assert OutputQuantizer("stem.1", (0.0, float("inf"))) in placement.outputs  # read by a convolution and by an add
+    after_relu = OutputQuantizer("stem.1", (0.0, float("inf")), after_clamp="stem.2")
+    assert after_relu in placement.outputs  # read by a convolution and by an add
     assert placement.edges == {"stem.0", "head"}
     assert "stem.0" not in placement.unsigned
     assert "stages.0.conv2" in placement.unsigned

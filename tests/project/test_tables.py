@@ -13,6 +13,7 @@ from evidence_drawing import places_of
 TABLES = [
     "step_time",
     "deployment",
+    "weight_only",
     "distill_step",
     "engines",
     "peers",
@@ -76,3 +77,8 @@ def test_a_table_is_replaced_and_nothing_else(tmp_path):
     page.write_text("above\n<!-- a:begin -->\nold\n<!-- a:end -->\nbelow\n")
     page_tables.write_table("a", page_tables.markdown(["x"], [["1"]]), page)
     assert page.read_text() == "above\n<!-- a:begin -->\n| x |\n| --- |\n| 1 |\n<!-- a:end -->\nbelow\n"
+
+
+def test_the_table_of_large_runs_is_made_from_the_committed_figures():
+    script = import_module("scale")
+    assert page_tables.read_table("scale", script.PAGE) == script.make_table(committed("scale"))
