@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import corruption
 from fault_record import Finding, Tally
 
-from qakd_plugin import benchmark, build_engine, diagnose, export_onnx, prepare, tune_for_host, write_report
+from qakd_plugin import benchmark, build_engine, diagnose, export_onnx, prepare, restore_modelopt, tune_for_host, write_report
 from qakd_plugin._common.tensor_file import pack, unpack
 from qakd_plugin._common.torch_file import load_plain, tensors_of
 from qakd_plugin.cli.classifier import network
@@ -107,6 +107,12 @@ def _weights_of_others(path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file(net().state_dict(), path)
+
+
+def _saved_by_modelopt(path: Path) -> None:
+    import modelopt.torch.opt as mto
+
+    mto.save(prepare(net().eval(), [IMAGES], "modelopt"), path)
 
 
 def _report(path: Path) -> None:
@@ -213,6 +219,10 @@ def _read_cache(path: Path) -> Any:
 
 def _read_weights(path: Path) -> Any:
     return network("mutants:net", 3, PREPROCESSING, str(path)).state_dict()
+
+
+def _read_saved_by_modelopt(path: Path) -> Any:
+    return restore_modelopt(net().eval(), path).state_dict()
 
 
 def _read_report(path: Path) -> Any:
@@ -431,6 +441,8 @@ KINDS: dict[str, Kind] = {
     "weights": Kind("net.pt", _weights, _read_weights),
     "weights, crafted": Kind("net.pt", _weights, _read_weights, (torch_file_changed,), True),
     "weights, safetensors": Kind("net.safetensors", _weights_of_others, _read_weights, crafted=True),
+    "saved by ModelOpt": Kind("net.pth", _saved_by_modelopt, _read_saved_by_modelopt),
+    "saved by ModelOpt, crafted": Kind("net.pth", _saved_by_modelopt, _read_saved_by_modelopt, (torch_file_changed,), True),
     "report.json": Kind("report.json", _report, _read_report, corruption.JSON, True),
     "engine": Kind("net.engine", _engine, _read_engine, beside=("net.engine.json",)),
     "manifest": Kind("net.engine.json", _manifest, _read_manifest, corruption.JSON, beside=("net.engine",)),

@@ -11,9 +11,12 @@ from typing import Any
 
 from torch import nn
 
+from ..._common.files import read_whole
 from ..._common.one_at_a_time import one_at_a_time
 from ..._common.optional import require
 from ..._common.silenced import silenced
+from ..._common.torch_file import load_plain
+from ...errors import CheckpointError, QakdError
 from ...placement.attention import open_attention
 from ...placement.frozen_batch_norm import fold_as_saved
 from ...placement.layer_names import WEIGHTED
@@ -88,15 +91,30 @@ def restore_modelopt(model: nn.Module, path: str | os.PathLike[str]) -> nn.Modul
 
     Returns:
         A prepared copy.
+
+    Raises:
+        QakdError: the file cannot be read, is damaged, holds more than tensors and plain data, or does not fit the model.
     """
     mto = require("modelopt.torch.opt", extra="modelopt", purpose="restore a model that it saved")
-    utils = require("modelopt.torch.utils", extra="modelopt", purpose="restore a model that it saved")
     from . import restore_mode as restore_mode  # tells ModelOpt of the mode that files name
 
+    try:
+        saved = load_plain(read_whole(path))
+    except (CheckpointError, OSError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise QakdError(f"{path}: {reason}. Name a file of modelopt.torch.opt.save.") from error
     copied = copy.deepcopy(open_attention(model))
-    saved = utils.safe_load(path, map_location="cpu")["model_state_dict"]
-    fold_as_saved(copied, saved)
-    names = {key.rpartition("_quantizer.")[0].rpartition(".")[0] for key in saved if "_quantizer." in key}
-    with without_prints(), registered(copied, sorted(names - {""})):
-        restored: nn.Module = mto.restore(copied, path)
+    try:
+        weights = saved["model_state_dict"]
+        fold_as_saved(copied, weights)
+        names = {key.rpartition("_quantizer.")[0].rpartition(".")[0] for key in weights if "_quantizer." in key}
+        with without_prints(), registered(copied, sorted(names - {""})):
+            restored: nn.Module = mto.restore_from_modelopt_state(copied, saved["modelopt_state"])
+        restored.load_state_dict(weights)
+    except Exception as error:  # ModelOpt and modules fail in many ways on foreign content; all mean the same here
+        reason = " ".join(str(error).split())[:300]
+        raise QakdError(
+            f"{path} does not fit {type(model).__name__} ({type(error).__name__}: {reason}). Pass the float network that was "
+            "prepared, and a file of modelopt.torch.opt.save."
+        ) from error
     return restored.eval()

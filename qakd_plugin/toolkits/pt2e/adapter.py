@@ -230,8 +230,8 @@ def _bake_weight(model: fx.GraphModule, quantizer: nn.Module, quantized: Tensor)
             source = source.args[0]
         if source.op != "get_attr":
             raise UnsupportedQuantizerError(
-                f"{node.target}: this weight is computed from others (a parametrization), and {type(quantizer).__name__} leaves "
-                "its quantized values in it. Export the model with its learned quantizers, or before prepare call "
+                f"{node.target}: this weight is computed from others (a parametrization), and {type(quantizer).__name__} would "
+                "leave its quantized values in it. Export the model with its learned quantizers, or before prepare call "
                 "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')."
             )
         attribute(model, str(source.target)).copy_(quantized if factor is None else quantized / factor)
