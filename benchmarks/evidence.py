@@ -41,7 +41,7 @@ import glyphs
 import page_tables
 import torch
 from scipy import stats
-from small_nets import DEVICE, Split, accuracy, data, teacher
+from small_nets import DEVICE, Split, accuracy, teacher
 from students import add_arguments, train_missing
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
@@ -120,6 +120,7 @@ class Size:
         teacher_images: that the teacher is trained on, those of students among them.
         teacher_epochs: of the teacher.
         test_images: that accuracy is taken on.
+        rendered: images that all but those of the test are taken from.
     """
 
     images: int
@@ -128,10 +129,13 @@ class Size:
     teacher_images: int = 15_000
     teacher_epochs: int = 20
     test_images: int = 8000
+    rendered: int = 16_000
 
 
 SMALL, FULL = Size(4000, 10, 5), Size(15_000, 4, 10)
 """For two cores and an hour; and for a GPU, on which a student's steps cost what their kernels' launches cost."""
+TINY = Size(64, 1, 1, teacher_images=64, teacher_epochs=1, test_images=64, rendered=HELD_OUT + 64)
+"""To see whether everything runs."""
 
 
 def cells(size: Size) -> list[Cell]:
@@ -174,7 +178,7 @@ class Study:
     folder: Path
 
     def __post_init__(self) -> None:
-        (images, labels), _ = data("glyphs")
+        images, labels = glyphs.load(self.size.rendered, seed=0)
         self.test: Split = glyphs.load(self.size.test_images, seed=2)
         self.validation: Split = (images[-HELD_OUT:], labels[-HELD_OUT:])
         self.pool: Split = (images[: self.size.teacher_images], labels[: self.size.teacher_images])
@@ -322,16 +326,21 @@ def _half_width(values: Sequence[float]) -> float | None:
 def main() -> None:
     """Train what is missing, test, print, and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="the large study")
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument("--full", dest="size", action="store_const", const=FULL, default=SMALL, help="the large study")
+    sizes.add_argument("--tiny", dest="size", action="store_const", const=TINY, help="one student on a few images")
     parser.add_argument("--rates", action="store_true", help="train also the students that the rate was chosen by")
     add_arguments(parser, "runs/evidence")
     parser.add_argument("--out", type=Path, help="JSON file; evidence_page.py makes tables, figure and page of it")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    size, folder = (FULL, options.cells / "full") if options.full else (SMALL, options.cells)
+    size = options.size
+    folder = options.cells / "full" if size == FULL else options.cells
     folder.mkdir(parents=True, exist_ok=True)
     study = open_study(size, folder)  # trains the teacher, if that is missing
     wanted = cells(size) + (rate_cells() if options.rates else [])
+    if size == TINY:
+        wanted = wanted[:1]
     students = {folder / f"{cell.slug}.json": (size, folder, cell) for cell in wanted}
     train_missing(train, students, processes=options.processes, minutes=options.minutes)
     found = read(size, folder)

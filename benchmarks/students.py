@@ -36,11 +36,15 @@ def train_missing(train: Train, wanted: Mapping[Path, tuple[Any, ...]], *, proce
     Args:
         train: called with a student's arguments.
         wanted: file of each student, and its arguments.
-        processes: that share the work.
+        processes: that share the work; with one it is done here.
         minutes: after which no student is begun.
     """
     missing = {path: arguments for path, arguments in wanted.items() if not path.is_file()}
     until = time.time() + 60 * minutes
+    if processes == 1:
+        for path, arguments in track(list(missing.items()), "students"):
+            print(keep(path, until, train, *arguments), flush=True)
+        return
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         students = [pool.submit(keep, path, until, train, *arguments) for path, arguments in missing.items()]
         try:

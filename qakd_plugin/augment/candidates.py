@@ -13,6 +13,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from ..errors import QakdError
+from .data import Extremes
 
 Transform: TypeAlias = Callable[[Tensor], Tensor]
 Candidates: TypeAlias = Mapping[str, "Transform | None"] | Sequence["Candidate | Transform | str"]
@@ -54,6 +55,7 @@ class Candidate:
         num_classes: int | None = None,
         seeds: Sequence[int] | None = None,
         partner: int = 1,
+        extremes: Extremes | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Augment a batch.
 
@@ -63,6 +65,7 @@ class Candidate:
             num_classes: K, needed to mix labels that are indices.
             seeds: one per image: equal seeds make equal draws, whatever the batch. None draws from the global generators.
             partner: an image is mixed with the one so many places before it.
+            extremes: from :meth:`extremes`, to judge what the transform makes without waiting for a device each time.
 
         Returns:
             Images of the same shape and dtype in [0, 1]; labels as they were, or float (N, K) after a mix.
@@ -70,12 +73,16 @@ class Candidate:
         Raises:
             QakdError: the transform fails, changes shape or dtype, or leaves [0, 1]; names the candidate.
         """
-        augmented = self._transformed(images, seeds)
+        augmented = self._transformed(images, seeds, self.extremes() if extremes is None else extremes)
         if self.mix is None:
             return augmented, labels
         return self._mixed(augmented, labels, num_classes, seeds, partner)
 
-    def _transformed(self, images: Tensor, seeds: Sequence[int] | None) -> Tensor:
+    def extremes(self) -> Extremes:
+        """Judges that what the transform makes lies in [0, 1]."""
+        return Extremes(self._require)
+
+    def _transformed(self, images: Tensor, seeds: Sequence[int] | None, extremes: Extremes) -> Tensor:
         if self.transform is None:
             return images
         try:
@@ -89,26 +96,27 @@ class Candidate:
                 f"candidate {self.name!r} failed on images {tuple(images.shape)} {images.dtype}: {error} "
                 "Leave it out, or adapt it."
             ) from error
-        return self._checked(images, augmented)
+        return self._checked(images, augmented, extremes)
 
     def _one(self, image: Tensor, seeds: Sequence[int] | None, index: int) -> Tensor:
         _seed(image, seeds, index)
         assert self.transform is not None
         return self.transform(image)
 
-    def _checked(self, before: Tensor, after: object) -> Tensor:
+    def _checked(self, before: Tensor, after: object, extremes: Extremes) -> Tensor:
         if not isinstance(after, Tensor) or after.shape != before.shape or after.dtype != before.dtype:
             made = f"{tuple(after.shape)} {after.dtype}" if isinstance(after, Tensor) else type(after).__name__
             raise QakdError(
                 f"candidate {self.name!r} must keep shape and dtype: it made {made} of {tuple(before.shape)} {before.dtype}."
             )
-        low, high = (float(value) for value in after.aminmax())
+        return extremes.clamped(after)
+
+    def _require(self, low: float, high: float) -> None:
         if not (low >= -OVERSHOOT and high <= 1 + OVERSHOOT):  # also true of NaN
             raise QakdError(
                 f"candidate {self.name!r} must keep images in [0, 1]: it made values from {low:.4g} to {high:.4g}. "
                 "Clamp them, and leave normalisation to input_stats."
             )
-        return after.clamp(0, 1) if low < 0 or high > 1 else after
 
     def _mixed(
         self, images: Tensor, labels: Tensor | None, classes: int | None, seeds: Sequence[int] | None, partner: int
@@ -120,8 +128,8 @@ class Candidate:
         mixed, targets = [], []
         for index in range(len(images)):
             _seed(images, seeds, index, stream=1)  # so that the pictures below a mix are those of the plain candidate
-            pair = [index, index - partner]
-            both, of_both = mix(images[pair], soft[pair])
+            # Not images[[i, j]]: that copies the list to the device, and waits for it.
+            both, of_both = mix(*(torch.stack([rows[index], rows[index - partner]]) for rows in (images, soft)))
             mixed.append(both[0])
             targets.append(of_both[0])
         return torch.stack(mixed), None if labels is None else torch.stack(targets)

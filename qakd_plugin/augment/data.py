@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,42 @@ CHUNK = 40
 Stats = tuple[Sequence[float], Sequence[float]]
 
 
+class Extremes:
+    """The smallest and the largest value of batches, judged without waiting for a device at each of them.
+
+    The first batch is judged at once, and so is every batch on a CPU; of others the extremes are gathered where they are, and
+    :meth:`settle` judges them.
+
+    Args:
+        judge: callable(low, high) that raises where images must not lie there.
+    """
+
+    def __init__(self, judge: Callable[[float, float], None]) -> None:
+        self._judge = judge
+        self._seen: tuple[Tensor, Tensor] | None = None
+
+    def clamped(self, x: Tensor) -> Tensor:
+        """``x`` in [0, 1]."""
+        low, high = x.detach().aminmax()
+        if _is_read_at_once(x):
+            self._judge(float(low), float(high))
+            return x.clamp(0, 1) if low < 0 or high > 1 else x
+        if self._seen is None:
+            self._judge(float(low), float(high))
+            self._seen = low, high
+        self._seen = torch.minimum(self._seen[0], low), torch.maximum(self._seen[1], high)
+        return x.clamp(0, 1)
+
+    def settle(self) -> None:
+        """Judge what was gathered since: once an epoch."""
+        if self._seen is not None:
+            self._judge(*torch.stack(self._seen).tolist())
+
+
+def _is_read_at_once(x: Tensor) -> bool:
+    return x.device.type == "cpu"
+
+
 class UnitRange:
     """Normalised images to [0, 1] and back.
 
@@ -30,9 +66,11 @@ class UnitRange:
     def __init__(self, input_stats: Stats | None) -> None:
         self.input_stats = input_stats
         self._stats = None if input_stats is None else [torch.tensor(values).reshape(1, -1, 1, 1) for values in input_stats]
+        self._there = self._stats
+        self._extremes = Extremes(self._require)
 
     def unit(self, x: Tensor) -> Tensor:
-        """Images as augmentations want them: clamped by what rounding left over.
+        """Images as augmentations want them: clamped by what rounding left over. On a GPU see :meth:`settle`.
 
         Raises:
             QakdError: they are no float images, or not in [0, 1]; says what to pass.
@@ -40,19 +78,36 @@ class UnitRange:
         if x.ndim != 4 or not x.is_floating_point():
             raise QakdError(f"images must be float (N, C, H, W), got {tuple(x.shape)} {x.dtype}.")
         if self._stats is not None:
-            x = x * self._stats[1].to(x) + self._stats[0].to(x)
-        low, high = (float(value) for value in x.aminmax())
+            mean, std = self._like(x)
+            x = x * std + mean
+        return self._extremes.clamped(x)
+
+    def settle(self) -> None:
+        """Judge the images since the last time of which :meth:`unit` could not without waiting: see :class:`Extremes`."""
+        self._extremes.settle()
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """Images as the networks want them."""
+        if self._stats is None:
+            return x
+        mean, std = self._like(x)
+        return (x - mean) / std
+
+    def _like(self, x: Tensor) -> list[Tensor]:
+        """Mean and deviation where ``x`` is; copied there once."""
+        assert self._stats is not None
+        assert self._there is not None
+        if self._there[0].device != x.device or self._there[0].dtype != x.dtype:
+            self._there = [values.to(x) for values in self._stats]
+        return self._there
+
+    def _require(self, low: float, high: float) -> None:
         if low < -1e-2 or high > 1 + 1e-2:  # what is no number is reported where it would do harm
             given = "after input_stats they lie" if self._stats is not None else "they lie"
             raise QakdError(
                 f"images must be in [0, 1] for an augmentation, but {given} in {low:.3g}..{high:.3g}. "
                 "Pass input_stats=(mean, std) of the loader's normalisation."
             )
-        return x.clamp(0, 1) if low < 0 or high > 1 else x
-
-    def normalised(self, x: Tensor) -> Tensor:
-        """Images as the networks want them."""
-        return x if self._stats is None else (x - self._stats[0].to(x)) / self._stats[1].to(x)
 
 
 @dataclass(frozen=True)
@@ -113,7 +168,9 @@ class Source:
             left = None if left is None else left - count
             seeds = torch.randint(2**62, (CHUNK,), generator=draws).tolist()[:count]
             cut = labels[:count] if isinstance(labels, Tensor) else None
-            yield Chunk(self.unit_range.unit(images[:count]), cut, seeds)
+            unit = self.unit_range.unit(images[:count])
+            self.unit_range.settle()
+            yield Chunk(unit, cut, seeds)
 
     def _images(self, batch: Any) -> tuple[Tensor, Any]:
         images, labels = self.batch_fn(batch)

@@ -16,7 +16,7 @@ from ..tasks.batches import BatchFn
 from .candidates import Candidate, Candidates, resolve_candidates
 from .cmi import DEFAULT_FORM, AugmentationScore, check_form
 from .compositions import Composition, Mixture, Search
-from .data import Stats, UnitRange
+from .data import Extremes, Stats, UnitRange
 from .ranking import rank_augmentations
 
 _log = logging.getLogger(__name__)
@@ -121,7 +121,12 @@ class FixedAugmentation:
         return self.unit_range.normalised(images), labels
 
     def row(self) -> dict[str, Any]:
-        """Nothing changes from epoch to epoch."""
+        """Nothing changes from epoch to epoch.
+
+        Raises:
+            QakdError: some images of the epoch were not in [0, 1].
+        """
+        self.unit_range.settle()
         return {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -154,6 +159,7 @@ class SelectedAugmentation:
         self.selector, self.loader, self.batch_fn, self._agreed = selector, loader, batch_fn, agreed
         self.unit_range = UnitRange(input_stats)
         self.chosen: Candidate | None = None
+        self._extremes: Extremes | None = None  # of what the chosen one makes
         self.classes = 0
         self._records: list[dict[str, Any]] | None = None  # of this epoch's ranking
         self._score = 0.0
@@ -192,7 +198,7 @@ class SelectedAugmentation:
         self._choose(*self._agreed(found))
 
     def _choose(self, plain: dict[str, Any], records: list[AugmentationScore], classes: int, explanation: str) -> None:
-        self.chosen = self._candidate(plain)
+        self.chosen, self._extremes = self._candidate(plain), None
         self.classes = classes
         parts = ("name", "score", "cmi", "cross_entropy", "centroid_divergence", "form")
         self._records = [{part: getattr(record, part) for part in parts} for record in records]
@@ -205,13 +211,22 @@ class SelectedAugmentation:
         """Augment a batch as the loader yields it; labels become probabilities where images are mixed."""
         if self.chosen is None:
             return x, labels
-        images, mixed = self.chosen(self.unit_range.unit(x), labels, num_classes=self.classes)
+        if self._extremes is None:
+            self._extremes = self.chosen.extremes()
+        images, mixed = self.chosen(self.unit_range.unit(x), labels, num_classes=self.classes, extremes=self._extremes)
         return self.unit_range.normalised(images), mixed
 
     def row(self) -> dict[str, Any]:
-        """For this epoch's row of the history: what was chosen, and after a ranking all scores."""
+        """For this epoch's row of the history: what was chosen, and after a ranking all scores.
+
+        Raises:
+            QakdError: some images of the epoch, or what was made of them, were not in [0, 1].
+        """
         if self.chosen is None:
             return {}
+        self.unit_range.settle()
+        if self._extremes is not None:
+            self._extremes.settle()
         row: dict[str, Any] = {"augmentation": self.chosen.name, "augmentation_score": self._score}
         if self._records is not None:
             row["augmentation_scores"] = {record["name"]: record["score"] for record in self._records}

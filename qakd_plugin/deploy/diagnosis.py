@@ -44,6 +44,21 @@ def diagnose(path: str | os.PathLike[str], float_layers: Iterable[str] = (), run
         return _findings(graph, float_layers, runtime)
 
 
+def left_in_float(model: ir.Model) -> tuple[tuple[str, ...], int]:
+    """Convolutions that ONNX Runtime will compute in floating point although weights and inputs are quantized.
+
+    Args:
+        model: in the form for ONNX Runtime.
+
+    Returns:
+        Those whose output the network itself reads without a quantizer, by name; what it returns is left out, since nothing is
+        to be done there. And how many convolutions have quantized weights and inputs.
+    """
+    graph = model.graph
+    names = [_name(node) for node, end in _without_quantizer(graph) if not end.is_graph_output()]
+    return tuple(dict.fromkeys(names)), sum(1 for _ in _quantized_convolutions(graph))
+
+
 def _findings(graph: ir.Graph, float_layers: Iterable[str], runtime: str) -> list[Finding]:
     if not any(node.op_type in {"QuantizeLinear", "DequantizeLinear"} or WEIGHT_KEY in node.metadata_props for node in graph):
         return [Finding("not quantized", (), "The file has no quantizers. Prepare the model, train it, and export it again.")]
@@ -100,10 +115,15 @@ def _packed_weights(graph: ir.Graph) -> Iterator[str]:
 
 
 def _outputs_not_quantized(graph: ir.Graph) -> Iterator[str]:
+    return (_name(node) for node, _ in _without_quantizer(graph))
+
+
+def _without_quantizer(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Value]]:
+    """Convolutions and what is read of each, if something reads it that is no quantizer."""
     for node in _quantized_convolutions(graph):
         end = _after_clamps(node.outputs[0])
         if (end.is_graph_output() or any(use.node.op_type != "QuantizeLinear" for use in end.uses())) and not _is_bias(end):
-            yield _name(node)
+            yield node, end
 
 
 def _separate_biases(graph: ir.Graph) -> Iterator[str]:

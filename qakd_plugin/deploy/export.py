@@ -14,8 +14,9 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from .._common.device import move
 from .._common.files import write_atomic
-from .._common.module_copy import copied
+from .._common.module_copy import copied, uncompiled
 from .._common.module_mode import eval_mode
 from .._common.one_at_a_time import one_at_a_time
 from .._common.precision import dtype_name
@@ -24,10 +25,13 @@ from ..errors import ExportError, UnsupportedQuantizerError
 from ..export_form.tracing import Traced, trace
 from ..placement.targets import TARGETS, Target
 from ..preparation.feasibility import target_problem
+from ..preparation.recorded import recorded
 from ..tasks.inputs import Inputs, call, call_problem, named_inputs, named_tensors, with_tensors
 from ..toolkits import Adapter, adapter_for
 from .canonical.clamps import quantizers_after_relu
+from .canonical.graph import WEIGHT_KEY
 from .canonical.write import to_canonical, to_proto
+from .diagnosis import left_in_float
 from .file_record import FileRecord, finite
 from .parity.float16 import Float16Parity, check_float16
 from .parity.gate import check_parity
@@ -36,6 +40,7 @@ from .parity.recorded_codes import check_same_bits
 from .parity.report import ParityReport, arrays
 from .targets.float16 import to_float16
 from .targets.onnxruntime import to_onnxruntime_form
+from .targets.onnxruntime_moves import move_codes
 from .targets.openvino import to_openvino_form
 from .targets.openvino_kernels import settled_for_kernels
 from .targets.tensorrt import check_weights, to_tensorrt_form
@@ -137,22 +142,30 @@ def export_onnx(
     if float16 and target != "tensorrt":
         raise ExportError(f"float16=True is for target='tensorrt': {target} fuses integer layers beside float32 only.")
     _check_storage(weight_storage, target)
+    prepared_model = uncompiled(prepared_model)
     samples = _checked(prepared_model, example_inputs)
     adapter = adapter_for(prepared_model)
     _check_quantizers(adapter, prepared_model, target)
-    form = adapter.export_form(prepared_model).cpu()
+    form = adapter.export_form(prepared_model)
+    move(form, "cpu")
     traced = trace(form, samples, dynamic, input_names=input_names, output_names=output_names)
     _check_types(traced, samples, target)
     _tell_fixed(traced)
     canonical = to_canonical(traced)
+    _tell_computed_weights(canonical)
     model = _for_target(canonical, target, weight_storage)
     evaluated = _evaluated(adapter, prepared_model)
     after_relu = quantizers_after_relu(canonical.graph)
     parity = check_parity(model, form, evaluated, samples, fused=target == "onnxruntime", after_relu=after_relu)
+    if target == "onnxruntime" and (moved := move_codes(model)) is not model:
+        check_same_bits(model, moved, samples)
+        model = moved
     if target == "openvino":
         proven, model = model, settled_for_kernels(model)
         check_same_bits(proven, model, samples)
         parity = replace(parity, openvino=check_openvino(model, form, samples, arrays(call(evaluated, samples))))
+    if target == "onnxruntime":
+        _tell_slow(model, recorded(prepared_model) is not None)
     conversion = None
     if float16:
         model = to_float16(model)
@@ -201,6 +214,32 @@ def export_float(
     return write_atomic(path, to_proto(exported).SerializeToString(), ExportError)
 
 
+def _tell_computed_weights(canonical: ir.Model) -> None:
+    """Name layers whose quantized weight is not what they multiply with: they compute in floating point."""
+    computed = [
+        node.metadata_props.get(WEIGHT_KEY, node.name)
+        for node in canonical.graph
+        if node.op_type == "DequantizeLinear" and WEIGHT_KEY in node.metadata_props and not _is_multiplied(node.outputs[0])
+    ]
+    if computed:
+        _log.warning(
+            "%s: not this quantized weight is multiplied, but what the forward pass makes of it (weight standardization, or "
+            "the like), so these layers compute in floating point. toolkit='pt2e' quantizes what is multiplied.",
+            ", ".join(map(str, computed)),
+        )
+
+
+def _is_multiplied(weight: ir.Value) -> bool:
+    """Whether everything that reads a weight is a layer, be it transposed or reshaped before."""
+    return all(
+        node.op_type in _LAYERS or (node.op_type in _VIEWS and _is_multiplied(node.outputs[0])) for node, _ in weight.uses()
+    )
+
+
+_LAYERS = {"Conv", "ConvTranspose", "Gemm", "MatMul", "Gather", "Einsum"}
+_VIEWS = {"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Slice", "Split", "Identity", "Cast"}
+
+
 def _for_target(canonical: ir.Model, target: Target, storage: WeightStorage) -> ir.Model:
     if target == "onnxruntime":
         return to_onnxruntime_form(canonical, storage)
@@ -223,7 +262,8 @@ def _bits(adapter: Adapter, model: nn.Module) -> tuple[int, int]:
 
 def _evaluated(adapter: Adapter, prepared: nn.Module) -> nn.Module:
     """A copy of the prepared model as it is evaluated: in eval mode, ranges frozen."""
-    evaluated = copied(prepared).cpu()
+    evaluated = copied(prepared)
+    move(evaluated, "cpu")
     adapter.set_mode(evaluated, False)
     adapter.freeze_ranges(evaluated, True)
     return evaluated
@@ -293,6 +333,30 @@ _NOT_IN_TENSORRT = (torch.int16, torch.uint16, torch.uint32, torch.uint64)
 def _tell_fixed(traced: Traced) -> None:
     for line in traced.fixed:
         _log.warning("export: %s. The file takes this size alone.", line)
+
+
+def _tell_slow(model: ir.Model, ours: bool) -> None:
+    """Say which quantized convolutions will run in floating point, and what to write unless the model is ``ours``."""
+    names, quantized = left_in_float(model)
+    if names:
+        shown = ", ".join(names[:_MOST_NAMES]) + (f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else "")
+        remedy = (
+            ""
+            if ours
+            else " For ModelOpt mtq.quantize(model, qakd_plugin.configuration(model), forward_loop) puts quantizers there, as "
+            "qakd_plugin.prepare(model, batches) does."
+        )
+        _log.warning(
+            "export: ONNX Runtime will compute %d of %d quantized convolutions in floating point, because no quantizer but an "
+            "addition, a concatenation, a pooling or the like reads what they output: %s.%s",
+            len(names),
+            quantized,
+            shown,
+            remedy,
+        )
+
+
+_MOST_NAMES = 3
 
 
 def _check_quantizers(adapter: Adapter, model: nn.Module, target: str) -> None:

@@ -174,6 +174,26 @@ class QuantizedModule(nn.Module):
         return out if self.output_qdq is None else self.output_qdq(out)
 
 
+def quantize_output(module: nn.Module, quantizer: ActivationQDQ) -> nn.Module:
+    """Put a quantizer on the output of a module with children: they keep their names, which :class:`QuantizedModule` changes.
+
+    Args:
+        module: it gets the quantizer as a child, and runs it ahead of all other hooks.
+        quantizer: of its only output.
+
+    Returns:
+        ``module``.
+    """
+    module.output_qdq = quantizer
+    module.register_forward_hook(_through_output_qdq, prepend=True)
+    return module
+
+
+def _through_output_qdq(module: nn.Module, args: object, output: Tensor) -> Tensor:
+    quantized: Tensor = module.output_qdq(output)  # type: ignore[operator]
+    return quantized
+
+
 class _Functional:
     """A layer without its parameters: ``(x, weight, bias) -> y``."""
 

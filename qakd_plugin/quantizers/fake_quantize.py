@@ -134,7 +134,8 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 def _where_inside(g: Tensor, x: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
     """``g`` where x is not clipped, else 0."""
-    if scale.numel() == 1 and scale.device.type == "cpu":  # elsewhere reading the scale would wait for the device
+    reads = scale.numel() == 1 and scale.device.type == "cpu"  # elsewhere reading the scale would wait for the device
+    if reads and not torch.compiler.is_compiling():  # to which a value that is read is the end of a graph
         step = float(scale)
         low, high = low * step, high * step
     else:

@@ -12,6 +12,7 @@ import os
 import tempfile
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def session_options(threads: int = 0, *, fusions: bool = True, profile: Path | N
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # errors are raised; its logger writes them once more, with names as the file has them
     # Threads would go on spinning after a call, while another session is being timed.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if adds_products_in_16_bits():
@@ -69,8 +70,10 @@ def start_session(model: bytes | str | os.PathLike[str], options: Any) -> Any:
     import onnxruntime
 
     source = model if isinstance(model, bytes) else os.fspath(model)
+    # Without a fallback, which would be the same once more, with lines on stdout.
+    start = partial(onnxruntime.InferenceSession, source, options, providers=["CPUExecutionProvider"], enable_fallback=0)
     try:
-        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        return start()
     except Exception as error:
         # ONNX Runtime makes a weight unsigned once for each layer that reads it, and fails the second time.
         if "replace the existing tensor" not in str(error) or not adds_products_in_16_bits():
@@ -81,7 +84,7 @@ def start_session(model: bytes | str | os.PathLike[str], options: Any) -> Any:
             _PRECISION,
         )
         options.add_session_config_entry(_PRECISION, "0")
-        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        return start()
 
 
 class OnnxRuntimeRunner:

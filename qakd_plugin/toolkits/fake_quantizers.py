@@ -6,6 +6,7 @@ Both toolkits have a class ``FakeQuantizeBase``; the classes are unrelated but l
 from __future__ import annotations
 
 import logging
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -112,10 +113,11 @@ def observe_unquantized(
     watched: Mapping[str, nn.Module],
     batches: Sequence[Inputs],
     clamps: Mapping[str, tuple[float, float] | None],
+    groups: Mapping[str, str] | None = None,
 ) -> dict[str, RangeObserver]:
     """What reaches some quantizers (or the places of some) while all of them are off; arguments as ``observe_inputs``."""
     adapter.set_fake_quant(model, False)
-    observers = observe_inputs(model, watched, batches, clamps)
+    observers = observe_inputs(model, watched, batches, clamps, groups)
     adapter.set_fake_quant(model, True)
     return observers
 
@@ -196,6 +198,8 @@ def _class(base: Any) -> type[nn.Module]:
             self.fake_quant_enabled.copy_(original.fake_quant_enabled)
             self.register_buffer("zero_point", torch.zeros(clip.numel(), dtype=torch.int32, device=clip.device))
             rule.install(self, clip)
+            # Weak, so that a copy of this module, whose flag is another tensor, starts without.
+            self._flag_read: tuple[weakref.ref[Tensor], int, bool] | None = None
             self.train(original.training)
 
         @property
@@ -203,7 +207,18 @@ def _class(base: Any) -> type[nn.Module]:
             return self.rule.scale(self).reshape(-1)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.rule(x, self) if self.fake_quant_enabled[0] == 1 else x
+            if torch.compiler.is_compiling():  # to which a value that is read is the end of a graph
+                return torch.where(self.fake_quant_enabled == 1, self.rule(x, self), x)
+            return self.rule(x, self) if self._is_on() else x
+
+        def _is_on(self) -> bool:
+            """The flag, read again only once somebody has written to it: on a GPU a look at it waits for all that is queued."""
+            flag: Tensor = self.fake_quant_enabled
+            if flag.is_inference():  # which counts no writes
+                return bool(flag[0] == 1)
+            if self._flag_read is None or self._flag_read[0]() is not flag or self._flag_read[1] != flag._version:
+                self._flag_read = weakref.ref(flag), flag._version, bool(flag[0] == 1)
+            return self._flag_read[2]
 
         def calculate_qparams(self) -> tuple[Tensor, Tensor]:
             """What the toolkit's ``convert`` asks for."""

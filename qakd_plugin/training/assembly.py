@@ -88,6 +88,7 @@ def assembled(
     store: CheckpointStore | None,
     checkpoint_every: int | None,
     callbacks: Sequence[object],
+    own_rate: bool = False,
 ) -> Iterator[Trainer]:
     """A trainer that is ready to begin; at the end of the block hooks are off and networks are on the devices they came from.
 
@@ -100,6 +101,7 @@ def assembled(
         store: where checkpoints go, or None.
         checkpoint_every: also after so many optimizer steps.
         callbacks: see :class:`~qakd_plugin.training.trainer.Trainer`.
+        own_rate: likewise.
 
     Raises:
         QakdError: processes disagree, or the first batch shows that training cannot begin.
@@ -159,6 +161,7 @@ def assembled(
                 settings=settings,
                 checkpoint_every=checkpoint_every,
                 callbacks=callbacks,
+                own_rate=own_rate,
             )
         finally:
             objective.close()

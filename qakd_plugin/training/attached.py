@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
+from .._common.device import make_tensors_on
 from .._common.training_record import TrainingRecord, record_training
 from ..errors import QakdError
-from ..tasks.inputs import forward_names
+from ..tasks.inputs import device_of_network, forward_names
 from ..tasks.outputs import Outputs, named_outputs
 from ..tasks.task_loss import TaskLoss, check_task_loss
 from ..toolkits import adapter_for
@@ -211,6 +212,9 @@ def attach(
                 optimizer.step(); optimizer.zero_grad()
             kd.eval()
 
+    Such a loop takes no turns with other threads: prepare, distill or export there before it or after it, or in another
+    process. While torch traces a model, calls of any other one fail.
+
     Args:
         prepared_model: prepared by a supported toolkit; or DistributedDataParallel, or what ``torch.compile`` returns, around
             one: then call the wrapper in your loop. Attach after ``use_quantizers``, which exchanges quantizers.
@@ -237,6 +241,7 @@ def attach(
     if teacher is not None:
         check_separate(prepared_model, teacher)
     warn_of_no_refresh(adapter, unwrapped(prepared_model), "a loop of your own")
+    make_tensors_on(unwrapped(prepared_model), device_of_network(prepared_model))
     return Attached(prepared_model, teacher, method, phases)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._common.device import move
 from .distributed.processes import Processes
 from .optimizers import clip_gradients
 
@@ -94,8 +95,8 @@ def on_device(device: torch.device, *networks: nn.Module | None) -> Iterator[Non
             tensor = None if network is None else next(network.parameters(), next(network.buffers(), None))
             if network is not None and tensor is not None:
                 homes.append((network, tensor.device))
-                network.to(device)
+                move(network, device)
         yield
     finally:
         for network, home in homes:
-            network.to(home)
+            move(network, home)

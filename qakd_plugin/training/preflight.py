@@ -228,14 +228,20 @@ def check_separate(student: nn.Module, teacher: nn.Module) -> None:
     Raises:
         QakdError: they do; names a parameter.
     """
-    trained = {p.data_ptr(): name for name, p in student.named_parameters() if p.requires_grad and p.numel()}
+    trained = {place: name for name, p in student.named_parameters() if p.requires_grad and (place := _place(p))}
     for name, parameter in teacher.named_parameters():
-        if parameter.numel() and parameter.data_ptr() in trained:
+        if (place := _place(parameter)) in trained:
             raise QakdError(
-                f"teacher: its {name!r} is the same tensor as {trained[parameter.data_ptr()]!r} of prepared_model, so that "
+                f"teacher: its {name!r} is the same tensor as {trained[place]!r} of prepared_model, so that "
                 "training would change the teacher. Prepare a copy: copy.deepcopy(model) goes into torch.export.export, "
                 "mtq.quantize, quantize_ or prepare_qat_fx, which work in place or share tensors."
             )
+
+
+def _place(parameter: Tensor) -> int:
+    """Where it lies in memory, of a sharded one what this process holds; 0 where that is nothing."""
+    local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    return local.data_ptr() if local.numel() else 0
 
 
 def check_precision(teacher: nn.Module, *, learns: bool) -> None:

@@ -54,6 +54,11 @@ def test_the_table_of_the_default_rate_is_made_from_the_committed_figures():
     assert page_tables.read_table("default_rate", script.PAGE) == script.make_table(committed("default_rate"))
 
 
+def test_the_table_of_calibration_is_made_from_the_committed_figures():
+    script = import_module("calibration_images")
+    assert page_tables.read_table("calibration_images", script.PAGE) == script.make_table(committed("calibration_images"))
+
+
 def test_the_zoo_is_made_from_the_committed_cells():
     zoo = import_module("zoo")
     assert page_tables.read_table("zoo") == zoo.make_table(json.loads(zoo.RESULTS.read_text())["cells"])
@@ -72,3 +77,8 @@ def test_a_table_is_replaced_and_nothing_else(tmp_path):
     page.write_text("above\n<!-- a:begin -->\nold\n<!-- a:end -->\nbelow\n")
     page_tables.write_table("a", page_tables.markdown(["x"], [["1"]]), page)
     assert page.read_text() == "above\n<!-- a:begin -->\n| x |\n| --- |\n| 1 |\n<!-- a:end -->\nbelow\n"
+
+
+def test_the_table_of_large_runs_is_made_from_the_committed_figures():
+    script = import_module("scale")
+    assert page_tables.read_table("scale", script.PAGE) == script.make_table(committed("scale"))

@@ -11,8 +11,9 @@ changes the numbers. Quantizing each of them is the same as quantizing all. Wher
 what is concatenated is rounded by operators instead, and no grid is seen.
 
 A sum is computed by the convolution before it, and where the convolution's output has a quantizer, the runtime (2026.4) then
-leaves out that it rounds: it takes for granted that an integer type will do it, and the kernel's type is that of the sum.
-Rounding that is written as operators is done, by the same kernel, in the same time.
+leaves out that it rounds, if the quantizer is the first of what it fuses into that convolution. After anything else it rounds,
+by the same kernel. A leaky ReLU whose slope is 1 is something else, and changes nothing; a clamp it would merge with the
+quantizer.
 
 What else it computes wrongly, each by as much as 0 to 25 dB:
   - signed codes that are concatenated in front of a convolution: it rounds them to whole numbers. Codes with a zero point are
@@ -196,14 +197,12 @@ def _moved_range(value: ir.Value | None) -> tuple[object, int, int] | None:
     return ranges[0][0], min(low for _, low, _ in ranges), max(high for _, _, high in ranges)
 
 
-class RoundBeforeSums(InPlacePass):
-    """Write as operators the quantizer of a convolution that computes a sum as well.
+class KeepRoundingBeforeSums(InPlacePass):
+    """Let the quantizers of convolutions that are summed not be the first thing after them.
 
         Conv -> [Clip ->] Q -> DQ -> Add
     becomes
-        Conv -> [Clip ->] Div -> Round -> Clip -> Mul -> Add
-
-    One for each sum: the runtime chooses the convolution that is not of integers.
+        Conv -> [Clip ->] LeakyRelu(1) -> Q -> DQ -> Add
     """
 
     def call(self, model: ir.Model) -> PassResult:
@@ -211,22 +210,25 @@ class RoundBeforeSums(InPlacePass):
         for node in list(model.graph):
             found = [_quantized_conv(value) for value in node.inputs] if node.op_type == "Add" else []
             if len(found) == 2 and not any(_is_plain_conv(value) for value in node.inputs):
-                for dequantize in [one for one in found if one is not None][:1]:
-                    _round(model.graph, dequantize)
+                for quantize in [one for one in found if one is not None]:
+                    identity_op = ir.node("LeakyRelu", [quantize.inputs[0]], {"alpha": 1.0}, name=f"{quantize.name}/identity")
+                    identity_op.outputs[0].name, identity_op.outputs[0].dtype = f"{identity_op.name}:out", ir.DataType.FLOAT
+                    model.graph.insert_before(quantize, identity_op)
+                    quantize.replace_input_with(0, identity_op.outputs[0])
                     modified = True
-        common.RemoveUnusedNodesPass()(model)
         return PassResult(model, modified)
 
 
 def _quantized_conv(value: ir.Value | None) -> ir.Node | None:
-    """The dequantizer of a convolution's output, where a sum alone reads it and nobody what is between."""
+    """The quantizer of a convolution's output, where a sum alone reads it and nobody what is between."""
     dequantize = producer(value, "DequantizeLinear")
     if dequantize is None or only_consumer(dequantize.outputs[0]) is None:
         return None
-    reader, node = dequantize, producer(dequantize.inputs[0], "QuantizeLinear")
+    quantize = producer(dequantize.inputs[0], "QuantizeLinear")
+    reader, node = dequantize, quantize
     while node is not None and only_consumer(node.outputs[0]) is reader:
         if node.op_type == "Conv":
-            return dequantize
+            return quantize
         reader, node = node, producer(node.inputs[0], "Relu", "Clip", "Conv")
     return None
 
@@ -353,7 +355,7 @@ PASSES: tuple[InPlacePass, ...] = (
     DropRepeatedQuantizers(),
     QuantizeBeforeConcat(),
     RoundBeforeConcat(),  # what is still of different grids
-    RoundBeforeSums(),
+    KeepRoundingBeforeSums(),
     OffsetConcatenatedCodes(),  # of quantizers that are left
     ClampSharedConvolutions(),
     BiasAsSum(),

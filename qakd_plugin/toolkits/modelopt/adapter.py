@@ -8,7 +8,9 @@ Facts of the toolkit that shape this file: a quantizer is a ``TensorQuantizer`` 
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,12 +26,14 @@ from ...tasks.inputs import Inputs, call
 from ..adapter import Precision, QParams, Quantizer, Role, rows_of, weight_of
 from ..fake_quantizers import is_paused, per_channel, set_paused
 from ..frozen_statistics import set_training
+from ..left_out import name_left_out
 from .calibration import minimize_error
-from .configuration import modelopt_config
+from .configuration import modelopt_config, quantized_modules
 from .export_form import export_form
 from .registration import registered, without_prints
 from .rule_backend import BACKEND, quantizer_class
 
+_log = logging.getLogger(__name__)
 _SMALLEST_AMAX = 2.0**-24
 """ModelOpt maps everything to zero where amax is not above this."""
 
@@ -114,12 +118,20 @@ class ModelOptAdapter:
         set_training(model, training)
 
     def configuration(self, model: nn.Module, precision: Precision) -> dict[str, Any]:
-        return modelopt_config(place_quantizers(model, precision.keep), precision)
+        # Where the user calls ModelOpt it takes neither residual blocks nor ReLUs: their quantizers would silently be left out.
+        return modelopt_config(place_quantizers(model, precision.keep, sums=False), replace(precision, placement=1))
 
     def prepare(self, model: nn.Module, batches: Sequence[Inputs], precision: Precision) -> nn.Module:
         mtq = require("modelopt.torch.quantization", extra="modelopt", purpose="prepare a model with toolkit='modelopt'")
-        placement = place_quantizers(model, precision.keep, batches[0])
+        placement = place_quantizers(model, precision.keep, batches[0], sums=precision.placement > 1)
         config = modelopt_config(placement, precision)
+        if placement.floating_sums:
+            _log.warning(
+                "%s: no module returns these sums, so ModelOpt has no place for their quantizers and they stay in floating "
+                "point: %s. Compute each in a module that returns it, or use toolkit='pt2e'.",
+                type(model).__name__,
+                ", ".join(placement.floating_sums),
+            )
         prepared: nn.Module = copy.deepcopy(model).eval()
 
         def forward_loop(network: nn.Module) -> None:
@@ -127,15 +139,19 @@ class ModelOptAdapter:
                 for batch in batches:
                     call(network, batch)
 
-        names = [*placement.layers, *(output.name for output in placement.outputs)]
-        with without_prints(), registered(prepared, names):
+        with without_prints(), registered(prepared, quantized_modules(placement, precision)) as foreign:
+            if foreign:
+                from .restore_mode import require_our_restore
+
+                prepared = require_our_restore(prepared, foreign)
             try:
                 prepared = mtq.quantize(prepared, config, forward_loop)
             except AssertionError:  # by which max calibration says that something is infinite, but not where
                 float_model = copy.deepcopy(model).eval()
                 observe_inputs(float_model, {name: float_model.get_submodule(name) for name in placement.layers}, batches, {})
                 raise
-        minimize_error(self, prepared, batches, placement)
+        minimize_error(self, prepared, batches, placement, precision)
+        name_left_out(self, prepared, placement)
         return prepared
 
     def install(self, model: nn.Module, quantizer: Quantizer, rule: Rule, clip: Tensor) -> None:

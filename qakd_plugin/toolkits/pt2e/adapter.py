@@ -27,6 +27,7 @@ from ...tasks.inputs import Inputs
 from ..adapter import Precision, QParams, Quantizer
 from ..fake_quantizers import FakeQuantizeAdapter, is_active, require_calibrated, restored_fake_quantize, rule_of, substitute
 from ..frozen_statistics import is_frozen
+from ..left_out import name_left_out
 from .calibration import calibrate
 from .capture import (
     exported,
@@ -137,7 +138,8 @@ class PT2EAdapter(FakeQuantizeAdapter):
         pt2e = require(
             "torchao.quantization.pt2e.quantize_pt2e", extra="torchao", purpose="prepare a model with toolkit='pt2e'"
         )
-        quantizer = _configuration(place_quantizers(model, precision.keep, batches[0]), precision)
+        placement = place_quantizers(model, precision.keep, batches[0])
+        quantizer = _configuration(placement, precision)
         network = copy.deepcopy(model).eval()
         unify_batch_norms(network)
         graph = exported(network, batches[0])
@@ -150,6 +152,7 @@ class PT2EAdapter(FakeQuantizeAdapter):
         rename_quantizers(prepared)
         self.set_mode(prepared, False)
         calibrate(self, prepared, batches)
+        name_left_out(self, prepared, placement)
         return prepared
 
     @torch.no_grad()
@@ -197,7 +200,11 @@ def _configuration(placement: Placement, precision: Precision) -> Any:
     from .quantizer import SymmetricQuantizer
 
     return SymmetricQuantizer(
-        placement, precision.weight_bits, precision.activation_bits, unsigned_bytes=precision.unsigned_bytes
+        placement,
+        precision.weight_bits,
+        precision.activation_bits,
+        unsigned_bytes=precision.unsigned_bytes,
+        share_grids=precision.placement > 1,
     )
 
 

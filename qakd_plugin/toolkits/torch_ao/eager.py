@@ -27,6 +27,7 @@ from ...placement.placement import Placement, layer_graph, place_quantizers
 from ...placement.sign_analysis import non_negative
 from ...tasks.inputs import Inputs, device_of
 from ..adapter import Precision
+from ..left_out import name_left_out
 from .calibration import calibrate
 from .configuration import fixed_fake_quantize, require_signed_bytes, torch_ao_qconfig, unsigned_byte
 from .fx import TorchAOAdapter
@@ -85,6 +86,7 @@ class TorchAOEagerAdapter(TorchAOAdapter):
         _finish_outputs(network, plan, precision)
         low_bit = _use_low_bits(network, plan, precision.activation_bits, device_of(batches[0]))
         calibrate(self, prepared.eval(), batches, {prefix + name: codes for name, codes in low_bit.items()})
+        name_left_out(self, prepared, placement)
         return prepared
 
 

@@ -29,6 +29,7 @@ from ...tasks.inputs import Inputs, arguments
 from ..adapter import Precision, QParams, Quantizer
 from ..fake_quantizers import FakeQuantizeAdapter, is_active, require_calibrated, restored_fake_quantize, rule_of, substitute
 from ..frozen_statistics import set_training
+from ..left_out import name_left_out
 from .calibration import calibrate
 from .configuration import require_signed_bytes, torch_ao_qconfig_mapping
 from .fx_graph import (
@@ -36,6 +37,7 @@ from .fx_graph import (
     insert_low_bit_inputs,
     is_fake_quant,
     leave_output_in_float,
+    share_after_splits,
     traceable,
     use_unsigned_bytes,
 )
@@ -115,11 +117,14 @@ class TorchAOAdapter(FakeQuantizeAdapter):
         carry_hooks(model, prepared)  # the tracer sees forward alone
         follow_the_mode(prepared)
         leave_output_in_float(prepared)
+        if precision.placement > 1:
+            share_after_splits(prepared)
         if precision.unsigned_bytes:
             use_unsigned_bytes(prepared)
         bits = precision.activation_bits
         low_bit = insert_low_bit_inputs(prepared, placement, bits) if bits < 8 else {}
         calibrate(self, prepared.eval(), batches, low_bit)
+        name_left_out(self, prepared, placement)
         return prepared
 
     def uninstall(self, model: nn.Module, quantizer: Quantizer) -> None:

@@ -75,15 +75,17 @@ def require_whole(name: str, network: nn.Module | None) -> None:
     )
     if sharded:
         raise QakdError(
-            f"{name} is sharded (FSDP, DTensor): its quantizers would see a part of each weight. Pass the whole network, and "
-            "launch with torchrun: distill trains it data parallel."
+            f"{name} is sharded (FSDP, DTensor), which distill does not train: it reads whole weights between steps. Pass the "
+            "whole network, and launch with torchrun: distill trains it data parallel. A loop of your own with qakd.attach "
+            "trains what qakd_plugin.training.distributed.sharding.shard has divided."
         )
 
 
 def _refuse(kind: str) -> NoReturn:
     raise QakdError(
-        f"distill was launched for {kind}, which divides the model itself among processes; quantizers need whole weights. "
-        "Launch with torchrun, or with accelerate launch --multi_gpu (data parallel)."
+        f"distill was launched for {kind}, which divides the model itself among processes; it reads whole weights between "
+        "steps. Launch with torchrun, or with accelerate launch --multi_gpu (data parallel); for FSDP2 in a loop of your own "
+        "see qakd_plugin.training.distributed.sharding."
     )
 
 
