@@ -84,16 +84,19 @@ class OpenVINORunner:
 
     def count_layers(self) -> tuple[int, int]:
         """Convolutions and matrix products of the compiled graph: those it computes in integers, and all."""
-        kinds = [
-            (info["layerType"].astype(str), info["runtimePrecision"].astype(str))
-            for info in (node.get_rt_info() for node in self._compiled.get_runtime_model().get_ordered_ops())
-        ]
-        found = [precision for kind, precision in kinds if kind in _LAYERS]
-        return sum(precision in {"i8", "u8"} for precision in found), len(found)
+        infos = [node.get_rt_info() for node in self._compiled.get_runtime_model().get_ordered_ops()]
+        layers = [info for info in infos if info["layerType"].astype(str) in _LAYERS]
+        return sum(map(_computes_in_integers, layers)), len(layers)
 
     def events(self) -> list[Any]:
         """What was recorded of the last call: nodes that were executed."""
         return [entry for entry in self._request.get_profiling_info() if str(entry.status).endswith(".EXECUTED")]
+
+
+def _computes_in_integers(info: Any) -> bool:
+    """Of a node: where weights alone are quantized, its precision is theirs, and its kernel ("brgemm_avx512_f32") tells."""
+    kernel = info["primitiveType"].astype(str).rpartition("_")[2].lower()
+    return info["runtimePrecision"].astype(str) in {"i8", "u8"} and kernel not in {"f32", "bf16", "f16"}
 
 
 def _name(port: Any) -> str:

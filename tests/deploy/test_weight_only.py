@@ -187,5 +187,7 @@ def test_a_file_without_dequantizers_is_known_to_be_quantized(bits, tmp_path):
     onnx.save(model, path)
     row = qakd.benchmark([path], [{"input_ids": IDS}], calls=5)[0]
     assert (row.weight_bits, row.activation_bits) == (bits, 32)
+    row = qakd.benchmark([path], [{"input_ids": IDS}], ("openvino",), calls=5)[0]
+    assert (row.precision, row.integer_layers, row.total_layers) == ("float32", 0, 2)
     (finding,) = diagnose(path)
     assert (finding.kind, finding.layers) == ("float input", ("layer", "head"))
