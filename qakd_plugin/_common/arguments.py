@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ..errors import QakdError
 
 
@@ -18,7 +20,7 @@ def positive_whole(name: str, value: int | None, *, none: bool = False) -> None:
     """
     if value is None and none:
         return
-    if not (isinstance(value, int) and value > 0):
+    if not (isinstance(value, int) and not isinstance(value, bool) and value > 0):
         raise QakdError(f"{name}={value!r} must be a positive whole number{' or None' if none else ''}.")
 
 
@@ -28,5 +30,13 @@ def not_negative(name: str, value: float | None) -> None:
     Raises:
         QakdError: it is something else.
     """
-    if value is not None and not value >= 0:
-        raise QakdError(f"{name}={value!r} must not be negative.")
+    if value is not None and not holds(lambda: value >= 0):
+        raise QakdError(f"{name}={value!r} must be a number, and not negative.")
+
+
+def holds(comparison: Callable[[], bool]) -> bool:
+    """Whether it does; what cannot be compared with numbers, as text, does not."""
+    try:
+        return bool(comparison())
+    except (TypeError, ValueError):
+        return False

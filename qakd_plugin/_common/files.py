@@ -9,6 +9,7 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from ..errors import QakdError
 
@@ -66,11 +67,26 @@ def require_writable(path: str | os.PathLike[str], error: type[QakdError] = Qakd
         raise error(f"cannot write {path}: {_reason(problem)}. Choose a folder that can be written.") from problem
 
 
-def read_whole(path: str | os.PathLike[str]) -> bytes:
+def read_whole(path: str | os.PathLike[str], most: int = -1) -> bytes:
     """What a file holds; never waits for a pipe, and never reads a device without end.
+
+    Args:
+        path: of the file.
+        most: bytes that are read of it; -1 for all.
 
     Raises:
         OSError: it cannot be read, or is no file; ``strerror`` is the reason in a few words.
+    """
+    with opened(path) as file:
+        return file.read(most)
+
+
+@contextmanager
+def opened(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A file to read from, as :func:`read_whole` does.
+
+    Raises:
+        OSError: likewise.
     """
     try:
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
@@ -79,7 +95,7 @@ def read_whole(path: str | os.PathLike[str]) -> bytes:
     try:
         _require_file(os.fstat(handle).st_mode, path)
         with open(handle, "rb", closefd=False) as file:
-            return file.read()
+            yield file
     finally:
         os.close(handle)
 

@@ -8,6 +8,9 @@ from typing import Any
 START = -1
 """The epoch of the prepared model's row: before the first step."""
 
+LOSSES = {"eval_loss", "start_eval_loss"}
+"""In the last row of a run that kept its start though nothing was held out: losses on training batches, as deployed."""
+
 Row = Mapping[str, Any]
 Picking = Callable[[Row], tuple[Sequence[str], int]]
 """Names of a row whose mean picks the best epoch, and 1 where larger is better, else -1."""
@@ -22,8 +25,12 @@ def start_of(history: Sequence[Row]) -> Row | None:
 
 
 def kept_of(history: Sequence[Row]) -> Row:
-    """The row of the weights that a run returns: the last that was the best so far, else the last."""
-    return next((row for row in reversed(history) if row.get("best")), history[-1])
+    """The row of the weights that a run returns: the last that was the best so far, else the last, or a row of the start's loss
+    where nothing was held out and the last epoch is farther from the teacher."""
+    last = history[-1]
+    if last.keys() >= LOSSES:
+        return {"epoch": START, "phase": "start", "loss": last["start_eval_loss"]}
+    return next((row for row in reversed(history) if row.get("best")), last)
 
 
 def below_start(history: Sequence[Row], picking: Picking) -> str | None:
@@ -34,6 +41,12 @@ def below_start(history: Sequence[Row], picking: Picking) -> str | None:
         picking: which number of a row picks the best epoch, and in which direction.
     """
     start = start_of(history)
+    if history and history[-1].keys() >= LOSSES:
+        before, after = history[-1]["start_eval_loss"], history[-1]["eval_loss"]
+        return (
+            "Training took the student away from its teacher: in eval mode, on the same training batches, the loss was "
+            f"{before:.4g} at the start and is {after:.4g} after the last epoch; the prepared model was kept."
+        )
     if start is None or len(history) == 1:
         return None
     kept, last = kept_of(history), history[-1]

@@ -31,6 +31,12 @@ def copied(network: nn.Module) -> nn.Module:
     return made
 
 
+def uncompiled(network: nn.Module) -> nn.Module:
+    """The network itself, where it is what ``torch.compile`` made of one; both hold the same weights."""
+    inner = getattr(network, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else network
+
+
 def has_hooks(network: nn.Module) -> bool:
     """Whether a network has hooks of forward as a whole."""
     return bool(network._forward_pre_hooks or network._forward_hooks)

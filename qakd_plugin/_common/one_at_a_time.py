@@ -2,6 +2,10 @@
 
 ``torch.export``, ``torch.fx`` and ModelOpt keep state of the process while they trace or prepare a model, training draws from
 the global generators, and whatever is timed must be alone. So all of it takes turns, in whatever thread it is called.
+
+What a user calls without this package takes none: a forward pass, alone or in a loop of one's own (``attach``). While a model
+is traced, torch puts a function of its own in the place of ``nn.Module.__call__``, for all threads; it comes before any hook or
+lock that could be put on a model, so that such a call fails in ``torch.fx``, or the tracing does.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ from xml.etree import ElementTree
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from ..deploy.canonical.graph import parsed
+from .._common.files import read_whole
+from ..deploy.canonical.graph import WEIGHT_KEY, parsed, require_weights
 from ..deploy.engine.manifest import read_manifest
 from ..deploy.file_record import FileRecord, read_record
 from ..errors import EngineError, QakdError
@@ -103,6 +104,15 @@ def float_type(path: Path) -> str:
     return next((name.lower() for name in ("FLOAT16", "BFLOAT16") if name in stored), "float32")
 
 
+def accuracy_levels(path: Path) -> set[int]:
+    """Of an ONNX file's products with weights of few bits (MatMulNBits): 4 rounds activations to 8 bits, others do not.
+
+    Raises:
+        QakdError: the file is damaged.
+    """
+    return {level for level, _ in _products_of_few_bits(_load(path).graph)}
+
+
 def require_valid(path: Path) -> None:
     """Let ONNX's own checker look at a file: OpenVINO crashes on some that are not valid.
 
@@ -117,14 +127,15 @@ def require_valid(path: Path) -> None:
 
 
 def record_of(path: Path) -> FileRecord | None:
-    """What an ONNX file or an engine says of its history; None where it does not.
+    """What a file says of its history; None where it does not.
 
     Raises:
         QakdError: the file is damaged.
     """
     if path.suffix == ".xml":
-        return None
-    if path.suffix == ".engine":
+        # Where OpenVINO keeps the metadata of the ONNX file that it converted.
+        metadata = {entry.tag: entry.get("value", "") for entry in _root(path).iterfind("rt_info/framework/*")}
+    elif path.suffix == ".engine":
         metadata = read_manifest(path).get("metadata") or {}
     else:
         metadata = {entry.key: entry.value for entry in _load(path).metadata_props}
@@ -153,8 +164,19 @@ def _bits_of_openvino(path: Path) -> tuple[int, int]:
 def _bits_of_onnx(path: Path) -> tuple[int, int]:
     graph = _load(path).graph
     kinds = {node.op_type for node in graph.node}
-    narrowest = min((_NARROW[name] for name in _stored_types(graph) if name in _NARROW), default=8)
-    return _bits(bool(kinds & {"QuantizeLinear", "DynamicQuantizeLinear"}), "DequantizeLinear" in kinds, narrowest)
+    packed = [bits for _, bits in _products_of_few_bits(graph)]
+    narrowest = min([*packed, *(_NARROW[name] for name in _stored_types(graph) if name in _NARROW)], default=8)
+    folded = any(entry.key == WEIGHT_KEY for node in graph.node for entry in node.metadata_props)
+    weights = bool(packed) or folded or "DequantizeLinear" in kinds
+    return _bits(bool(kinds & {"QuantizeLinear", "DynamicQuantizeLinear"}), weights, narrowest)
+
+
+def _products_of_few_bits(graph: onnx.GraphProto) -> list[tuple[int, int]]:
+    """Accuracy level and bits of each MatMulNBits."""
+    found = [
+        {attribute.name: attribute.i for attribute in node.attribute} for node in graph.node if node.op_type == "MatMulNBits"
+    ]
+    return [(numbers.get("accuracy_level", 0), numbers.get("bits", 4)) for numbers in found]
 
 
 def _bits(activations: bool, weights: bool, stored: int) -> tuple[int, int]:
@@ -167,11 +189,20 @@ def _stored_types(graph: onnx.GraphProto) -> set[str]:
     return {onnx.TensorProto.DataType.Name(tensor.data_type) for tensor in graph.initializer}
 
 
-def _layers(path: Path, kind: str) -> list[ElementTree.Element]:
+def _root(path: Path) -> ElementTree.Element:
+    weights = path.with_suffix(".bin")
+    if weights.exists() and not weights.is_file():
+        raise QakdError(f"{path} keeps its weights in {weights.name}, which is no file.")
     try:
-        found = [layer for layer in ElementTree.parse(path).iter("layer") if layer.get("type") == kind]
-    except ElementTree.ParseError as error:
-        raise QakdError(f"{path}: cannot load it: it is no valid file of OpenVINO ({error}).") from error
+        return ElementTree.fromstring(read_whole(path))
+    except OSError as error:
+        raise QakdError(f"{path} cannot be read: {error.strerror}.") from error
+    except (ElementTree.ParseError, ValueError, LookupError, RecursionError) as error:  # LookupError: an unknown encoding
+        raise QakdError(f"{path}: cannot load it: it is no valid file of OpenVINO ({str(error)[:200]}).") from error
+
+
+def _layers(path: Path, kind: str) -> list[ElementTree.Element]:
+    found = [layer for layer in _root(path).iter("layer") if layer.get("type") == kind]
     if kind == "Parameter" and not found:
         raise QakdError(f"{path}: the graph has no input.")
     return found
@@ -180,13 +211,17 @@ def _layers(path: Path, kind: str) -> list[ElementTree.Element]:
 @lru_cache(maxsize=1)
 def _parsed(path: Path, modified_ns: int, size: int) -> onnx.ModelProto:
     """Each file is asked several things, one after the other."""
-    return parsed(path.read_bytes())
+    proto = parsed(read_whole(path))
+    require_weights(path, proto)
+    return proto
 
 
 def _load(path: Path) -> onnx.ModelProto:
     try:
         facts = path.stat()
         return _parsed(path, facts.st_mtime_ns, facts.st_size)
+    except QakdError:
+        raise
     except OSError as error:
         raise QakdError(f"{path} cannot be read: {error.strerror}.") from error
     except Exception as error:  # protobuf and onnx-ir raise many kinds on foreign bytes; all mean the same here

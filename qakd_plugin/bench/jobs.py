@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from .._common.cpu_features import has_bfloat16
 from ..deploy.file_record import FileRecord
 from ..errors import QakdError
-from ..runtimes.base import MODULE_RUNTIMES, RUNTIMES
+from ..runtimes.base import DYNAMIC_INT8, MODULE_RUNTIMES, RUNTIMES
 from .candidates import Candidate
-from .file_facts import BatchLimits, batch_limits, float_type, record_of, require_valid
+from .file_facts import BatchLimits, accuracy_levels, batch_limits, float_type, record_of, require_valid
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,12 @@ def jobs_of(candidates: Sequence[Candidate], runtimes: Sequence[str], batch_size
 
 
 def _precisions(candidate: Candidate, runtime: str) -> tuple[str, ...]:
+    weights_alone = candidate.weight_bits < 32 and candidate.activation_bits == 32
     if runtime == "onnxruntime":
-        return (float_type(candidate.existing),)
+        levels = accuracy_levels(candidate.existing) if weights_alone else set()
+        exact = () if levels == {4} else (float_type(candidate.existing),)
+        return (*exact, DYNAMIC_INT8) if levels else exact
+    if runtime == "openvino" and weights_alone:
+        return ("float32", DYNAMIC_INT8)
     both = candidate.weight_bits == 32 and (runtime == "openvino" or runtime in MODULE_RUNTIMES) and has_bfloat16()
     return ("float32", "bfloat16") if both else ("float32",)

@@ -43,7 +43,9 @@ def benchmark(
     """Measure files side by side in one run.
 
     Float files and modules are measured in float32 (in ONNX Runtime and engines in the type that the file holds) and, where
-    the runtime can (OpenVINO, torch) and the processor has it, in bfloat16: rows of their own. The fastest integer row of a
+    the runtime can (OpenVINO, torch) and the processor has it, in bfloat16: rows of their own. Files whose weights alone are
+    quantized are measured as they were trained and, in ONNX Runtime (4-bit weights of linear layers) and OpenVINO, with
+    activations that the runtime rounds to 8 bits: rows of their own, "dynamic int8". The fastest integer row of a
     runtime that is not faster than floating point carries findings that say why, in that runtime. With an FP32 file and labels,
     rows say what they lose against it on the same samples.
 

@@ -112,7 +112,7 @@ class Row:
         activation_bits: likewise.
         runtime: "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "torch", "torch.compile".
         precision: what it computes in: "float32", "float16", "bfloat16", "int8"; that of the file's floating point where its
-            weights alone are quantized.
+            weights alone are quantized, or "dynamic int8" where the runtime rounds activations that nobody trained so.
         batch: images per call.
         threads: of the runtime.
         calls: timed calls.

@@ -135,7 +135,7 @@ def _run(name: str, arguments: Sequence[str]) -> int:
     parser.add_argument("--quiet", action="store_true", help=QUIET)
     if command.printed is not None:
         parser.add_printing_flag(*command.printed)
-    values = {name: _plain(value) for name, value in vars(parser.parse_args(arguments)).items()}
+    values = {name: _plain(value) for name, value in vars(parser.read(arguments)).items()}
     verbose, silent = values.pop("verbose"), values.pop("quiet")
     try:
         with _logging(verbose=verbose, silent=silent), quiet():

@@ -6,6 +6,7 @@ Needs no torch, so that whoever runs a file prepares its images as training did.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -16,8 +17,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from .._common.files import read_whole
 from ..errors import QakdError
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})
@@ -25,6 +27,9 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", "
 
 KEY = "qakd.images"
 """Metadata of an ONNX file: JSON of a :class:`Preprocessing`, and "classes", names by index."""
+
+_MOST_PIXELS = 2**26
+"""Of an image, resized or cropped: one that is a few pixels wide and long without end would take all memory."""
 
 _HELD_OUT = 10
 """Of one folder without val/, every so manieth image of each class is held out."""
@@ -59,9 +64,13 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         edges = (*self.size, *(self.resize if isinstance(self.resize, tuple) else (self.resize,)))
-        if len(self.size) != 2 or min(edges) < 1:
-            raise QakdError(f"size={self.size}, resize={self.resize}: expected two positive whole numbers, height and width.")
-        if len(self.mean) != len(self.std) or len(self.mean) not in (1, 3) or min(self.std) <= 0:
+        if len(self.size) != 2 or min(edges) < 1 or max(math.prod(self.size), *edges) > _MOST_PIXELS:
+            raise QakdError(
+                f"size={self.size}, resize={self.resize}: expected two positive whole numbers, height and width, of 2^26 "
+                "pixels at most."
+            )
+        finite = all(map(math.isfinite, (*self.mean, *self.std)))
+        if len(self.mean) != len(self.std) or len(self.mean) not in (1, 3) or not finite or min(self.std) <= 0:
             raise QakdError(
                 f"mean={self.mean}, std={self.std}: expected a number for each channel, three or one; std positive."
             )
@@ -75,11 +84,12 @@ class Preprocessing:
             QakdError: it is no image that can be read.
         """
         try:
-            with Image.open(path) as file:
-                image = file.convert("RGB" if len(self.mean) == 3 else "L")
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError, SyntaxError) as error:
-            raise QakdError(f"{path} cannot be read as an image: {error}") from error
-        values = np.asarray(self._cropped(self._resized(image)), dtype=np.float32) / np.float32(255)
+            with Image.open(io.BytesIO(read_whole(path))) as file:
+                image = self._cropped(self._resized(file.convert("RGB" if len(self.mean) == 3 else "L")))
+        except Exception as error:  # Pillow raises many kinds on foreign bytes; all mean the same here
+            reason = str(error) or type(error).__name__
+            raise QakdError(f"{path} cannot be read as an image: {reason[:300]}") from error
+        values = np.asarray(image, dtype=np.float32) / np.float32(255)
         mean, std = (np.asarray(numbers, dtype=np.float32) for numbers in (self.mean, self.std))
         normalized = (np.atleast_3d(values) - mean) / std
         return np.ascontiguousarray(normalized.transpose(2, 0, 1), dtype=np.float32)
@@ -101,6 +111,8 @@ class Preprocessing:
             new = (self.resize, int(self.resize * height / width))
         else:
             new = (int(self.resize * width / height), self.resize)
+        if new[0] * new[1] > _MOST_PIXELS:
+            raise ValueError(f"it has {width}x{height} pixels, {new[0]}x{new[1]} with the shorter edge resized")
         return image if new == image.size else image.resize(new, _INTERPOLATIONS[self.interpolation])
 
     def _cropped(self, image: Image.Image) -> Image.Image:
@@ -130,7 +142,7 @@ def preprocessing_from(data: Any, where: str) -> Preprocessing:
             tuple(map(float, data["std"])),
             str(data["interpolation"]),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise QakdError(f"{where} does not say how images are prepared: {error!r}. Pass --size, --mean and --std.") from error
 
 

@@ -8,8 +8,9 @@ import importlib
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
 
@@ -39,8 +40,8 @@ class CommandParser(jsonargparse.ArgumentParser):  # type: ignore[misc]
     """Reads the command line of one command.
 
     Positional parameters of the function are positional here too, several where they are lists. Keyword parameters are flags:
-    ``min_batch`` is ``--min-batch``, a bool needs no value, and the flag of a list may be repeated. Types, defaults and help
-    come from the signature and the docstring.
+    ``min_batch`` is ``--min-batch``, a bool needs no value, ``bool | Literal["force"]`` takes the word or nothing, and the flag
+    of a list may be repeated. Types, defaults and help come from the signature and the docstring.
 
     Args:
         name: of the command.
@@ -49,6 +50,7 @@ class CommandParser(jsonargparse.ArgumentParser):  # type: ignore[misc]
     """
 
     def __init__(self, name: str, text: str, function: Callable[..., None]) -> None:
+        self._words: dict[str, tuple[str, ...]] = {}
         texts = docstring_parser.parse(inspect.getdoc(function) or "")
         super().__init__(
             prog=f"qakd {name}",
@@ -60,8 +62,19 @@ class CommandParser(jsonargparse.ArgumentParser):  # type: ignore[misc]
         for parameter in inspect.signature(function, eval_str=True).parameters.values():
             self._add(parameter, help_of[parameter.name])
 
+    def read(self, args: Sequence[str]) -> Any:
+        """What ``parse_args`` returns; but a flag that stands without its word takes no other argument for it."""
+        joined: list[str] = []
+        for word in args:
+            if joined and joined[-1].endswith("=") and word in self._words.get(joined[-1][:-1], ()):
+                joined[-1] += word
+            else:
+                joined.append(f"{word}=" if word in self._words else word)
+        return self.parse_args(joined)
+
     def _add(self, parameter: inspect.Parameter, text: str) -> None:
         kind, several = _item_type(parameter.annotation)
+        words = _words_beside_bool(parameter.annotation)
         if not (parameter.default in (inspect.Parameter.empty, None) or isinstance(parameter.default, bool)):
             text += f" ({parameter.default})"
         options: dict[str, Any] = {"help": text.replace("%", "%%")} | _checks(kind)
@@ -73,7 +86,10 @@ class CommandParser(jsonargparse.ArgumentParser):  # type: ignore[misc]
             options["required"] = True
         else:
             options["default"] = parameter.default
-        if kind is bool:
+        if words:
+            options |= {"nargs": "?", "metavar": "|".join(words), "type": partial(_word_or_nothing, words)}
+            self._words[flag(parameter.name)] = words
+        elif kind is bool:
             options = {"action": "store_true", "help": options["help"]}
         elif several:  # "append" checks each value as a list in jsonargparse
             options |= {"action": "extend", "nargs": 1, "metavar": parameter.name.upper()}
@@ -136,11 +152,26 @@ def in_flags(message: str, flags: Mapping[str, str]) -> str:
 
 def _item_type(annotation: Any) -> tuple[Any, bool]:
     """The type of a value, and whether there may be several."""
+    if _words_beside_bool(annotation):
+        return bool, False
     if get_origin(annotation) in (Union, UnionType):
         (annotation,) = (kind for kind in get_args(annotation) if kind is not NoneType)
     if get_origin(annotation) is list:
         return get_args(annotation)[0], True
     return annotation, False
+
+
+def _words_beside_bool(annotation: Any) -> tuple[str, ...]:
+    """("force",) of ``bool | Literal["force"]``."""
+    kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else ()
+    return get_args(next(kind for kind in kinds if kind is not bool)) if bool in kinds else ()
+
+
+def _word_or_nothing(words: tuple[str, ...], given: Any) -> Any:
+    """The value of a flag with a word or without."""
+    if given not in ("", *words, True, False):
+        raise argparse.ArgumentTypeError(f"expected {' or '.join(words)} or nothing, got {given!r}")
+    return given or given == ""
 
 
 def _checks(kind: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from .options import suggestion
-from .value_types import RecipeError, checked, is_plain, type_hints
+from .value_types import RecipeError, checked, fits, is_plain, is_scalar, type_hints, unfit
 from .yaml_objects import Builder, check_packages, imported, load_yaml
 
 APIS = {
@@ -64,7 +64,20 @@ class Recipe:
             raise RecipeError(f"{self.source} has {' or '.join(missing)}, which qakd {self.command} needs.")
         own = api_parameters(self.command)
         quick_first = sorted(keys, key=lambda name: not is_plain(own[name].annotation))  # to say what is wrong at once
-        return {name: self.values[keys[name]] for name in quick_first}
+        return {name: self._fitting(keys[name], own[name].annotation) for name in quick_first}
+
+    def _fitting(self, key: str, hint: Any) -> Any:
+        value, where = self.values[key], f"{self.source}: {key}"
+        if isinstance(self.values, _YamlValues):  # whose text has become what it stands for
+            return value
+        if not fits(value, hint) or (is_scalar(value) and is_plain(hint) and _is_converted(value, hint)):
+            raise unfit(value, hint, where, python=True)
+        return value
+
+
+def _is_converted(value: Any, hint: Any) -> bool:
+    """Whether a number would be taken for text, or text for a number, as YAML's are."""
+    return isinstance(checked(value, hint, ""), str) != isinstance(value, str)
 
 
 def read_recipe(name: str, command: str) -> Recipe:

@@ -6,7 +6,7 @@ What takes seconds to import is imported after what the user wrote was read.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .._common.files import with_extension, write_atomic
 from ..augment.choices import Form, Labels
@@ -29,7 +29,7 @@ def distill(
     *,
     out: Path,
     epochs: PositiveInt | None = None,
-    resume: bool = False,
+    resume: bool | Literal["force"] = False,
     model: str | None = None,
     weights: Path | None = None,
     data: Path | None = None,
@@ -48,7 +48,7 @@ def distill(
         recipe: a YAML file (--print-config writes one), or MODULE:FUNCTION that returns a dict; it is code, and is run
         out: folder for checkpoints, history.jsonl and student.safetensors
         epochs: in place of the recipe's
-        resume: go on from the newest checkpoint in --out
+        resume: go on from the newest checkpoint in --out; with the word force, of another run, too
         model: without a recipe: the float classifier, which teaches, too: torchvision:NAME, timm:NAME or package.module:NAME
         weights: of --model: its state_dict, .safetensors or of torch.save
         data: folder with train/ and val/, each with a folder of images for each class; or one with the classes alone, of which
@@ -69,7 +69,7 @@ def distill(
         named = flag(next(iter(given))) if model is None else "--model"
         raise QakdError(f"{named} is for runs without a recipe: write it in {recipe}, or leave {recipe} out.")
     written = [RECIPE] if recipe is None else []
-    check_folder(out, [STUDENT, *written], resume=resume)
+    check_folder(out, [STUDENT, *written], resume=bool(resume))
     read = _without_recipe(model, given) if recipe is None else read_recipe(recipe, "distill")
     arguments = read.arguments("prepared_model", "teacher", "loader")
     from accelerate import PartialState

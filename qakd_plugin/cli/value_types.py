@@ -66,10 +66,18 @@ def checked(value: Any, hint: Any, where: str) -> Any:
         raise unfit(value, hint, where) from error
 
 
-def unfit(value: Any, hint: Any, where: str) -> RecipeError:
-    """The error for a value of another type."""
-    quoted = " YAML reads no, off, yes and on as false and true: quote them." if isinstance(value, bool) else ""
-    return RecipeError(f"{where}: expected {_named(hint)}, got {value!r} ({type(value).__name__}).{quoted}")
+def unfit(value: Any, hint: Any, where: str, *, python: bool = False) -> RecipeError:
+    """The error for a value of another type, in the words of YAML or of Python."""
+    words = _named(hint)
+    if python:
+        words = words.replace("{class_path: ..., init_args: {...}}", "an object").replace("null", "None")
+    quoted = " YAML reads no, off, yes and on as false and true: quote them." if isinstance(value, bool) and not python else ""
+    return RecipeError(f"{where}: expected {words}, got {value!r} ({type(value).__name__}).{quoted}")
+
+
+def is_scalar(value: Any) -> bool:
+    """Whether it is a number, text, a truth value or None."""
+    return isinstance(value, _SCALARS)
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -79,6 +87,8 @@ def fits(value: Any, hint: Any) -> bool:
         return True
     if len(dataclasses_of(hint)) + (NoneType in kinds) == len(kinds):
         return isinstance(value, kinds)
+    if value is None:  # which jsonargparse takes for what was not given
+        return NoneType in kinds
     if not isinstance(value, _SCALARS):
         return True
     plain = [kind for kind in kinds if _is_plain(kind)]

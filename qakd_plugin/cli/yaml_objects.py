@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args, get_origin
 from jsonargparse import get_loader
 from yaml import YAMLError  # type: ignore[import-untyped]
 
+from .._common.files import read_whole
 from ..errors import QakdError
 from .options import suggestion
 from .value_types import RecipeError, checked, dataclasses_of, fits, is_plain, members, type_hints, unfit
@@ -29,7 +30,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
         RecipeError: it cannot be read, or holds no mapping.
     """
     try:
-        tree = get_loader("yaml")(path.read_text())
+        tree = get_loader("yaml")(read_whole(path).decode())
         json.dumps(tree, default=str)  # refuses what refers to itself
     except (OSError, YAMLError, ValueError, TypeError, RecursionError) as error:
         raise RecipeError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}.") from error

@@ -20,7 +20,7 @@ NARROW = 16
 (``benchmarks/narrow_layers.py``)."""
 
 _CONVOLUTIONS = {"Conv", "ConvTranspose"}
-_PRODUCTS = {"Gemm", "MatMul"}
+_PRODUCTS = {"Gemm", "MatMul", "MatMulNBits"}
 _BETWEEN = {"Relu", "Clip"}
 """Operators that a runtime takes into the convolution before them."""
 
@@ -44,8 +44,23 @@ def diagnose(path: str | os.PathLike[str], float_layers: Iterable[str] = (), run
         return _findings(graph, float_layers, runtime)
 
 
+def left_in_float(model: ir.Model) -> tuple[tuple[str, ...], int]:
+    """Convolutions that ONNX Runtime will compute in floating point although weights and inputs are quantized.
+
+    Args:
+        model: in the form for ONNX Runtime.
+
+    Returns:
+        Those whose output the network itself reads without a quantizer, by name; what it returns is left out, since nothing is
+        to be done there. And how many convolutions have quantized weights and inputs.
+    """
+    graph = model.graph
+    names = [_name(node) for node, end in _without_quantizer(graph) if not end.is_graph_output()]
+    return tuple(dict.fromkeys(names)), sum(1 for _ in _quantized_convolutions(graph))
+
+
 def _findings(graph: ir.Graph, float_layers: Iterable[str], runtime: str) -> list[Finding]:
-    if not any(node.op_type in {"QuantizeLinear", "DequantizeLinear"} for node in graph):
+    if not any(node.op_type in {"QuantizeLinear", "DequantizeLinear"} or WEIGHT_KEY in node.metadata_props for node in graph):
         return [Finding("not quantized", (), "The file has no quantizers. Prepare the model, train it, and export it again.")]
     findings = [
         Finding(kind, layers, advice)
@@ -100,10 +115,15 @@ def _packed_weights(graph: ir.Graph) -> Iterator[str]:
 
 
 def _outputs_not_quantized(graph: ir.Graph) -> Iterator[str]:
+    return (_name(node) for node, _ in _without_quantizer(graph))
+
+
+def _without_quantizer(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Value]]:
+    """Convolutions and what is read of each, if something reads it that is no quantizer."""
     for node in _quantized_convolutions(graph):
         end = _after_clamps(node.outputs[0])
         if (end.is_graph_output() or any(use.node.op_type != "QuantizeLinear" for use in end.uses())) and not _is_bias(end):
-            yield _name(node)
+            yield node, end
 
 
 def _separate_biases(graph: ir.Graph) -> Iterator[str]:
@@ -262,11 +282,14 @@ def _quantized_convolutions(graph: ir.Graph) -> Iterator[ir.Node]:
 
 
 def _weight(node: ir.Node) -> ir.Node | None:
-    """The DequantizeLinear that a layer's weight comes from, also through a Transpose."""
+    """The node that dequantizes a layer's weight, also before a Transpose: the layer itself where it is MatMulNBits."""
+    if node.op_type == "MatMulNBits":
+        return node
     value = node.inputs[1]
     while (moved := producer(value, "Transpose", "Reshape")) is not None:
         value = moved.inputs[0]
-    return producer(value, "DequantizeLinear")
+    folded = producer(value, "Mul")
+    return folded if folded is not None and WEIGHT_KEY in folded.metadata_props else producer(value, "DequantizeLinear")
 
 
 def _is_stored(node: ir.Node) -> bool:
@@ -275,9 +298,9 @@ def _is_stored(node: ir.Node) -> bool:
 
 
 def _codes(dequantize: ir.Node) -> ir.Value | None:
-    """The initializer that a DequantizeLinear reads, also through what is folded at load; None for an activation."""
-    value = dequantize.inputs[0]
-    while (between := producer(value, "Cast", "Mul", "Add", "Clip", "QuantizeLinear")) is not None:
+    """The initializer that a weight's codes come from, also through what is folded at load; None for an activation."""
+    value = dequantize.inputs[1 if dequantize.op_type == "MatMulNBits" else 0]
+    while (between := producer(value, "Cast", "Reshape", "Mul", "Add", "Clip", "QuantizeLinear")) is not None:
         value = between.inputs[0]
     return value if constant(value) is not None else None
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .._common.device import move
 from .._common.files import write_atomic
-from .._common.module_copy import copied
+from .._common.module_copy import copied, uncompiled
 from .._common.module_mode import eval_mode
 from .._common.one_at_a_time import one_at_a_time
 from .._common.precision import dtype_name
@@ -25,10 +25,13 @@ from ..errors import ExportError, UnsupportedQuantizerError
 from ..export_form.tracing import Traced, trace
 from ..placement.targets import TARGETS, Target
 from ..preparation.feasibility import target_problem
+from ..preparation.recorded import recorded
 from ..tasks.inputs import Inputs, call, call_problem, named_inputs, named_tensors, with_tensors
 from ..toolkits import Adapter, adapter_for
 from .canonical.clamps import quantizers_after_relu
+from .canonical.graph import WEIGHT_KEY
 from .canonical.write import to_canonical, to_proto
+from .diagnosis import left_in_float
 from .file_record import FileRecord, finite
 from .parity.float16 import Float16Parity, check_float16
 from .parity.gate import check_parity
@@ -37,6 +40,7 @@ from .parity.recorded_codes import check_same_bits
 from .parity.report import ParityReport, arrays
 from .targets.float16 import to_float16
 from .targets.onnxruntime import to_onnxruntime_form
+from .targets.onnxruntime_moves import move_codes
 from .targets.openvino import to_openvino_form
 from .targets.openvino_kernels import settled_for_kernels
 from .targets.tensorrt import check_weights, to_tensorrt_form
@@ -94,9 +98,10 @@ def export_onnx(
 
     Weights of at most 4 bits take 4 bits in the file. For ONNX Runtime and OpenVINO a Cast follows them that the runtime
     folds: outputs and speed are those of int8 codes. TensorRT has no such form: there this holds for linear layers, with a
-    scale per channel or, where their activations stay in floating point, in blocks; all other weights take 8 bits. OpenVINO by
-    default quantizes the activations of layers that have none on its own: set DYNAMIC_QUANTIZATION_GROUP_SIZE to 0 for the
-    numbers that were trained.
+    scale per channel or, where their activations stay in floating point, in blocks, and for embeddings; all other weights take
+    8 bits. Where weights alone are quantized, ONNX Runtime's file has its operators for that (MatMulNBits at accuracy level 1,
+    GatherBlockQuantized), which compute what was trained in any session. OpenVINO by default quantizes the activations of such
+    layers on its own: set DYNAMIC_QUANTIZATION_GROUP_SIZE to 0 for the numbers that were trained.
 
     The file's metadata ("qakd.method", "qakd.toolkit", "qakd.bits", "qakd.target", "qakd.parity", "qakd.training") says by what
     the model was prepared and trained, as far as :func:`~qakd_plugin.distill`, :func:`~qakd_plugin.attach` and the bridges to
@@ -115,8 +120,9 @@ def export_onnx(
             dynamic, not even the batch.
         weight_storage: the narrowest type of weights beside quantized activations. "int4" needs ONNX Runtime 1.23 or later,
             OpenVINO, or TensorRT-RTX; "int8" is for older ones, and for a classic TensorRT that takes no 4 bits there; "int2"
-            (opset 25) makes files of 2-bit models smaller still, for ONNX Runtime alone. Linear layers whose activations stay
-            in floating point take INT4 with each of the three, where they have no more bits: all targets read it there.
+            (opset 25) makes files of 2-bit models smaller still, for ONNX Runtime alone. Embeddings, and linear layers whose
+            activations stay in floating point, take 4 bits with each of the three, where they have no more: all targets read it
+            there.
         float16: for TensorRT: write what is not quantized, and all scales, in FP16. Strongly typed engines compute it as the
             file says, and INT8 layers beside FP32 ones lose to FP16 throughout. The gate then holds in two steps: exactly for
             the float32 form, and within the tolerances of :mod:`qakd_plugin.deploy.parity.float16` for its conversion.
@@ -136,6 +142,7 @@ def export_onnx(
     if float16 and target != "tensorrt":
         raise ExportError(f"float16=True is for target='tensorrt': {target} fuses integer layers beside float32 only.")
     _check_storage(weight_storage, target)
+    prepared_model = uncompiled(prepared_model)
     samples = _checked(prepared_model, example_inputs)
     adapter = adapter_for(prepared_model)
     _check_quantizers(adapter, prepared_model, target)
@@ -145,14 +152,20 @@ def export_onnx(
     _check_types(traced, samples, target)
     _tell_fixed(traced)
     canonical = to_canonical(traced)
+    _tell_computed_weights(canonical)
     model = _for_target(canonical, target, weight_storage)
     evaluated = _evaluated(adapter, prepared_model)
     after_relu = quantizers_after_relu(canonical.graph)
     parity = check_parity(model, form, evaluated, samples, fused=target == "onnxruntime", after_relu=after_relu)
+    if target == "onnxruntime" and (moved := move_codes(model)) is not model:
+        check_same_bits(model, moved, samples)
+        model = moved
     if target == "openvino":
         proven, model = model, settled_for_kernels(model)
         check_same_bits(proven, model, samples)
         parity = replace(parity, openvino=check_openvino(model, form, samples, arrays(call(evaluated, samples))))
+    if target == "onnxruntime":
+        _tell_slow(model, recorded(prepared_model) is not None)
     conversion = None
     if float16:
         model = to_float16(model)
@@ -199,6 +212,32 @@ def export_float(
     if float16:
         exported = to_float16(exported)
     return write_atomic(path, to_proto(exported).SerializeToString(), ExportError)
+
+
+def _tell_computed_weights(canonical: ir.Model) -> None:
+    """Name layers whose quantized weight is not what they multiply with: they compute in floating point."""
+    computed = [
+        node.metadata_props.get(WEIGHT_KEY, node.name)
+        for node in canonical.graph
+        if node.op_type == "DequantizeLinear" and WEIGHT_KEY in node.metadata_props and not _is_multiplied(node.outputs[0])
+    ]
+    if computed:
+        _log.warning(
+            "%s: not this quantized weight is multiplied, but what the forward pass makes of it (weight standardization, or "
+            "the like), so these layers compute in floating point. toolkit='pt2e' quantizes what is multiplied.",
+            ", ".join(map(str, computed)),
+        )
+
+
+def _is_multiplied(weight: ir.Value) -> bool:
+    """Whether everything that reads a weight is a layer, be it transposed or reshaped before."""
+    return all(
+        node.op_type in _LAYERS or (node.op_type in _VIEWS and _is_multiplied(node.outputs[0])) for node, _ in weight.uses()
+    )
+
+
+_LAYERS = {"Conv", "ConvTranspose", "Gemm", "MatMul", "Gather", "Einsum"}
+_VIEWS = {"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Slice", "Split", "Identity", "Cast"}
 
 
 def _for_target(canonical: ir.Model, target: Target, storage: WeightStorage) -> ir.Model:
@@ -294,6 +333,30 @@ _NOT_IN_TENSORRT = (torch.int16, torch.uint16, torch.uint32, torch.uint64)
 def _tell_fixed(traced: Traced) -> None:
     for line in traced.fixed:
         _log.warning("export: %s. The file takes this size alone.", line)
+
+
+def _tell_slow(model: ir.Model, ours: bool) -> None:
+    """Say which quantized convolutions will run in floating point, and what to write unless the model is ``ours``."""
+    names, quantized = left_in_float(model)
+    if names:
+        shown = ", ".join(names[:_MOST_NAMES]) + (f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else "")
+        remedy = (
+            ""
+            if ours
+            else " For ModelOpt mtq.quantize(model, qakd_plugin.configuration(model), forward_loop) puts quantizers there, as "
+            "qakd_plugin.prepare(model, batches) does."
+        )
+        _log.warning(
+            "export: ONNX Runtime will compute %d of %d quantized convolutions in floating point, because no quantizer but an "
+            "addition, a concatenation, a pooling or the like reads what they output: %s.%s",
+            len(names),
+            quantized,
+            shown,
+            remedy,
+        )
+
+
+_MOST_NAMES = 3
 
 
 def _check_quantizers(adapter: Adapter, model: nn.Module, target: str) -> None:

@@ -105,10 +105,11 @@ class StoredWeight(nn.Module):
 
 
 class QuantizedLayer(nn.Module):
-    """A convolution or linear layer whose weight is stored as integers, with the quantizers around it.
+    """A convolution, linear layer or embedding whose weight is stored as integers, with the quantizers around it.
 
     Args:
-        layer: the float layer: any ``nn.Conv*d``, ``nn.ConvTranspose*d`` or ``nn.Linear``; its weight is not used.
+        layer: the float layer: any ``nn.Conv*d``, ``nn.ConvTranspose*d``, ``nn.Linear`` or ``nn.Embedding``; its weight is not
+            used.
         weight: stored codes in the layout of ``layer.weight``; a linear layer's may have further columns of zeros, which fill
             the last block.
         bias: float32 (out_channels,) or None.
@@ -173,6 +174,26 @@ class QuantizedModule(nn.Module):
         return out if self.output_qdq is None else self.output_qdq(out)
 
 
+def quantize_output(module: nn.Module, quantizer: ActivationQDQ) -> nn.Module:
+    """Put a quantizer on the output of a module with children: they keep their names, which :class:`QuantizedModule` changes.
+
+    Args:
+        module: it gets the quantizer as a child, and runs it ahead of all other hooks.
+        quantizer: of its only output.
+
+    Returns:
+        ``module``.
+    """
+    module.output_qdq = quantizer
+    module.register_forward_hook(_through_output_qdq, prepend=True)
+    return module
+
+
+def _through_output_qdq(module: nn.Module, args: object, output: Tensor) -> Tensor:
+    quantized: Tensor = module.output_qdq(output)  # type: ignore[operator]
+    return quantized
+
+
 class _Functional:
     """A layer without its parameters: ``(x, weight, bias) -> y``."""
 
@@ -183,6 +204,8 @@ class _Functional:
         layer = self.layer
         if isinstance(layer, nn.Linear):
             return F.linear(x, weight, bias)
+        if isinstance(layer, nn.Embedding):
+            return F.embedding(x, weight, layer.padding_idx)
         if isinstance(layer, _ConvTransposeNd):
             function = _TRANSPOSED[len(layer.kernel_size)]
             return function(x, weight, bias, layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation)
@@ -202,10 +225,15 @@ class _OwnForward:
 
 
 def _functional(layer: nn.Module) -> _Functional:
-    if not isinstance(layer, nn.Linear | _ConvNd):
+    if not isinstance(layer, nn.Linear | nn.Embedding | _ConvNd):
         raise UnsupportedQuantizerError(
-            f"a quantized {type(layer).__name__} has no export form: weights of convolutions and linear layers can be "
-            "exported. Exclude this layer from quantization (keep=...)."
+            f"a quantized {type(layer).__name__} has no export form: weights of convolutions, linear layers and embeddings can "
+            "be exported. Exclude this layer from quantization (keep=...)."
+        )
+    if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
+        raise UnsupportedQuantizerError(
+            "a quantized nn.Embedding with max_norm has no export form: its forward pass changes the weight. Set max_norm to "
+            "None, or disable its quantizer."
         )
     return _Functional(layer)
 

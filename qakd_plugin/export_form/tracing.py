@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeAlias
@@ -231,10 +232,10 @@ def _traced(
         return program, asked, lines
     if any(asked.values()) and not isinstance(_attempt(module, tensors, {name: {} for name in tensors}), Exception):
         _raise_asked(module, tensors, asked, first)
-    raise ExportError(
-        f"torch.export cannot trace the model: {first_line(first)} Check that example_inputs have the types that forward takes "
-        "and that no values steer its control flow."
-    ) from first
+    remedy = "Check that example_inputs have the types that forward takes and that no values steer its control flow."
+    if threading.active_count() > 1 and "Unexpected key" in str(first):
+        remedy = "Let no other thread call a torch module meanwhile: torch traces its calls as well."
+    raise ExportError(f"torch.export cannot trace the model: {first_line(first)} {remedy}") from first
 
 
 def _raise_asked(module: nn.Module, tensors: Mapping[str, Tensor], asked: _Dimensions, first: Exception) -> NoReturn:

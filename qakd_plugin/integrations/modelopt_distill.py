@@ -12,12 +12,25 @@ from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 
 from .._common.optional import require
+from .._common.training_record import TrainingRecord, record_training
 from ..errors import QakdError
 from ..tasks.matchers import Match
 from ..tasks.outputs import named_outputs
 from ..toolkits import adapter_for
 from ..training.attached import refuse_features
 from ..training.methods import KD, SQAKD, Imitation, MatchCheck, Method, Phase, planned, total_loss
+
+
+class _Recording:
+    """A forward hook of a criterion: at its first loss that trains the student, the student remembers the method."""
+
+    def __init__(self, student: nn.Module, method: str) -> None:
+        self._student, self._method, self._recorded = student, method, False
+
+    def __call__(self, _criterion: nn.Module, _outputs: object, loss: Tensor) -> None:
+        if loss.requires_grad and not self._recorded:
+            record_training(self._student, TrainingRecord(self._method, "own"))
+            self._recorded = True
 
 
 class KLCriterion(_Loss):
@@ -103,4 +116,7 @@ def kd_loss_config(prepared_model: nn.Module, teacher: nn.Module, method: Method
             "frozen teacher: use SQAKD or KD, or train with qakd.distill or qakd.attach."
         )
     balancer = None if alpha is None else distill.StaticLossBalancer(alpha)
-    return {"teacher_model": teacher, "criterion": KLCriterion(method.temperature, method.match), "loss_balancer": balancer}
+    criterion = KLCriterion(method.temperature, method.match)
+    # What mtd.convert returns and what mtd.export gives back are this same object, in another class.
+    criterion.register_forward_hook(_Recording(prepared_model, type(method).__name__))
+    return {"teacher_model": teacher, "criterion": criterion, "loss_balancer": balancer}

@@ -21,25 +21,27 @@ class RangeObserver:
 
     Args:
         name: of what is observed, for messages.
-        clamp: (0, upper bound) of a ReLU after the quantizer: only what it lets through counts.
     """
 
-    def __init__(self, name: str = "the observed tensor", *, clamp: tuple[float, float] | None = None) -> None:
+    def __init__(self, name: str = "the observed tensor") -> None:
         self.name = name
-        self.clamp = clamp
         self.maximum = 0.0
         self.minimum = float("inf")
         self._limit = 0.0
         self._counts = torch.zeros(_BINS, dtype=torch.float64)
 
     @torch.no_grad()
-    def observe(self, x: Tensor) -> None:
+    def observe(self, x: Tensor, *, clamp: tuple[float, float] | None = None) -> None:
         """Add one tensor of any shape.
+
+        Args:
+            x: what is quantized.
+            clamp: (0, upper bound) of a ReLU after the quantizer: only what it lets through counts.
 
         Raises:
             NotPreparedError: it holds NaN or infinite values.
         """
-        values = (x.abs() if self.clamp is None else x.clamp(*self.clamp)).detach().float().flatten()
+        values = (x.abs() if clamp is None else x.clamp(*clamp)).detach().float().flatten()
         if values.numel() == 0:
             return
         top = float(values.max())
@@ -100,6 +102,7 @@ def observe_inputs(
     modules: Mapping[str, nn.Module],
     batches: Iterable[Inputs],
     clamps: Mapping[str, tuple[float, float] | None],
+    groups: Mapping[str, str] | None = None,
 ) -> dict[str, RangeObserver]:
     """Run batches through a model and watch what reaches some of its modules: their first argument.
 
@@ -108,13 +111,17 @@ def observe_inputs(
         modules: by name.
         batches: inputs of the model.
         clamps: of those that stand in front of a ReLU, by name.
+        groups: of those that are to have one range, by name; members of a group are observed as one, each with its own clamp.
 
     Raises:
         NotPreparedError: names a module that something infinite or NaN reaches.
     """
-    observers = {name: RangeObserver(name, clamp=clamps.get(name)) for name in modules}
+    firsts: dict[str, RangeObserver] = {}
+    observers = {name: firsts.setdefault((groups or {}).get(name, name), RangeObserver(name)) for name in modules}
     hooks = [
-        module.register_forward_pre_hook(lambda _, args, observer=observers[name]: observer.observe(args[0]))
+        module.register_forward_pre_hook(
+            lambda _, args, name=name: observers[name].observe(args[0], clamp=clamps.get(name)),
+        )
         for name, module in modules.items()
     ]
     try:

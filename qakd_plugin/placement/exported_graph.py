@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,9 +18,11 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from .._common.silenced import silenced
+from ..errors import QakdError
 from ..tasks.inputs import Inputs, arguments, runs_on_one_sample
 from .frozen_batch_norm import is_frozen_batch_norm
 from .layer_names import WEIGHTED
+from .sums import RESULT_OF
 
 _aten = torch.ops.aten
 _FUNCTIONS = {
@@ -51,7 +53,22 @@ def exported_layer_graph(model: nn.Module, inputs: Inputs) -> fx.Graph:
     """
     args, kwargs = arguments(inputs)
     copied = copy.deepcopy(model).eval()  # tensors that a network keeps, such as anchors, would be left without values
-    return _Translation(copied).graph(exported(copied, args, kwargs).graph)
+    unfit = _unfit(copied)
+    graph = exported(copied, args, kwargs).graph
+    return _Translation(copied, unfit).graph(graph)
+
+
+def _unfit(model: nn.Module) -> set[str]:
+    """Names of modules that take or return something else than a tensor; complete once the model has run."""
+    unfit: set[str] = set()
+    for name, module in model.named_modules():
+
+        def note(_: nn.Module, args: tuple[Any, ...], result: Any, name: str = name) -> None:
+            if not (args and isinstance(args[0], torch.Tensor) and isinstance(result, torch.Tensor)):
+                unfit.add(name)
+
+        module.register_forward_hook(note)
+    return unfit
 
 
 def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any = None) -> fx.GraphModule:
@@ -66,14 +83,23 @@ def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sh
         shapes: ``dynamic_shapes`` of ``torch.export.export``.
 
     Raises:
+        QakdError: a module's name cannot be told from what ``torch.export`` writes around it.
         Exception: whatever ``torch.export`` or the model's own code raises.
     """
+    _require_names(model)
     try:
         return _captured(model, args, kwargs, shapes)
     except Exception:
         if shapes is None or not runs_on_one_sample(model, args, kwargs):
             raise
     return _captured(model, args, kwargs, shapes)
+
+
+def _require_names(model: nn.Module) -> None:
+    """torch counts a module's calls as "name@1", and writes names between double quotes into the code of its graphs."""
+    for name, _ in model.named_modules():
+        if any(letter in '@"\\' for letter in name):
+            raise QakdError(f"the module {name!r} has @, a double quote or a backslash in its name: give it another.")
 
 
 def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> fx.GraphModule:
@@ -103,7 +129,8 @@ def _path(entry: Any) -> str:
 class _Translation:
     """From operators to calls."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, unfit: Set[str]) -> None:
+        self._unfit = unfit
         self._modules = dict(model.named_modules(remove_duplicate=False))
         self._names = {module: name for name, module in model.named_modules()}  # of shared ones, the first
         self._new = fx.Graph()
@@ -114,7 +141,29 @@ class _Translation:
         """The translation of a whole graph."""
         for node in exported.nodes:
             self._made[node] = self._translated(node)
+        for node, made in self._made.items():
+            if made is not None and "nn_module_stack" not in made.meta:
+                made.meta["nn_module_stack"] = self._stack(node)
+        self._note_results()
         return self._new
+
+    def _stack(self, node: fx.Node) -> dict[str, tuple[str, Any]]:
+        """The calls that a node belongs to, as ``torch.fx`` notes them, but under the first name of a shared module."""
+        stack = node.meta.get("nn_module_stack") or {}
+        found = {key: (self._modules.get(_path(entry)), entry[1]) for key, entry in stack.items()}
+        return {key: (self._names[module], kind) for key, (module, kind) in found.items() if module is not None}
+
+    def _note_results(self) -> None:
+        """Which node each module returns: the only one that is read outside of it."""
+        inside: dict[str, dict[str, set[fx.Node]]] = {}
+        for node in self._new.nodes:
+            for key, (name, _) in node.meta.get("nn_module_stack", {}).items():
+                inside.setdefault(name, {}).setdefault(key, set()).add(node)
+        for name, calls in sorted(inside.items(), key=lambda item: -item[0].count(".")):  # innermost first
+            nodes = next(iter(calls.values()))
+            read_outside = [node for node in nodes if not nodes.issuperset(node.users)]
+            if name and name not in self._unfit and len(calls) == 1 and len(read_outside) == 1:
+                read_outside[0].meta.setdefault(RESULT_OF, []).append(name)
 
     def _translated(self, node: fx.Node) -> fx.Node | None:
         if node.op == "placeholder":

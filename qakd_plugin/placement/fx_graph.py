@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,25 @@ def readers(node: fx.Node) -> list[fx.Node]:
         if not (user.target is getattr and user.args[1] in {"ndim", "shape", "dtype", "device"})
         and not (user.op == "call_method" and user.target in {"size", "dim", "numel"})
     ]
+
+
+def leads_to(node: fx.Node, ends: Callable[[fx.Node], bool], passes: Callable[[fx.Node], bool]) -> bool:
+    """Whether a node of one kind reads another, straight or through nodes that are passed.
+
+    Args:
+        node: where to begin.
+        ends: whether a reader is of that kind.
+        passes: whether what a reader makes counts as well.
+    """
+    seen, pending = {node}, [node]
+    while pending:
+        for reader in pending.pop().users:
+            if ends(reader):
+                return True
+            if reader not in seen and passes(reader):
+                seen.add(reader)
+                pending.append(reader)
+    return False
 
 
 def only_reader(node: fx.Node) -> fx.Node | None:

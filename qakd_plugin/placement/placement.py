@@ -10,21 +10,23 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..tasks.inputs import Inputs
 from .detection_heads import detection_heads
 from .exported_graph import exported_layer_graph
 from .frozen_batch_norm import is_frozen_batch_norm
-from .fx_graph import GRID_KEEPING, TRANSPARENT, called_module, only_reader, outermost, readers, relu_bounds
+from .fx_graph import TRANSPARENT, called_module, only_reader, outermost, readers, relu_bounds
 from .layer_names import WEIGHTED, quantizable_layers
 from .sign_analysis import non_negative
+from .sums import RESULT_OF, Sum, grids, joined, made_by, returning
 
 _log = logging.getLogger(__name__)
 _LAYER_CLASSES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
@@ -35,12 +37,14 @@ class OutputQuantizer:
     """A quantizer after module ``name``; its range covers what the clamp that follows (a ReLU) lets through.
 
     With ``in_front`` it stands on the module's input instead: where a BatchNorm is a function call, or part of a larger module,
-    the module that reads its result is the only place.
+    the module that reads its result is the only place. ``after_clamp`` is the module that returns what the clamp lets through,
+    if there is one: on its output the quantizer can be unsigned.
     """
 
     name: str
     clamp: tuple[float, float] | None
     in_front: bool = False
+    after_clamp: str | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,10 @@ class Placement:
         unsigned: layers whose input cannot be negative.
         covered: layers whose input already lies on the 8-bit grid of an output quantizer.
         outputs: further quantizers, after a module.
+        sums: quantizers of sums, on the output of the module that returns them.
+        joined: groups of quantizers that should have one grid: those of outputs and sums, and layers' names for their inputs'.
+        floating_sums: sums that belong on a grid, and that no module returns: what they add, for messages.
+        transposed: layers whose weight counts output channels along its second dimension.
     """
 
     layers: tuple[str, ...]
@@ -60,9 +68,15 @@ class Placement:
     unsigned: frozenset[str] = frozenset()
     covered: frozenset[str] = frozenset()
     outputs: tuple[OutputQuantizer, ...] = field(default=())
+    sums: tuple[Sum, ...] = ()
+    joined: tuple[tuple[OutputQuantizer | Sum | str, ...], ...] = ()
+    floating_sums: tuple[str, ...] = ()
+    transposed: frozenset[str] = frozenset()
 
 
-def place_quantizers(model: nn.Module, keep: Sequence[str] | None = None, inputs: Inputs | None = None) -> Placement:
+def place_quantizers(
+    model: nn.Module, keep: Sequence[str] | None = None, inputs: Inputs | None = None, *, sums: bool = True
+) -> Placement:
     """Look at the graph of a float model and say where quantizers belong.
 
     Args:
@@ -70,6 +84,7 @@ def place_quantizers(model: nn.Module, keep: Sequence[str] | None = None, inputs
         keep: names or patterns of modules that stay in floating point; None: the heads of a detector, see
             :func:`.detection_heads.detection_heads`.
         inputs: a batch of the model, with which ``torch.export`` reads what ``torch.fx`` cannot trace.
+        sums: look for sums to quantize.
 
     Raises:
         QakdError: as :func:`.layer_names.quantizable_layers`.
@@ -84,8 +99,9 @@ def place_quantizers(model: nn.Module, keep: Sequence[str] | None = None, inputs
             "stay in floating point in ONNX Runtime.",
             ", ".join(layers),
         )
-        return Placement(tuple(layers), edges=frozenset({layers[0], layers[-1]}))
-    placement = _Analysis(model, graph, set(layers)).placement()
+        return Placement(tuple(layers), edges=frozenset({layers[0], layers[-1]}), transposed=_transposed(model, layers))
+    placement = _Analysis(model, graph, set(layers)).placement(sums)
+    placement = replace(placement, transposed=_transposed(model, placement.layers))
     if left := sorted(set(layers) - set(placement.layers)):
         _log.warning(
             "%s: the forward pass does not call %s: they stay in floating point. Call the modules themselves, not functions on "
@@ -94,6 +110,10 @@ def place_quantizers(model: nn.Module, keep: Sequence[str] | None = None, inputs
             ", ".join(left),
         )
     return placement
+
+
+def _transposed(model: nn.Module, layers: Iterable[str]) -> frozenset[str]:
+    return frozenset(name for name in layers if isinstance(model.get_submodule(name), _ConvTransposeNd))
 
 
 def layer_graph(model: nn.Module, inputs: Inputs | None) -> fx.Graph | None:
@@ -127,13 +147,31 @@ def _first_line(error: Exception) -> str:
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Whether a convolution or linear layer is of a class that computes in its own way, or may."""
-    base = next(kind for kind in _LAYER_CLASSES if isinstance(module, kind))
+    """Whether a convolution, linear layer or embedding is of a class that computes in its own way, or may."""
+    base = next(kind for kind in (*_LAYER_CLASSES, nn.Embedding) if isinstance(module, kind))
     return type(module).forward is not base.forward
 
 
 class _Tracer(fx.Tracer):
-    """Sees a layer or a frozen BatchNorm as one call also where its class is not PyTorch's own."""
+    """Sees a layer or a frozen BatchNorm as one call also where its class is not PyTorch's own; notes what modules return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._returned: dict[str, list[object]] = {}
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        graph = super().trace(root, concrete_args)
+        for name, results in self._returned.items():
+            if len(results) == 1 and isinstance(results[0], fx.Node):
+                results[0].meta.setdefault(RESULT_OF, []).append(name)
+        return graph
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = super().call_module(m, forward, args, kwargs)
+        takes_tensor = bool(args) and isinstance(args[0], fx.Proxy)  # by position, where toolkits look for it
+        node = result.node if takes_tensor and isinstance(result, fx.Proxy) else None
+        self._returned.setdefault(self.path_of_module(m), []).append(node)
+        return result
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, WEIGHTED) or is_frozen_batch_norm(m) or super().is_leaf_module(m, module_qualified_name)
@@ -148,16 +186,21 @@ class _Analysis:
         self.layers = layers
         self.positive = non_negative(self.nodes, self.modules)
 
-    def placement(self) -> Placement:
+    def placement(self, sums: bool) -> Placement:
         calls = [node for node in self.nodes if node.op == "call_module" and node.target in self.layers]
         outputs = self._output_quantizers(calls)
-        on_grid = self._on_grid({node for node, _ in outputs})
+        found = grids(self.nodes, self.modules, self.layers, {node for node, _ in outputs}, self.positive, sums=sums)
+        quantizers: dict[fx.Node, OutputQuantizer | Sum] = {**dict(outputs), **found.sums}
+        groups = joined(self.nodes, self.modules, self.layers, set(quantizers))
         return Placement(
             layers=tuple(dict.fromkeys(name for node in self.nodes for name in self._layers_of(node))),
             edges=frozenset(str(node.target) for node in outermost(self.nodes, set(calls))),
             unsigned=frozenset(self._for_all_calls(calls, self.positive)),
-            covered=frozenset(self._for_all_calls(calls, on_grid)),
+            covered=frozenset(self._for_all_calls(calls, found.on_grid)),
             outputs=tuple(dict.fromkeys(quantizer for _, quantizer in outputs)),
+            sums=tuple(found.sums.values()),
+            joined=tuple((*(quantizers[node] for node in nodes), *names) for nodes, names in groups),
+            floating_sums=tuple(" + ".join(map(made_by, node.all_input_nodes)) for node in found.floating),
         )
 
     def _layers_of(self, node: fx.Node) -> list[str]:
@@ -174,18 +217,10 @@ class _Analysis:
                 continue
             chain = _Chain.of(call, self.modules)
             read_by_layers = all(user.target in self.layers or user.op == "output" for user in readers(chain.end))
-            quantizer = None if read_by_layers else chain.quantizer()
+            quantizer = None if read_by_layers else chain.quantizer(self.modules)
             if quantizer is not None:
                 found.append((chain.end, quantizer))
         return found
-
-    def _on_grid(self, quantized: set[fx.Node]) -> set[fx.Node]:
-        on_grid = set(quantized)
-        for node in self.nodes:
-            keeps = isinstance(called_module(node, self.modules), GRID_KEEPING)
-            if keeps and all(source in on_grid for source in node.all_input_nodes):
-                on_grid.add(node)
-        return on_grid
 
     @staticmethod
     def _for_all_calls(calls: Iterable[fx.Node], nodes: set[fx.Node]) -> set[str]:
@@ -205,11 +240,13 @@ class _Chain:
         last: the convolution, or its last BatchNorm: what is quantized.
         end: the end of the chain, which everything else reads.
         clamp: what the ReLU lets through, if there is one.
+        clamped: that ReLU.
     """
 
     last: fx.Node
     end: fx.Node
     clamp: tuple[float, float] | None = None
+    clamped: fx.Node | None = None
 
     @classmethod
     def of(cls, convolution: fx.Node, modules: Mapping[str, nn.Module]) -> _Chain:
@@ -224,15 +261,16 @@ class _Chain:
             self.last = node
             return True
         if self.clamp is None and (bounds := relu_bounds(node, module)) is not None:
-            self.clamp = bounds
+            self.clamp, self.clamped = bounds, node
             return True
         return isinstance(module, TRANSPARENT)
 
-    def quantizer(self) -> OutputQuantizer | None:
+    def quantizer(self, modules: Mapping[str, nn.Module]) -> OutputQuantizer | None:
         """The quantizer of ``last``; None where neither it nor what reads it is a module."""
+        after_clamp = None if self.clamped is None else returning(self.clamped, modules)
         if self.last.op == "call_module":
-            return OutputQuantizer(str(self.last.target), self.clamp)
+            return OutputQuantizer(str(self.last.target), self.clamp, after_clamp=after_clamp)
         reader = only_reader(self.last)
         if reader is None or reader.op != "call_module":
             return None
-        return OutputQuantizer(str(reader.target), self.clamp, in_front=True)
+        return OutputQuantizer(str(reader.target), self.clamp, in_front=True, after_clamp=after_clamp)

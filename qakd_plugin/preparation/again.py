@@ -14,7 +14,7 @@ from ..quantizers.base import Rule, rule_from_dict
 from ..tasks.inputs import device_of_network
 from ..toolkits import adapter_for
 from .exchange import install_rules
-from .prepared import prepare
+from .prepared import prepare_as
 from .recorded import inputs_like
 
 
@@ -39,7 +39,8 @@ def prepare_again(network: nn.Module, preparation: Mapping[str, Any], rules: Map
     try:
         given = dict(preparation)
         batch = inputs_like(given.pop("inputs"), device_of_network(network))
-        prepared = prepare(_without_zero_gammas(network), [batch], batch_fn=_is_inputs, **given)
+        given.setdefault("placement", 1)  # of files that do not say it
+        prepared = prepare_as(_without_zero_gammas(network), [batch], batch_fn=_is_inputs, **given)
         install_rules(prepared, {name: rule_from_dict(rule) for name, rule in rules.items()})
     except QakdError as error:
         raise QakdError(f"model cannot be prepared as the student was: {error}") from error

@@ -10,6 +10,7 @@ from rich.table import Table
 from torch import nn
 
 from .._common.console import cell
+from .._common.module_copy import uncompiled
 from ..errors import NotPreparedError, UnsupportedQuantizerError
 from ..placement.targets import TARGETS
 from ..quantizers.qparams import QParams
@@ -131,6 +132,7 @@ def describe(prepared_model: nn.Module) -> Description:
     Raises:
         NotPreparedError: no toolkit prepared the model.
     """
+    prepared_model = uncompiled(prepared_model)
     adapter = adapter_for(prepared_model)
     rows = []
     for quantizer in adapter.quantizers(prepared_model):

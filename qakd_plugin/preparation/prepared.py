@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .._common.module_copy import copied, has_hooks
 from .._common.module_mode import eval_mode
@@ -21,9 +24,10 @@ from ..placement.targets import TARGETS, Target
 from ..tasks.batches import BatchFn, batch_splitter, default_batch
 from ..tasks.inputs import HALF, Inputs, call, device_of_network, dtypes_named, named_tensors, precision_of, to_device
 from ..tasks.outputs import named_outputs
-from ..toolkits import Adapter, Precision, adapter_for, adapter_named
+from ..toolkits import PLACEMENT, Adapter, Precision, adapter_for, adapter_named
 from .pretrained import mark_pretrained
 from .recorded import Preparation, described_inputs, record
+from .reparametrized import reparametrized
 
 _log = logging.getLogger(__name__)
 
@@ -44,10 +48,12 @@ def prepare(
 
     Weights are symmetric per channel, activations symmetric per tensor; below 8 bits activations that a ReLU made non-negative
     get an unsigned grid. The first and the last layer stay at 8 bits. A quantizer goes after every convolution that feeds a
-    residual add, a concatenation or a pooling, because ONNX Runtime runs it in floating point otherwise. Ranges minimize the
-    squared error over all calibration batches. ``nn.MultiheadAttention`` becomes a module of the same name whose four
-    projections are linear layers (:func:`qakd_plugin.placement.attention.open_attention`), or they would stay in floating
-    point; such a model, saved by ModelOpt, comes back with
+    residual add, a concatenation or a pooling, because ONNX Runtime runs it in floating point otherwise, and on the sum of a
+    residual block (with ModelOpt, where a module returns it). Tensors that are concatenated get one range, so that codes are
+    moved and not rounded again; with ModelOpt, learned quantizers may part.
+    Ranges minimize the squared error over all calibration batches. ``nn.MultiheadAttention`` becomes a module of the same name
+    whose four projections are linear layers (:func:`qakd_plugin.placement.attention.open_attention`), or they would stay in
+    floating point. What ``modelopt.torch.opt.save`` wrote of a model comes back with
     :func:`qakd_plugin.toolkits.modelopt.restore_modelopt`.
 
     Args:
@@ -63,9 +69,9 @@ def prepare(
             docs/tasks.md), and nothing of other networks.
         target: "tensorrt": every target takes the model. "onnxruntime" or "openvino" (the same): TensorRT does not, because
             8-bit activations that cannot be negative get codes 0..255 in the place of 0..127: a grid twice as fine, and no
-            clamp after each ReLU. (Quantizers in front of a ReLU stay signed: ModelOpt's after a convolution that an add, a
-            concatenation or a pooling reads, eager mode's of layers that are not fused with it. With "torchao", which leaves
-            activations alone, this changes nothing.)
+            clamp after each ReLU. (Quantizers in front of a ReLU stay signed: eager mode's of layers that are not fused with
+            it, ModelOpt's where no module returns what the ReLU lets through. With "torchao", which leaves activations alone,
+            this changes nothing.)
         batch_fn: splits a batch into (inputs, targets), as in ``distill``.
 
     Returns:
@@ -76,8 +82,35 @@ def prepare(
         NotPreparedError: the model is prepared already.
         MissingPackageError: the toolkit is not installed.
     """
+    return prepare_as(model, calibration_batches, toolkit, weight_bits, activation_bits, keep, target=target, batch_fn=batch_fn)
+
+
+@one_at_a_time
+def prepare_as(
+    model: nn.Module,
+    calibration_batches: Iterable[object],
+    toolkit: str,
+    weight_bits: int,
+    activation_bits: int,
+    keep: Sequence[str] | None,
+    *,
+    target: str,
+    batch_fn: BatchFn,
+    placement: int = PLACEMENT,
+) -> nn.Module:
+    """:func:`prepare`, also as earlier versions placed quantizers.
+
+    Raises:
+        QakdError: as :func:`prepare`, or ``placement`` is of a later version.
+    """
     adapter, precision = _parse_request(toolkit, weight_bits, activation_bits, keep, target)
+    if not 1 <= placement <= PLACEMENT:
+        raise QakdError(
+            f"placement {placement} is of a later version of qakd_plugin; this one knows 1 to {PLACEMENT}: update it."
+        )
+    precision = replace(precision, placement=placement)
     _require_float(model)
+    _require_plain_weights(adapter, model)
     device = device_of_network(model)
     split = batch_splitter(batch_fn, model)
     batches = [to_device(_inputs(split, batch, index), device) for index, batch in enumerate(calibration_batches)]
@@ -86,13 +119,16 @@ def prepare(
     if recurrent := [name for name, module in model.named_modules() if isinstance(module, nn.RNNBase | nn.RNNCellBase)]:
         _log.warning("%s: recurrent layers stay in floating point.", ", ".join(recurrent))
     network = open_attention(model)
-    if frozen_batch_norms(network):
-        network = fold_frozen_batch_norms(network, layer_graph(network, batches[0]))
-    with dtypes_named(model, batches[0], "calibration_batches"):
+    added = _added(model)
+    types = dtypes_named(model, batches[0], "calibration_batches")
+    with _uncomputable_named(model, batches, calibration_batches), types, _added_named(adapter, added):
+        if frozen_batch_norms(network):
+            network = fold_frozen_batch_norms(network, layer_graph(network, batches[0]))
         prepared = adapter.prepare(network, batches, precision)
-    _require_hooks(adapter, model, prepared, batches[0])
+    if added:
+        _require_same(adapter, model, prepared, batches[0], added)
     kept = None if keep is None else list(keep)
-    asked = Preparation(adapter.name, weight_bits, activation_bits, kept, target, described_inputs(batches[0]))
+    asked = Preparation(adapter.name, weight_bits, activation_bits, kept, target, described_inputs(batches[0]), placement)
     record(prepared, asked)
     mark_pretrained(prepared)
     return prepared
@@ -169,12 +205,51 @@ def _require_float(model: nn.Module) -> None:
     raise NotPreparedError(f"model is prepared by {adapter.name} already: pass the float model, or call distill with this one.")
 
 
+def _require_plain_weights(adapter: Adapter, model: nn.Module) -> None:
+    """Refuse layers that compute their weight, where the toolkit would quantize what it is computed from, or nothing."""
+    for name, module in model.named_modules():
+        if (how := reparametrized(module)) is not None and not (adapter.name == "pt2e" and is_parametrized(module)):
+            raise QakdError(
+                f"model: {name} ({type(module).__name__}) computes its weight by {how[0]}, where no quantizer sees it. Make "
+                f"it a parameter again before prepare: {how[1].format(name)}"
+            )
+
+
+def _added(model: nn.Module) -> list[str]:
+    """What was added to modules from outside, and may change what they compute, in words."""
+    found = []
+    for name, module in model.named_modules():
+        where = name or type(model).__name__
+        if is_parametrized(module):
+            found.append(f"the parametrization of {where}")
+        if "forward" in vars(module):
+            found.append(f"the forward that was put in the place of {where}'s own")
+        if has_hooks(module):
+            found.append(f"a hook of {where}")
+    return found
+
+
+@contextmanager
+def _added_named(adapter: Adapter, added: Sequence[str]) -> Iterator[None]:
+    """Say what a toolkit may have failed at; without anything of the kind, what it raises passes."""
+    try:
+        yield
+    except QakdError:
+        raise
+    except Exception as error:
+        if not added:
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise QakdError(
+            f"model: toolkit={adapter.name!r} cannot prepare {', '.join(added[:3])} ({type(error).__name__}: {reason}). Remove "
+            "it first (torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.remove_weight_norm), or use "
+            "toolkit='pt2e'."
+        ) from error
+
+
 @torch.no_grad()
-def _require_hooks(adapter: Adapter, model: nn.Module, prepared: nn.Module, inputs: Inputs) -> None:
-    """Refuse a toolkit that lost hooks of forward which change what the network computes; others are no loss."""
-    hooked = [name or type(model).__name__ for name, module in model.named_modules() if has_hooks(module)]
-    if not hooked:
-        return
+def _require_same(adapter: Adapter, model: nn.Module, prepared: nn.Module, inputs: Inputs, added: Sequence[str]) -> None:
+    """Refuse a toolkit that lost what was added and changes what the network computes; the rest is no loss."""
     unquantized = copied(prepared)
     adapter.set_mode(unquantized, False)
     adapter.freeze_ranges(unquantized, True)
@@ -184,9 +259,42 @@ def _require_hooks(adapter: Adapter, model: nn.Module, prepared: nn.Module, inpu
     for wanted, found in zip(expected, named_outputs(call(unquantized, inputs)).values(), strict=True):
         if wanted.is_floating_point() and not torch.allclose(wanted, found, rtol=1e-3, atol=1e-3 * float(wanted.abs().max())):
             raise QakdError(
-                f"model: toolkit={adapter.name!r} loses a hook of {', '.join(hooked[:3])} that changes what is computed. "
-                "Write what the hook does in forward, or use toolkit='modelopt'."
+                f"model: toolkit={adapter.name!r} loses {', '.join(added[:3])}, which changes what is computed. Write what it "
+                f"does in forward, or use toolkit={'modelopt' if adapter.name == 'pt2e' else 'pt2e'!r}."
             )
+
+
+@contextmanager
+def _uncomputable_named(model: nn.Module, batches: Sequence[Inputs], given: object) -> Iterator[None]:
+    """Within the block, an error that the float network raises on a batch, too, says which batch that is.
+
+    Raises:
+        QakdError: the network cannot compute a batch.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, QakdError):  # a toolkit may find another reason for the same failure
+        for index, batch in enumerate(batches):
+            _require_computable(model, batch, index, given)
+        raise
+
+
+@torch.no_grad()
+def _require_computable(model: nn.Module, batch: Inputs, index: int, given: object) -> None:
+    try:
+        with eval_mode(model):
+            call(model, batch)
+    except Exception as error:  # whatever a user's network raises
+        shapes = ", ".join(f"{name!r} {tuple(x.shape)} {dtype_name(x.dtype)}" for name, x in named_tensors(batch).items())
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        advice = "Yield what it was trained on, or pass batch_fn=lambda batch: (inputs, targets)."
+        if isinstance(given, Tensor):
+            advice = "A tensor counts as a batch per entry: pass a list of batches, [images]."
+        raise QakdError(
+            f"calibration_batches: {type(model).__name__} cannot compute batch {index}, {shapes}: {reason}. {advice}"
+        ) from error
 
 
 def _inputs(split: BatchFn, batch: object, index: int) -> Inputs:

@@ -27,6 +27,7 @@ class Preparation:
         keep: patterns; None for the default.
         target: of the grids.
         inputs: shape and type of each tensor of one batch, of two samples at most, in the batch's own structure.
+        placement: :data:`qakd_plugin.toolkits.PLACEMENT`; files of earlier versions do not say it, and mean 1.
     """
 
     toolkit: str
@@ -35,6 +36,7 @@ class Preparation:
     keep: list[str] | None
     target: str
     inputs: Any
+    placement: int
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

@@ -152,13 +152,13 @@ def _outcome(history: Sequence[Mapping[str, Any]]) -> str:
         {name: value for name, value in row.items() if number(value) is not None} | {"best": row.get("best") is True}
         for row in history
     ]
-    if not rows or not all("epoch" in row for row in rows) or rows[0]["epoch"] != START:
+    if not rows or not all("epoch" in row for row in rows):
         return ""
 
     def known(row: Mapping[str, Any]) -> tuple[list[str], int]:
         return [name for name in row if name == "val_accuracy"], 1
 
-    kept = "The prepared model was kept: no epoch was as good." if kept_of(rows) is rows[0] and len(rows) > 1 else ""
+    kept = "The prepared model was kept: no epoch was as good." if kept_of(rows)["epoch"] == START and len(rows) > 1 else ""
     return below_start(rows, known) or kept
 
 

@@ -6,9 +6,9 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
+from .._common.files import read_whole
 from ..bench.rows import Row
 from ..bench.schema import SCHEMA_VERSION, validate
 from ..deploy.file_record import finite
@@ -77,10 +77,10 @@ def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
         QakdError: the file is missing, unreadable, no JSON, or does not fit; says where.
     """
     try:
-        if Path(path).stat().st_size > _LARGEST_FILE:
+        data = read_whole(path, _LARGEST_FILE + 1)
+        if len(data) > _LARGEST_FILE:
             raise QakdError(f"{path} is larger than {_LARGEST_FILE >> 20} MiB: no report is.")
-        text = Path(path).read_bytes().decode("utf-8-sig")
-        document = json.loads(text, parse_constant=_refuse_constant)
+        document = json.loads(data.decode("utf-8-sig"), parse_constant=_refuse_constant)
     except FileNotFoundError as error:
         raise QakdError(f"{path} does not exist.") from error
     except OSError as error:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from ..bench.rows import Row, fastest_integer_rows, rival
 from ..deploy.finding import Finding
-from ..runtimes.base import MODULE_RUNTIMES
+from ..runtimes.base import DYNAMIC_INT8, MODULE_RUNTIMES
 
 KEPT = 0.99
 """Share of FP32's metric that a file has to keep: the usual quality target of MLPerf Inference."""
@@ -257,9 +257,8 @@ def _setting(row: Row) -> str:
 def _verdict(best: Row, baseline: Row) -> Verdict:
     faster = best.p50_ms < baseline.p50_ms
     ratio = baseline.p50_ms / best.p50_ms
-    text = (
-        f"{_setting(best)}, {best.runtime}: its fastest integer row, {best.name} in {best.runtime} ({best.p50_ms:.3f} ms), is "
-    )
+    named = _row(best) if best.precision == DYNAMIC_INT8 else f"{best.name} in {best.runtime}"
+    text = f"{_setting(best)}, {best.runtime}: its fastest integer row, {named} ({best.p50_ms:.3f} ms), is "
     where = "there" if baseline.runtime == best.runtime else "of any runtime"
     floating = f"the best float row {where}, {_row(baseline)} ({baseline.p50_ms:.3f} ms)"
     if faster:

@@ -18,6 +18,10 @@ FILE_RUNTIMES = ("onnxruntime", "openvino")
 MODULE_RUNTIMES = ("torch", "torch.compile")
 RUNTIMES = (*FILE_RUNTIMES, "tensorrt", *MODULE_RUNTIMES)
 
+DYNAMIC_INT8 = "dynamic int8"
+"""A precision: beside weights that alone are quantized, the runtime rounds activations to 8 bits, with scales that it takes
+from each call's numbers. Nothing of that was trained or proven."""
+
 
 @dataclass(frozen=True)
 class Input:
@@ -41,7 +45,7 @@ class Runner(Protocol):
 
     @property
     def precision(self) -> str:
-        """Of what is not quantized: "float32", "float16", "bfloat16"."""
+        """Of what is not quantized: "float32", "float16", "bfloat16", "dynamic int8"."""
 
     @property
     def load_ms(self) -> float | None:

@@ -12,6 +12,7 @@ import os
 import tempfile
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 
 from .._common.cpu_features import adds_products_in_16_bits
 from ..errors import QakdError
-from .base import Array, Input, LayerTime, fitted
+from .base import DYNAMIC_INT8, Array, Input, LayerTime, fitted
 from .onnxruntime_profile import read_profile
 
 _log = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ def session_options(threads: int = 0, *, fusions: bool = True, profile: Path | N
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # errors are raised; its logger writes them once more, with names as the file has them
     # Threads would go on spinning after a call, while another session is being timed.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if adds_products_in_16_bits():
@@ -69,8 +70,10 @@ def start_session(model: bytes | str | os.PathLike[str], options: Any) -> Any:
     import onnxruntime
 
     source = model if isinstance(model, bytes) else os.fspath(model)
+    # Without a fallback, which would be the same once more, with lines on stdout.
+    start = partial(onnxruntime.InferenceSession, source, options, providers=["CPUExecutionProvider"], enable_fallback=0)
     try:
-        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        return start()
     except Exception as error:
         # ONNX Runtime makes a weight unsigned once for each layer that reads it, and fails the second time.
         if "replace the existing tensor" not in str(error) or not adds_products_in_16_bits():
@@ -81,7 +84,7 @@ def start_session(model: bytes | str | os.PathLike[str], options: Any) -> Any:
             _PRECISION,
         )
         options.add_session_config_entry(_PRECISION, "0")
-        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        return start()
 
 
 class OnnxRuntimeRunner:
@@ -90,7 +93,8 @@ class OnnxRuntimeRunner:
     Args:
         path: ONNX file.
         threads: for one operator; operators run one after the other.
-        precision: of what is not quantized in the file, which this runtime follows; it is not read here.
+        precision: of what is not quantized in the file, which this runtime follows; "dynamic int8" lets products of
+            activations with weights of few bits (MatMulNBits) round the activations, whatever the file says.
         profile: folder where each node's time is recorded, which slows it down; None to record nothing.
 
     Raises:
@@ -105,7 +109,7 @@ class OnnxRuntimeRunner:
         options = session_options(threads, profile=None if profile is None else profile / "onnxruntime")
         started = time.perf_counter()
         try:
-            self._session = start_session(path, options)
+            self._session = start_session(_rounding(path) if precision == DYNAMIC_INT8 else path, options)
         except Exception as error:  # the runtime's own exception types share no base class but Exception
             raise QakdError(f"{path}: ONNX Runtime cannot load it: {str(error)[:300]}") from error
         self.load_ms = (time.perf_counter() - started) * 1e3
@@ -133,6 +137,19 @@ class OnnxRuntimeRunner:
     def end_profiling(self) -> Path:
         """The file of what was recorded; the session records nothing any more."""
         return Path(self._session.end_profiling())
+
+
+def _rounding(path: str | os.PathLike[str]) -> bytes:
+    """A file with the accuracy level 4 of MatMulNBits, at which ONNX Runtime rounds activations to 8 bits."""
+    import onnx
+
+    model = onnx.load(path)
+    for node in model.graph.node:
+        if node.op_type == "MatMulNBits":
+            kept = [attribute for attribute in node.attribute if attribute.name != "accuracy_level"]
+            del node.attribute[:]
+            node.attribute.extend([*kept, onnx.helper.make_attribute("accuracy_level", 4)])
+    return bytes(model.SerializeToString())
 
 
 def _input(path: str | os.PathLike[str], entry: Any) -> Input:

@@ -11,9 +11,12 @@ import numpy as np
 
 from .._common.optional import require
 from ..errors import QakdError
-from .base import Array, Input, LayerTime, fitted, median_ms
+from .base import DYNAMIC_INT8, Array, Input, LayerTime, fitted, median_ms
 
-_PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
+_PRECISIONS = {"float32": "f32", "bfloat16": "bf16", DYNAMIC_INT8: "f32"}
+_DYNAMIC_GROUP = 32
+"""Activations that share a scale where OpenVINO quantizes them by itself: its own default."""
+
 _LAYERS = {"Convolution", "Deconvolution", "FullyConnected", "MatMul"}
 _NAMES = {"i8": "int8", "u8": "uint8", "f32": "float32", "bf16": "bfloat16", "f16": "float16", "fp32": "float32"}
 
@@ -24,7 +27,8 @@ class OpenVINORunner:
     Args:
         path: canonical ONNX file, or OpenVINO's own .xml.
         threads: inference threads.
-        precision: "float32" pins it; "bfloat16" lets float layers use it where the processor can.
+        precision: "float32" pins it; "bfloat16" lets float layers use it where the processor can; "dynamic int8" lets layers
+            whose weights alone are quantized round their activations, which OpenVINO does by default.
         profile: record each node's time, which slows it down.
 
     Raises:
@@ -48,6 +52,7 @@ class OpenVINORunner:
                 {
                     "INFERENCE_NUM_THREADS": threads,
                     "INFERENCE_PRECISION_HINT": _PRECISIONS[precision],
+                    "DYNAMIC_QUANTIZATION_GROUP_SIZE": _DYNAMIC_GROUP if precision == DYNAMIC_INT8 else 0,
                     "PERFORMANCE_HINT": "LATENCY",
                     "PERF_COUNT": profile,
                 },
@@ -79,16 +84,19 @@ class OpenVINORunner:
 
     def count_layers(self) -> tuple[int, int]:
         """Convolutions and matrix products of the compiled graph: those it computes in integers, and all."""
-        kinds = [
-            (info["layerType"].astype(str), info["runtimePrecision"].astype(str))
-            for info in (node.get_rt_info() for node in self._compiled.get_runtime_model().get_ordered_ops())
-        ]
-        found = [precision for kind, precision in kinds if kind in _LAYERS]
-        return sum(precision in {"i8", "u8"} for precision in found), len(found)
+        infos = [node.get_rt_info() for node in self._compiled.get_runtime_model().get_ordered_ops()]
+        layers = [info for info in infos if info["layerType"].astype(str) in _LAYERS]
+        return sum(map(_computes_in_integers, layers)), len(layers)
 
     def events(self) -> list[Any]:
         """What was recorded of the last call: nodes that were executed."""
         return [entry for entry in self._request.get_profiling_info() if str(entry.status).endswith(".EXECUTED")]
+
+
+def _computes_in_integers(info: Any) -> bool:
+    """Of a node: where weights alone are quantized, its precision is theirs, and its kernel ("brgemm_avx512_f32") tells."""
+    kernel = info["primitiveType"].astype(str).rpartition("_")[2].lower()
+    return info["runtimePrecision"].astype(str) in {"i8", "u8"} and kernel not in {"f32", "bf16", "f16"}
 
 
 def _name(port: Any) -> str:

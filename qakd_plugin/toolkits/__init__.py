@@ -12,10 +12,11 @@ from functools import cache
 import torch
 from torch import nn
 
+from .._common.module_copy import uncompiled
 from ..errors import MissingPackageError, NotPreparedError, QakdError
-from .adapter import Adapter, Precision, QParams, Quantizer, Role, loaded_class
+from .adapter import PLACEMENT, Adapter, Precision, QParams, Quantizer, Role, loaded_class
 
-__all__ = ["TOOLKITS", "Adapter", "Precision", "QParams", "Quantizer", "Role", "adapter_for", "adapter_named"]
+__all__ = ["PLACEMENT", "TOOLKITS", "Adapter", "Precision", "QParams", "Quantizer", "Role", "adapter_for", "adapter_named"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,12 @@ def adapter_for(model: nn.Module) -> Adapter:
     Raises:
         NotPreparedError: no quantizer of a known toolkit was found in it.
     """
+    if uncompiled(model) is not model:
+        raise NotPreparedError(
+            "prepared_model is what torch.compile made: pass the network that was compiled, prepared_model._orig_mod. Both "
+            "hold the same weights."
+        )
+    wrapped = None
     for name, toolkit in _TABLE.items():
         quantizer = loaded_class(*toolkit.quantizer)
         if quantizer is None or not any(isinstance(module, quantizer) for module in model.modules()):
@@ -58,6 +65,12 @@ def adapter_for(model: nn.Module) -> Adapter:
         adapter = adapter_named(name)
         if adapter.detect(model):
             return adapter
+        wrapped = wrapped or next((name for name, module in model.named_modules() if name and adapter.detect(module)), None)
+    if wrapped is not None:
+        raise NotPreparedError(
+            f"prepared_model ({type(model).__name__}) wraps {wrapped}, which was prepared as a graph of its own. Pass that, "
+            f"prepared_model.get_submodule({wrapped!r}), and do what is around it in batch_fn, or prepare the whole."
+        )
     raise NotPreparedError(
         f"prepared_model ({type(model).__name__}) holds no quantizer of {' or '.join(TOOLKITS)}: it looks "
         "like a float model. Prepare it with its toolkit first, or with qakd_plugin.prepare(model, calibration_batches)."

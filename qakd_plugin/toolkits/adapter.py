@@ -19,6 +19,7 @@ from ..quantizers.qparams import QParams
 from ..tasks.inputs import Inputs
 
 __all__ = [
+    "PLACEMENT",
     "Adapter",
     "Precision",
     "QParams",
@@ -41,6 +42,14 @@ def loaded_class(module: str, name: str) -> type[nn.Module] | None:
     return None if loaded is None else getattr(loaded, name)  # type: ignore[no-any-return]
 
 
+PLACEMENT = 2
+"""Version of where quantizers go, so that students of earlier ones are prepared again as they were.
+
+1: with ModelOpt, sums have none, and those of 0..255 stand in front of the ReLU; with PT2E, what is concatenated shares none;
+with torch.ao FX, what was split has another one than the whole.
+"""
+
+
 @dataclass(frozen=True)
 class Precision:
     """What a float model is to be prepared for; see :func:`qakd_plugin.prepare`.
@@ -50,12 +59,14 @@ class Precision:
         activation_bits: likewise, of their inputs.
         keep: names or patterns of modules that stay in floating point; None: the heads of a detector.
         unsigned_bytes: let 8-bit activations that cannot be negative take codes 0..255, which TensorRT cannot.
+        placement: where quantizers go: :data:`PLACEMENT`, or what a student's file says.
     """
 
     weight_bits: int = 8
     activation_bits: int = 8
     keep: tuple[str, ...] | None = None
     unsigned_bytes: bool = False
+    placement: int = PLACEMENT
 
     def is_unsigned(self, bits: int, non_negative: bool) -> bool:
         """Whether an activation gets an unsigned grid: below 8 bits half of a signed one would be lost."""
@@ -95,6 +106,11 @@ def weight_of(layer: nn.Module) -> Callable[[], Tensor]:
         return parameter.detach()
 
     return weight
+
+
+def rows_of(layer: nn.Module) -> int:
+    """Output features of a linear layer, or entries of an embedding."""
+    return len(weight_of(layer)())
 
 
 def require_no_zero_gamma(name: str, gamma: Tensor, function: str) -> None:

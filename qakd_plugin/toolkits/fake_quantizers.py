@@ -113,10 +113,11 @@ def observe_unquantized(
     watched: Mapping[str, nn.Module],
     batches: Sequence[Inputs],
     clamps: Mapping[str, tuple[float, float] | None],
+    groups: Mapping[str, str] | None = None,
 ) -> dict[str, RangeObserver]:
     """What reaches some quantizers (or the places of some) while all of them are off; arguments as ``observe_inputs``."""
     adapter.set_fake_quant(model, False)
-    observers = observe_inputs(model, watched, batches, clamps)
+    observers = observe_inputs(model, watched, batches, clamps, groups)
     adapter.set_fake_quant(model, True)
     return observers
 

@@ -25,8 +25,9 @@ from ..export_form.modules import QuantizedLayer, replace_modules, store_weight
 from ..placement.placement import Placement, place_quantizers
 from ..quantizers import Rule
 from ..tasks.inputs import Inputs
-from .adapter import Precision, QParams, Quantizer, loaded_class, weight_of
+from .adapter import Precision, QParams, Quantizer, loaded_class, rows_of, weight_of
 from .fake_quantizers import is_paused, rule_of, set_paused
+from .frozen_statistics import set_training
 
 _log = logging.getLogger(__name__)
 _WEIGHT = "weight_fake_quantizer"
@@ -72,7 +73,7 @@ class TorchAOQATAdapter:
                 "activations prepare the model with toolkit='modelopt'."
             )
         if (rule := rule_of(q)) is not None:
-            return rule.qparams(q, getattr(quantizer.layer, "out_features", None))
+            return rule.qparams(q, None if quantizer.layer is None else rows_of(quantizer.layer))
         _require_symmetric_integers(quantizer)
         weight, scale, zero_point = _read(quantizer)
         groups = scale.shape[1]
@@ -100,7 +101,7 @@ class TorchAOQATAdapter:
         """Nothing to do: ranges follow the weight, or are trained like one."""
 
     def set_mode(self, model: nn.Module, training: bool) -> None:
-        model.train(training)
+        set_training(model, training)
 
     def configuration(self, model: nn.Module, precision: Precision) -> Any:
         """Pairs of a ``QATConfig`` and the ``filter_fn`` to call ``quantize_`` with."""
@@ -148,12 +149,12 @@ class TorchAOQATAdapter:
         layer, q = quantizer.layer, quantizer.module
         rule = rule_of(q)
         assert rule is not None
-        assert isinstance(layer, nn.Linear)
+        assert isinstance(layer, nn.Linear | nn.Embedding)
         if rule.transforms_weight:
             layer.weight.copy_(q(layer.weight))
         qparams = self.qparams(quantizer)
         columns = 1 if qparams.block is None else qparams.scale.shape[-1]
-        scale = qparams.scale.reshape(-1, columns).expand(layer.out_features, columns)  # torchao has one per channel at least
+        scale = qparams.scale.reshape(-1, columns).expand(rows_of(layer), columns)  # torchao has one per channel at least
         config = _learned_config(rule)
         config.dtype = _dtype(max(qparams.quant_max, -qparams.quant_min - 1).bit_length() + 1)
         restored = qat.FakeQuantizerBase.from_config(config)
@@ -174,7 +175,7 @@ class TorchAOQATAdapter:
                 fake_quantized: Tensor = quantizer.module(layer.weight)
             # Read only now: the scales of some learned quantizers follow the weight in the forward pass.
             stored = store_weight(fake_quantized, self.qparams(quantizer), quantizer.fqn.rpartition(".")[0])
-            exported[layer] = QuantizedLayer(layer, stored, None if layer.bias is None else layer.bias.detach())
+            exported[layer] = QuantizedLayer(layer, stored, getattr(layer, "bias", None))  # an embedding has none
             move_hooks(layer, exported[layer])
         # remove_duplicate=False: a layer shared by several names stays shared.
         names = copied.named_modules(remove_duplicate=False)
@@ -211,7 +212,7 @@ def _learned_class() -> Any:
             self.rule = rule
             self.enabled = True
             self.config = _learned_config(rule)
-            self.out_features = layer.out_features
+            self.out_features = rows_of(layer)
             rule.install(self, clip)
 
         @property
@@ -243,10 +244,10 @@ def _require_symmetric_integers(quantizer: Quantizer) -> None:
     integer: Any = _quantizer_class("IntxFakeQuantizer")
     q: Any = quantizer.module
     layer = quantizer.fqn.rpartition(".")[0] or "(root)"
-    if not isinstance(quantizer.layer, nn.Linear):
+    if not isinstance(quantizer.layer, nn.Linear | nn.Embedding):
         raise UnsupportedQuantizerError(
-            f"{layer} ({type(quantizer.layer).__name__}): only weights of linear layers can be exported. Leave this "
-            "layer out with quantize_'s filter_fn."
+            f"{layer} ({type(quantizer.layer).__name__}): only weights of linear layers and embeddings can be exported. Leave "
+            "this layer out with quantize_'s filter_fn."
         )
     if not isinstance(q, integer):
         raise UnsupportedQuantizerError(

@@ -24,6 +24,7 @@ from .checkpoint import CheckpointStore
 from .config import Data, Settings
 from .deployed_view import DeployedView, evaluated
 from .distributed.processes import Processes
+from .distributed.shards import smallest_batch
 from .ema import Ema
 from .methods import Method, Phase
 from .networks import Learner, Networks, on_device
@@ -35,6 +36,7 @@ from .preflight import (
     check_counted,
     check_exportable,
     check_first_batch,
+    check_smallest_batch,
     check_taught,
     classes_learned,
     first_call_named,
@@ -86,6 +88,7 @@ def assembled(
     store: CheckpointStore | None,
     checkpoint_every: int | None,
     callbacks: Sequence[object],
+    own_rate: bool = False,
 ) -> Iterator[Trainer]:
     """A trainer that is ready to begin; at the end of the block hooks are off and networks are on the devices they came from.
 
@@ -98,6 +101,7 @@ def assembled(
         store: where checkpoints go, or None.
         checkpoint_every: also after so many optimizer steps.
         callbacks: see :class:`~qakd_plugin.training.trainer.Trainer`.
+        own_rate: likewise.
 
     Raises:
         QakdError: processes disagree, or the first batch shows that training cannot begin.
@@ -157,6 +161,7 @@ def assembled(
                 settings=settings,
                 checkpoint_every=checkpoint_every,
                 callbacks=callbacks,
+                own_rate=own_rate,
             )
         finally:
             objective.close()
@@ -225,7 +230,10 @@ def _check_first_batch(
                 check_against_teacher(adapter, model, teacher, taught, inputs)
             if processes.is_main:
                 check_exportable(adapter, model, inputs)
-            return () if taught is None else _compared(lesson.phases, taught, inputs)
+            adapter.set_mode(model, True)  # with the ranges frozen still
+            with computing():
+                check_smallest_batch(model, inputs, smallest_batch(data.loader, processes))
+    return () if taught is None else _compared(lesson.phases, taught, inputs)
 
 
 def _compared(phases: Sequence[Phase], taught: Outputs, inputs: Inputs) -> tuple[str, ...]:

@@ -212,6 +212,9 @@ def attach(
                 optimizer.step(); optimizer.zero_grad()
             kd.eval()
 
+    Such a loop takes no turns with other threads: prepare, distill or export there before it or after it, or in another
+    process. While torch traces a model, calls of any other one fail.
+
     Args:
         prepared_model: prepared by a supported toolkit; or DistributedDataParallel, or what ``torch.compile`` returns, around
             one: then call the wrapper in your loop. Attach after ``use_quantizers``, which exchanges quantizers.

@@ -93,6 +93,11 @@ class Batches:
         return len(self._shares)
 
     @property
+    def repeat(self) -> bool:
+        """Whether batches can be read again; those of a stream cannot, and it may have ended."""
+        return self._stream is None
+
+    @property
     def steps(self) -> int:
         """Optimizer steps in an epoch."""
         return math.ceil(len(self) / self._accumulate)

@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from .._common.files import read_whole, require_writable, write_atomic
-from .._common.torch_file import load_plain
+from .._common.torch_file import load_plain, tensors_of
 from ..errors import CheckpointError
 
 _log = logging.getLogger(__name__)
@@ -91,9 +91,9 @@ class CheckpointStore:
 
     def _holder(self) -> str:
         try:
-            found = json.loads((self.folder / _HOLDER).read_text())
+            found = json.loads(read_whole(self.folder / _HOLDER))
             return f"process {found['pid']} on {found['host']}"
-        except (OSError, ValueError, KeyError, TypeError):  # it has just begun, or has just ended
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):  # it has just begun, or has just ended
             return "a process that has not said which"
 
     def begin(self) -> None:
@@ -229,7 +229,7 @@ class CheckpointStore:
 
     def _check(self, path: Path, found: dict[str, Any], force: bool) -> None:
         for key, expected in self.fingerprint.items():
-            prolonged = key == "epochs" and found.get(key, math.inf) < expected
+            prolonged = key == "epochs" and type(found.get(key)) is int and found[key] < expected
             if key in found and (found[key] == expected or prolonged):
                 continue
             there, here = _difference(found.get(key), expected)
@@ -306,6 +306,8 @@ def _read(path: Path, data: bytes) -> dict[str, Any]:
         raise CheckpointError(f"{path}: refused: {error}. Only checkpoints that this package wrote are loaded.") from error
     if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in ("fingerprint", "state")):
         raise CheckpointError(f"{path}: not a checkpoint of this package.")
+    if any(True for key in content.keys() - {"state"} for _ in tensors_of(content[key])):  # they are compared, which makes more
+        raise CheckpointError(f"{path}: not a checkpoint of this package: it says what it is in tensors.")
     found = content.get("format"), content.get("version")
     if found != (_FORMAT, _VERSION):
         raise CheckpointError(

@@ -6,12 +6,12 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor
 
-from .._common.arguments import not_negative, positive_whole
+from .._common.arguments import holds, not_negative, positive_whole
 from ..augment.data import Stats
 from ..augment.selector import CMISelector
 from ..errors import QakdError
@@ -55,12 +55,12 @@ class Settings:
         positive_whole("patience", self.patience, none=True)
         if self.mixed_precision not in get_args(MixedPrecision):
             raise QakdError(f'mixed_precision={self.mixed_precision!r} is unknown: use "no" or "bf16".')
-        if not 0 <= self.warmup < 1:
-            raise QakdError(f"warmup={self.warmup} must be a share of all steps, not a number of them: 0.05, or 0 for none.")
-        if self.grad_clip is not None and not self.grad_clip > 0:
-            raise QakdError(f"grad_clip={self.grad_clip} must be positive, or None for no clipping.")
-        if self.ema is not None and not 0 < self.ema < 1:
-            raise QakdError(f"ema={self.ema} must lie between 0 and 1, e.g. 0.999, or be None.")
+        if not holds(lambda: 0 <= self.warmup < 1):
+            raise QakdError(f"warmup={self.warmup!r} must be a share of all steps, not a number of them: 0.05, or 0 for none.")
+        if self.grad_clip is not None and not holds(lambda: cast(float, self.grad_clip) > 0):
+            raise QakdError(f"grad_clip={self.grad_clip!r} must be positive, or None for no clipping.")
+        if self.ema is not None and not holds(lambda: 0 < cast(float, self.ema) < 1):
+            raise QakdError(f"ema={self.ema!r} must lie between 0 and 1, e.g. 0.999, or be None.")
 
 
 @dataclass(frozen=True)

@@ -149,6 +149,11 @@ class Phase:
         return any(getattr(term, "task_loss", None) == "model" for term in (*self.student, *self.teacher))
 
     @property
+    def only_imitates(self) -> bool:
+        """Whether to be like the frozen teacher is all that the student learns."""
+        return not self.teacher and all(isinstance(term, Imitation) for term in self.student)
+
+    @property
     def imitation(self) -> Imitation | None:
         """What the student learns from the teacher, or None."""
         return next((term for term in self.student if isinstance(term, Imitation)), None)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .._common.precision import wide
@@ -18,7 +19,7 @@ from ..tasks.task_loss import with_targets
 from ..toolkits import Adapter
 from .batches import Batch
 from .features import FeatureTaps
-from .methods import MatchCheck, Phase, total_loss
+from .methods import Imitation, MatchCheck, Phase, total_loss
 from .networks import Networks
 from .teachers import taught_outputs
 
@@ -93,6 +94,24 @@ class Objective:
         teacher = self._networks.teacher
         inputs = batch.inputs if teacher is None or not phase.teacher else self._inputs(phase, teacher, batch)
         return taught_outputs(self._networks.called_teacher, phase, *arguments(inputs))
+
+    @torch.no_grad()
+    def distance(self, phase: Phase, batch: Batch) -> Tensor | None:
+        """How far the student is from the teacher in a phase that imitates it.
+
+        At a temperature of 1, as predictions are read: what is softened says little of which class is ahead.
+
+        Returns:
+            () the loss of the student as it is now, in its mode; None where this mode lacks an output that is compared.
+        """
+        with self._autocast():
+            student, other = named_outputs(call(self._networks.model, batch.inputs)), self.taught(phase, batch)
+        assert phase.imitation is not None
+        assert other is not None
+        if not phase.imitation.matched(student, batch.inputs).keys() <= student.keys() & other.keys():
+            return None
+        terms = tuple(replace(term, temperature=1.0) if isinstance(term, Imitation) else term for term in phase.student)
+        return wide(total_loss(terms, student, other, batch.targets, batch.inputs)[0])
 
     def refresh_curvature(self, phase: Phase, batch: Batch) -> None:
         """Set EWGS's delta from the curvature of this phase's loss on a batch, the student in eval mode."""

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .._common.precision import dtype_name
 from ..errors import NotPreparedError, QakdError, TrainingError, UnsupportedQuantizerError
 from ..preparation.feasibility import export_problems
-from ..tasks.inputs import HALF, Inputs, call, dtypes_named, first_samples, named_tensors, precision_of
+from ..tasks.inputs import HALF, Inputs, call, doubled, dtypes_named, first_samples, named_tensors, precision_of, sample_count
 from ..tasks.matchers import KL
 from ..tasks.matching import check_match, default_match
 from ..tasks.outputs import Outputs, listed, named_outputs
@@ -91,6 +92,49 @@ def check_first_batch(student: nn.Module, outputs: Outputs, inputs: Inputs) -> N
             raise TrainingError(
                 f"prepared_model outputs NaN or infinite values ({name}) on the first batch. {blame(student, inputs)}"
             )
+
+
+def check_smallest_batch(student: nn.Module, inputs: Inputs, smallest: int | None) -> None:
+    """No BatchNorm that is trained gets a single value per channel: of it no variance can be taken.
+
+    Args:
+        student: in training mode; it is called in it, without gradients, and its buffers are put back.
+        inputs: of any batch.
+        smallest: samples in the smallest batch; None: not known.
+
+    Raises:
+        TrainingError: otherwise.
+    """
+    if smallest != 1:
+        return
+    buffers = [(buffer, buffer.clone()) for buffer in student.buffers()]
+    if sample_count(inputs) == 1:  # torch itself would refuse it, by no name
+        inputs = doubled(inputs)
+    try:
+        with torch.no_grad(), _NoSingleValues(sample_count(inputs)):
+            call(student, inputs)
+    finally:
+        for buffer, value in buffers:
+            buffer.copy_(value)
+
+
+class _NoSingleValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuses normalization over a batch in which each sample has one value per channel."""
+
+    def __init__(self, samples: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.samples = samples
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name()
+        if "batch_norm" in name and "backward" not in name and "no_training" not in name:
+            x, trained = args[0], next((argument for argument in args[5:6] if isinstance(argument, bool)), True)
+            if trained and x.dim() > 1 and len(x) == self.samples and x.numel() == len(x) * x.shape[1]:
+                raise TrainingError(
+                    f"loader: its smallest batch is one sample, and a BatchNorm over {x.shape[1]} channels would get a single "
+                    "value of each, which has no variance. Pass drop_last=True to the DataLoader, or another batch_size."
+                )
+        return func(*args, **(kwargs or {}))
 
 
 def check_taught(

@@ -141,6 +141,11 @@ class RunState:
 
         self._processes.on_main(write)
 
+    def save_history(self) -> None:
+        """Write the history alone, if there is a place for it."""
+        if (store := self._store) is not None:
+            self._processes.on_main(lambda: store.save_history(self.history))
+
     def way_back(self) -> str:
         """A sentence on the last good checkpoint for who reads that the next step failed; empty without one.
 

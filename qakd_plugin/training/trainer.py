@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -64,6 +65,8 @@ class Trainer:
         settings: numbers of the run.
         checkpoint_every: also after so many optimizer steps; None for epochs only.
         callbacks: objects; their methods ``on_step_end(step, losses)`` and ``on_epoch_end(row)`` are called where they exist.
+        own_rate: whether the rate was left to the run, which then answers for it: it returns nothing that is farther from the
+            teacher than the start was.
         gradient_norm: of the last step, before clipping.
     """
 
@@ -86,6 +89,7 @@ class Trainer:
     settings: Settings
     checkpoint_every: int | None
     callbacks: Sequence[object]
+    own_rate: bool = False
     gradient_norm: float = math.nan
 
     def train(self, *, resume: Resume) -> None:
@@ -102,7 +106,7 @@ class Trainer:
                 self._evaluate_start(progress)
             while self.state.position.epoch < len(self.epochs) and not self._has_stalled():
                 self._epoch(self.epochs[self.state.position.epoch], progress)
-        self._load_the_best()
+            self._load(self._kept())
         self._say_how_it_ended()
 
     @property
@@ -113,7 +117,9 @@ class Trainer:
         """The prepared model as it was passed in: draws nothing from training, and moves no range and no statistic."""
         with evaluated(self.adapter, self.networks.model):
             if not (numbers := self.validation.of_start(self.networks.model)):
-                _log.info("Nothing is held out (val_loader): the last epoch is kept, whether better than the start or worse.")
+                _log.info("Nothing is held out (val_loader): the last epoch is kept, and not the best.")
+                if self.own_rate and self.batches.repeat and self.epochs[-1].only_imitates:
+                    self.start.weights = self.view.weights()
                 return
             row: dict[str, Any] = {"epoch": START, "phase": "start", **numbers}
             value = self.worth(row)
@@ -264,12 +270,42 @@ class Trainer:
         last = len(self.epochs) - self.epochs[-1].epochs
         return self.state.position.epoch - max(self.state.best.epoch + 1, last) >= self.settings.patience
 
-    def _load_the_best(self) -> None:
-        """Eval mode, frozen ranges, and the best weights: of an epoch or the start, or without a held-out split the last."""
-        kept = self.state.best.state if self.start.weights is None else self.start.weights
-        if kept is None:
-            with self.view.shown():
-                kept = self.view.weights()
+    def _kept(self) -> dict[str, Any]:
+        """The best weights, of an epoch or the start; nothing held out: the last, unless the start is nearer the teacher."""
+        if self.state.best.state is not None:
+            return self.state.best.state if self.start.weights is None else self.start.weights
+        with self.view.shown():
+            last = self.view.weights()
+            after = None if self.start.weights is None else self._distance()
+        if self.start.weights is None or after is None:
+            return last
+        with evaluated(self.adapter, self.networks.model):
+            self.networks.model.load_state_dict(self.start.weights)
+            before = self._distance()
+        assert before is not None
+        if after <= before:
+            return last
+        self.state.history[-1] |= {"eval_loss": after, "start_eval_loss": before}  # which says what was kept
+        self.state.save_history()
+        return self.start.weights
+
+    def _distance(self) -> float | None:
+        """Of the student in eval mode to its teacher, on the same training batches whenever it is asked between two epochs.
+
+        None where eval mode lacks an output that is compared.
+        """
+        total = samples = 0.0
+        with self.batches.aside(augmented=False) as batches:
+            for batch in islice(batches, _COMPARED):
+                loss = self.objective.distance(self.epochs[-1], batch)
+                if loss is None:
+                    return None
+                total, samples = total + batch.weight * float(loss), samples + batch.weight
+        total, samples = self.processes.sums([total, samples])
+        return total / samples
+
+    def _load(self, kept: dict[str, Any]) -> None:
+        """Eval mode, frozen ranges, and these weights."""
         model = self.networks.model
         # First, because the state of some toolkits' quantizers says whether their ranges are frozen: freezing remembers which
         # were free, for whoever goes on training.
@@ -292,6 +328,10 @@ class Trainer:
         for callback in self.callbacks:
             if (method := getattr(callback, event, None)) is not None:
                 method(*args)
+
+
+_COMPARED = 32
+"""Training batches at most on which the last epoch is compared with the start. A few samples make most of the difference."""
 
 
 def _rate(samples: int, started: float) -> float:

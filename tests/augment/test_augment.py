@@ -370,10 +370,12 @@ def test_the_selector_trains_with_what_ranks_first_and_says_so(make_student, tea
 def test_the_chosen_augmentation_by_hand_trains_the_same_student(make_student, teacher, loader, digits):
     """The ranking draws nothing from training: the run goes as if the user had named the winner."""
     state = loader.generator.get_state()
-    chosen = distill(make_student(), teacher, loader, epochs=1, augment=CMISelector(["randomerasing"], max_samples=40), seed=0)
+    chosen = distill(
+        make_student(), teacher, loader, epochs=1, lr=1e-3, augment=CMISelector(["randomerasing"], max_samples=40), seed=0
+    )
     loader.generator.set_state(state)
     (candidate,) = (candidate for candidate in default_candidates() if candidate.name == "randomerasing")
-    named = distill(make_student(), teacher, loader, epochs=1, augment=lambda x: candidate(x)[0], seed=0)
+    named = distill(make_student(), teacher, loader, epochs=1, lr=1e-3, augment=lambda x: candidate(x)[0], seed=0)
     for one, two in zip(chosen.model.state_dict().values(), named.model.state_dict().values(), strict=True):
         assert torch.equal(one, two)
 
@@ -392,7 +394,7 @@ def test_teacher_and_student_see_the_same_batch(make_student, teacher, loader):
     student, seen = make_student(), {"student": [], "teacher": []}
     student.register_forward_pre_hook(lambda module, args: seen["student"].append(args[0].clone()) if module.training else None)
     teacher.register_forward_pre_hook(lambda _, args: seen["teacher"].append(args[0].clone()))
-    distill(student, teacher, loader, epochs=1, augment=CMISelector(["trivialaugment+cutmix"], max_samples=40))
+    distill(student, teacher, loader, epochs=1, augment=CMISelector(["trivialaugment+cutmix"], max_samples=40), lr=1e-3)
     steps = len(loader)
     assert len(seen["student"]) == steps
     for one, two in zip(seen["student"], seen["teacher"][-steps:], strict=True):
@@ -422,7 +424,7 @@ def test_a_stopped_run_goes_on_bit_identically(make_student, teacher, loader, tm
         ["randomerasing", "cutmix"] if search is None else ["autoaugment-svhn+cutmix"], 80, every=2, search=search
     )
     start = loader.generator.get_state()
-    options = {"epochs": 3, "augment": augment, "seed": 0}
+    options = {"epochs": 3, "augment": augment, "seed": 0, "lr": 1e-3}
     whole = distill(make_student(), teacher, loader, **options)
     loader.generator.set_state(start)
     with pytest.raises(Stop):

@@ -33,6 +33,7 @@ def command(
     of: list[Annotated[str, OneOf(TABLE)]] | None = None,
     calls: list[PositiveInt] | None = None,
     allow_float: bool = False,
+    resume: bool | Literal["force"] = False,
     seed: int = 0,
 ) -> None:
     """Does nothing.
@@ -48,17 +49,42 @@ def command(
         of: table
         calls: how many
         allow_float: or not
+        resume: or not, or all the same
         seed: of draws
     """
 
 
 def read(*arguments):
-    return vars(CommandParser("try", "try it", command).parse_args(["a", "b", "c", "--out", "o", *arguments]))
+    return vars(CommandParser("try", "try it", command).read(["a", "b", "c", "--out", "o", *arguments]))
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("a b --out o", False),
+        ("a b --out o --resume", True),
+        ("--resume a b --out o", True),
+        ("a b --resume --out o", True),
+        ("a b --out o --resume force", "force"),
+        ("--resume force a b --out o", "force"),
+        ("a b --out o --resume=force", "force"),
+        ("--resume --out o -- a b", True),
+    ],
+)
+def test_a_flag_takes_its_word_and_no_other_argument(line, expected):
+    found = CommandParser("try", "try it", command).read(line.split())
+    assert (found.first, found.several, found.resume) == (Path("a"), [Path("b")], expected)
+
+
+def test_another_word_after_the_flag_is_named(capsys):
+    with pytest.raises(SystemExit):
+        read("--resume=forced")
+    assert "--resume: expected force or nothing, got 'forced'" in capsys.readouterr().err
 
 
 def test_parameters_are_options_with_their_types_and_defaults():
     expected = {"first": Path("a"), "several": [Path("b"), Path("c")], "out": Path("o"), "min_batch": 2, "share": None}
-    expected |= {"kind": None, "of": None, "calls": None, "allow_float": False, "seed": 0}
+    expected |= {"kind": None, "of": None, "calls": None, "allow_float": False, "resume": False, "seed": 0}
     assert read() == expected
     given = read("--min-batch", "3", "--share=1e-1", "--kind", "b", "--of", "x", "--of=y", "--allow-float", "--seed", "-1")
     changed = {"min_batch": 3, "share": 0.1, "kind": "b", "of": ["x", "y"], "allow_float": True, "seed": -1}

@@ -5,6 +5,7 @@ import json
 import random
 import sys
 
+import numpy
 import pytest
 import torch
 import yaml
@@ -14,7 +15,7 @@ import qakd_plugin
 from qakd_plugin import KD, SQAKD, QakdError
 from qakd_plugin.cli import main
 from qakd_plugin.cli.recipe_template import commented_recipe
-from qakd_plugin.cli.recipes import APIS, api_parameters, read_recipe
+from qakd_plugin.cli.recipes import APIS, Recipe, api_parameters, read_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 CODE = """
@@ -142,6 +143,38 @@ def test_one_python_recipe_serves_them_as_well(code):
     assert main(["rank", "my_code:build", "--out", "order.json"]) == 0
     assert len(json.loads((code / "order.json").read_text())["records"]) == 2
     assert main(["distill", "my_code:build", "--out", "run", "--epochs", "2"]) == 0
+    assert len((code / "run" / "history.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("lr", "1e-3", "lr: expected float or None, got '1e-3' (str)."),
+        ("epochs", True, "epochs: expected int, got True (bool)."),
+        ("weight_decay", None, "weight_decay: expected float, got None (NoneType)."),
+        ("cache_teacher", 5, "cache_teacher: expected str or os.PathLike[str] or None, got 5 (int)."),
+        ("callbacks", 5, "callbacks: expected an object, got 5 (int)."),
+    ],
+)
+def test_values_of_a_python_recipe_have_their_types(key, value, message):
+    with pytest.raises(QakdError) as caught:
+        Recipe("my_code:build", {key: value}, "distill").arguments()
+    assert str(caught.value) == f"my_code:build: {message}"
+
+
+def test_values_of_a_python_recipe_are_passed_as_they_are():
+    values = {"lr": numpy.float64(1e-3), "epochs": 3, "cache_teacher": "c", "teacher": None, "callbacks": [1], "warmup": 0}
+    assert Recipe("my_code:build", values, "distill").arguments() == values
+
+
+def test_a_changed_recipe_goes_on_with_the_word_force_alone(code, capsys):
+    (code / "recipe.yaml").write_text(changed(epochs=1))
+    assert main(["distill", "recipe.yaml", "--out", "run"]) == 0
+    (code / "recipe.yaml").write_text(changed(epochs=2, seed=4))
+    assert main(["distill", "recipe.yaml", "--out", "run", "--resume"]) == 1
+    assert "seed is 3 there and 4 here" in (said := capsys.readouterr().err)
+    assert "--resume force" in said
+    assert main(["distill", "recipe.yaml", "--out", "run", "--resume", "force"]) == 0
     assert len((code / "run" / "history.jsonl").read_text().splitlines()) == 2
 
 

@@ -66,6 +66,19 @@ def test_preprocessing_is_what_torchvision_does(tmp_path):
             torch.testing.assert_close(torch.from_numpy(own), steps(image), rtol=0, atol=1e-6)
 
 
+def test_images_whose_resized_size_would_take_all_memory_are_refused(tmp_path):
+    small = Preprocessing((16, 16), 256, (0.5,), (0.25,))
+    for size in ((1, 60_000), (60_000, 1)):
+        Image.new("L", size).save(tmp_path / "thin.png")
+        with pytest.raises(QakdError, match=r"thin.png cannot be read as an image: it has \d+x\d+ pixels"):
+            small(tmp_path / "thin.png")
+    with pytest.raises(QakdError, match="expected a number for each channel"):
+        Preprocessing((16, 16), 16, (float("nan"),), (0.25,))
+    for size, resize in (((100_000, 100_000), 16), ((16, 16), 2**30)):
+        with pytest.raises(QakdError, match="2\\^26 pixels at most"):
+            Preprocessing(size, resize, (0.5,), (0.25,))
+
+
 def test_the_authors_preprocessing_is_found():
     found, _ = preprocessing_of("torchvision:resnet50")
     assert (found.size, found.resize, found.interpolation) == ((224, 224), 232, "bilinear")

@@ -1,12 +1,16 @@
 """Each trouble is found in a graph that has it, by the layers' names, and is one: ONNX Runtime's own graph says so."""
 
+import copy
+
 import ml_dtypes
 import numpy as np
 import onnx
 import pytest
+import torch
 from qdq_graphs import INT4, UINT8, QdqGraph, residual_net
+from torch import nn
 
-from qakd_plugin import ExportError, export_float, export_onnx
+from qakd_plugin import ExportError, export_float, export_onnx, prepare
 from qakd_plugin.bench.census import census
 from qakd_plugin.deploy.diagnosis import NARROW, diagnose
 
@@ -55,6 +59,38 @@ def test_a_convolution_that_feeds_an_add_without_a_quantizer(tmp_path):
     assert found(path)["output not quantized"] == ("branch",)
     assert found(path)["add with one float input"] == ("sum",)
     assert census(path).float_layers == ("branch/Conv",)
+
+
+class Residual(nn.Module):
+    """A residual block, and a convolution at the end that nothing reads but the caller."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.branch, self.last = (nn.Conv2d(*sizes, 3, padding=1) for sizes in ((3, 32), (32, 32), (32, 16)))
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        return self.last((x + self.branch(x)).relu())
+
+
+@pytest.mark.parametrize("stock", [True, False])
+def test_exporting_says_what_a_stock_configuration_leaves_in_floating_point(stock, tmp_path, caplog):
+    torch.manual_seed(0)
+    network, images = Residual().eval(), torch.rand(4, 3, 12, 12)
+    if stock:
+        mtq = pytest.importorskip("modelopt.torch.quantization")
+        student = mtq.quantize(copy.deepcopy(network), mtq.INT8_DEFAULT_CFG, lambda model: model(images))
+    else:
+        student = prepare(network, [images])
+    for target in ("onnxruntime", "openvino"):
+        export_onnx(student, images, tmp_path / f"{target}.onnx", target=target)
+    said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("export: ONNX Runtime")]
+    left = set(census(tmp_path / "onnxruntime.onnx").float_layers)
+    assert left == ({"first/Conv", "branch/Conv", "last/Conv"} if stock else {"last/Conv"})
+    assert len(said) == stock
+    if stock:
+        assert "2 of 3 quantized convolutions" in said[0]
+        assert "output: first, branch. For ModelOpt mtq.quantize(model, qakd_plugin.configuration(model)" in said[0]
 
 
 def test_a_clip_in_front_of_a_quantizer(tmp_path):

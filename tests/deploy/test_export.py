@@ -27,7 +27,7 @@ from qakd_plugin import (
 )
 from qakd_plugin._common.cpu_features import onednn_adds_products_in_16_bits
 from qakd_plugin.bench.census import census
-from qakd_plugin.deploy.canonical.graph import QUANTIZER_KEY, activation_quantizers, constant, read_onnx, scalar
+from qakd_plugin.deploy.canonical.graph import QUANTIZER_KEY, activation_quantizers, constant, copied, read_onnx, scalar
 from qakd_plugin.deploy.canonical.write import export_canonical, to_proto
 from qakd_plugin.deploy.diagnosis import diagnose
 from qakd_plugin.deploy.parity import openvino as openvino_parity
@@ -36,7 +36,7 @@ from qakd_plugin.deploy.parity.openvino import check_openvino
 from qakd_plugin.deploy.parity.recorded_codes import check_same_bits, run_labelled, run_recorded
 from qakd_plugin.deploy.parity.report import agreement, least_agreement
 from qakd_plugin.deploy.targets.openvino import to_openvino_form
-from qakd_plugin.deploy.targets.openvino_kernels import drop_repeated_quantizers
+from qakd_plugin.deploy.targets.openvino_kernels import DropRepeatedQuantizers
 from qakd_plugin.runtimes.onnxruntime import session_options, start_session
 from qakd_plugin.runtimes.openvino import OpenVINORunner
 from qakd_plugin.toolkits import adapter_for
@@ -465,7 +465,7 @@ def test_openvino_gets_no_quantizer_that_repeats_another_and_the_same_numbers(tm
         network(images)
     student = prepare(network.eval(), [images], "torch_ao")
     form = to_openvino_form(_exported(student, images)[0])
-    dropped = drop_repeated_quantizers(form)
+    dropped = DropRepeatedQuantizers()(copied(form)).model
     before, after = (list(activation_quantizers(model.graph)) for model in (form, dropped))
     assert len(after) < 0.8 * len(before)  # torch.ao FX puts five behind each shuffle of channels
     expected, codes = run_labelled(form, images, optimize=False)
@@ -514,7 +514,7 @@ def test_only_quantizers_of_what_lies_on_their_grid_and_in_their_range_are_dropp
             y = Add(f, n)
         }}"""
     model = ir.serde.deserialize_model(onnx.parser.parse_model(text))
-    dropped = drop_repeated_quantizers(model)
+    dropped = DropRepeatedQuantizers()(copied(model)).model
     assert len(list(activation_quantizers(dropped.graph))) == left
     values = torch.empty(2, 3).uniform_(-2, 2, generator=torch.Generator().manual_seed(0))
     files = (ir.serde.serialize_model(one).SerializeToString() for one in (model, dropped))

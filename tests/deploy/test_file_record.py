@@ -15,6 +15,7 @@ from qakd_plugin._common.training_record import TrainingRecord, method_of, train
 from qakd_plugin.bench.candidates import candidate_from_path
 from qakd_plugin.bench.file_facts import record_of
 from qakd_plugin.deploy.file_record import UNTRAINED, FileRecord, read_record
+from qakd_plugin.errors import QakdError
 from qakd_plugin.report.charts import training_run
 from qakd_plugin.training.student_file import load, save
 
@@ -75,6 +76,21 @@ def test_a_file_knows_its_training_and_so_does_that_of_a_copy(net, batches, tmp_
         assert recorded == pytest.approx([row["loss"] for row in result.history if "loss" in row], rel=1e-5)
         assert not any("images_per_second" in row for row in training.history), "the same training makes the same file"
     assert (tmp_path / "0.onnx").read_bytes() == (tmp_path / "1.onnx").read_bytes()
+
+
+def test_a_file_that_openvino_converted_keeps_its_record(net, batches, tmp_path):
+    openvino = pytest.importorskip("openvino")
+    student = prepare(net, batches, weight_bits=4)
+    distill(student, net, batches, epochs=1, seed=0)
+    record = exported(student, batches, tmp_path / "s.onnx", target="openvino")
+    openvino.save_model(openvino.convert_model(tmp_path / "s.onnx"), tmp_path / "s.xml")
+    assert record_of(tmp_path / "s.xml") == record
+    assert record.method == "SQAKD"
+    openvino.save_model(openvino.convert_model(export_float(net, batches[0][0], tmp_path / "f.onnx")), tmp_path / "f.xml")
+    assert record_of(tmp_path / "f.xml") is None
+    (tmp_path / "f.xml").write_text("<net")
+    with pytest.raises(QakdError, match=r"f\.xml: cannot load it"):
+        record_of(tmp_path / "f.xml")
 
 
 def test_trainings_add_up_and_own_loops_count(net, batches, tmp_path):

@@ -130,6 +130,21 @@ def test_a_diagnosis_ends_or_says_in_one_line_why_not(damage, tmp_path):
     assert all(line.isprintable() for line in said)
 
 
+def test_onnxruntimes_logger_writes_no_name_of_a_file_to_the_terminal(tmp_path, capfd):
+    graph = helper.make_graph(
+        [helper.make_node("Reshape", ["input", "sizes"], ["logits"], name="\x1b]0;title\x07\nqakd: error: all is well")],
+        "foreign",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 3, 8, 8])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["a", "b"])],
+        [numpy_helper.from_array(np.array([7, 7]), "sizes")],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), tmp_path / "net.onnx")
+    with pytest.raises(QakdError, match="cannot compute it") as caught:
+        benchmark([tmp_path / "net.onnx"], calls=1)
+    assert str(caught.value).isprintable()
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize(("size", "count"), [(224, 64), (1024, 21), (5000, 1)])
 def test_random_inputs_of_large_samples_are_few(size, count):
     spec = {"input": Input((None, 3, size, size), np.dtype(np.float32))}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import onnx_ir as ir
@@ -10,6 +12,7 @@ import onnxruntime
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrizations, weight_norm
 
 from qakd_plugin import ParityError, QakdError, export_float, export_onnx, prepare
 from qakd_plugin.deploy.canonical.graph import activation_quantizers
@@ -101,8 +104,43 @@ def test_a_toolkit_that_loses_a_hook_is_refused_where_the_hook_matters():
     model[0].register_forward_hook(lambda module, args, output: shapes.append(output.shape))
     assert adapter_for(prepare(model, [X], "torch_ao")).name == "torch_ao"
     model[0].register_forward_hook(_changed)
-    with pytest.raises(QakdError, match=r"toolkit='torch_ao' loses a hook of 0 that changes what is computed"):
+    with pytest.raises(QakdError, match=r"toolkit='torch_ao' loses a hook of 0, which changes what is computed"):
         prepare(model, [X], "torch_ao")
+
+
+def _times_three(module: nn.Module, x: Tensor) -> Tensor:
+    return type(module).forward(module, 3 * x)
+
+
+def _replace_forward(module: nn.Module) -> None:
+    module.forward = partial(_times_three, module)
+
+
+ADDITIONS: dict[str, Callable[[nn.Module], object]] = {
+    "orthogonal": lambda model: parametrizations.orthogonal(model.head),
+    "weight norm": lambda model: parametrizations.weight_norm(model.layers["b"]),
+    "weight norm of hooks": lambda model: weight_norm(model.layers["b"]),
+    "forward of a layer": lambda model: _replace_forward(model.layers["b"]),
+    "forward of the model": _replace_forward,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("toolkit", [*TOOLKITS, "torch_ao_eager"])
+@pytest.mark.parametrize("added", ADDITIONS)
+def test_what_was_added_to_a_module_is_prepared_or_refused(added, toolkit):
+    """A toolkit puts a module of its own in the place of one, or reads the class where the object has more."""
+    model = _float()
+    ADDITIONS[added](model)
+    with torch.no_grad():
+        expected = model(X)
+    try:
+        found = prepare(model, [X], toolkit)
+    except QakdError:
+        assert toolkit != "pt2e" or added == "forward of the model"  # which torch.export traces as one function
+        return
+    with torch.no_grad():
+        assert float((found(X) - expected).abs().max() / (expected.max() - expected.min())) < 0.02
 
 
 @pytest.mark.parametrize("toolkit", TOOLKITS)
@@ -110,6 +148,12 @@ def test_layers_of_any_name_are_compared_as_those_of_plain_names(toolkit, prepar
     odd = export_onnx(prepare(_float("a,b", "a#1%"), [X], toolkit), X, tmp_path / "odd.onnx").parity
     plain = export_onnx(prepared[toolkit], X, tmp_path / "plain.onnx").parity
     assert (odd.weight_codes, odd.activation_codes) == (plain.weight_codes, plain.activation_codes)
+
+
+@pytest.mark.parametrize("name", ["c@1", 'a"b', "a\\b"])
+def test_a_name_that_torch_export_cannot_keep_is_refused_and_its_layer_not_left_in_floating_point(name):
+    with pytest.raises(QakdError, match="has @, a double quote or a backslash in its name: give it another"):
+        prepare(_float("a", name), [X], "pt2e")
 
 
 @pytest.mark.parametrize("call", [Call("a.input_qdq", 0), Call("a,b#1%2C.input_qdq", 3), Call("#", 1), Call("%", 0)])

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from qakd_plugin import distill, export_onnx, prepare
 from qakd_plugin._common.one_at_a_time import one_at_a_time
+from qakd_plugin.errors import ExportError
 
 X = torch.rand(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -83,12 +84,32 @@ def test_distillations_at_once_are_the_ones_that_each_is_alone(student):
     teacher = _float()  # made here: it draws from the generators that a distillation of another thread draws from
 
     def train() -> Tensor:
-        model = distill(copy.deepcopy(student), teacher, batches, epochs=2, seed=0, trackers=(), augment=torch.rand_like).model
+        model = distill(
+            copy.deepcopy(student), teacher, batches, epochs=2, lr=1e-3, seed=0, trackers=(), augment=torch.rand_like
+        ).model
         return torch.cat([parameter.flatten() for parameter in model.parameters()])
 
     alone = train()
     for found in _at_once([train, train]):
         assert torch.equal(found, alone)
+
+
+def test_an_export_that_a_loop_of_another_thread_disturbs_says_so(student, tmp_path, monkeypatch):
+    """What torch.fx raises then, at random moments."""
+
+    def disturbed(*args: object, **options: object) -> None:
+        raise AssertionError("Unexpected key conv@1, expected conv")
+
+    monkeypatch.setattr(torch.export, "export", disturbed)
+    done = threading.Event()
+    loop = threading.Thread(target=done.wait)
+    loop.start()
+    try:
+        with pytest.raises(ExportError, match="Let no other thread call a torch module meanwhile"):
+            export_onnx(student, X, tmp_path / "x.onnx")
+    finally:
+        done.set()
+        loop.join()
 
 
 def test_who_waits_says_for_what(caplog):

@@ -25,6 +25,8 @@ from qakd_plugin import (
     prepare,
 )
 from qakd_plugin._common.module_mode import eval_mode
+from qakd_plugin._common.training_record import TrainingRecord, training_records
+from qakd_plugin.bench.file_facts import record_of
 from qakd_plugin.losses import cross_entropy, kl_divergence
 from qakd_plugin.toolkits import adapter_for
 from qakd_plugin.training.optimizers import (
@@ -112,6 +114,14 @@ def test_an_exported_student_is_saved_restored_and_exported_to_onnx(prepared, ne
     student, x = prepared(), batches[0][0]
     converted = mtd.convert(student, mode=[("kd_loss", kd_loss_config(student, mentor))])
     assert not [name for name in converted.state_dict() if "teacher" in name]
+    converted.train()
+    converted(x)
+    with torch.no_grad():
+        converted.compute_kd_loss()
+    assert training_records(converted) == (), "no loss has trained it yet"
+    for _ in range(2):
+        converted(x)
+        converted.compute_kd_loss().backward()
     student = mtd.export(converted)
     student.eval()
     buffer = io.BytesIO()
@@ -120,6 +130,7 @@ def test_an_exported_student_is_saved_restored_and_exported_to_onnx(prepared, ne
     restored = mto.restore(Structures(functional=True), buffer).eval()
     assert torch.equal(restored(x), student(x))
     assert export_onnx(student, x, tmp_path / "student.onnx").parity.weight_codes > 0
+    assert record_of(tmp_path / "student.onnx").training == (TrainingRecord("SQAKD", "own"),)
 
 
 def test_quantizing_after_converting_would_quantize_the_teacher(network, mentor, batches):

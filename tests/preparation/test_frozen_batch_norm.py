@@ -3,6 +3,7 @@
 import copy
 import logging
 
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -101,3 +102,20 @@ def test_what_modelopt_saved_comes_back_into_the_float_model(bias, tmp_path):
     restored = qakd.restore_modelopt(_network(bias), tmp_path / "student.pth")
     with torch.no_grad():
         assert torch.equal(student(X), restored(X))
+
+
+@pytest.mark.parametrize("toolkit", ["torch_ao", "torch_ao_eager", "pt2e", "modelopt"])
+def test_a_batch_norm_after_a_linear_layer_leaves_none_in_the_file(toolkit, tmp_path):
+    torch.manual_seed(0)
+    hidden = nn.Linear(192, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 32, bias=False), nn.BatchNorm1d(32), nn.ReLU()
+    net = nn.Sequential(nn.Flatten(), *hidden, nn.Linear(32, 5))
+    images = torch.rand(32, 3, 8, 8)
+    for _ in range(20):
+        net(images)
+    net.eval()
+    student = qakd.prepare(net, [images], toolkit)
+    assert (student(images) - net(images)).abs().max() < 0.03 * net(images).abs().max()
+    qakd.distill(student, net, [images[:16], images[16:]], epochs=1)
+    exported = qakd.export_onnx(student, images, tmp_path / "mlp.onnx", target="onnxruntime")
+    assert census(exported).integer == 3
+    assert "BatchNormalization" not in {node.op_type for node in onnx.load(exported.path).graph.node}

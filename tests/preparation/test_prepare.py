@@ -9,7 +9,16 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models import resnet18
 
-from qakd_plugin import MissingPackageError, NotPreparedError, QakdError, configuration, describe, export_onnx, prepare
+from qakd_plugin import (
+    MissingPackageError,
+    NotPreparedError,
+    QakdError,
+    configuration,
+    describe,
+    export_onnx,
+    prepare,
+    restore_modelopt,
+)
 from qakd_plugin.placement.calibration import RangeObserver, best_weight_clip
 from qakd_plugin.placement.placement import OutputQuantizer, place_quantizers
 from qakd_plugin.toolkits import adapter_for
@@ -84,7 +93,7 @@ def test_modelopt_saves_and_restores_what_prepare_made(tmp_path, make_student, t
 
     student, images = make_student("modelopt", 4), digits.test[0][:16]
     mto.save(student, tmp_path / "student.pth")
-    restored = mto.restore(teacher, tmp_path / "student.pth")
+    restored = restore_modelopt(teacher, tmp_path / "student.pth")
     with torch.no_grad():
         assert torch.equal(student(images), restored(images))
 
@@ -92,7 +101,8 @@ def test_modelopt_saves_and_restores_what_prepare_made(tmp_path, make_student, t
 def test_an_output_quantizer_goes_behind_convolutions_that_feed_an_add(teacher):
     placement = place_quantizers(teacher)
     assert OutputQuantizer("stages.0.bn2", None) in placement.outputs
-    assert OutputQuantizer("stem.1", (0.0, float("inf"))) in placement.outputs  # read by a convolution and by an add
+    after_relu = OutputQuantizer("stem.1", (0.0, float("inf")), after_clamp="stem.2")
+    assert after_relu in placement.outputs  # read by a convolution and by an add
     assert placement.edges == {"stem.0", "head"}
     assert "stem.0" not in placement.unsigned
     assert "stages.0.conv2" in placement.unsigned
@@ -349,6 +359,18 @@ def test_missing_or_bad_calibration_data_is_named(teacher):
         prepare(teacher, [])
     with pytest.raises(QakdError, match="batch 1"):
         prepare(teacher, [torch.rand(2, 1, 32, 32), torch.full((2, 1, 32, 32), float("nan"))])
+
+
+@pytest.mark.parametrize("toolkit", ["modelopt", "pt2e", "torch_ao"])
+def test_batches_that_the_network_cannot_compute_are_named(toolkit, teacher):
+    good, colours = torch.rand(2, 1, 32, 32), torch.rand(2, 3, 32, 32)
+    for batches, index in (([colours], 0), ([good, colours], 1)):
+        expected = rf"cannot compute batch {index}, 'input' \(2, 3, 32, 32\) float32: .*3 channels.*batch_fn="
+        with pytest.raises(QakdError, match=expected):
+            prepare(teacher, batches, toolkit)
+    if toolkit != "torch_ao":  # which folds BatchNorm first: what is left computes a single image
+        with pytest.raises(QakdError, match=r"'input' \(1, 32, 32\) float32: .*pass a list of batches, \[images\]"):
+            prepare(teacher, good, toolkit)
 
 
 @pytest.mark.parametrize("toolkit", ["modelopt", "pt2e", "torch_ao"])

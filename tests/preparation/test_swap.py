@@ -73,7 +73,7 @@ def test_there_and_back_computes_the_same(config, toolkit, student_of, float_net
     student, images = student_of(toolkit), digits.test[0]
     teacher = float_nets[toolkit == "torch_ao_eager"]
     use_quantizers(student, config)
-    distill(student, teacher, [x for x, _ in batches[:2]], epochs=1, seed=0)
+    distill(student, teacher, [x for x, _ in batches[:2]], epochs=1, lr=1e-3, seed=0)
     adapter = adapter_for(student)
     adapter.freeze_ranges(student, True)
     learned = adapter.export_form(student)
@@ -107,7 +107,7 @@ def test_modelopt_saves_and_restores_learned_quantizers(config, tmp_path, studen
     import modelopt.torch.opt as mto
 
     student, images = use_quantizers(student_of("modelopt"), config), digits.test[0][:32]
-    distill(student, float_nets[False], [x for x, _ in batches[:2]], epochs=1, seed=0)
+    distill(student, float_nets[False], [x for x, _ in batches[:2]], epochs=1, lr=1e-3, seed=0)
     mto.save(student, tmp_path / "student.pth")
     restored = mto.restore(copy.deepcopy(float_nets[False]), tmp_path / "student.pth").eval()
     assert torch.equal(_logits(restored, images), _logits(student, images))
@@ -295,7 +295,7 @@ def test_delta_is_refreshed_on_schedule_and_resumed_with_the_run(tmp_path, stude
             seen.append(deltas(student))
 
     student = use_quantizers(student_of("modelopt"), EWGS(delta=0.25, refresh_every=2))
-    distill(student, float_nets[False], images, epochs=3, seed=0, callbacks=[Watch()])
+    distill(student, float_nets[False], images, epochs=3, lr=1e-3, seed=0, callbacks=[Watch()])
     assert all(value >= 0 for value in seen[0].values())
     assert len(set(seen[0].values())) > len(seen[0]) // 2
     assert seen[0] == seen[1]
@@ -310,7 +310,7 @@ def test_delta_is_refreshed_on_schedule_and_resumed_with_the_run(tmp_path, stude
                 raise Stop
 
     resumed = use_quantizers(student_of("modelopt"), EWGS(delta=0.25, refresh_every=2))
-    options = {"epochs": 3, "seed": 0, "checkpoint_dir": tmp_path}
+    options = {"epochs": 3, "lr": 1e-3, "seed": 0, "checkpoint_dir": tmp_path}
     with pytest.raises(Stop):
         distill(resumed, float_nets[False], images, callbacks=[StopAfterTwo()], **options)
     distill(resumed, float_nets[False], images, resume=True, **options)

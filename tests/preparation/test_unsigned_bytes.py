@@ -29,7 +29,7 @@ from qakd_plugin.toolkits import adapter_for
 
 TOOLKITS = ["modelopt", "pt2e", "torch_ao", "torch_ao_eager"]
 SIGNED, UNSIGNED = (-128, 127), (0, 255)
-BEFORE_RELU = {"modelopt": 5, "pt2e": 0, "torch_ao": 0, "torch_ao_eager": 4}
+BEFORE_RELU = {"modelopt": 2, "pt2e": 0, "torch_ao": 0, "torch_ao_eager": 4}
 """Quantizers that stand in front of a ReLU; those are signed, and the ReLU ends at their highest code."""
 
 
@@ -132,7 +132,8 @@ def test_the_grid_is_about_twice_as_fine(student, make):
         return {q.name: q.scale_min for q in describe(model).quantizers if q.role == "activation"}
 
     fine, coarse = scales(student), scales(make(describe(student).toolkit, "tensorrt"))
-    unsigned = [name for name, kind in _activations(student).items() if kind == UNSIGNED]
+    # ModelOpt's after a convolution stand in front of the ReLU where they are signed, on another module.
+    unsigned = [name for name, kind in _activations(student).items() if kind == UNSIGNED and name in coarse]
     assert unsigned
     assert all(0.4 < fine[name] / coarse[name] < 0.6 for name in unsigned)
 

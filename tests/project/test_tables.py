@@ -13,6 +13,7 @@ from evidence_drawing import places_of
 TABLES = [
     "step_time",
     "deployment",
+    "weight_only",
     "distill_step",
     "engines",
     "peers",
@@ -51,6 +52,11 @@ def test_the_page_of_the_evidence_and_its_figure_are_made_from_the_committed_fig
 def test_the_table_of_the_default_rate_is_made_from_the_committed_figures():
     script = import_module("default_rate")
     assert page_tables.read_table("default_rate", script.PAGE) == script.make_table(committed("default_rate"))
+
+
+def test_the_table_of_calibration_is_made_from_the_committed_figures():
+    script = import_module("calibration_images")
+    assert page_tables.read_table("calibration_images", script.PAGE) == script.make_table(committed("calibration_images"))
 
 
 def test_the_zoo_is_made_from_the_committed_cells():

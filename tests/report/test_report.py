@@ -835,3 +835,7 @@ def test_a_training_that_ended_below_its_start_says_so():
     assert training_run({"name": "r", "history": [start, better]}).outcome == ""
     odd = [start | {"val_accuracy": "high"}, {"val_accuracy": None}, better]
     assert training_run({"name": "r", "history": odd}).outcome == ""
+    kept = {"epoch": 0, "phase": "distill", "loss": 1.0, "eval_loss": 0.5, "start_eval_loss": 0.25}
+    assert "the loss was 0.25 at the start and is 0.5" in training_run({"name": "r", "history": [kept]}).outcome
+    for odd in ({"eval_loss": "high"}, {"start_eval_loss": None}):
+        assert training_run({"name": "r", "history": [kept | odd]}).outcome == ""

@@ -159,14 +159,20 @@ def test_the_engine_keeps_the_weights_in_four_bits(tmp_path):
     ],
 )
 def test_linear_layers_on_tokens_are_exact_with_fusions_on(first, others, tmp_path):
-    """ONNX Runtime's MatMulNBits rounds activations to 8 bits: the file must not be one that it takes."""
+    """In a session of the user's own, with default options. MatMulNBits rounds activations to 8 bits at accuracy level 4."""
     x = torch.randn(8, 5, 64)
-    _check_everywhere(_quantize(_Tokens(), x, _weights("*", **others), _weights("first.", **first)), x, tmp_path)
+    student = _quantize(_Tokens(), x, _weights("*", **others), _weights("first.", **first))
+    _check_everywhere(student, x, tmp_path)
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     options.log_severity_level = 3
-    onnxruntime.InferenceSession(tmp_path / "onnxruntime.onnx", options, providers=["CPUExecutionProvider"])
-    assert "MatMulNBits" not in {node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node}
+    session = onnxruntime.InferenceSession(tmp_path / "onnxruntime.onnx", options, providers=["CPUExecutionProvider"])
+    expected = student(x).detach().numpy()
+    np.testing.assert_allclose(session.run(None, {"input": x.numpy()})[0], expected, rtol=0, atol=1e-6 * np.ptp(expected))
+    nodes = onnx.load(tmp_path / "optimized.onnx").graph.node
+    levels = [a.i for node in nodes if node.op_type == "MatMulNBits" for a in node.attribute if a.name == "accuracy_level"]
+    assert levels == [1] * [first["num_bits"], others["num_bits"], others["num_bits"]].count(4)
+    assert "DequantizeLinear" not in {node.op_type for node in nodes}, "it would be computed in every call"
 
 
 def test_mixed_precision_stores_each_layer_as_its_runtime_needs_it(tmp_path):

@@ -217,28 +217,12 @@ def _float8():
     return model
 
 
-def _embedding():
-    class Words(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.table, self.head = nn.Embedding(64, 32), nn.Linear(32, 10)
-
-        def forward(self, x):
-            return self.head(self.table(x.long()).mean(1))
-
-    model = Words()
-    config = qat.QATConfig(weight_config=qat.IntxFakeQuantizeConfig(**GROUPS), step="prepare")
-    torchao.quantize_(model, config, filter_fn=lambda module, _: isinstance(module, nn.Embedding | nn.Linear))
-    return model
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (_int4_weight_only, r"^0: Int4WeightFakeQuantizer has no form .*IntxFakeQuantizeConfig\(torch\.int4"),
         (_asymmetric, r"^0: its weight is mapped asymmetrically"),
         (_float8, r"^0: Float8FakeQuantizer has no form with integer codes"),
-        (_embedding, r"^table \(FakeQuantizedEmbedding\): only weights of linear layers"),
     ],
 )
 def test_what_has_no_form_is_refused_by_name(make, message, tmp_path):

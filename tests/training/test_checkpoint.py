@@ -287,7 +287,7 @@ def test_a_checkpoint_of_another_format_is_refused_by_its_version(store):
         path.unlink()
 
 
-@pytest.mark.parametrize("change", ["not a dict", "no state", "a list", "deep"])
+@pytest.mark.parametrize("change", ["not a dict", "no state", "a list", "deep", "a tensor"])
 def test_a_file_of_other_content_is_no_checkpoint(change, store):
     whole = {"format": "qakd checkpoint", "version": "2", "fingerprint": store.fingerprint, "state": {}}
     deep = []
@@ -298,6 +298,7 @@ def test_a_file_of_other_content_is_no_checkpoint(change, store):
         "no state": {"fingerprint": {}},
         "a list": whole | {"state": []},
         "deep": whole | {"state": {"student": deep}},
+        "a tensor": whole | {"fingerprint": {name: torch.zeros(0) for name in store.fingerprint} | {"a": torch.zeros(2)}},
     }[change]
     _named(store.folder, content)
     with pytest.raises(CheckpointError, match=r"step-000000001-\w+\.pt: (not a checkpoint of this|refused: .*nested)"):

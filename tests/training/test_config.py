@@ -14,9 +14,14 @@ from qakd_plugin.training.config import Checkpoints, Settings
         ({"accumulate": 0}, "accumulate=0 must be a positive whole number"),
         ({"accumulate": 1.5}, "accumulate=1.5 must be a positive whole number"),
         ({"patience": 0}, "patience=0 must be a positive whole number or None"),
-        ({"lr": -1e-3}, "lr=-0.001 must not be negative"),
-        ({"weight_decay": float("nan")}, "weight_decay=nan must not be negative"),
-        ({"recalibrate_batches": -1}, "recalibrate_batches=-1 must not be negative"),
+        ({"lr": -1e-3}, "lr=-0.001 must be a number, and not negative"),
+        ({"weight_decay": float("nan")}, "weight_decay=nan must be a number, and not negative"),
+        ({"recalibrate_batches": -1}, "recalibrate_batches=-1 must be a number, and not negative"),
+        ({"lr": "fast"}, "lr='fast' must be a number, and not negative"),
+        ({"warmup": "x"}, "warmup='x' must be a share"),
+        ({"grad_clip": "x"}, "grad_clip='x' must be positive"),
+        ({"ema": "x"}, "ema='x' must lie between 0 and 1"),
+        ({"accumulate": True}, "accumulate=True must be a positive whole number"),
     ],
 )
 def test_settings_check_themselves(options, message):

@@ -71,7 +71,7 @@ KILLED = [
 def test_a_killed_run_ends_with_the_same_bits(make, toolkit, tmp_path):
     network, loader, match = _made(make)
     prepared = qakd.prepare(network, loader, toolkit)
-    options = {"method": SQAKD(match=match), "epochs": 1, "seed": 0}
+    options = {"method": SQAKD(match=match), "epochs": 1, "lr": 1e-3, "seed": 0}
     whole = qakd.distill(copy.deepcopy(prepared), network, loader, **options)
     assert any(not torch.equal(a, b) for a, b in zip(whole.model.parameters(), prepared.parameters(), strict=True))
     saved = {"checkpoint_dir": tmp_path, "checkpoint_every": 1}

@@ -7,9 +7,11 @@ import logging
 import pytest
 import torch
 from interruption import Stop, StopAt
+from torch import nn
 
 from qakd_plugin import (
     KD,
+    KL,
     LSQ,
     QAT,
     QKD,
@@ -21,10 +23,14 @@ from qakd_plugin import (
     default_batch,
     distill,
     evaluate,
+    prepare,
     use_quantizers,
 )
 from qakd_plugin._common.history import below_start, kept_of
+from qakd_plugin._common.training_record import training_records
+from qakd_plugin.losses import kl_divergence
 from qakd_plugin.toolkits import adapter_for
+from qakd_plugin.training import optimizers
 from qakd_plugin.training.methods import left_out
 from qakd_plugin.training.outcome import at_chance
 
@@ -117,6 +123,125 @@ def test_the_start_survives_a_resume(make_student, teacher, batches, digits, tmp
     assert first["epoch"] == -1
 
 
+@pytest.mark.parametrize("toolkit", ["modelopt", "torch_ao", "pt2e"])
+def test_without_a_held_out_split_the_start_is_kept_where_training_leads_away_from_the_teacher(
+    toolkit, harmful, make_student, teacher, batches, tmp_path, caplog
+):
+    images = [x for x, _ in batches]
+    student = make_student(toolkit)
+    prepared, before = _weights(student), _distance(student, teacher, images)
+    result = distill(student, teacher, images, epochs=1, seed=0, checkpoint_dir=tmp_path, trackers=())
+    assert result.metrics == {"epoch": -1, "phase": "start", "loss": pytest.approx(before, rel=1e-3)}
+    (row,) = result.history
+    assert row["eval_loss"] > row["start_eval_loss"] == result.metrics["loss"]
+    assert row.items() <= json.loads((tmp_path / "history.jsonl").read_text()).items()
+    assert all(torch.equal(prepared[name], student.state_dict()[name]) for name, _ in student.named_parameters())
+    assert _distance(student, teacher, images) == pytest.approx(before, rel=1e-6)
+    assert training_records(student)[-1].kept == -1
+    (said,) = [record.getMessage() for record in caplog.records if "away from its teacher" in record.getMessage()]
+    assert "the prepared model was kept" in said
+    assert f"lr={HARMFUL}" in said
+
+
+@pytest.fixture
+def harmful(monkeypatch):
+    """The rate that distill chooses by itself ruins any student."""
+    monkeypatch.setattr(optimizers, "_RATE_OF_MANY_BITS", HARMFUL)
+
+
+def _distance(student, teacher, images):
+    student = copy.deepcopy(student)
+    adapter_for(student).set_mode(student, False)
+    adapter_for(student).freeze_ranges(student, True)
+    with torch.no_grad():
+        losses = [kl_divergence(student(x), teacher(x), 1.0).mean() for x in images]
+    return float(sum(losses)) / len(losses)
+
+
+def test_without_a_held_out_split_a_better_last_epoch_is_what_it_was(make_student, teacher, digits):
+    """Comparing it with the start draws nothing, and leaves no trace in the history."""
+
+    def run(**options):
+        loader = torch.utils.data.DataLoader(digits.train[0][:96], 32, shuffle=True)
+        return distill(make_student("modelopt", 3), teacher, loader, epochs=2, seed=0, **options)
+
+    last = []
+
+    class Look:
+        def on_epoch_end(self, row):
+            last.append({name: value.clone() for name, value in result_of.state_dict().items()})
+
+    result_of = make_student("modelopt", 3)
+    loader = torch.utils.data.DataLoader(digits.train[0][:96], 32, shuffle=True)
+    result = distill(result_of, teacher, loader, epochs=2, seed=0, callbacks=[Look()])
+    assert _same(last[-1], _weights(result.model))
+    assert [row["epoch"] for row in result.history] == [0, 1]
+    assert not any("eval_loss" in row for row in result.history)
+    assert result.metrics == result.history[-1]
+    assert _same(_weights(run(lr=1e-3).model), _weights(result.model)), "the default for 3 bits, and nothing compared"
+
+
+def test_without_a_held_out_split_the_start_survives_a_resume(harmful, make_student, teacher, batches, tmp_path):
+    def run(folder, **options):
+        student = make_student()
+        result = distill(
+            student, teacher, batches, epochs=2, seed=0, checkpoint_dir=folder, checkpoint_every=4, trackers=(), **options
+        )
+        return _weights(student), result.metrics
+
+    whole = run(tmp_path / "whole")
+    assert whole[1]["epoch"] == -1
+    with pytest.raises(Stop):
+        run(tmp_path / "stopped", callbacks=[StopAt(9)])
+    for folder in ("stopped", "whole"):  # "whole" is done already
+        resumed = run(tmp_path / folder, resume=True)
+        assert _same(whole[0], resumed[0])
+        assert whole[1] == resumed[1]
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [(QAT(), {}), (KD(), {}), (QKD(0, 1, 0), {}), (SQAKD(), {"lr": HARMFUL}), (SQAKD(), {"steps_per_epoch": 2})],
+    ids=repr,
+)
+def test_labels_a_rate_of_the_users_and_a_stream_may_lead_away_from_the_teacher(
+    method, options, harmful, make_student, teacher, batches
+):
+    result = distill(make_student(), teacher, batches[:2], method=method, epochs=1, **options)
+    assert result.metrics == result.history[-1]
+    assert "eval_loss" not in result.metrics
+
+
+def test_outputs_that_eval_mode_lacks_are_not_compared_with_the_start(harmful, batches):
+    class Auxiliary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head, self.side = nn.Conv2d(1, 8, 3), nn.Linear(8, 10), nn.Linear(8, 10)
+
+        def forward(self, x):
+            features = self.body(x).relu().mean((2, 3))
+            return {"out": self.head(features)} | ({"side": self.side(features)} if self.training else {})
+
+    torch.manual_seed(0)
+    network, images = Auxiliary().eval(), [x for x, _ in batches[:2]]
+    method = SQAKD(match={"out": KL(), "side": KL()})
+    taught = Always(copy.deepcopy(network))
+    result = distill(prepare(network, images), taught, images, method=method, epochs=1)
+    assert result.metrics == result.history[-1]
+
+
+class Always(nn.Module):
+    """A teacher with all outputs in both modes."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        features = self.network.body(x).relu().mean((2, 3))
+        return {"out": self.network.head(features), "side": self.network.side(features)}
+
+
 def test_gradients_left_on_the_model_are_not_applied(make_student, teacher, batches):
     def run(dirty):
         student = make_student()
@@ -176,6 +301,14 @@ def test_an_error_that_fell_is_no_loss():
     assert "mean_squared_error (1 at the start, 2)" in below_start(
         [history[1] | {"epoch": -1}, history[0] | {"epoch": 0}], _by("val_mean_squared_error", -1)
     )
+
+
+def test_a_start_that_was_kept_though_nothing_was_held_out_is_said_and_is_the_row_that_counts():
+    history = [{"epoch": 0, "loss": 1.0}, {"epoch": 1, "loss": 0.5, "eval_loss": 0.25, "start_eval_loss": 0.125}]
+    said = below_start(history, lambda row: ([], 1))
+    assert "the loss was 0.125 at the start and is 0.25 after the last epoch; the prepared model was kept." in said
+    assert kept_of(history) == {"epoch": -1, "phase": "start", "loss": 0.125}
+    assert kept_of(history[:1]) is history[0]
 
 
 @pytest.mark.parametrize("history", [[], [{"epoch": 0, "loss": 1.0}], [_row(-1, True, accuracy=0.9)]])

@@ -219,8 +219,8 @@ def test_several_teachers_teach_their_mean(make_student, teacher, batches):
     x = batches[0][0]
     teacher.eval(), other.eval()
     assert torch.equal(MeanOfTeachers([teacher, other])(x), (teacher(x) + other(x)) / 2)
-    several = distill(make_student(), [teacher, other], batches, epochs=1, seed=0)
-    one = distill(make_student(), MeanOfTeachers([teacher, other]), batches, epochs=1, seed=0)
+    several = distill(make_student(), [teacher, other], batches, epochs=1, lr=1e-3, seed=0)
+    one = distill(make_student(), MeanOfTeachers([teacher, other]), batches, epochs=1, lr=1e-3, seed=0)
     assert _same(_weights(several.model), _weights(one.model))
     alone = distill(make_student(), [teacher], batches, epochs=1, seed=0)
     assert alone.teacher is teacher
@@ -335,13 +335,13 @@ class _CountCalls(nn.Module):
 
 
 def test_cached_logits_are_the_teachers_and_spare_its_forward_passes(tmp_path, make_student, teacher, batches):
-    plain = distill(make_student(), teacher, batches, epochs=3, seed=0)
+    plain = distill(make_student(), teacher, batches, epochs=3, lr=1e-3, seed=0)
     path = tmp_path / "logits.pt"
     counted = _CountCalls(teacher)
-    first = distill(make_student(), counted, batches, epochs=3, seed=0, cache_teacher=path)
+    first = distill(make_student(), counted, batches, epochs=3, lr=1e-3, seed=0, cache_teacher=path)
     calls = counted.calls
     assert _same(_weights(first.model), _weights(plain.model))
-    again = distill(make_student(), counted, list(reversed(batches)), epochs=3, seed=0, cache_teacher=path)
+    again = distill(make_student(), counted, list(reversed(batches)), epochs=3, lr=1e-3, seed=0, cache_teacher=path)
     assert counted.calls - calls == calls - len(batches)  # the checks before training, and no batch
     assert again.history[0]["kl"] == pytest.approx(first.history[0]["kl"], rel=0.5)
 

@@ -16,6 +16,7 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import Message
 
+from ..._common.files import read_whole
 from ...errors import ExportError, QakdError
 
 _TORCHS = re.compile(r"s\d+")
@@ -66,17 +67,11 @@ def read_onnx(path: str | os.PathLike[str]) -> ir.Model:
     Raises:
         ExportError: it, or a file with its weights, is missing, or it is no valid ONNX.
     """
-    folder = Path(path).absolute().parent
     try:
-        proto = parsed(Path(path).read_bytes())
-        for location in {location for tensor in tensors(proto) if (location := external_location(tensor)) is not None}:
-            if not (folder / location).resolve().is_relative_to(folder.resolve()):
-                raise ExportError(
-                    f"{path} keeps weights in {location[:200]!r}, which leads outside the base directory, the folder of the "
-                    "file: it is not read. Put both into one folder, or save the file whole."
-                )
+        proto = parsed(read_whole(path))
+        require_weights(path, proto)
         model = ir.serde.deserialize_model(proto)
-        ir.external_data.set_base_dir(model.graph, folder)
+        ir.external_data.set_base_dir(model.graph, Path(path).absolute().parent)
         ir.external_data.load_to_model(model)
     except ExportError:
         raise
@@ -89,6 +84,24 @@ def read_onnx(path: str | os.PathLike[str]) -> ir.Model:
     if len(model.graph) == 0:
         raise ExportError(f"{path} is not a valid ONNX file: its graph has no node. Export it again.")
     return model
+
+
+def require_weights(path: str | os.PathLike[str], proto: onnx.ModelProto) -> None:
+    """Look at where a model keeps its weights: runtimes read what they find there, and wait where it is a pipe.
+
+    Raises:
+        ExportError: it is outside of the file's folder, or no file.
+    """
+    folder = Path(path).absolute().parent.resolve()
+    for location in {location for tensor in tensors(proto) if (location := external_location(tensor)) is not None}:
+        found = (folder / location).resolve()
+        if not found.is_relative_to(folder):
+            raise ExportError(
+                f"{path} keeps weights in {location[:200]!r}, which leads outside the base directory, the folder of the "
+                "file: it is not read. Put both into one folder, or save the file whole."
+            )
+        if found.exists() and not found.is_file():
+            raise ExportError(f"{path} keeps weights in {location[:200]!r}, which is no file. Export it again.")
 
 
 @contextmanager
@@ -315,6 +328,19 @@ def is_linear_weight(dequantize: ir.Node) -> bool:
 def is_weight_only(dequantize: ir.Node) -> bool:
     """Whether stored integers are the weight of linear layers alone whose activations stay in floating point."""
     return is_linear_weight(dequantize) and not any(is_quantized(node.inputs[0]) for node in weight_readers(dequantize))
+
+
+def is_table(dequantize: ir.Node) -> bool:
+    """Whether stored integers are the weight of embeddings alone: rows that are looked up."""
+    uses = list(dequantize.outputs[0].uses())
+    return bool(uses) and all(
+        use.node.op_type == "Gather" and use.idx == 0 and use.node.attributes.get_int("axis", 0) == 0 for use in uses
+    )
+
+
+def is_quantized_alone(dequantize: ir.Node) -> bool:
+    """Whether stored integers are a weight beside which nothing is quantized: of linear layers, or of embeddings."""
+    return is_weight_only(dequantize) or is_table(dequantize)
 
 
 def replace(old: ir.Node, new: ir.Value) -> None:

@@ -24,8 +24,8 @@ from ...tasks.inputs import Inputs
 from .batch_norm import FoldBatchNorm
 from .clamps import MergeClips, QuantizeAfterRelu
 from .cleanup import Clean
-from .graph import DOMAIN, is_weight_only
-from .int4 import PackInt4
+from .graph import DOMAIN, is_quantized_alone
+from .int4 import PackInt4, ShareTiedCodes
 from .lowering import LowerQuantizers, NameNodes
 from .opset import OPSET, RaiseOpset
 from .quantizers import CarryThroughMaxPool, MergeEqualQuantizers
@@ -38,7 +38,8 @@ PASSES: tuple[InPlacePass, ...] = (
     MergeClips(),  # after it: it brings a ReLU and a quantizer's Clip together
     CarryThroughMaxPool(),
     MergeEqualQuantizers(),  # after everything that moves or makes quantizers
-    PackInt4(is_weight_only),
+    PackInt4(is_quantized_alone),
+    ShareTiedCodes(),
     RaiseOpset(),  # after PackInt4, which may need it
     Clean(),
 )

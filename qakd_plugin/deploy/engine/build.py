@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ..._common.files import atomic_path, write_atomic
+from ..._common.files import atomic_path, read_whole, write_atomic
 from ...errors import EngineError
 from .bindings import Runtime, choose_capabilities, collecting_logger, gpu_capability, last, load_runtime, progress_monitor
 from .layer_inspector import inspect_plan
@@ -257,7 +257,7 @@ def attach_timing_cache(config: Any, path: str | os.PathLike[str]) -> None:
     """
     file = Path(path)
     try:
-        measured = file.read_bytes() if file.exists() else b""
+        measured = read_whole(file) if file.exists() else b""
     except OSError as error:
         raise EngineError(f"timing_cache: {file} cannot be read: {error.strerror}. Delete it, or name another.") from error
     cache = config.create_timing_cache(measured)

@@ -16,6 +16,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ..._common.files import opened, read_whole
 from ...errors import EngineError
 from .bindings import Runtime, collecting_logger, gpu_capability, last, load_runtime
 
@@ -148,8 +149,7 @@ def read_manifest(engine_path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = manifest_path(engine_path)
     try:
-        with open(path, "rb") as file:
-            data = file.read(_LARGEST + 1)
+        data = read_whole(path, _LARGEST + 1)
         if len(data) > _LARGEST:
             raise EngineError(f"{path} has more than {_LARGEST >> 20} MiB: it is no manifest. Build the engine again.")
         manifest = json.loads(data)
@@ -196,7 +196,7 @@ def verify_engine(engine_path: str | os.PathLike[str]) -> dict[str, Any]:
     manifest = read_manifest(engine_path)
     digest, size = hashlib.sha256(), 0
     try:
-        with open(engine_path, "rb") as file:
+        with opened(engine_path) as file:
             while chunk := file.read(_CHUNK):
                 digest.update(chunk)
                 size += len(chunk)
@@ -221,7 +221,7 @@ def load_engine(engine_path: str | os.PathLike[str]) -> LoadedEngine:
     library = load_runtime(manifest["runtime"]["name"])
     _check_built_for(engine_path, manifest, library.version)
     try:
-        plan = Path(engine_path).read_bytes()
+        plan = read_whole(engine_path)
     except OSError as error:
         raise EngineError(f"{engine_path} cannot be read: {error.strerror}. Build it with build_engine.") from error
     # The very bytes that were hashed are deserialized: the file may be exchanged between two reads.

@@ -10,13 +10,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 
+from ..._common.files import read_whole
 from ...errors import EngineError
 from ..canonical.graph import (
     batch_symbol,
@@ -108,7 +108,7 @@ def inspect_onnx(path: str | os.PathLike[str]) -> OnnxContents:
 def _read(file: str | os.PathLike[str]) -> tuple[bytes, ir.Model]:
     path = os.fspath(file)
     try:
-        data = Path(path).read_bytes()
+        data = read_whole(path)
     except OSError as error:
         raise EngineError(
             f"{path} cannot be read: {error.strerror}. Export it first with export_onnx(..., target='tensorrt')."

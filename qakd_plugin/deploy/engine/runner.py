@@ -19,7 +19,7 @@ from typing import Any, Self, overload
 import numpy as np
 import numpy.typing as npt
 
-from ..._common.files import write_atomic
+from ..._common.files import read_whole, write_atomic
 from ...errors import EngineError, QakdError
 from ...runtimes.base import Input, fitted
 from .bindings import cuda_driver, last, load_runtime
@@ -325,7 +325,7 @@ def _make_context(loaded: LoadedEngine, cuda_graph: bool, cache_file: Path | Non
     if cache_file is not None:
         cache = config.create_runtime_cache()
         try:
-            compiled = cache_file.read_bytes() if cache_file.exists() else None
+            compiled = read_whole(cache_file) if cache_file.exists() else None
         except OSError as error:
             raise EngineError(
                 f"runtime_cache: {cache_file} cannot be read: {error.strerror}. Delete it, or name another."

@@ -67,6 +67,8 @@ def check_parity(
     trained = _in_toolkit(prepared, form, samples)
     toolkit, toolkit_deviation = same(reference, trained)
     check_other_sizes(in_file, reference, plain)
+    expected, found = trained.outputs, plain.outputs
+    del trained, plain, in_file  # codes of all activations, and a session
     deployed = InFile(file, after_relu, fusions=True).run(samples) if fused else None
     ties_fused = None if deployed is None else same(reference, deployed)[0].ties
     return ParityReport(
@@ -77,8 +79,8 @@ def check_parity(
         ties_fused=ties_fused,
         runtime_deviation=runtime_deviation,
         toolkit_deviation=toolkit_deviation,
-        unfused=least_agreement(trained.outputs, plain.outputs),
-        fused=None if deployed is None else least_agreement(trained.outputs, deployed.outputs),
+        unfused=least_agreement(expected, found),
+        fused=None if deployed is None else least_agreement(expected, deployed.outputs),
     )
 
 

@@ -31,8 +31,11 @@ class Session:
 
     def __init__(self, file: ir.Model, *, fusions: bool) -> None:
         self._inputs = [value.name for value in file.graph.inputs]
+        options = session_options(fusions=fusions)
+        # What one run takes is given back after it: several sessions lie beside each other here, and each runs once or twice.
+        options.enable_cpu_mem_arena = False
         with _told("load"):
-            self._session = start_session(ir.serde.serialize_model(file).SerializeToString(), session_options(fusions=fusions))
+            self._session = start_session(ir.serde.serialize_model(file).SerializeToString(), options)
 
     def run(self, samples: Inputs, names: Sequence[str] | None = None) -> list[Array]:
         """What the file outputs: floats as float32, integers and truth values as they are.

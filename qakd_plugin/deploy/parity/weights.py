@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
@@ -10,6 +13,7 @@ from torch import nn
 from ...errors import ParityError
 from ...export_form.modules import StoredWeight
 from ..canonical.graph import COARSE_KEY, WEIGHT_KEY, constant, stored_codes, weight_dequantizers
+from ..targets.onnxruntime_weights import weight_only_codes
 
 
 def check_weight_codes(file: ir.Model, form: nn.Module) -> int:
@@ -20,22 +24,20 @@ def check_weight_codes(file: ir.Model, form: nn.Module) -> int:
     """
     stored = {name: module for name, module in form.named_modules() if isinstance(module, StoredWeight)}
     found: set[str] = set()
-    for node in weight_dequantizers(file.graph):
+    for node, codes, scale in (*_dequantized(file.graph), *weight_only_codes(file.graph)):
         name = node.metadata_props.get(WEIGHT_KEY, "")
         layer = name.removesuffix(".weight") or "(root)"
         weight = stored.get(name)
         if weight is None:
             continue
         found.add(name)  # a layer that is called twice may appear twice
-        codes, scale = stored_codes(node), constant(node.inputs[1])
-        assert scale is not None
         trained = weight.codes.numpy().astype(np.int32)
         for channel, bits in _coarse_channels(node):
             trained[channel] = np.rint(trained[channel] / 2.0**bits)
         problem = _codes_differ(codes.astype(np.int32), trained, 0 if weight.block else weight.axis)
         if problem:
             raise ParityError(f"{layer}: {problem} between the file and the trained model.", layer)
-        if weight.block and not np.array_equal(scale, weight.scale.numpy()):
+        if weight.block and not np.array_equal(scale, _scales(weight, each=scale.shape == codes.shape)):
             raise ParityError(f"{layer}: the scales of its blocks differ between the file and the trained model.", layer)
         if not np.all(np.isfinite(scale) & (scale > 0)):
             raise ParityError(f"{layer}: the file holds a weight scale that is not finite and positive.", layer)
@@ -44,6 +46,21 @@ def check_weight_codes(file: ir.Model, form: nn.Module) -> int:
             layer = name.removesuffix(".weight")
             raise ParityError(f"{layer}: its stored weight is missing in the file.", layer)
     return sum(weight.codes.numel() for weight in stored.values())
+
+
+def _dequantized(graph: ir.Graph) -> Iterator[tuple[ir.Node, npt.NDArray[Any], npt.NDArray[Any]]]:
+    for node in weight_dequantizers(graph):
+        scale = constant(node.inputs[1])
+        assert scale is not None
+        yield node, stored_codes(node), scale
+
+
+def _scales(weight: StoredWeight, *, each: bool) -> npt.NDArray[Any]:
+    """Of a weight's blocks; of ``each`` of its codes."""
+    scale = weight.scale.numpy()
+    return (
+        np.repeat(scale, weight.block, weight.axis).take(range(weight.codes.shape[weight.axis]), weight.axis) if each else scale
+    )
 
 
 def _coarse_channels(node: ir.Node) -> list[tuple[int, int]]:

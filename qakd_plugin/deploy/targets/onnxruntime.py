@@ -25,13 +25,12 @@ from ..canonical.graph import (
     copied,
     initializer,
     is_quantized,
-    is_weight_only,
-    stored_codes,
     weight_dequantizers,
 )
 from ..canonical.quantizers import make_unsigned
 from ..canonical.sign_analysis import non_negative_values
 from .onnxruntime_bias import loses_bias, scale_codes_up, split_bias
+from .onnxruntime_weights import WeightOnlyLayers
 from .weight_packing import WeightStorage, store_weights
 
 _WEIGHTED = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
@@ -45,14 +44,12 @@ def to_onnxruntime_form(model: ir.Model, storage: WeightStorage = "int4") -> ir.
     for quantize in list(activation_quantizers(graph)):
         _to_unsigned(graph, quantize, non_negative)
     common.RemoveUnusedNodesPass()(model)  # the clamps that quantizers absorbed
+    WeightOnlyLayers()(model)
     for dequantize in weight_dequantizers(graph):
-        if not is_weight_only(dequantize) and not dequantize.attributes.get_int("block_size", 0):
+        if not dequantize.attributes.get_int("block_size", 0):
             scale_codes_up(graph, dequantize)
             _add_zero_point(graph, dequantize)
     store_weights(model, storage)
-    if model.opset_imports[""] >= 21:
-        for dequantize in filter(is_weight_only, weight_dequantizers(graph)):
-            _prevent_matmul_nbits(graph, dequantize)
     for node in list(graph):
         if loses_bias(node):
             split_bias(graph, node)
@@ -96,25 +93,6 @@ def _add_zero_point(graph: ir.Graph, dequantize: ir.Node) -> None:
     name = f"{dequantize.inputs[0].name}.zero_point"
     dequantize.resize_inputs(3)
     dequantize.replace_input_with(2, initializer(graph, name, np.zeros(scale.shape, dtype=codes.dtype)))
-
-
-def _prevent_matmul_nbits(graph: ir.Graph, dequantize: ir.Node) -> None:
-    """Write one scale per channel of a transposed int8 weight as one block per row: the same numbers.
-
-    From opset 21 on ONNX Runtime would move the transpose in front of DequantizeLinear and then fuse that with the MatMul into
-    MatMulNBits, which rounds activations to 8 bits that the model never had. It does not look through blocks, and leaves 4-bit
-    codes and Gemm alone.
-    """
-    codes, scale = stored_codes(dequantize), constant(dequantize.inputs[1])
-    assert scale is not None
-    transposed = any(use.node.op_type == "Transpose" for use in dequantize.outputs[0].uses())
-    if not transposed or codes.dtype != np.int8 or scale.ndim != 1 or dequantize.attributes.get_int("axis", 1) != 0:
-        return
-    assert dequantize.inputs[1] is not None
-    column = initializer(graph, f"{dequantize.inputs[1].name}.column", scale.reshape(-1, 1))
-    dequantize.replace_input_with(1, column)
-    dequantize.attributes["axis"] = ir.AttrInt64("axis", 1)
-    dequantize.attributes["block_size"] = ir.AttrInt64("block_size", codes.shape[1])
 
 
 def _prevent_weight_quantization(graph: ir.Graph, layer: ir.Node) -> None:

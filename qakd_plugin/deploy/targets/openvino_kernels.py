@@ -11,8 +11,9 @@ changes the numbers. Quantizing each of them is the same as quantizing all. Wher
 what is concatenated is rounded by operators instead, and no grid is seen.
 
 A sum is computed by the convolution before it, and where the convolution's output has a quantizer, the runtime (2026.4) then
-leaves out that it rounds: it takes for granted that an integer type will do it, and the kernel's type is that of the sum.
-Rounding that is written as operators is done, by the same kernel, in the same time.
+leaves out that it rounds, if the quantizer is the first of what it fuses into that convolution. After anything else it rounds,
+by the same kernel. A leaky ReLU whose slope is 1 is something else, and changes nothing; a clamp it would merge with the
+quantizer.
 
 What else it computes wrongly, each by as much as 0 to 25 dB:
   - signed codes that are concatenated in front of a convolution: it rounds them to whole numbers. Codes with a zero point are
@@ -31,7 +32,7 @@ from itertools import pairwise
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes import common
+from onnx_ir.passes import InPlacePass, PassResult, Sequential, common
 
 from ..canonical.clamps import absorbed_clamps, has_signed_codes
 from ..canonical.graph import (
@@ -56,44 +57,46 @@ _PASS_ON = (*_MOVES, "Clip", "DequantizeLinear", "MaxPool", "Resize")
 
 def settled_for_kernels(model: ir.Model) -> ir.Model:
     """A copy of what :func:`.openvino.to_openvino_form` returned and the gate has proven, after all passes."""
-    model = round_before_sums(round_before_concat(quantize_before_concat(drop_repeated_quantizers(model))))
-    return bias_as_sum(clamp_shared_convolutions(offset_concatenated_codes(model)))
+    return Sequential(*PASSES)(copied(model)).model
 
 
-def drop_repeated_quantizers(model: ir.Model) -> ir.Model:
-    """A copy without quantizers whose input lies on their own grid and within their range. Exact.
+class DropRepeatedQuantizers(InPlacePass):
+    """Remove quantizers whose input lies on their own grid and within their range. Exact.
 
     Quantizers that layers, sums and concatenations read stay: by them everybody sees, :mod:`.diagnosis` among them, that their
-    inputs are quantized. To be called on what :func:`to_openvino_form` returns, after parity has been checked, which asks for
-    the codes of every quantizer.
+    inputs are quantized.
     """
-    model = copied(model)
-    for quantize in list(activation_quantizers(model.graph)):
-        source, grid, low, high = _range(quantize)
-        found = _moved_range(source)
-        repeats = found is not None and found[0] == grid and low <= found[1] and found[2] <= high
-        for dequantize in [use.node for use in quantize.outputs[0].uses()] if repeats else ():
-            if _leads_on(dequantize.outputs[0]):
-                replace(dequantize, source)
-    common.RemoveUnusedNodesPass()(model)
-    return model
+
+    def call(self, model: ir.Model) -> PassResult:
+        modified = False
+        for quantize in list(activation_quantizers(model.graph)):
+            source, grid, low, high = _range(quantize)
+            found = _moved_range(source)
+            repeats = found is not None and found[0] == grid and low <= found[1] and found[2] <= high
+            for dequantize in [use.node for use in quantize.outputs[0].uses()] if repeats else ():
+                if _leads_on(dequantize.outputs[0]):
+                    replace(dequantize, source)
+                    modified = True
+        common.RemoveUnusedNodesPass()(model)
+        return PassResult(model, modified)
 
 
-def quantize_before_concat(model: ir.Model) -> ir.Model:
-    """A copy that quantizes what is concatenated one by one, where its parts come from different grids.
+class QuantizeBeforeConcat(InPlacePass):
+    """Quantize what is concatenated one by one, where its parts come from different grids.
 
         Concat -> [Clip ->] Q -> DQ
     becomes
         [Clip ->] Q -> DQ -> Concat
-
-    To be called after parity has been checked, as :func:`drop_repeated_quantizers` is.
     """
-    model = copied(model)
-    for quantize in list(activation_quantizers(model.graph)):
-        steps = _from_concat(quantize)
-        if steps and _differ_in_grid(steps[0]):
-            _quantize_parts(model.graph, steps)
-    return model
+
+    def call(self, model: ir.Model) -> PassResult:
+        modified = False
+        for quantize in list(activation_quantizers(model.graph)):
+            steps = _from_concat(quantize)
+            if steps and _differ_in_grid(steps[0]):
+                _quantize_parts(model.graph, steps)
+                modified = True
+        return PassResult(model, modified)
 
 
 def _from_concat(quantize: ir.Node) -> list[ir.Node]:
@@ -108,20 +111,23 @@ def _from_concat(quantize: ir.Node) -> list[ir.Node]:
     return steps if all(only_consumer(one.outputs[0]) is other for one, other in pairwise(steps)) else []
 
 
-def round_before_concat(model: ir.Model) -> ir.Model:
-    """A copy in which parts of a Concat that are still of different grids are rounded by operators.
+class RoundBeforeConcat(InPlacePass):
+    """Round by operators what is concatenated and still of different grids.
 
         Q -> DQ -> Concat
     becomes
         Div -> Round -> Clip -> Mul -> Concat
     """
-    model = copied(model)
-    for concat in [node for node in model.graph if node.op_type == "Concat"]:
-        for dequantize in map(_own_dequantizer, concat.inputs) if _differ_in_grid(concat) else ():
-            if dequantize is not None:
-                _round(model.graph, dequantize)
-    common.RemoveUnusedNodesPass()(model)
-    return model
+
+    def call(self, model: ir.Model) -> PassResult:
+        modified = False
+        for concat in [node for node in model.graph if node.op_type == "Concat"]:
+            for dequantize in map(_own_dequantizer, concat.inputs) if _differ_in_grid(concat) else ():
+                if dequantize is not None:
+                    _round(model.graph, dequantize)
+                    modified = True
+        common.RemoveUnusedNodesPass()(model)
+        return PassResult(model, modified)
 
 
 def _own_dequantizer(value: ir.Value | None) -> ir.Node | None:
@@ -191,34 +197,38 @@ def _moved_range(value: ir.Value | None) -> tuple[object, int, int] | None:
     return ranges[0][0], min(low for _, low, _ in ranges), max(high for _, _, high in ranges)
 
 
-def round_before_sums(model: ir.Model) -> ir.Model:
-    """A copy in which a convolution that computes a sum as well has its own quantizer written as operators.
+class KeepRoundingBeforeSums(InPlacePass):
+    """Let the quantizers of convolutions that are summed not be the first thing after them.
 
         Conv -> [Clip ->] Q -> DQ -> Add
     becomes
-        Conv -> [Clip ->] Div -> Round -> Clip -> Mul -> Add
-
-    One for each sum: the runtime chooses the convolution that is not of integers.
+        Conv -> [Clip ->] LeakyRelu(1) -> Q -> DQ -> Add
     """
-    model = copied(model)
-    for node in list(model.graph):
-        found = [_quantized_conv(value) for value in node.inputs] if node.op_type == "Add" else []
-        if len(found) == 2 and not any(_is_plain_conv(value) for value in node.inputs):
-            for dequantize in [one for one in found if one is not None][:1]:
-                _round(model.graph, dequantize)
-    common.RemoveUnusedNodesPass()(model)
-    return model
+
+    def call(self, model: ir.Model) -> PassResult:
+        modified = False
+        for node in list(model.graph):
+            found = [_quantized_conv(value) for value in node.inputs] if node.op_type == "Add" else []
+            if len(found) == 2 and not any(_is_plain_conv(value) for value in node.inputs):
+                for quantize in [one for one in found if one is not None]:
+                    identity_op = ir.node("LeakyRelu", [quantize.inputs[0]], {"alpha": 1.0}, name=f"{quantize.name}/identity")
+                    identity_op.outputs[0].name, identity_op.outputs[0].dtype = f"{identity_op.name}:out", ir.DataType.FLOAT
+                    model.graph.insert_before(quantize, identity_op)
+                    quantize.replace_input_with(0, identity_op.outputs[0])
+                    modified = True
+        return PassResult(model, modified)
 
 
 def _quantized_conv(value: ir.Value | None) -> ir.Node | None:
-    """The dequantizer of a convolution's output, where a sum alone reads it and nobody what is between."""
+    """The quantizer of a convolution's output, where a sum alone reads it and nobody what is between."""
     dequantize = producer(value, "DequantizeLinear")
     if dequantize is None or only_consumer(dequantize.outputs[0]) is None:
         return None
-    reader, node = dequantize, producer(dequantize.inputs[0], "QuantizeLinear")
+    quantize = producer(dequantize.inputs[0], "QuantizeLinear")
+    reader, node = dequantize, quantize
     while node is not None and only_consumer(node.outputs[0]) is reader:
         if node.op_type == "Conv":
-            return dequantize
+            return quantize
         reader, node = node, producer(node.inputs[0], "Relu", "Clip", "Conv")
     return None
 
@@ -246,23 +256,26 @@ def _round(graph: ir.Graph, dequantize: ir.Node) -> None:
     replace(dequantize, chain(dequantize, source, nodes, f"{quantize.name}/rounded_"))
 
 
-def offset_concatenated_codes(model: ir.Model) -> ir.Model:
-    """A copy in which signed codes have zero point 128 where they are concatenated, before or after, and a convolution reads
-    them. Not for matrix products, which compute them rightly and do not take parts with zero points of their own.
+class OffsetConcatenatedCodes(InPlacePass):
+    """Give signed codes zero point 128 where they are concatenated, before or after, and a convolution reads them.
+
+    Not for matrix products, which compute them rightly and do not take parts with zero points of their own.
     """
-    model = copied(model)
-    nodes = list(model.graph)
-    to_convolution = _leading_to([node for node in nodes if node.op_type in {"Conv", "ConvTranspose"}], "QuantizeLinear")
-    concats = [node for node in nodes if node.op_type == "Concat" and node.outputs[0] in to_convolution]
-    to_concat = _leading_to(concats)
-    from_concat: set[ir.Value | None] = set()
-    for node in nodes:
-        if node in concats or (node.op_type in _PASS_ON and node.inputs[0] in from_concat):
-            from_concat.update(node.outputs)
-    for quantize in list(activation_quantizers(model.graph)):
-        if has_signed_codes(quantize) and (quantize.inputs[0] in from_concat or quantize.outputs[0] in to_concat):
-            make_unsigned(model.graph, quantize, 128)
-    return model
+
+    def call(self, model: ir.Model) -> PassResult:
+        nodes, modified = list(model.graph), False
+        to_convolution = _leading_to([node for node in nodes if node.op_type in {"Conv", "ConvTranspose"}], "QuantizeLinear")
+        concats = [node for node in nodes if node.op_type == "Concat" and node.outputs[0] in to_convolution]
+        to_concat = _leading_to(concats)
+        from_concat: set[ir.Value | None] = set()
+        for node in nodes:
+            if node in concats or (node.op_type in _PASS_ON and node.inputs[0] in from_concat):
+                from_concat.update(node.outputs)
+        for quantize in list(activation_quantizers(model.graph)):
+            if has_signed_codes(quantize) and (quantize.inputs[0] in from_concat or quantize.outputs[0] in to_concat):
+                make_unsigned(model.graph, quantize, 128)
+                modified = True
+        return PassResult(model, modified)
 
 
 def _leading_to(nodes: Iterable[ir.Node], *also: str) -> set[ir.Value]:
@@ -280,20 +293,22 @@ def _leading_to(nodes: Iterable[ir.Node], *also: str) -> set[ir.Value]:
     return found
 
 
-def clamp_shared_convolutions(model: ir.Model) -> ir.Model:
-    """A copy in which a single node reads each convolution without bias, where a size is dynamic; others stay as they are.
+class ClampSharedConvolutions(InPlacePass):
+    """Let a single node read each convolution without bias, where a size is dynamic; other files stay as they are.
 
         Conv(x, weight) -> several nodes
     becomes
         Conv(x, weight) -> Clip(lowest float32) -> several nodes
     """
-    model = copied(model)
-    graph = model.graph
-    for conv in list(graph) if any(dynamic_sizes(graph)) else ():
-        if conv.op_type in {"Conv", "ConvTranspose"} and _has_no_bias(conv) and only_consumer(conv.outputs[0]) is None:
-            lowest = initializer(graph, "lowest_float32", np.asarray(np.finfo(np.float32).min, dtype=np.float32))
-            _insert_after(conv, ir.node("Clip", [None, lowest], name=f"{conv.name}/shared"))
-    return model
+
+    def call(self, model: ir.Model) -> PassResult:
+        graph, modified = model.graph, False
+        for conv in list(graph) if any(dynamic_sizes(graph)) else ():
+            if conv.op_type in {"Conv", "ConvTranspose"} and _has_no_bias(conv) and only_consumer(conv.outputs[0]) is None:
+                lowest = initializer(graph, "lowest_float32", np.asarray(np.finfo(np.float32).min, dtype=np.float32))
+                _insert_after(conv, ir.node("Clip", [None, lowest], name=f"{conv.name}/shared"))
+                modified = True
+        return PassResult(model, modified)
 
 
 def _has_no_bias(conv: ir.Node) -> bool:
@@ -302,24 +317,26 @@ def _has_no_bias(conv: ir.Node) -> bool:
     return not (len(conv.inputs) > 2 and (bias is None or bias.any()))
 
 
-def bias_as_sum(model: ir.Model) -> ir.Model:
-    """A copy in which convolutions have their bias beside them, where the file reads a dynamic size; others stay as they are.
+class BiasAsSum(InPlacePass):
+    """Write the biases of convolutions beside them, where the file reads a dynamic size; other files stay as they are.
 
         Conv(x, weight, bias)
     becomes
         Conv(x, weight) -> Add(bias)
     """
-    model = copied(model)
-    graph = model.graph
-    reads_sizes = any(node.op_type == "Shape" for node in graph)
-    for conv in [node for node in graph if node.op_type == "Conv" and len(node.inputs) > 2] if reads_sizes else ():
-        bias = constant(conv.inputs[2])
-        if bias is not None:
-            channels = initializer(graph, f"{conv.name}/bias", bias.reshape(-1, *[1] * len(kernel_shape(conv))))
-            conv.resize_inputs(2)
-            _insert_after(conv, ir.node("Add", [None, channels], name=f"{conv.name}/Add"))
-    common.RemoveUnusedNodesPass()(model)
-    return model
+
+    def call(self, model: ir.Model) -> PassResult:
+        graph, modified = model.graph, False
+        reads_sizes = any(node.op_type == "Shape" for node in graph)
+        for conv in [node for node in graph if node.op_type == "Conv" and len(node.inputs) > 2] if reads_sizes else ():
+            bias = constant(conv.inputs[2])
+            if bias is not None:
+                channels = initializer(graph, f"{conv.name}/bias", bias.reshape(-1, *[1] * len(kernel_shape(conv))))
+                conv.resize_inputs(2)
+                _insert_after(conv, ir.node("Add", [None, channels], name=f"{conv.name}/Add"))
+                modified = True
+        common.RemoveUnusedNodesPass()(model)
+        return PassResult(model, modified)
 
 
 def _insert_after(node: ir.Node, new: ir.Node) -> None:
@@ -332,3 +349,15 @@ def _insert_after(node: ir.Node, new: ir.Node) -> None:
     graph.insert_after(node, new)
     ir.convenience.replace_all_uses_with(output, made, replace_graph_outputs=True)
     new.replace_input_with(0, output)
+
+
+PASSES: tuple[InPlacePass, ...] = (
+    DropRepeatedQuantizers(),
+    QuantizeBeforeConcat(),
+    RoundBeforeConcat(),  # what is still of different grids
+    KeepRoundingBeforeSums(),
+    OffsetConcatenatedCodes(),  # of quantizers that are left
+    ClampSharedConvolutions(),
+    BiasAsSum(),
+)
+"""From what the gate has proven to what is written, in this order."""

@@ -8,7 +8,9 @@ Facts of the toolkit that shape this file: a quantizer is a ``TensorQuantizer`` 
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,14 +23,17 @@ from ...placement.layer_names import never_called
 from ...placement.placement import place_quantizers
 from ...quantizers import Rule, remove_tensors, rule_from_dict
 from ...tasks.inputs import Inputs, call
-from ..adapter import Precision, QParams, Quantizer, Role, weight_of
+from ..adapter import Precision, QParams, Quantizer, Role, rows_of, weight_of
 from ..fake_quantizers import is_paused, per_channel, set_paused
+from ..frozen_statistics import set_training
+from ..left_out import name_left_out
 from .calibration import minimize_error
-from .configuration import modelopt_config
+from .configuration import modelopt_config, quantized_modules
 from .export_form import export_form
 from .registration import registered, without_prints
 from .rule_backend import BACKEND, quantizer_class
 
+_log = logging.getLogger(__name__)
 _SMALLEST_AMAX = 2.0**-24
 """ModelOpt maps everything to zero where amax is not above this."""
 
@@ -71,7 +76,7 @@ class ModelOptAdapter:
         _require_exportable_place(quantizer)
         q: Any = quantizer.module
         if (rule := self.learned(quantizer)) is not None:
-            return rule.qparams(q, getattr(quantizer.layer, "out_features", None))
+            return rule.qparams(q, None if quantizer.layer is None or rule.block is None else rows_of(quantizer.layer))
         _require_static_integers(quantizer)
         amax = _calibrated_amax(quantizer)
         maxbound = float(q.maxbound)
@@ -110,15 +115,23 @@ class ModelOptAdapter:
         """Nothing to do: ModelOpt's ranges change only when they are calibrated."""
 
     def set_mode(self, model: nn.Module, training: bool) -> None:
-        model.train(training)
+        set_training(model, training)
 
     def configuration(self, model: nn.Module, precision: Precision) -> dict[str, Any]:
-        return modelopt_config(place_quantizers(model, precision.keep), precision)
+        # Where the user calls ModelOpt it takes neither residual blocks nor ReLUs: their quantizers would silently be left out.
+        return modelopt_config(place_quantizers(model, precision.keep, sums=False), replace(precision, placement=1))
 
     def prepare(self, model: nn.Module, batches: Sequence[Inputs], precision: Precision) -> nn.Module:
         mtq = require("modelopt.torch.quantization", extra="modelopt", purpose="prepare a model with toolkit='modelopt'")
-        placement = place_quantizers(model, precision.keep, batches[0])
+        placement = place_quantizers(model, precision.keep, batches[0], sums=precision.placement > 1)
         config = modelopt_config(placement, precision)
+        if placement.floating_sums:
+            _log.warning(
+                "%s: no module returns these sums, so ModelOpt has no place for their quantizers and they stay in floating "
+                "point: %s. Compute each in a module that returns it, or use toolkit='pt2e'.",
+                type(model).__name__,
+                ", ".join(placement.floating_sums),
+            )
         prepared: nn.Module = copy.deepcopy(model).eval()
 
         def forward_loop(network: nn.Module) -> None:
@@ -126,15 +139,19 @@ class ModelOptAdapter:
                 for batch in batches:
                     call(network, batch)
 
-        names = [*placement.layers, *(output.name for output in placement.outputs)]
-        with without_prints(), registered(prepared, names):
+        with without_prints(), registered(prepared, quantized_modules(placement, precision)) as foreign:
+            if foreign:
+                from .restore_mode import require_our_restore
+
+                prepared = require_our_restore(prepared, foreign)
             try:
                 prepared = mtq.quantize(prepared, config, forward_loop)
             except AssertionError:  # by which max calibration says that something is infinite, but not where
                 float_model = copy.deepcopy(model).eval()
                 observe_inputs(float_model, {name: float_model.get_submodule(name) for name in placement.layers}, batches, {})
                 raise
-        minimize_error(self, prepared, batches, placement)
+        minimize_error(self, prepared, batches, placement, precision)
+        name_left_out(self, prepared, placement)
         return prepared
 
     def install(self, model: nn.Module, quantizer: Quantizer, rule: Rule, clip: Tensor) -> None:
@@ -260,17 +277,23 @@ def _blocked(quantizer: Quantizer, scale: Tensor) -> tuple[int, int | None, Tens
     A row that one block covers has one scale per output channel, which is how it is stored.
 
     Raises:
-        UnsupportedQuantizerError: blocks of something else than a linear layer's inputs.
+        UnsupportedQuantizerError: blocks of something else than a linear layer's inputs or the columns of an embedding.
     """
     q: Any = quantizer.module
     layer = quantizer.layer
     sizes = {key: size for key, size in q.block_sizes.items() if isinstance(key, int)}
-    if not isinstance(layer, nn.Linear) or len(sizes) != 1 or not sizes.keys() <= {-1, 1} or q.block_sizes.get("scale_bits"):
+    along_rows = len(sizes) == 1 and sizes.keys() <= {-1, 1}
+    if not isinstance(layer, nn.Linear | nn.Embedding) or not along_rows or q.block_sizes.get("scale_bits"):
         raise UnsupportedQuantizerError(
-            f"{quantizer.fqn}: block_sizes={q.block_sizes} has no export form: blocks can be taken along the inputs of a "
-            "linear layer's weight only, with scales in floating point. Use one scale per channel here (axis=0), or disable "
-            "this quantizer."
+            f"{quantizer.fqn}: block_sizes={q.block_sizes} has no export form: blocks can be taken along the rows of a linear "
+            "layer's or an embedding's weight only, with scales in floating point. Use one scale per channel here (axis=0), or "
+            "disable this quantizer."
         )
     (block,) = sizes.values()
-    scale = scale.reshape(layer.out_features, -1)
+    if isinstance(layer, nn.Embedding) and layer.embedding_dim > block and layer.embedding_dim % block:
+        raise UnsupportedQuantizerError(
+            f"{quantizer.fqn}: blocks of {block} do not divide the {layer.embedding_dim} columns of this embedding, and what "
+            "fills the last one up would be looked up as well. Use blocks that do, or one scale per row (axis=0)."
+        )
+    scale = scale.reshape(rows_of(layer), -1)
     return (0, None, scale.reshape(-1)) if scale.shape[1] == 1 else (1, int(block), scale)

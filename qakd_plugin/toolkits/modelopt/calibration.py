@@ -11,18 +11,25 @@ from torch import nn
 from ...placement.calibration import best_weight_clip
 from ...placement.placement import Placement
 from ...tasks.inputs import Inputs
-from ..adapter import Adapter, require_no_negative
+from ..adapter import Adapter, Precision, require_no_negative
 from ..fake_quantizers import dead_activations, observe_unquantized
-from .configuration import output_name
+from .configuration import joined_quantizers, output_name
 
 
 @torch.no_grad()
-def minimize_error(adapter: Adapter, model: nn.Module, batches: Sequence[Inputs], placement: Placement) -> None:
-    """Replace the ranges of max calibration by those with the least squared error over all batches."""
-    clamps = {output_name(output): output.clamp for output in placement.outputs}
+def minimize_error(
+    adapter: Adapter, model: nn.Module, batches: Sequence[Inputs], placement: Placement, precision: Precision
+) -> None:
+    """Replace the ranges of max calibration by those with the least squared error over all batches.
+
+    What is concatenated gets one range. ModelOpt's own quantizers keep it in training; learned ones need not.
+    """
+    clamps = {output_name(output, precision): output.clamp for output in placement.outputs}
     quantizers = adapter.quantizers(model)
-    watched = {quantizer.fqn: quantizer.module for quantizer in quantizers if quantizer.role == "activation"}
-    observers = observe_unquantized(adapter, model, watched, batches, clamps)
+    watched: dict[str, Any] = {quantizer.fqn: quantizer.module for quantizer in quantizers if quantizer.role == "activation"}
+    joined = joined_quantizers(placement, precision)
+    groups = {name: group for name, group in joined.items() if name in watched and watched[name].num_bits == 8}
+    observers = observe_unquantized(adapter, model, watched, batches, clamps, groups)
     dead = dead_activations(observers)
     for quantizer in quantizers:
         q: Any = quantizer.module

@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..._common.module_copy import copied, move_hooks
-from ...export_form.modules import ActivationQDQ, QuantizedLayer, QuantizedModule, replace_modules, store_weight
+from ...export_form.modules import (
+    ActivationQDQ,
+    QuantizedLayer,
+    QuantizedModule,
+    quantize_output,
+    replace_modules,
+    store_weight,
+)
 from ...placement.layer_names import never_called
 from ...placement.placement import has_own_forward
 from ..adapter import Adapter, Quantizer
@@ -68,9 +75,11 @@ def _exported(adapter: Adapter, module: Any, name: str, active: dict[str, Quanti
     # AWQ and SmoothQuant leave a factor in the input's quantizer, which multiplies even when that is disabled.
     factor = getattr(getattr(module, "input_quantizer", None), "pre_quant_scale", None)
     unquantized = plain(module)
+    if stored is None and input_qdq is None and output_qdq is not None and next(unquantized.children(), None) is not None:
+        return quantize_output(unquantized, output_qdq)
     if stored is None:
         return QuantizedModule(unquantized, input_qdq, output_qdq)
-    bias = unquantized.bias
+    bias = getattr(unquantized, "bias", None)  # an embedding has none
     assert bias is None or isinstance(bias, Tensor)
     return QuantizedLayer(
         unquantized,

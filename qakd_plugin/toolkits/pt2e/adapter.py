@@ -26,8 +26,17 @@ from ...placement.placement import Placement, place_quantizers
 from ...tasks.inputs import Inputs
 from ..adapter import Precision, QParams, Quantizer
 from ..fake_quantizers import FakeQuantizeAdapter, is_active, require_calibrated, restored_fake_quantize, rule_of, substitute
+from ..frozen_statistics import is_frozen
+from ..left_out import name_left_out
 from .calibration import calibrate
-from .capture import exported, refuse_zero_gammas, rename_quantizers, restore_momenta, unify_batch_norms
+from .capture import (
+    exported,
+    refuse_grouped_transposes,
+    refuse_zero_gammas,
+    rename_quantizers,
+    restore_momenta,
+    unify_batch_norms,
+)
 from .export_form import ExportForm
 from .graph import BATCH_NORM, WEIGHTED, Constants, attribute, from_inputs, is_quantizer, quantizer_class
 
@@ -112,8 +121,9 @@ class PT2EAdapter(FakeQuantizeAdapter):
         for node in model.graph.nodes:
             index = _TRAINING_ARGUMENT.get(node.target)
             has_statistics = node.target is not BATCH_NORM or node.args[3] is not None
-            if index is not None and has_statistics and node.args[index] is not training:
-                node.update_arg(index, training)
+            wanted = training and not (node.target is BATCH_NORM and is_frozen(*_parameters(model, node)))
+            if index is not None and has_statistics and node.args[index] is not wanted:
+                node.update_arg(index, wanted)
                 changed = True
         if changed:
             model.recompile()
@@ -128,11 +138,13 @@ class PT2EAdapter(FakeQuantizeAdapter):
         pt2e = require(
             "torchao.quantization.pt2e.quantize_pt2e", extra="torchao", purpose="prepare a model with toolkit='pt2e'"
         )
-        quantizer = _configuration(place_quantizers(model, precision.keep, batches[0]), precision)
+        placement = place_quantizers(model, precision.keep, batches[0])
+        quantizer = _configuration(placement, precision)
         network = copy.deepcopy(model).eval()
         unify_batch_norms(network)
         graph = exported(network, batches[0])
         refuse_zero_gammas(graph)
+        refuse_grouped_transposes(graph)
         prepared: fx.GraphModule = pt2e.prepare_qat_pt2e(graph, quantizer)
         if isinstance(model, fx.GraphModule):  # of which torch.export reads the graph alone
             carry_hooks(model, prepared)
@@ -140,6 +152,7 @@ class PT2EAdapter(FakeQuantizeAdapter):
         rename_quantizers(prepared)
         self.set_mode(prepared, False)
         calibrate(self, prepared, batches)
+        name_left_out(self, prepared, placement)
         return prepared
 
     @torch.no_grad()
@@ -172,13 +185,26 @@ def _layer_before(quantizer: fx.Node, dynamic: set[fx.Node]) -> str:
     return ""
 
 
+def _parameters(model: fx.GraphModule, batch_norm: fx.Node) -> tuple[Tensor | None, Tensor | None]:
+    """Gamma and beta of a BatchNorm."""
+    found = []
+    for argument in batch_norm.args[1:3]:
+        is_stored = isinstance(argument, fx.Node) and argument.op == "get_attr"
+        found.append(attribute(model, str(argument.target)) if is_stored else None)  # type: ignore[union-attr]
+    return found[0], found[1]
+
+
 def _configuration(placement: Placement, precision: Precision) -> Any:
     """The Quantizer for ``prepare_qat_pt2e``."""
     require("torchao.quantization.pt2e.quantize_pt2e", extra="torchao", purpose="make a quantizer for prepare_qat_pt2e")
     from .quantizer import SymmetricQuantizer
 
     return SymmetricQuantizer(
-        placement, precision.weight_bits, precision.activation_bits, unsigned_bytes=precision.unsigned_bytes
+        placement,
+        precision.weight_bits,
+        precision.activation_bits,
+        unsigned_bytes=precision.unsigned_bytes,
+        share_grids=precision.placement > 1,
     )
 
 
@@ -202,6 +228,11 @@ def _bake_weight(model: fx.GraphModule, quantizer: nn.Module, quantized: Tensor)
         if source.target is _aten.mul.Tensor:  # gamma / sigma of a BatchNorm
             factor = Constants(model).value(source.args[1])
             source = source.args[0]
-        assert source.op == "get_attr"
+        if source.op != "get_attr":
+            raise UnsupportedQuantizerError(
+                f"{node.target}: this weight is computed from others (a parametrization), and {type(quantizer).__name__} would "
+                "leave its quantized values in it. Export the model with its learned quantizers, or before prepare call "
+                "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')."
+            )
         attribute(model, str(source.target)).copy_(quantized if factor is None else quantized / factor)
         return

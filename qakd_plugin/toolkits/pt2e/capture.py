@@ -66,6 +66,17 @@ def refuse_zero_gammas(graph: fx.GraphModule) -> None:
         require_no_zero_gamma(layer_name(node), attribute(graph, node.args[1].target), "prepare_qat_pt2e")
 
 
+def refuse_grouped_transposes(graph: fx.GraphModule) -> None:
+    """prepare_qat_pt2e takes dimension 1 of a transposed weight for all output channels, and it holds those of one group."""
+    for node in graph.graph.nodes:
+        layer = node.args[0] if node.target is BATCH_NORM else None
+        if layer is not None and layer.target in TRANSPOSED and (groups := (*layer.args, *7 * [1])[6]) != 1:
+            raise QakdError(
+                f"{layer_name(layer)}: prepare_qat_pt2e cannot fuse a BatchNorm into a transposed convolution with {groups} "
+                "groups, and tries to also where it stays in floating point. Use toolkit='modelopt'."
+            )
+
+
 def restore_momenta(prepared: fx.GraphModule, network: nn.Module) -> None:
     """prepare_qat_pt2e gives every BatchNorm a momentum of 0.1."""
     for node in prepared.graph.nodes:

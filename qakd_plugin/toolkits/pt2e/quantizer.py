@@ -12,7 +12,13 @@ import torch
 from torch import fx
 from torchao.quantization.pt2e.fake_quantize import FakeQuantize
 from torchao.quantization.pt2e.observer import MovingAverageMinMaxObserver, MovingAveragePerChannelMinMaxObserver
-from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
+from torchao.quantization.pt2e.quantizer import (
+    QuantizationAnnotation,
+    QuantizationSpec,
+    QuantizationSpecBase,
+    Quantizer,
+    SharedQuantizationSpec,
+)
 
 from ...errors import QakdError
 from ...placement.exported_graph import layer_name
@@ -21,23 +27,10 @@ from ...placement.layer_names import within
 from ...placement.placement import Placement
 from ..adapter import Precision
 from .graph import ADDS, CONVOLUTIONS, RELUS, TRANSPOSED, WEIGHTED, from_inputs, is_tensor, readers
+from .grids import Grids
 from .sign_analysis import non_negative
 
 _aten = torch.ops.aten
-_GRID_KEEPING = {
-    _aten.max_pool1d.default,
-    _aten.max_pool2d.default,
-    _aten.max_pool3d.default,
-    _aten.flatten.using_ints,
-    _aten.view.default,
-    _aten.reshape.default,
-    _aten.permute.default,
-    _aten.transpose.int,
-    _aten.dropout.default,
-    _aten.dropout_.default,
-    _aten.relu.default,
-    _aten.relu_.default,
-}
 
 
 @dataclass(frozen=True)
@@ -71,6 +64,7 @@ class SymmetricQuantizer(Quantizer):  # type: ignore[misc]
         activation_bits: likewise, of their inputs.
         keep: names or patterns of modules that stay in floating point; for use without a placement, which has its own.
         unsigned_bytes: let 8-bit activations that cannot be negative take codes 0..255, which TensorRT cannot.
+        share_grids: let tensors that are concatenated share one quantizer.
 
     Raises:
         QakdError: the bits are out of range, or (in ``annotate``) nothing is left to quantize.
@@ -84,12 +78,14 @@ class SymmetricQuantizer(Quantizer):  # type: ignore[misc]
         *,
         keep: Sequence[str] = (),
         unsigned_bytes: bool = False,
+        share_grids: bool = True,
     ) -> None:
         for name, bits in (("weight_bits", weight_bits), ("activation_bits", activation_bits)):
             if not 2 <= bits <= 8:
                 raise QakdError(f"{name}={bits} is out of range: 2 to 8 bits can be prepared.")
         self.placement = placement
         self.precision = Precision(weight_bits, activation_bits, tuple(keep), unsigned_bytes)
+        self.share_grids = share_grids
 
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
         dynamic = from_inputs(model)
@@ -100,22 +96,30 @@ class SymmetricQuantizer(Quantizer):  # type: ignore[misc]
             raise QakdError("the exported graph holds no convolution or linear layer to quantize.")
         adds = {node for node in model.graph.nodes if node.target in ADDS and _adds_activations(node, dynamic)}
         ends = _operands(adds, set(layers)) if self.placement is None else self._ends(model.graph, self.placement)
-        outputs, on_grid = _with_sums(model.graph, adds, set(layers), ends)
+        grids = Grids(model.graph, adds, set(layers), ends, share=self.share_grids)
         for node, layer in layers.items():
-            self._annotate_layer(node, layer, on_grid)
+            self._annotate_layer(node, layer, grids)
         for node in adds if self.placement is None else ():
-            inputs = {source: self._activation_spec(8, source in positive) for source in node.args[:2] if source not in on_grid}
+            inputs = {source: self._activation_spec(8, source in positive) for source in node.args[:2] if source not in grids}
             node.meta["quantization_annotation"] = QuantizationAnnotation(input_qspec_map=inputs, _annotated=True)
-        for node in outputs:
+        signed = {grids.first(node) for node in grids.outputs if node not in positive}
+        for node in grids.outputs:
             annotation = node.meta.setdefault("quantization_annotation", QuantizationAnnotation(_annotated=True))
-            annotation.output_qspec = self._activation_spec(8, node in positive)
+            first = grids.first(node)
+            annotation.output_qspec = (
+                self._activation_spec(8, node not in signed) if first is node else SharedQuantizationSpec(first)
+            )
         return model
 
-    def _annotate_layer(self, node: fx.Node, layer: _Layer, on_grid: set[fx.Node]) -> None:
-        has_one = layer.activation_bits == 8 and node.args[0] in on_grid
-        source = None if has_one else self._activation_spec(layer.activation_bits, layer.non_negative)
+    def _annotate_layer(self, node: fx.Node, layer: _Layer, grids: Grids) -> None:
+        read = node.args[0]
+        assert isinstance(read, fx.Node)
+        source: QuantizationSpecBase | None = self._activation_spec(layer.activation_bits, layer.non_negative)
+        if layer.activation_bits == 8 and read in grids:
+            # What was split has no quantizer straight before the layer, where runtimes look for one: the same one again.
+            source = SharedQuantizationSpec(grids.first(read)) if read in grids.divided else None
         # The order matters: torchao takes the first entry for the input and the second for the weight.
-        inputs = {node.args[0]: source, node.args[1]: weight_spec(layer.weight_bits, 1 if node.target in TRANSPOSED else 0)}
+        inputs = {read: source, node.args[1]: weight_spec(layer.weight_bits, 1 if node.target in TRANSPOSED else 0)}
         node.meta["quantization_annotation"] = QuantizationAnnotation(input_qspec_map=inputs, _annotated=True)
 
     def _activation_spec(self, bits: int, non_negative: bool) -> QuantizationSpec:
@@ -204,36 +208,6 @@ def _operands(adds: set[fx.Node], layers: set[fx.Node]) -> set[fx.Node]:
     """Operands of residual adds that are read by residual adds and quantized layers alone: one quantizer serves all of them."""
     operands = {operand for add in adds for operand in add.args[:2] if isinstance(operand, fx.Node)}
     return {node for node in operands if node.op == "call_function" and set(readers(node)) <= adds | layers}
-
-
-def _with_sums(
-    graph: fx.Graph, adds: set[fx.Node], layers: set[fx.Node], outputs: set[fx.Node]
-) -> tuple[set[fx.Node], set[fx.Node]]:
-    """Quantize the sums of quantized tensors, too, but not what quantized layers alone read, nor what the model returns.
-
-    Args:
-        graph: of the float model.
-        adds: its residual adds.
-        layers: convolutions and linear layers that quantize their input, if it is not.
-        outputs: nodes whose output is to be quantized to 8 bits.
-
-    Returns:
-        ``outputs`` with those sums (after the ReLU, where one follows), and all nodes that lie on the grid of one of them.
-    """
-    outputs = set(outputs)
-    on_grid: set[fx.Node] = set()
-    for node in graph.nodes:
-        operands = node.all_input_nodes
-        if node in outputs or (node.target in _GRID_KEEPING and operands[0] in on_grid):
-            on_grid.add(node)
-        elif node in adds and on_grid.issuperset(operands):
-            reading = readers(node)
-            end = reading[0] if len(reading) == 1 and reading[0].target in RELUS else node
-            if not layers.issuperset(readers(end)) and all(reader.op != "output" for reader in readers(end)):
-                outputs.add(end)
-                if end is node:
-                    on_grid.add(node)
-    return outputs, on_grid
 
 
 def _adds_activations(node: fx.Node, dynamic: set[fx.Node]) -> bool:

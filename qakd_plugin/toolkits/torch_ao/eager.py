@@ -21,11 +21,13 @@ from torch.ao.quantization.quantize import _register_activation_post_process_hoo
 
 from ..._common.module_mode import eval_mode
 from ...errors import QakdError
+from ...placement.frozen_batch_norm import fold_linear_batch_norms
 from ...placement.fx_graph import GRID_KEEPING, called_module, only_reader
-from ...placement.placement import Placement, place_quantizers
+from ...placement.placement import Placement, layer_graph, place_quantizers
 from ...placement.sign_analysis import non_negative
 from ...tasks.inputs import Inputs, device_of
 from ..adapter import Precision
+from ..left_out import name_left_out
 from .calibration import calibrate
 from .configuration import fixed_fake_quantize, require_signed_bytes, torch_ao_qconfig, unsigned_byte
 from .fx import TorchAOAdapter
@@ -68,6 +70,7 @@ class TorchAOEagerAdapter(TorchAOAdapter):
         return {name: qconfig for name, qconfig in found if qconfig is not None}
 
     def prepare(self, model: nn.Module, batches: Sequence[Inputs], precision: Precision) -> nn.Module:
+        model = fold_linear_batch_norms(model, lambda: layer_graph(model, batches[0]))
         placement = place_quantizers(model, precision.keep, batches[0])
         plan = _Plan(model, placement)
         prepared: nn.Module = copy.deepcopy(model).train()
@@ -83,6 +86,7 @@ class TorchAOEagerAdapter(TorchAOAdapter):
         _finish_outputs(network, plan, precision)
         low_bit = _use_low_bits(network, plan, precision.activation_bits, device_of(batches[0]))
         calibrate(self, prepared.eval(), batches, {prefix + name: codes for name, codes in low_bit.items()})
+        name_left_out(self, prepared, placement)
         return prepared
 
 

@@ -23,10 +23,13 @@ from torch.ao.quantization.quantize_fx import prepare_qat_fx
 from ..._common.module_copy import carry_hooks, copied, move_hooks
 from ...errors import QakdError
 from ...export_form.modules import ActivationQDQ, QuantizedLayer, QuantizedModule, replace_modules, store_weight
-from ...placement.placement import place_quantizers
+from ...placement.frozen_batch_norm import fold_linear_batch_norms
+from ...placement.placement import layer_graph, place_quantizers
 from ...tasks.inputs import Inputs, arguments
 from ..adapter import Precision, QParams, Quantizer
 from ..fake_quantizers import FakeQuantizeAdapter, is_active, require_calibrated, restored_fake_quantize, rule_of, substitute
+from ..frozen_statistics import set_training
+from ..left_out import name_left_out
 from .calibration import calibrate
 from .configuration import require_signed_bytes, torch_ao_qconfig_mapping
 from .fx_graph import (
@@ -34,6 +37,7 @@ from .fx_graph import (
     insert_low_bit_inputs,
     is_fake_quant,
     leave_output_in_float,
+    share_after_splits,
     traceable,
     use_unsigned_bytes,
 )
@@ -96,13 +100,14 @@ class TorchAOAdapter(FakeQuantizeAdapter):
         )
 
     def set_mode(self, model: nn.Module, training: bool) -> None:
-        model.train(training)
+        set_training(model, training)
 
     def configuration(self, model: nn.Module, precision: Precision) -> Any:
         require_signed_bytes(self.name, precision)
         return torch_ao_qconfig_mapping(model, place_quantizers(model, precision.keep), precision.weight_bits)
 
     def prepare(self, model: nn.Module, batches: Sequence[Inputs], precision: Precision) -> nn.Module:
+        model = fold_linear_batch_norms(model, lambda: layer_graph(model, batches[0]))
         placement = place_quantizers(model, precision.keep, batches[0])
         mapping = torch_ao_qconfig_mapping(model, placement, precision.weight_bits)
         with traceable(model, self.name):
@@ -112,11 +117,14 @@ class TorchAOAdapter(FakeQuantizeAdapter):
         carry_hooks(model, prepared)  # the tracer sees forward alone
         follow_the_mode(prepared)
         leave_output_in_float(prepared)
+        if precision.placement > 1:
+            share_after_splits(prepared)
         if precision.unsigned_bytes:
             use_unsigned_bytes(prepared)
         bits = precision.activation_bits
         low_bit = insert_low_bit_inputs(prepared, placement, bits) if bits < 8 else {}
         calibrate(self, prepared.eval(), batches, low_bit)
+        name_left_out(self, prepared, placement)
         return prepared
 
     def uninstall(self, model: nn.Module, quantizer: Quantizer) -> None:

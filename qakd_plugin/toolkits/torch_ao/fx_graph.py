@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.ao.quantization.fake_quantize import FakeQuantizeBase
 
 from ...errors import QakdError
-from ...placement.fx_graph import relu_bounds
+from ...placement.fx_graph import called_function, relu_bounds
 from ...placement.placement import Placement
 from ...placement.sign_analysis import non_negative
 from ..fake_quantizers import substitute
 from .configuration import unsigned_byte
 from .qat_layers import FUSED_RELU
+
+_SPLITS = {operator.getitem, torch.chunk, torch.split, "chunk", "split"}
 
 
 @contextmanager
@@ -88,6 +92,20 @@ def leave_output_in_float(prepared: fx.GraphModule) -> None:
         prepared.graph.erase_node(last)
         prepared.recompile()
         prepared.delete_all_unused_submodules()
+
+
+def share_after_splits(prepared: fx.GraphModule) -> None:
+    """Let a part of a quantized tensor keep that tensor's quantizer, as all else does that only moves numbers."""
+    for node in prepared.graph.nodes:
+        if not is_fake_quant(prepared, node):
+            continue
+        source = node.args[0]
+        while called_function(source) in _SPLITS and isinstance(source.args[0], fx.Node):
+            source = source.args[0]
+        if source is not node.args[0] and is_fake_quant(prepared, source):
+            node.target = source.target
+    prepared.recompile()
+    prepared.delete_all_unused_submodules()
 
 
 def use_unsigned_bytes(prepared: fx.GraphModule) -> None:

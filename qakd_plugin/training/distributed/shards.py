@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from accelerate.data_loader import DataLoaderStateMixin
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
 
 from ..._common.rng_state import samplers_of
 from ...errors import QakdError
@@ -119,6 +119,27 @@ def held_out(loader: Iterable[Any], processes: Processes) -> Iterable[Any]:
     length = length_of(loader)
     divided = length is not None and length >= processes.count
     return _Counting(shared(loader, processes) if divided else Whole(loader), processes)
+
+
+def smallest_batch(loader: Iterable[Any], processes: Processes) -> int | None:
+    """Samples in the smallest batch that a process computes on; None where it cannot be known before.
+
+    What is left at the end of a loader makes it, divided among the processes; one that gets nothing borrows a sample.
+    """
+    if type(loader) is DataLoader and type(loader.batch_sampler) is BatchSampler:
+        shared_already = isinstance(loader.sampler, DistributedSampler)
+        count, size = 1 if shared_already else processes.count, loader.batch_sampler.batch_size
+        samples, drop_last = length_of(loader.sampler), loader.batch_sampler.drop_last
+        if samples is None:
+            return None
+        rest = (samples - samples % size if drop_last else samples) % (size * count)
+        return min(size, max(1, rest // count)) if rest else size
+    if isinstance(loader, list | tuple) and processes.count == 1:
+        try:
+            return min(map(_size, loader))
+        except TypeError:
+            return None
+    return None
 
 
 class _Counting:
