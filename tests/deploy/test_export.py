@@ -441,7 +441,7 @@ def test_openvino_computes_what_comes_from_several_grids_and_is_concatenated(dyn
 
 
 def test_openvino_computes_strided_shortcuts_in_integers_and_the_same_numbers(make_student, digits, tmp_path):
-    student, images = use_quantizers(make_student("modelopt", 8), LSQ()), digits.test[0][:64]
+    student, images = use_quantizers(make_student("modelopt", 4), LSQ()), digits.test[0][:64]
     with torch.no_grad():
         for number, (name, parameter) in enumerate(student.named_parameters()):
             if "input_quantizer" in name:  # as training does: a shortcut and its block read a tensor by quantizers of their own
