@@ -121,7 +121,7 @@ def prepare_as(
     network = open_attention(model)
     added = _added(model)
     types = dtypes_named(model, batches[0], "calibration_batches")
-    with _uncomputable_named(model, batches, calibration_batches), types, _added_named(adapter, added):
+    with _added_named(adapter, added), _uncomputable_named(model, batches, calibration_batches), types:
         if frozen_batch_norms(network):
             network = fold_frozen_batch_norms(network, layer_graph(network, batches[0]))
         prepared = adapter.prepare(network, batches, precision)
