@@ -241,9 +241,8 @@ def _added_named(adapter: Adapter, added: Sequence[str]) -> Iterator[None]:
             raise
         reason = " ".join(str(error).split())[:200]
         raise QakdError(
-            f"model: toolkit={adapter.name!r} cannot prepare {', '.join(added[:3])} ({type(error).__name__}: {reason}). Remove "
-            "it first (torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.remove_weight_norm), or use "
-            "toolkit='pt2e'."
+            f"model: toolkit={adapter.name!r} cannot prepare {', '.join(added[:3])} ({type(error).__name__}: {reason}). Write "
+            "what it does in forward, or use toolkit='pt2e'."
         ) from error
 
 
