@@ -121,7 +121,7 @@ def prepare_as(
     network = open_attention(model)
     added = _added(model)
     types = dtypes_named(model, batches[0], "calibration_batches")
-    with _uncomputable_named(model, batches, calibration_batches), types, _added_named(adapter, added):
+    with _added_named(adapter, added), _uncomputable_named(model, batches, calibration_batches), types:
         if frozen_batch_norms(network):
             network = fold_frozen_batch_norms(network, layer_graph(network, batches[0]))
         prepared = adapter.prepare(network, batches, precision)
@@ -241,9 +241,8 @@ def _added_named(adapter: Adapter, added: Sequence[str]) -> Iterator[None]:
             raise
         reason = " ".join(str(error).split())[:200]
         raise QakdError(
-            f"model: toolkit={adapter.name!r} cannot prepare {', '.join(added[:3])} ({type(error).__name__}: {reason}). Remove "
-            "it first (torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.remove_weight_norm), or use "
-            "toolkit='pt2e'."
+            f"model: toolkit={adapter.name!r} cannot prepare {', '.join(added[:3])} ({type(error).__name__}: {reason}). Write "
+            "what it does in forward, or use toolkit='pt2e'."
         ) from error
 
 

@@ -137,7 +137,8 @@ def test_what_was_added_to_a_module_is_prepared_or_refused(added, toolkit):
     try:
         found = prepare(model, [X], toolkit)
     except QakdError:
-        assert toolkit != "pt2e" or added == "forward of the model"  # which torch.export traces as one function
+        # Refused of all toolkits: a weight that a hook computes. And torch.export traces the forward as one function.
+        assert toolkit != "pt2e" or added in ("weight norm of hooks", "forward of the model")
         return
     with torch.no_grad():
         assert float((found(X) - expected).abs().max() / (expected.max() - expected.min())) < 0.02
