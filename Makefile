@@ -43,7 +43,8 @@ matrix: $(STAMP)
 
 resume: $(STAMP)
 	$(BIN)/python -m pytest -m '' tests/training/test_resume.py tests/training/test_two_processes.py \
-		tests/cli/test_cli.py::test_the_demo_goes_on_where_it_was_stopped
+		tests/cli/test_cli.py::test_the_demo_goes_on_where_it_was_stopped \
+		tests/project/test_examples.py::test_a_resumed_run_ends_with_the_same_bits
 
 fuzz: $(STAMP)
 	$(BIN)/python -m pytest -m fuzz tests/deploy/test_fuzz.py

@@ -6,6 +6,7 @@ import copy
 import functools
 import os
 from collections.abc import Iterator
+from typing import Any
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a core each, also for the processes that tests start
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -36,6 +37,23 @@ def _operators_read_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(onnxscript_apis, "get_torchlib_ops", functools.cache(onnxscript_apis.get_torchlib_ops))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _patterns_of_layers_that_are_there() -> Iterator[None]:
+    """prepare_qat_pt2e traces three patterns for each kind of convolution, whether a network has any: most of what a tiny one's
+    takes."""
+    from torchao.quantization.pt2e import qat_utils
+
+    whole = qat_utils._fuse_conv_bn_qat_helper
+
+    def fuse(m: torch.fx.GraphModule, conv_fn: Any, *args: Any, **kwargs: Any) -> torch.fx.GraphModule:
+        is_there = any(str(node.target).startswith(f"aten.{conv_fn.__name__}.") for node in m.graph.nodes)
+        return whole(m, conv_fn, *args, **kwargs) if is_there else m
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(qat_utils, "_fuse_conv_bn_qat_helper", fuse)
         yield
 
 

@@ -16,7 +16,7 @@ def first_table(rows: Sequence[Row]) -> Table:
     """Accuracy with its interval for each number of bits and each way there, and latency, of one runtime's files."""
     floats = [row for row in rows if row.is_float and row.runtime == rows[0].runtime]
     title = f"Top-1 of {floats[0].samples} test images, % [95 % interval], and latency in {floats[0].runtime}"
-    table = Table("", *WAYS.values(), "p50 ms", "x FP32", title=title, box=SIMPLE_HEAD, pad_edge=False)
+    table = Table("", *WAYS.values(), "p50 ms", "x FP32", title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_row("FP32", _score(floats[0]), "", "", f"{floats[0].p50_ms:.3f}", "1.00")
     for bits, found in _by_bits(rows).items():
         fastest = min(found.values(), key=lambda row: row.p50_ms)

@@ -120,8 +120,7 @@ def prepare_as(
         _log.warning("%s: recurrent layers stay in floating point.", ", ".join(recurrent))
     network = open_attention(model)
     added = _added(model)
-    types = dtypes_named(model, batches[0], "calibration_batches")
-    with _added_named(adapter, added), _uncomputable_named(model, batches, calibration_batches), types:
+    with _added_named(adapter, added), _uncomputable_named(model, batches, calibration_batches):
         if frozen_batch_norms(network):
             network = fold_frozen_batch_norms(network, layer_graph(network, batches[0]))
         prepared = adapter.prepare(network, batches, precision)
@@ -283,8 +282,10 @@ def _uncomputable_named(model: nn.Module, batches: Sequence[Inputs], given: obje
 @torch.no_grad()
 def _require_computable(model: nn.Module, batch: Inputs, index: int, given: object) -> None:
     try:
-        with eval_mode(model):
+        with eval_mode(model), dtypes_named(model, batch, "calibration_batches"):
             call(model, batch)
+    except QakdError:
+        raise
     except Exception as error:  # whatever a user's network raises
         shapes = ", ".join(f"{name!r} {tuple(x.shape)} {dtype_name(x.dtype)}" for name, x in named_tensors(batch).items())
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

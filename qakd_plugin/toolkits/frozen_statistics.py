@@ -7,8 +7,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def is_frozen(gamma: Tensor | None, beta: Tensor | None) -> bool:
-    """Whether a BatchNorm with these numbers is frozen. Its mode cannot say: toolkits set that of all modules."""
-    return gamma is not None and not gamma.requires_grad and (beta is None or not beta.requires_grad)
+    """Whether a BatchNorm with these numbers is frozen. Its mode cannot say: toolkits set that of all modules.
+
+    One without gamma is none, in whose place ``prepare_qat_pt2e`` puts ones that are no parameter.
+    """
+    return isinstance(gamma, nn.Parameter) and not gamma.requires_grad and (beta is None or not beta.requires_grad)
 
 
 def set_training(model: nn.Module, training: bool) -> None:

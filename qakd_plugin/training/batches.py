@@ -138,6 +138,15 @@ class Batches:
         with undisturbed(self.generators):
             yield (self._ready(batch, counts, labels, augmented) for batch, counts in self._shares)
 
+    @property
+    def has_cache(self) -> bool:
+        """Whether what the teacher outputs is known of batches that are augmented."""
+        return self._cache is not None
+
+    def looked_up(self, batch: Batch) -> Batch:
+        """An augmented batch with what the cache knows of it."""
+        return batch if self._cache is None else replace(batch, taught=self._cache.find(batch.inputs))
+
     def state_dict(self) -> dict[str, Any]:
         """Sources of randomness of every process, at the start of this epoch and now: with the first, a resumed epoch shuffles
         alike."""
@@ -175,8 +184,7 @@ class Batches:
         if len(drawn) < min(size, left) and self._processes.count > 1:
             raise QakdError(f"loader: it ended {left - len(drawn)} batches before its length ({len(self)}) said.")
         group = [self._ready(batch, counts, labels) for batch, counts in drawn]
-        if self._cache is not None:
-            group = [replace(batch, taught=self._cache.find(batch.inputs)) for batch in group]
+        group = [self.looked_up(batch) for batch in group]
         weights = [float(batch.weight) for batch in group]
         totals = self._processes.sums(weights + [0.0] * (self._accumulate - len(group)))
         return [replace(batch, total=int(total)) for batch, total in zip(group, totals, strict=False)]

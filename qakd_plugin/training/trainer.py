@@ -295,9 +295,9 @@ class Trainer:
         None where eval mode lacks an output that is compared.
         """
         total = samples = 0.0
-        with self.batches.aside(augmented=False) as batches:
+        with self.batches.aside(augmented=self.batches.has_cache) as batches:  # cached are those that training sees
             for batch in islice(batches, _COMPARED):
-                loss = self.objective.distance(self.epochs[-1], batch)
+                loss = self.objective.distance(self.epochs[-1], self.batches.looked_up(batch))
                 if loss is None:
                     return None
                 total, samples = total + batch.weight * float(loss), samples + batch.weight

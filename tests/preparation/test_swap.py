@@ -152,7 +152,7 @@ def test_torch_ao_eager_converts_learned_quantizers(student_of):
     assert float((stored.int_repr() == exported.codes).float().mean()) > 0.999
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_pt2e_converts_learned_quantizers(student_of, digits):
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 

@@ -87,7 +87,13 @@ def run_command(words, monkeypatch):
 
 
 ALL_PAGES = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
-PAGES = [path for path in ALL_PAGES if any(block.runs for block in blocks(path.read_text()))]
+SLOW = {"command_line.md"}
+"""Whose commands tests/cli runs."""
+PAGES = [
+    pytest.param(path, marks=pytest.mark.matrix if path.name in SLOW else ())
+    for path in ALL_PAGES
+    if any(block.runs for block in blocks(path.read_text()))
+]
 
 
 @pytest.fixture(scope="module")

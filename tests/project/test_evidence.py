@@ -25,7 +25,6 @@ def study(tmp_path, monkeypatch):
     splits = {
         seed: (torch.from_numpy(images)[:, None] / 255, torch.from_numpy(labels)) for seed, (images, labels) in splits.items()
     }
-    monkeypatch.setattr(evidence, "data", lambda name: (splits[0], splits[2]))
     monkeypatch.setattr(glyphs, "load", lambda count, seed: splits[seed])
     torch.manual_seed(0)
     network = DigitNet(width=8)

@@ -60,7 +60,7 @@ def test_a_toolkits_own_code_and_our_lines_make_an_exported_student_that_knows_d
         ("lightning_module", {"epochs": 3, "width": 4, "toolkit": "torch_ao"}),
         ("hugging_face", {"steps": 10, "epochs": 2}),
         ("text_encoder", {"epochs": 1, "teacher_epochs": 8}),
-        ("int4_vit", {"epochs": 1, "teacher_epochs": 8, "width": 32}),
+        pytest.param("int4_vit", {"epochs": 1, "teacher_epochs": 8, "width": 32}, marks=pytest.mark.matrix),
     ],
 )
 def test_an_example_by_feature_trains_a_student_that_knows_digits(name, settings):
@@ -100,6 +100,7 @@ def test_a_yolo_of_ultralytics_keeps_most_of_the_teachers_map_and_so_does_its_fi
     assert file == pytest.approx(own, abs=0.05)
 
 
+@pytest.mark.resume
 def test_a_resumed_run_ends_with_the_same_bits():
     found = run("by_feature/resume", epochs=2, kill_after=20, width=4)
     assert found["epochs"] == (2, 2)
@@ -127,6 +128,7 @@ def test_bfloat16_leaves_parameters_in_float32():
     assert kinds == {torch.float32}
 
 
+@pytest.mark.matrix
 def test_two_bits_are_learned_and_the_way_back_computes_the_same():
     accuracy, change = run("by_feature/learned_quantizer", **SMALL | {"epochs": 2})
     assert accuracy > 0.5

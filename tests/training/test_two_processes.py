@@ -251,6 +251,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.resume
 def test_torchrun_gives_the_weights_of_one_process(server, tmp_path):
     (tmp_path / "train.py").write_text(_SCRIPT)
     paths = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent.parent)]

@@ -55,8 +55,9 @@ def unify_batch_norms(network: nn.Module) -> None:
         module.running_var += module.eps - _EPS
         module.eps = _EPS
         if module.weight is None or module.bias is None:  # the fused pattern needs both
-            module.weight = nn.Parameter(torch.ones_like(module.running_var), requires_grad=False)
-            module.bias = nn.Parameter(torch.zeros_like(module.running_mean), requires_grad=False)
+            for parameter, value in (("weight", torch.ones_like), ("bias", torch.zeros_like)):
+                del module._parameters[parameter]
+                module.register_buffer(parameter, value(module.running_var))  # no parameter, by which frozen ones are known
 
 
 def refuse_zero_gammas(graph: fx.GraphModule) -> None:
