@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
-from pathlib import Path
 from typing import Any
 
 import page_tables
 import torch
-from default_rate import CPU, NETS, held_out_of
+from default_rate import CPU, NETS, begun, held_out_of
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, TensorDataset
@@ -79,13 +77,7 @@ def make_table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Run what is missing, and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=RESULTS, help="results (%(default)s)")
-    parser.add_argument("--fresh", action="store_true", help="run all again")
-    options = parser.parse_args()
-    logging.basicConfig(level=logging.ERROR)
-    torch.set_num_threads(1)
-    rows: list[dict[str, Any]] = json.loads(options.out.read_text()) if options.out.is_file() and not options.fresh else []
+    options, rows = begun(argparse.ArgumentParser(description=__doc__.splitlines()[0]), RESULTS)
     for name in NETWORKS:
         wanted = [(bits, count, draw) for bits in BITS for count in COUNTS for draw in range(DRAWS)]
         rows += run(name, [row for row in rows if row["network"] == name], wanted)

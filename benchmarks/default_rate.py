@@ -147,18 +147,23 @@ def make_table(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def begun(parser: argparse.ArgumentParser, results: Path) -> tuple[argparse.Namespace, list[dict[str, Any]]]:
+    """What a script was told, also by --out and --fresh, and the rows that earlier runs of it left."""
+    parser.add_argument("--out", type=Path, default=results, help="results (%(default)s)")
+    parser.add_argument("--fresh", action="store_true", help="run all again")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.ERROR)
+    torch.set_num_threads(1)
+    return options, json.loads(options.out.read_text()) if options.out.is_file() and not options.fresh else []
+
+
 def main() -> None:
     """Run what is missing, and print all."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--nets", nargs="+", default=list(NETS), choices=NETS, help="which (all)")
     parser.add_argument("--bits", nargs="+", type=int, default=[8], help="of weights and activations (8)")
     parser.add_argument("--lr", nargs="+", type=float, default=[], help="rates beside the default")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="results (%(default)s)")
-    parser.add_argument("--fresh", action="store_true", help="run all again")
-    options = parser.parse_args()
-    logging.basicConfig(level=logging.ERROR)
-    torch.set_num_threads(1)
-    rows: list[dict[str, Any]] = json.loads(options.out.read_text()) if options.out.is_file() and not options.fresh else []
+    options, rows = begun(parser, RESULTS)
     for bits in options.bits:
         for name in options.nets:
             for lr in (None, *options.lr):

@@ -6,9 +6,8 @@ import copy
 from collections.abc import Collection
 
 from torch import fx, nn
-from torch.nn.utils.prune import BasePruningMethod
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
+
+from .computed_weights import HOOKS
 
 _FORWARD_HOOKS = (
     "_forward_pre_hooks",
@@ -17,7 +16,7 @@ _FORWARD_HOOKS = (
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
 )
-_OF_WEIGHTS = (WeightNorm, SpectralNorm, BasePruningMethod)
+_OF_WEIGHTS = tuple(kind for kind, _, _ in HOOKS)
 
 
 def copied(network: nn.Module) -> nn.Module:

@@ -29,7 +29,7 @@ from ..preparation.recorded import recorded
 from ..tasks.inputs import Inputs, call, call_problem, named_inputs, named_tensors, with_tensors
 from ..toolkits import Adapter, adapter_for
 from .canonical.clamps import quantizers_after_relu
-from .canonical.graph import WEIGHT_KEY
+from .canonical.graph import WEIGHT_KEY, weight_dequantizers
 from .canonical.write import to_canonical, to_proto
 from .diagnosis import left_in_float
 from .file_record import FileRecord, finite
@@ -217,15 +217,15 @@ def export_float(
 def _tell_computed_weights(canonical: ir.Model) -> None:
     """Name layers whose quantized weight is not what they multiply with: they compute in floating point."""
     computed = [
-        node.metadata_props.get(WEIGHT_KEY, node.name)
-        for node in canonical.graph
-        if node.op_type == "DequantizeLinear" and WEIGHT_KEY in node.metadata_props and not _is_multiplied(node.outputs[0])
+        node.metadata_props.get(WEIGHT_KEY, str(node.name))
+        for node in weight_dequantizers(canonical.graph)
+        if not _is_multiplied(node.outputs[0])
     ]
     if computed:
         _log.warning(
             "%s: not this quantized weight is multiplied, but what the forward pass makes of it (weight standardization, or "
             "the like), so these layers compute in floating point. toolkit='pt2e' quantizes what is multiplied.",
-            ", ".join(map(str, computed)),
+            ", ".join(computed),
         )
 
 

@@ -20,7 +20,7 @@ from torch import fx, nn
 from .._common.silenced import silenced
 from ..errors import QakdError
 from ..tasks.inputs import Inputs, arguments, runs_on_one_sample
-from .frozen_batch_norm import is_frozen_batch_norm
+from .folded_batch_norm import is_frozen_batch_norm
 from .layer_names import WEIGHTED
 from .sums import RESULT_OF
 

@@ -22,7 +22,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from ..tasks.inputs import Inputs
 from .detection_heads import detection_heads
 from .exported_graph import exported_layer_graph
-from .frozen_batch_norm import is_frozen_batch_norm
+from .folded_batch_norm import is_frozen_batch_norm
 from .fx_graph import TRANSPARENT, called_module, only_reader, outermost, readers, relu_bounds
 from .layer_names import WEIGHTED, quantizable_layers
 from .sign_analysis import non_negative

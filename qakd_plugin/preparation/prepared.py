@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from .._common.computed_weights import reparametrized
 from .._common.module_copy import copied, has_hooks
 from .._common.module_mode import eval_mode
 from .._common.one_at_a_time import one_at_a_time
 from .._common.precision import dtype_name
 from ..errors import NotPreparedError, QakdError
 from ..placement.attention import open_attention
-from ..placement.frozen_batch_norm import fold_frozen_batch_norms, frozen_batch_norms
+from ..placement.folded_batch_norm import fold_frozen_batch_norms, frozen_batch_norms
 from ..placement.placement import layer_graph
 from ..placement.targets import TARGETS, Target
 from ..tasks.batches import BatchFn, batch_splitter, default_batch
@@ -27,7 +28,6 @@ from ..tasks.outputs import named_outputs
 from ..toolkits import PLACEMENT, Adapter, Precision, adapter_for, adapter_named
 from .pretrained import mark_pretrained
 from .recorded import Preparation, described_inputs, record
-from .reparametrized import reparametrized
 
 _log = logging.getLogger(__name__)
 
@@ -207,11 +207,13 @@ def _require_float(model: nn.Module) -> None:
 def _require_plain_weights(adapter: Adapter, model: nn.Module) -> None:
     """Refuse layers that compute their weight, where the toolkit would quantize what it is computed from, or nothing."""
     for name, module in model.named_modules():
-        if (how := reparametrized(module)) is not None and not (adapter.name == "pt2e" and is_parametrized(module)):
-            raise QakdError(
-                f"model: {name} ({type(module).__name__}) computes its weight by {how[0]}, where no quantizer sees it. Make "
-                f"it a parameter again before prepare: {how[1].format(name)}"
-            )
+        if (found := reparametrized(module)) is None or (adapter.name == "pt2e" and is_parametrized(module)):
+            continue
+        how, remedy = found
+        raise QakdError(
+            f"model: {name} ({type(module).__name__}) computes its weight by {how}, where no quantizer sees it. Make it a "
+            f"parameter again before prepare: {remedy.format(name)}"
+        )
 
 
 def _added(model: nn.Module) -> list[str]:

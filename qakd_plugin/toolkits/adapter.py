@@ -45,8 +45,8 @@ def loaded_class(module: str, name: str) -> type[nn.Module] | None:
 PLACEMENT = 2
 """Version of where quantizers go, so that students of earlier ones are prepared again as they were.
 
-1: with ModelOpt, sums have none, and those of 0..255 stand in front of the ReLU; with PT2E, what is concatenated shares none;
-with torch.ao FX, what was split has another one than the whole.
+1: with ModelOpt, sums have none, those of 0..255 stand in front of the ReLU, and transposed convolutions have a scale per input
+channel; with PT2E, what is concatenated shares none; with torch.ao FX, what was split has another one than the whole.
 """
 
 

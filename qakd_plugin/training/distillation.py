@@ -283,8 +283,8 @@ def _check_loader(data: Data, cache_teacher: str | os.PathLike[str] | None) -> N
         raise QakdError("cache_teacher needs data that can be walked again from the beginning. Leave out cache_teacher.")
     if isinstance(data.augment, CMISelector):
         raise QakdError(
-            "augment=CMISelector() looks at the training data over and over, which a stream cannot give. Choose first: "
-            "augment=qakd.rank_augmentations(teacher, batches)[0], with a list of some batches."
+            "augment=CMISelector() looks at the training data over and over, which a stream cannot give. Rank before, with "
+            "qakd.rank_augmentations(teacher, batches) and a list of some batches, and pass the callable that came first."
         )
 
 

@@ -18,7 +18,7 @@ from ..._common.silenced import silenced
 from ..._common.torch_file import load_plain
 from ...errors import CheckpointError, QakdError
 from ...placement.attention import open_attention
-from ...placement.frozen_batch_norm import fold_as_saved
+from ...placement.folded_batch_norm import fold_as_saved
 from ...placement.layer_names import WEIGHTED
 
 

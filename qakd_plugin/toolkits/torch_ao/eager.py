@@ -21,7 +21,7 @@ from torch.ao.quantization.quantize import _register_activation_post_process_hoo
 
 from ..._common.module_mode import eval_mode
 from ...errors import QakdError
-from ...placement.frozen_batch_norm import fold_linear_batch_norms
+from ...placement.folded_batch_norm import fold_linear_batch_norms
 from ...placement.fx_graph import GRID_KEEPING, called_module, only_reader
 from ...placement.placement import Placement, layer_graph, place_quantizers
 from ...placement.sign_analysis import non_negative

@@ -23,7 +23,7 @@ from torch.ao.quantization.quantize_fx import prepare_qat_fx
 from ..._common.module_copy import carry_hooks, copied, move_hooks
 from ...errors import QakdError
 from ...export_form.modules import ActivationQDQ, QuantizedLayer, QuantizedModule, replace_modules, store_weight
-from ...placement.frozen_batch_norm import fold_linear_batch_norms
+from ...placement.folded_batch_norm import fold_linear_batch_norms
 from ...placement.placement import layer_graph, place_quantizers
 from ...tasks.inputs import Inputs, arguments
 from ..adapter import Precision, QParams, Quantizer

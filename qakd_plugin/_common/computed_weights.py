@@ -8,11 +8,12 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-_HOOKS: tuple[tuple[type, str, str], ...] = (
+HOOKS: tuple[tuple[type, str, str], ...] = (
     (WeightNorm, "weight_norm", "torch.nn.utils.remove_weight_norm(model.get_submodule({0!r}))"),
     (SpectralNorm, "spectral_norm", "torch.nn.utils.remove_spectral_norm(model.get_submodule({0!r}))"),
     (BasePruningMethod, "a pruning mask", 'torch.nn.utils.prune.remove(model.get_submodule({0!r}), "weight")'),
 )
+"""Forward pre-hooks that compute a weight: their class, what they do, and the line that ends it (``{0!r}``: the name)."""
 
 
 def reparametrized(module: nn.Module) -> tuple[str, str] | None:
@@ -22,7 +23,7 @@ def reparametrized(module: nn.Module) -> tuple[str, str] | None:
         line = f"torch.nn.utils.parametrize.remove_parametrizations(model.get_submodule({{0!r}}), {tensor!r})"
         return f"a parametrization ({', '.join(type(kind).__name__.lstrip('_') for kind in kinds)})", line
     for hook in module._forward_pre_hooks.values():
-        for kind, what, line in _HOOKS:
+        for kind, what, line in HOOKS:
             if isinstance(hook, kind):
                 return what, line
     return None
