@@ -55,11 +55,12 @@ class Precision:
     """What a float model is to be prepared for; see :func:`qakd_plugin.prepare`.
 
     Attributes:
-        weight_bits: of all layers but the first and the last, which take 8.
-        activation_bits: likewise, of their inputs.
+        weight_bits: of all layers but the first and the last.
+        activation_bits: of their inputs; those of the first and the last layer take 8.
         keep: names or patterns of modules that stay in floating point; None: the heads of a detector.
         unsigned_bytes: let 8-bit activations that cannot be negative take codes 0..255, which TensorRT cannot.
         placement: where quantizers go: :data:`PLACEMENT`, or what a student's file says.
+        edges: bits of the weights of the first and the last layer.
     """
 
     weight_bits: int = 8
@@ -67,6 +68,11 @@ class Precision:
     keep: tuple[str, ...] | None = None
     unsigned_bytes: bool = False
     placement: int = PLACEMENT
+    edges: int = 8
+
+    def bits_of_weight(self, edge: bool) -> int:
+        """Of the first or the last layer, or of another one."""
+        return self.edges if edge else self.weight_bits
 
     def is_unsigned(self, bits: int, non_negative: bool) -> bool:
         """Whether an activation gets an unsigned grid: below 8 bits half of a signed one would be lost."""

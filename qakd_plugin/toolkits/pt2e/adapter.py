@@ -203,6 +203,7 @@ def _configuration(placement: Placement, precision: Precision) -> Any:
         placement,
         precision.weight_bits,
         precision.activation_bits,
+        edges=precision.edges,
         unsigned_bytes=precision.unsigned_bytes,
         share_grids=precision.placement > 1,
     )

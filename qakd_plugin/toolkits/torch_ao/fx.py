@@ -104,12 +104,12 @@ class TorchAOAdapter(FakeQuantizeAdapter):
 
     def configuration(self, model: nn.Module, precision: Precision) -> Any:
         require_signed_bytes(self.name, precision)
-        return torch_ao_qconfig_mapping(model, place_quantizers(model, precision.keep), precision.weight_bits)
+        return torch_ao_qconfig_mapping(model, place_quantizers(model, precision.keep), precision)
 
     def prepare(self, model: nn.Module, batches: Sequence[Inputs], precision: Precision) -> nn.Module:
         model = fold_linear_batch_norms(model, lambda: layer_graph(model, batches[0]))
         placement = place_quantizers(model, precision.keep, batches[0])
-        mapping = torch_ao_qconfig_mapping(model, placement, precision.weight_bits)
+        mapping = torch_ao_qconfig_mapping(model, placement, precision)
         with traceable(model, self.name):
             prepared = prepare_qat_fx(
                 copy.deepcopy(model).eval(), mapping, _positional(batches[0]), backend_config=get_tensorrt_backend_config()
