@@ -5,7 +5,7 @@ The bounds of its fields are those that a report is checked with (:mod:`.schema`
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 

@@ -48,8 +48,8 @@ def prepare(
     """Prepare a float model for quantization-aware training with a configuration that deploys well.
 
     Weights are symmetric per channel, activations symmetric per tensor; below 8 bits activations that a ReLU made non-negative
-    get an unsigned grid. The first and the last layer stay at 8 bits (``edges``). A quantizer goes after every convolution that feeds a
-    residual add, a concatenation or a pooling, because ONNX Runtime runs it in floating point otherwise, and on the sum of a
+    get an unsigned grid. The first and the last layer stay at 8 bits (``edges``). A quantizer goes after every convolution that
+    feeds a residual add, a concatenation or a pooling, because ONNX Runtime runs it in floating point otherwise, and on the sum of a
     residual block (with ModelOpt, where a module returns it). Tensors that are concatenated get one range, so that codes are
     moved and not rounded again; with ModelOpt, learned quantizers may part.
     Ranges minimize the squared error over all calibration batches. ``nn.MultiheadAttention`` becomes a module of the same name
@@ -68,9 +68,9 @@ def prepare(
         activation_bits: 2 to 8.
         keep: names or patterns ("fc", "layer1.*") of modules that stay in floating point. None: the heads of a detector (see
             docs/tasks.md), and nothing of other networks.
-        edges: bits of the weights of the first and the last layer, 2 to 8. A large classifier in 4 bits makes the file of a 2- or
-            4-bit model a good deal smaller, for some accuracy. Their inputs keep 8 bits: an image in fewer would lose much and
-            save nothing.
+        edges: bits of the weights of the first and the last layer, 2 to 8. A large classifier in 4 bits makes the file of a
+            2- or 4-bit model a good deal smaller, for some accuracy. Their inputs keep 8 bits: an image in fewer would lose
+            much and save nothing.
         target: "tensorrt": every target takes the model. "onnxruntime" or "openvino" (the same): TensorRT does not, because
             8-bit activations that cannot be negative get codes 0..255 in the place of 0..127: a grid twice as fine, and no
             clamp after each ReLU. (Quantizers in front of a ReLU stay signed: eager mode's of layers that are not fused with

@@ -131,7 +131,8 @@ def test_flags_lead_from_a_float_network_to_answers(pictures, tmp_path, capsys):
     assert (network(x).argmax(1) == y).all()
     save_file(network.state_dict(), tmp_path / "w.safetensors")
     flags = ["--model", "my_net:build", "--weights", "w.safetensors", "--data", "data", *GRAY, "--batch", "9"]
-    assert main(["distill", *flags, "--bits", "w4a8", "--edges", "6", "--target", "onnxruntime", "--epochs", "1", "--out", "run"]) == 0
+    bits = ["--bits", "w4a8", "--edges", "6"]
+    assert main(["distill", *flags, *bits, "--target", "onnxruntime", "--epochs", "1", "--out", "run"]) == 0
     assert "3 images held out of data" in capsys.readouterr().err
     made = ["run/recipe.yaml", "--weights", "run/student.safetensors"]
     assert main(["export", *made, "--out", "s.onnx"]) == 0
