@@ -49,9 +49,9 @@ def prepare(
 
     Weights are symmetric per channel, activations symmetric per tensor; below 8 bits activations that a ReLU made non-negative
     get an unsigned grid. The first and the last layer stay at 8 bits (``edges``). A quantizer goes after every convolution that
-    feeds a residual add, a concatenation or a pooling, because ONNX Runtime runs it in floating point otherwise, and on the sum of a
-    residual block (with ModelOpt, where a module returns it). Tensors that are concatenated get one range, so that codes are
-    moved and not rounded again; with ModelOpt, learned quantizers may part.
+    feeds a residual add, a concatenation, a pooling or a SiLU, because ONNX Runtime runs it in floating point otherwise, and on
+    the sum of a residual block (with ModelOpt, where a module returns it). Tensors that are concatenated get one range, so that
+    codes are moved and not rounded again; with ModelOpt, learned quantizers may part.
     Ranges minimize the squared error over all calibration batches. ``nn.MultiheadAttention`` becomes a module of the same name
     whose four projections are linear layers (:func:`qakd_plugin.placement.attention.open_attention`), or they would stay in
     floating point. What ``modelopt.torch.opt.save`` wrote of a model comes back with
@@ -71,11 +71,13 @@ def prepare(
         edges: bits of the weights of the first and the last layer, 2 to 8. A large classifier in 4 bits makes the file of a
             2- or 4-bit model a good deal smaller, for some accuracy. Their inputs keep 8 bits: an image in fewer would lose
             much and save nothing.
-        target: "tensorrt": every target takes the model. "onnxruntime" or "openvino" (the same): TensorRT does not, because
-            8-bit activations that cannot be negative get codes 0..255 in the place of 0..127: a grid twice as fine, and no
-            clamp after each ReLU. (Quantizers in front of a ReLU stay signed: eager mode's of layers that are not fused with
-            it, ModelOpt's where no module returns what the ReLU lets through. With "torchao", which leaves activations alone,
-            this changes nothing.)
+        target: "tensorrt": every target takes the model. "onnxruntime" or "openvino": TensorRT does not, because 8-bit
+            activations that cannot be negative get codes 0..255 in the place of 0..127: a grid twice as fine, and no clamp
+            after each ReLU. With "openvino" a convolution that a SiLU, Hardswish, GELU or the like reads has no quantizer in
+            front of that, only after it: OpenVINO computes both in one kernel, while ONNX Runtime would compute the
+            convolution in floating point. (Quantizers in front of a ReLU stay signed: eager mode's of layers that are not
+            fused with it, ModelOpt's where no module returns what the ReLU lets through. Eager mode keeps those in front of a
+            SiLU. With "torchao", which leaves activations alone, this changes nothing.)
         batch_fn: splits a batch into (inputs, targets), as in ``distill``.
 
     Returns:
@@ -115,6 +117,8 @@ def prepare_as(
         raise QakdError(
             f"placement {placement} is of a later version of qakd_plugin; this one knows 1 to {PLACEMENT}: update it."
         )
+    if placement < 3:
+        precision = replace(precision, before_activations=True)
     precision = replace(precision, placement=placement)
     _require_float(model)
     _require_plain_weights(adapter, model)
@@ -188,7 +192,14 @@ def _parse_request(
     if target not in TARGETS:
         raise QakdError(f"target={target!r} is unknown: use one of {list(TARGETS)}.")
     kept = None if keep is None else tuple(keep)
-    return adapter, Precision(weight_bits, activation_bits, kept, unsigned_bytes=target != "tensorrt", edges=edges)
+    return adapter, Precision(
+        weight_bits,
+        activation_bits,
+        kept,
+        unsigned_bytes=target != "tensorrt",
+        edges=edges,
+        before_activations=target != "openvino",
+    )
 
 
 def _require_float(model: nn.Module) -> None:

@@ -36,6 +36,7 @@ from .fx_graph import (
     follow_the_mode,
     insert_low_bit_inputs,
     is_fake_quant,
+    leave_activations_in_float,
     leave_output_in_float,
     share_after_splits,
     traceable,
@@ -119,6 +120,8 @@ class TorchAOAdapter(FakeQuantizeAdapter):
         leave_output_in_float(prepared)
         if precision.placement > 1:
             share_after_splits(prepared)
+        if precision.placement > 2:
+            leave_activations_in_float(prepared, after_convolutions=not precision.before_activations)
         if precision.unsigned_bytes:
             use_unsigned_bytes(prepared)
         bits = precision.activation_bits
