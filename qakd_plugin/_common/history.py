@@ -58,12 +58,21 @@ def below_start(history: Sequence[Row], picking: Picking) -> str | None:
 
 
 def _lost(start: Row, row: Row, picking: Sequence[str], sign: int) -> list[str]:
-    beside = [name for name in start if name.startswith(("val_agreement", "val_sqnr_db"))]
+    beside = [
+        name for name in start if name.startswith(("val_agreement", "val_sqnr_db")) and not _surpasses_its_teacher(row, name)
+    ]
     return [
         _difference(name, start[name], row[name])
         for name in dict.fromkeys([*picking, *beside])
         if name in row and (sign if name in picking else 1) * (start[name] - row[name]) > 0
     ]
+
+
+def _surpasses_its_teacher(row: Row, agreement: str) -> bool:
+    """Whether the student is more often right than its teacher: labels then lead it away from a teacher that errs."""
+    of = agreement.removeprefix("val_agreement")
+    accuracy, teacher = row.get(f"val_accuracy{of}"), row.get(f"val_teacher_accuracy{of}")
+    return accuracy is not None and teacher is not None and accuracy > teacher
 
 
 def _difference(name: str, before: float, after: float) -> str:

@@ -289,6 +289,15 @@ def test_a_loss_of_agreement_is_said_though_accuracy_rose():
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(("teacher", "said"), [(0.95, False), (0.98, True)])
+def test_a_loss_of_agreement_with_a_teacher_that_errs_more_often_is_none(teacher, said):
+    history = [
+        _row(-1, True, accuracy=0.944, teacher_accuracy=teacher, agreement=0.996),
+        _row(0, True, accuracy=0.962, teacher_accuracy=teacher, agreement=0.972),
+    ]
+    assert (below_start(history, _by("val_accuracy")) is not None) == said
+
+
 def test_which_epoch_was_kept_is_said_where_the_last_is_below_the_start():
     history = [_row(-1, True, accuracy=0.9), _row(0, True, accuracy=0.95), _row(1, accuracy=0.85)]
     assert below_start(history, _by("val_accuracy")).endswith("after the last epoch; epoch 1 was kept.")
