@@ -312,7 +312,7 @@ def make_files(name: str, cells: Path) -> None:
     peak = memory_mib("VmHWM") / 1024  # not getrusage's: that of a new process begins at its parent's
     export_onnx(student, images, folder / "w8.onnx", target="openvino")
     for bits, storage in ((4, "int4"), (2, "int2")):
-        student = prepare(model, [images], "modelopt", weight_bits=bits, activation_bits=max(bits, 4))
+        student = prepare(model, [images], "modelopt", weight_bits=bits, activation_bits=max(bits, 4), edges=4)
         export_onnx(student, images, folder / f"w{bits}.ort.onnx", target="onnxruntime", weight_storage=storage)
     # FX has no quantizers for a ViT's attention, and hardly anything in it is never negative.
     for label, (toolkit, target) in {} if name.startswith("vit") else PREPARED.items():
