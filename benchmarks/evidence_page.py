@@ -24,28 +24,13 @@ import evidence_tables as tables
 import numpy as np
 import page_tables
 from numpy.typing import NDArray
-from scipy import stats
+from paired import Comparison, compare, holm
 
 from qakd_plugin._common.files import write_atomic
 
 DOCS = page_tables.ROOT / "docs"
 PAGE, FIGURE = "evidence.md", "evidence.svg"
 SIGNIFICANT = 0.05
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One test.
-
-    Attributes:
-        estimate: a difference of accuracies, or a correlation; positive speaks for the claim.
-        p: two-sided; 1 where nothing can be tested.
-        half_width: of the 95 % interval, where it is known.
-    """
-
-    estimate: float
-    p: float
-    half_width: float | None = None
 
 
 @dataclass(frozen=True)
@@ -65,25 +50,6 @@ class Claim:
     mean: Comparison
     single: tuple[Comparison, ...]
     correlation: bool = False
-
-
-def compare(differences: Sequence[float] | NDArray[np.float64]) -> Comparison:
-    """Whether the mean of paired differences is zero: Student's t over seeds, or over whatever was repeated."""
-    values = np.asarray(differences, dtype=float)
-    if len(values) < 2 or not values.any():
-        return Comparison(float(values.mean()), 1.0)
-    found = stats.ttest_1samp(values, 0.0)
-    low, high = found.confidence_interval(0.95)
-    return Comparison(float(values.mean()), float(found.pvalue), float(high - low) / 2)
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p-values: the chance of even one false one among all is bounded by each (Holm, 1979)."""
-    order = np.argsort(p_values)
-    adjusted = np.empty(len(p_values))
-    factors = np.arange(len(p_values), 0, -1)
-    adjusted[order] = np.minimum(np.maximum.accumulate(np.asarray(p_values)[order] * factors), 1.0)
-    return [float(p) for p in adjusted]
 
 
 def claims(document: dict[str, Any]) -> list[Claim]:
