@@ -63,7 +63,7 @@ class Size:
     held_out: int
 
 
-SMALL, FULL = Size(96, 640, 1, 256), Size(224, 12_800, 4, 5000)
+SMALL, FULL = Size(96, 640, 3, 256), Size(224, 12_800, 12, 5000)
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,14 @@ class Cell:
 
 
 def cells() -> list[Cell]:
-    """Of the study, seed by seed; the second temperature after all others."""
-    every = [Cell(*bits, "SQAKD", seed) for seed in range(PARTS) for bits in WIDTHS]
-    return every + [Cell(*bits, "KL, T=1", seed) for seed in range(PARTS) for bits in WIDTHS]
+    """Of the study, the most telling first: few bits, seed by seed; then 8 bits, then the second temperature."""
+    few, many = WIDTHS[:2], WIDTHS[2:]
+    return [
+        Cell(*bits, method, seed)
+        for widths, method in ((few, "SQAKD"), (many, "SQAKD"), (WIDTHS, "KL, T=1"))
+        for seed in range(PARTS)
+        for bits in widths
+    ]
 
 
 def network() -> nn.Module:

@@ -11,7 +11,7 @@ training split, accuracy is of the test split, which takes part in nothing else.
 corrected by Holm within the table. One rate for all, chosen before on held-out images with a seed that is not among the study's
 (--rates). SQuaT is SQAKD that also matches the inputs of three layers through the student's quantizer.
 
-The small study is meant for two cores: ResNet-20 has half its width, students see 6,000 images once. Every student is a file in
+The small study is meant for two cores: ResNet-20 has half its width, students see 4,000 images once. Every student is a file in
 --cells, the most telling come first: a run that was stopped goes on, and rows say how many seeds they have.
 """
 
@@ -89,7 +89,7 @@ class Size:
     test_images: int
 
 
-SMALL, FULL = Size(6000, 1500, 4, 5, 8, 24_000, 3, 5000), Size(59_000, 59_000, 30, 5, 16, 59_000, 60, 10_000)
+SMALL, FULL = Size(4000, 1000, 4, 5, 8, 12_000, 3, 4000), Size(59_000, 59_000, 30, 5, 16, 59_000, 60, 10_000)
 
 
 @dataclass(frozen=True)
@@ -256,47 +256,50 @@ def calibrated(study: Study, rows: list[dict[str, Any]], folder: Path) -> dict[s
     return found
 
 
-def comparisons(document: dict[str, Any]) -> list[tuple[dict[str, Any], paired.Comparison, float, list[float]]]:
-    """Every row that is not QAT against QAT, over the seeds that both have: row, test, p after Holm, the differences."""
-    control = {_key(row): row["accuracies"] for row in document["rows"] if row["method"] == "QAT"}
-    found = []
-    for row in document["rows"]:
-        if row["method"] != "QAT" and _key(row) in control:
-            other = control[_key(row)]
-            differences = [value - other[seed] for seed, value in row["accuracies"].items() if seed in other]
-            if differences:
-                found.append((row, paired.compare(differences), differences))
-    adjusted = paired.holm([test.p for _, test, _ in found])
-    return [(row, test, p, differences) for (row, test, differences), p in zip(found, adjusted, strict=True)]
+Key = tuple[str, str, int, str]
+"""Network, quantizer, bits and method of a row."""
 
 
-def _key(row: dict[str, Any]) -> tuple[str, str, int]:
-    return row["network"], row["quantizer"], row["bits"]
+def over_qat(document: dict[str, Any]) -> dict[Key, dict[str, float]]:
+    """Of every row that is not QAT: its accuracy over QAT's by seed, of the seeds that both have."""
+    by_key = {_key(row): row["accuracies"] for row in document["rows"]}
+    found: dict[Key, dict[str, float]] = {}
+    for (network, quantizer, bits, method), own in by_key.items():
+        control = by_key.get((network, quantizer, bits, "QAT"), {})
+        differences = {seed: own[seed] - control[seed] for seed in own if seed in control}
+        if method != "QAT" and differences:
+            found[network, quantizer, bits, method] = differences
+    return found
+
+
+def _key(row: dict[str, Any]) -> Key:
+    return row["network"], row["quantizer"], row["bits"], row["method"]
 
 
 def make_table(document: dict[str, Any]) -> str:
     """Markdown: full precision, calibrated, QAT, the method, and the difference in pairs with what could have been found."""
-    controls = {_key(row): row["accuracies"] for row in document["rows"] if row["method"] == "QAT"}
+    by_key = {_key(row): row["accuracies"] for row in document["rows"]}
+    pairs = sorted(over_qat(document).items())
+    tests = [paired.compare(list(differences.values())) for _, differences in pairs]
     lines = []
-    for row, test, p, differences in comparisons(document):
-        control = [value for seed, value in controls[_key(row)].items() if seed in row["accuracies"]]
-        own = list(row["accuracies"].values())
-        name = f"{row['network']}, {row['quantizer']} W{row['bits']}A{row['bits']}"
-        power = paired.detectable(differences)
+    for ((network, quantizer, bits, method), differences), test, p in zip(
+        pairs, tests, paired.holm([test.p for test in tests]), strict=True
+    ):
+        own, control = ([by_key[network, quantizer, bits, name][seed] for seed in differences] for name in (method, "QAT"))
+        name = f"{network}, {quantizer} W{bits}A{bits}"
         lines.append(
             [
-                f"{name} ({paired.percent(document['calibrated'][row['network']])})",
-                row["method"],
+                f"{name} ({paired.percent(document['calibrated'][network])})",
+                method,
                 str(len(differences)),
                 paired.percent(document["calibrated"][name]),
                 paired.percent(fmean(control), paired.half_width(control)),
                 paired.percent(fmean(own), paired.half_width(own)),
                 paired.percent(test.estimate, test.half_width, "+"),
                 paired.p_text(p),
-                "-" if power is None else f"{100 * power:.2f}",
+                "-" if test.detectable is None else f"{100 * test.detectable:.2f}",
             ]
         )
-    lines.sort(key=lambda line: (line[0], line[1]))
     header = ["student (full precision)", "method", "seeds", "calibrated only", "QAT", "trained", "over QAT, points"]
     return page_tables.markdown([*header, "p, after Holm", "found with 80 % power"], lines)
 

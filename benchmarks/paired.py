@@ -20,11 +20,13 @@ class Comparison:
         estimate: a difference of accuracies, or a correlation; positive speaks for the claim.
         p: two-sided; 1 where nothing can be tested.
         half_width: of the 95 % interval, where it is known.
+        detectable: the true mean that such a test would have found with 80 % power, where it is known.
     """
 
     estimate: float
     p: float
     half_width: float | None = None
+    detectable: float | None = None
 
 
 def compare(differences: Sequence[float] | NDArray[np.float64]) -> Comparison:
@@ -34,7 +36,7 @@ def compare(differences: Sequence[float] | NDArray[np.float64]) -> Comparison:
         return Comparison(float(values.mean()), 1.0)
     found = stats.ttest_1samp(values, 0.0)
     low, high = found.confidence_interval(0.95)
-    return Comparison(float(values.mean()), float(found.pvalue), float(high - low) / 2)
+    return Comparison(float(values.mean()), float(found.pvalue), float(high - low) / 2, detectable(values))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -53,7 +55,7 @@ def half_width(values: Sequence[float]) -> float | None:
     return float(stats.t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
 
 
-def detectable(values: Sequence[float], power: float = 0.8) -> float | None:
+def detectable(values: Sequence[float] | NDArray[np.float64], power: float = 0.8) -> float | None:
     """The mean difference that a two-sided test at 5 % finds with that power, with as many seeds and as much spread.
 
     Args:
@@ -62,7 +64,7 @@ def detectable(values: Sequence[float], power: float = 0.8) -> float | None:
     """
     if len(values) < 2:
         return None
-    count, spread = len(values), stdev(values)
+    count, spread = len(values), float(np.std(values, ddof=1))
     critical = float(stats.t.ppf(0.975, count - 1))
     low, high = 0.0, 100.0  # in standard errors
     for _ in range(60):

@@ -37,9 +37,9 @@ def test_the_tables_of_all_toolkits_are_made_from_the_committed_figures():
 
 
 def test_the_page_of_the_evidence_and_its_figure_are_made_from_the_committed_figures():
-    document, study = committed("evidence"), committed("augmentation_study")
+    document, study, fashion = (committed(name) for name in ("evidence", "augmentation_study", "fashion_study"))
     page = evidence_page.DOCS / evidence_page.PAGE
-    for name, table in evidence_page.page_tables_of(document, study).items():
+    for name, table in evidence_page.page_tables_of(document, study, fashion).items():
         assert page_tables.read_table(name, page) == table, name
     shown = places_of(page.with_name(evidence_page.FIGURE).read_text())
     again = places_of(evidence_figure.draw(document))
