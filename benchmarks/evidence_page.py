@@ -284,8 +284,8 @@ def main() -> None:
     in_docs = options.out.resolve() == DOCS
     if in_docs and options.source.resolve() != evidence.RESULTS:
         parser.error("docs/ shows the committed figures only: pass --out FOLDER.")
-    sources = (options.source, augmentation_study.RESULTS, fashion_study.RESULTS)
-    document, study, fashion = (json.loads(path.read_text()) for path in sources)
+    document, study = (json.loads(path.read_text()) for path in (options.source, augmentation_study.RESULTS))
+    fashion = fashion_study.committed()
     page = options.out / PAGE
     if not in_docs:
         options.out.mkdir(parents=True, exist_ok=True)

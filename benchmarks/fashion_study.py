@@ -256,6 +256,12 @@ def calibrated(study: Study, rows: list[dict[str, Any]], folder: Path) -> dict[s
     return found
 
 
+def committed() -> dict[str, Any]:
+    """The figures in benchmarks/results; without rows where there are none yet."""
+    found: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"rows": []}
+    return found
+
+
 Key = tuple[str, str, int, str]
 """Network, quantizer, bits and method of a row."""
 

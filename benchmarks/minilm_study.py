@@ -14,8 +14,9 @@ all pairs' similarities with those of full precision, how often the nearest othe
 are, and F1 of spam by a logistic regression that was fitted to full precision's vectors: what happens to an index and a
 classifier that are there already when the encoder is replaced. Each seed holds out another fifth of the threads.
 
-At 8 bits distill chooses the rate. At 4 bits its choice is meant for networks with batch normalization, and --stage rates
-compares it with lower ones, on held-out threads of a dealing that takes no part in the study. Every student is a file in --cells: a run that was stopped goes on.
+At 8 bits distill chooses the rate. At 4 bits its choice is meant for weights that have to move far; --stage rates compares it
+with lower ones, on held-out threads of a dealing that takes no part in the study. Every student is a file in --cells: a run
+that was stopped goes on.
 """
 
 from __future__ import annotations

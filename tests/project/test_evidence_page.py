@@ -229,8 +229,8 @@ def test_a_study_of_ones_own_gets_a_page_and_leaves_docs_alone(document, study, 
     (tmp_path / "own.json").write_text(json.dumps(document))
     monkeypatch.setattr(sys, "argv", ["evidence_page.py", "--in", str(tmp_path / "own.json"), "--out", str(tmp_path / "page")])
     evidence_page.main()
-    committed_fashion = json.loads(evidence_page.fashion_study.RESULTS.read_text())
-    for name, table in evidence_page.page_tables_of(document, study, committed_fashion).items():
+    of_fashion = evidence_page.fashion_study.committed()
+    for name, table in evidence_page.page_tables_of(document, study, of_fashion).items():
         assert page_tables.read_table(name, tmp_path / "page" / evidence_page.PAGE) == table
     assert (tmp_path / "page" / evidence_page.FIGURE).read_text() == evidence_figure.draw(document)
     assert committed == (evidence_page.DOCS / evidence_page.PAGE).read_text()

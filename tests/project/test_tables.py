@@ -37,7 +37,8 @@ def test_the_tables_of_all_toolkits_are_made_from_the_committed_figures():
 
 
 def test_the_page_of_the_evidence_and_its_figure_are_made_from_the_committed_figures():
-    document, study, fashion = (committed(name) for name in ("evidence", "augmentation_study", "fashion_study"))
+    document, study = committed("evidence"), committed("augmentation_study")
+    fashion = evidence_page.fashion_study.committed()
     page = evidence_page.DOCS / evidence_page.PAGE
     for name, table in evidence_page.page_tables_of(document, study, fashion).items():
         assert page_tables.read_table(name, page) == table, name
