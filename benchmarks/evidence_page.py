@@ -31,6 +31,7 @@ from qakd_plugin._common.files import write_atomic
 
 DOCS = page_tables.ROOT / "docs"
 PAGE, FIGURE = "evidence.md", "evidence.svg"
+CHOICE = DOCS / "choosing.md"
 SIGNIFICANT = 0.05
 DRAWN = "glyphs, digits"
 
@@ -291,6 +292,8 @@ def main() -> None:
         options.out.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(DOCS / PAGE, page)
     write(document, study, fashion, page)
+    if in_docs:
+        page_tables.write_table("evidence_choice", tables.make_choice_table(document), CHOICE)
     print(page, page.with_name(FIGURE), sep="\n")
 
 

@@ -157,6 +157,19 @@ def test_a_difference_of_the_size_that_is_said_to_be_found_is_found_as_often():
     assert np.mean((found.pvalue < 0.05) & (samples.mean(1) > 0)) == pytest.approx(0.8, abs=0.02)
 
 
+def test_what_to_choose_follows_from_the_figures(document):
+    lines = [line.split("|")[1:-1] for line in evidence_page.tables.make_choice_table(document).splitlines()[2:]]
+    assert [line[0].strip() for line in lines] == ["W8A8", "W4A4", "W3A3", "W2A2"]
+    two = lines[-1]
+    assert float(two[1]) == pytest.approx(100 * (0.3 - document["teacher"]), abs=0.006)
+    assert float(two[2]) == pytest.approx(100 * (row_of(document, "LSQ", 2, "QAT")["accuracy"] - 0.9), abs=0.006)
+    assert two[-2].strip() == "SQAKD"
+    assert "QAT" not in two[-1], "it is two points behind"
+    near = [row | {"before": row["accuracy"] - 0.001} for row in document["rows"]]
+    eight = evidence_page.tables.make_choice_table(document | {"rows": near}).splitlines()[2].split("|")
+    assert [cell.strip() for cell in eight[-3:-1]] == ["calibration alone"] * 2
+
+
 def _pairs(document):
     for quantizer in evidence.QUANTIZERS:
         for bits in (2, 3, 4, 8):

@@ -50,6 +50,11 @@ def test_the_page_of_the_evidence_and_its_figure_are_made_from_the_committed_fig
         np.testing.assert_allclose(places, again[name], atol=0.01, err_msg=name)
 
 
+def test_the_table_of_what_to_choose_is_made_from_the_committed_figures():
+    table = evidence_page.tables.make_choice_table(committed("evidence"))
+    assert page_tables.read_table("evidence_choice", evidence_page.CHOICE) == table
+
+
 def test_the_table_of_the_default_rate_is_made_from_the_committed_figures():
     script = import_module("default_rate")
     assert page_tables.read_table("default_rate", script.PAGE) == script.make_table(committed("default_rate"))
