@@ -205,12 +205,6 @@ def test_processes_never_train_each_for_itself(server, tmp_path):
         _require_refused(tmp_path, "2 processes were started, but accelerate knows of 1.*cpu=True")
 
 
-def test_processes_of_a_divided_model_are_refused(server, tmp_path):
-    environment = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-    assert server.run(tmp_path, processes=2, environment=environment) == [1, 1]
-    _require_refused(tmp_path, "launched for FSDP.*torchrun")
-
-
 def _require_refused(out, text):
     error = (out / "error-0.txt").read_text()
     assert re.match(f"QakdError: .*{text}", error), error
