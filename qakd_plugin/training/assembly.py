@@ -24,6 +24,7 @@ from .checkpoint import CheckpointStore
 from .config import Data, Settings
 from .curvature import refreshes
 from .deployed_view import DeployedView, evaluated
+from .distributed.launch import require_batch_norms_run
 from .distributed.processes import Processes
 from .distributed.sharding import WholeEma, WholeNetwork, WholeOptimizer, require_divisible
 from .distributed.shards import smallest_batch
@@ -109,6 +110,9 @@ def assembled(
         QakdError: processes disagree, or the first batch shows that training cannot begin.
     """
     _require_agreement(processes, data, store, checkpoint_every)
+    require_batch_norms_run("prepared_model", lesson.model, processes.device, processes.count)
+    if lesson.teacher_learns:
+        require_batch_norms_run("teacher", lesson.teacher, processes.device, processes.count)
     if processes.divide:
         _require_divisible(lesson, data)
     computing = partial(autocast, settings.mixed_precision, processes.device)

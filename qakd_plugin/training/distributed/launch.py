@@ -108,6 +108,16 @@ def require_whole(name: str, network: nn.Module | None) -> None:
         )
 
 
+def require_batch_norms_run(name: str, network: nn.Module | None, device: torch.device, count: int) -> None:
+    """Raise QakdError for a SyncBatchNorm in several processes on CPUs, for which torch has none."""
+    found = [] if network is None else [layer for layer, m in network.named_modules() if isinstance(m, nn.SyncBatchNorm)]
+    if found and count > 1 and device.type == "cpu":
+        raise QakdError(
+            f"{name}: {found[0]} is a SyncBatchNorm, which several processes cannot train on CPUs. Train in one process or on "
+            "GPUs, or put nn.BatchNorm2d with its state_dict in its place before preparing."
+        )
+
+
 def _refuse(kind: str) -> NoReturn:
     raise QakdError(
         f"distill was launched for {kind}, which divides the model in a way of its own. Launch with torchrun or accelerate "
