@@ -145,8 +145,8 @@ def distill(
         val_loader: held-out batches that pick the best epoch, by accuracy where they have labels, else by agreement with the
             teacher. The prepared model is counted first, and kept where no epoch is as good; a warning says so. Without them
             the last epoch is kept; but the prepared model, with a warning, where ``lr`` is not given and a student that learns
-            from its teacher alone ends farther from it, in eval mode, on up to 32 training batches (not of a stream). Never the
-            split that is reported.
+            from its teacher alone ends at more than 75 % of its first distance to it, in eval mode, on up to 32 training
+            batches (not of a stream). Never the split that is reported.
         augment: callable on a batch of images in [0, 1]; both networks see what it returns. Or ``CMISelector(...)``, which
             ranks augmentations with the teacher before training, and trains with the best.
         input_stats: (mean, std) per channel when the loader yields normalised images, so that ``augment`` sees [0, 1].

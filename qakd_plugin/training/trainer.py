@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from .._common.console import Progress
-from .._common.history import START, Picking, below_start, kept_of, start_of
+from .._common.history import NEARER, START, Picking, below_start, kept_of, start_of
 from .._common.precision import wide
 from ..augment.selector import Augmentation
 from ..toolkits import Adapter
@@ -66,8 +66,8 @@ class Trainer:
         settings: numbers of the run.
         checkpoint_every: also after so many optimizer steps; None for epochs only.
         callbacks: objects; their methods ``on_step_end(step, losses)`` and ``on_epoch_end(row)`` are called where they exist.
-        own_rate: whether the rate was left to the run, which then answers for it: it returns nothing that is farther from the
-            teacher than the start was.
+        own_rate: whether the rate was left to the run, which then answers for it: it returns nothing that is not clearly nearer
+            the teacher than the start was.
         gradient_norm: of the last step, before clipping.
     """
 
@@ -272,7 +272,7 @@ class Trainer:
         return self.state.position.epoch - max(self.state.best.epoch + 1, last) >= self.settings.patience
 
     def _kept(self) -> dict[str, Any]:
-        """The best weights, of an epoch or the start; nothing held out: the last, unless the start is nearer the teacher."""
+        """The best weights, of an epoch or the start; nothing held out: the last, where it is clearly nearer the teacher."""
         if self.state.best.state is not None:
             return self.state.best.state if self.start.weights is None else self.start.weights
         with self.view.shown():
@@ -284,7 +284,7 @@ class Trainer:
             load_gathered(self.networks.model, self.start.weights)
             before = self._distance()
         assert before is not None
-        if after <= before:
+        if after <= NEARER * before:
             return last
         self.state.history[-1] |= {"eval_loss": after, "start_eval_loss": before}  # which says what was kept
         self.state.save_history()
