@@ -29,6 +29,7 @@ from .config import Resume, Settings
 from .deployed_view import DeployedView, evaluated
 from .distributed.observers import joint_ranges
 from .distributed.processes import Processes
+from .distributed.sharding import load_gathered
 from .divergence import Moment, require_finite_gradient, require_finite_losses
 from .ema import Ema
 from .methods import Phase
@@ -280,7 +281,7 @@ class Trainer:
         if self.start.weights is None or after is None:
             return last
         with evaluated(self.adapter, self.networks.model):
-            self.networks.model.load_state_dict(self.start.weights)
+            load_gathered(self.networks.model, self.start.weights)
             before = self._distance()
         assert before is not None
         if after <= NEARER * before:
@@ -310,7 +311,7 @@ class Trainer:
         # First, because the state of some toolkits' quantizers says whether their ranges are frozen: freezing remembers which
         # were free, for whoever goes on training.
         self.adapter.freeze_ranges(model, True)
-        model.load_state_dict(kept)
+        load_gathered(model, kept)
         self.adapter.set_mode(model, False)
         if self.teacher is not None:
             self.teacher.called.eval()
