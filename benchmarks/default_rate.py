@@ -41,6 +41,7 @@ IMAGES, TEACHER_EPOCHS, BATCH = 320, 16, 32
 EPOCHS: int = inspect.signature(qakd.distill).parameters["epochs"].default
 CPU = torch.device("cpu")
 COUNTED = ("agreement", "accuracy")
+PLACES = ("training", "held_out")
 
 
 def _torchvision(name: str, **options: Any) -> nn.Module:
@@ -104,6 +105,21 @@ class _Last:
         self.numbers = self._count(model)
 
 
+def _distances(student: nn.Module, teacher: nn.Module, samples: dict[str, Tensor]) -> dict[str, float]:
+    """Mean KL divergence of the student's predictions from its teacher's, by where the images are from."""
+    student = copy.deepcopy(student)
+    adapter = adapter_for(student)
+    adapter.set_mode(student, False)
+    adapter.freeze_ranges(student, True)
+    found = {}
+    with torch.no_grad():
+        for where, images in samples.items():
+            pairs = [[network(batch).log_softmax(1) for network in (student, teacher)] for batch in images.split(BATCH)]
+            ours, theirs = (torch.cat(part) for part in zip(*pairs, strict=True))
+            found[f"distance_{where}"] = float((theirs.exp() * (theirs - ours)).sum(1).mean())
+    return found
+
+
 def run(name: str, bits: int, lr: float | None) -> dict[str, Any]:
     """One cell."""
     began = time.perf_counter()
@@ -113,7 +129,11 @@ def run(name: str, bits: int, lr: float | None) -> dict[str, Any]:
     update_bn(_loader(train[0]), teacher)  # statistics of its last weights: a short training leaves older ones
     student = qakd.prepare(teacher, list(train[0].split(BATCH)), weight_bits=bits, activation_bits=bits)
     rate = with_rate(qakd.Settings(lr=lr), adapter_for(student), student).lr
-    count = partial(qakd.evaluate, teacher=teacher, loader=_loader(*held_out), batch_fn=qakd.default_batch, device=CPU)
+
+    def count(network: nn.Module) -> dict[str, float]:
+        counted = qakd.evaluate(network, teacher, _loader(*held_out), qakd.default_batch, CPU)
+        return {**counted, **_distances(network, teacher.eval(), dict(zip(PLACES, (train[0], held_out[0]), strict=True)))}
+
     numbers = {"start": count(copy.deepcopy(student))}
     last = _Last(student, count)
     given = {} if lr is None else {"lr": lr}
@@ -127,6 +147,7 @@ def run(name: str, bits: int, lr: float | None) -> dict[str, Any]:
         "teacher_accuracy": numbers["start"]["val_teacher_accuracy"],
         "kept_epoch": result.metrics["epoch"],
         **{f"{when}_{what}": found[f"val_{what}"] for when, found in numbers.items() for what in COUNTED},
+        **{f"{when}_{what}": found[what] for when, found in numbers.items() for what in found if what.startswith("distance")},
         "seconds": time.perf_counter() - began,
     }
 
@@ -134,12 +155,18 @@ def run(name: str, bits: int, lr: float | None) -> dict[str, Any]:
 def make_table(rows: list[dict[str, Any]]) -> str:
     """What a call with all defaults ends with, network by network."""
     return page_tables.markdown(
-        ["network, W8A8", "teacher's accuracy, %", *(f"{what}, %: start, last epoch, returned" for what in COUNTED)],
+        [
+            "network, W8A8",
+            "teacher's accuracy, %",
+            *(f"{what}, %: start, last epoch, returned" for what in COUNTED),
+            "last epoch's distance over the start's: training images, held-out",
+        ],
         [
             [
                 row["network"],
                 f"{100 * row['teacher_accuracy']:.1f}",
                 *(", ".join(f"{100 * row[f'{when}_{what}']:.1f}" for when in ("start", "last", "kept")) for what in COUNTED),
+                ", ".join(f"{row[f'last_distance_{where}'] / row[f'start_distance_{where}']:.2f}" for where in PLACES),
             ]
             for row in rows
             if row["default"] and row["bits"] == 8

@@ -129,6 +129,7 @@ def prepare_as(
         raise QakdError("calibration_batches is empty: ranges need at least one batch, and are better with several.")
     if recurrent := [name for name, module in model.named_modules() if isinstance(module, nn.RNNBase | nn.RNNCellBase)]:
         _log.warning("%s: recurrent layers stay in floating point.", ", ".join(recurrent))
+    _warn_of_sync_batch_norms(adapter, model)
     network = open_attention(model)
     added = _added(model)
     with _added_named(adapter, added), _uncomputable_named(model, batches, calibration_batches):
@@ -200,6 +201,26 @@ def _parse_request(
         edges=edges,
         before_activations=target != "openvino",
     )
+
+
+def _warn_of_sync_batch_norms(adapter: Adapter, model: nn.Module) -> None:
+    """Of those that will not synchronize: toolkits that fold BatchNorm know none, or leave it where it is."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.SyncBatchNorm)]
+    if names and adapter.name in _NOT_SYNCHRONIZED:
+        _log.warning(
+            "%s: with toolkit=%r SyncBatchNorm %s. Use toolkit='modelopt', which keeps it, or put nn.BatchNorm2d with its "
+            "state_dict in its place.",
+            ", ".join(names),
+            adapter.name,
+            _NOT_SYNCHRONIZED[adapter.name],
+        )
+
+
+_NOT_SYNCHRONIZED = {
+    "pt2e": "normalizes with the samples of each process, as BatchNorm does",
+    "torch_ao": "is not folded into the layer before it, and tensors around it are quantized",
+    "torch_ao_eager": "is not folded into the layer before it, and tensors around it are quantized",
+}
 
 
 def _require_float(model: nn.Module) -> None:

@@ -155,9 +155,13 @@ class Batches:
         return state if self._stream is None else state | {"stream": self._stream.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back to where a checkpoint was written."""
-        self._epoch_start = state["epoch_start"][self._processes.index]
-        restore_random_state(state["now"][self._processes.index], self.generators)
+        """Go back to where a checkpoint was written. Processes that were not there then go on with draws of their own."""
+        index = self._processes.index
+        if index < len(state["now"]):
+            self._epoch_start = state["epoch_start"][index]
+            restore_random_state(state["now"][index], self.generators)
+        else:
+            self._epoch_start = random_state(self.generators)
         if self._stream is not None:
             self._stream.load_state_dict(state["stream"])
 
