@@ -43,7 +43,7 @@ def export(
     """
     check_outputs([out], [recipe, weights], force=force)
     if weights is not None and not weights.is_file():
-        raise QakdError(f"--weights: {weights} does not exist.")
+        raise QakdError(f"--weights: {weights} does not exist. Check the path.")
     found = read_recipe(recipe, "export")
     arguments = found.arguments("prepared_model", "example_inputs")
     from ..deploy.export import export_onnx
@@ -228,7 +228,7 @@ def _first_inputs(recipe: Recipe, network: nn.Module) -> Any:
 
     batch = next(iter(recipe.values["loader"]), None)
     if batch is None:
-        raise QakdError(f"{recipe.source} has a loader that is empty: parity is checked on real samples.")
+        raise QakdError(f"{recipe.source} has a loader that is empty: parity is checked on real samples. Check its data set.")
     return batch_splitter(recipe.values.get("batch_fn", default_batch), network)(batch)[0]
 
 

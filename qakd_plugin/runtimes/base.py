@@ -24,6 +24,13 @@ DYNAMIC_INT8 = "dynamic int8"
 from each call's numbers. Nothing of that was trained or proven."""
 
 
+OTHER_INPUTS = "Pass inputs as it was exported for, or export it for these."
+"""What to do where a file or module fails on a batch."""
+
+EXPORT_AGAIN = "Export it again."
+"""What to do with a file that cannot be loaded."""
+
+
 @dataclass(frozen=True)
 class Input:
     """What a runner takes under one name.
