@@ -229,5 +229,5 @@ def test_codes_that_something_else_reads_are_left_alone(tmp_path):
 def test_a_file_without_quantized_activations_is_named(tmp_path):
     graph = QdqGraph(("batch", 8, 8, 8))
     path = graph.save(tmp_path / "s.onnx", graph.conv("input", "conv", (8, 8)), rank=4)
-    with pytest.raises(ExportError, match=r"s\.onnx: nothing in it can be changed: no quantized activation"):
+    with pytest.raises(ExportError, match=r"s\.onnx holds no quantized activation: there is nothing to tune"):
         tune_for_host(path, tmp_path / "t.onnx")

@@ -176,10 +176,8 @@ def tune_for_host(
         search = Search(model, variants, (), calls, minimum_gain, exact)
         nothing = not (search.eligible or search.blockable or search.grids)
     if nothing:
-        raise ExportError(
-            f"{source}: nothing in it can be changed: no quantized activation"
-            + (", or with exact=True no convolution of unsigned codes, without groups." if exact else ".")
-        )
+        what = "convolution of unsigned codes without groups, which exact=True looks for" if exact else "quantized activation"
+        raise ExportError(f"{source} holds no {what}: there is nothing to tune. Deploy it as it is.")
     search.batches = _batches(expected, samples, batch)
     best = search.best()
     plain_ms, tuned_ms = search.compare(best or search.closest)
