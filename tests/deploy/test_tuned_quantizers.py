@@ -187,6 +187,7 @@ def test_layers_that_cost_more_in_floating_point_are_not_tried(exported, monkeyp
 def test_a_file_is_tuned_and_says_so(exported, tmp_path, monkeypatch):
     _, path, runtime, images = exported
     monkeypatch.setattr(search, "ROUNDS", 1)
+    monkeypatch.setattr(search, "PARTS", 2)
     out = tmp_path / "t.onnx"
     tuning = tune_for_host(path, out, samples=images.numpy(), calls=2, minimum_gain=-100.0)
     assert (tuning.path, tuning.runtime) == (out, runtime)
