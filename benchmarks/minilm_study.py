@@ -47,7 +47,6 @@ from torch import Tensor, nn
 from qakd_plugin import SQAKD, Cosine, distill, export_float, export_onnx, prepare
 from qakd_plugin._common.files import write_atomic
 from qakd_plugin.bench import Candidate, benchmark
-from qakd_plugin.runtimes.base import DYNAMIC_INT8
 from qakd_plugin.runtimes.host import environment, is_busy
 
 RESULTS = page_tables.RESULTS / "minilm_study.json"
@@ -342,14 +341,16 @@ def make_latency_table(document: dict[str, Any]) -> str:
     lines = [
         [
             row["method"],
-            names[row["runtime"]] + (", activations rounded by the runtime" if row["arithmetic"] == DYNAMIC_INT8 else ""),
+            f"{names[row['runtime']]}, {row['arithmetic']}",
             f"{row['cpu_ms']:.2f}",
             f"{fp32[row['runtime']] / row['cpu_ms']:.2f}",
             f"{found['mib'][row['method']]:.1f}",
         ]
         for row in found["rows"]
     ]
-    return page_tables.markdown(["file", "runtime", "processor time, ms", "times as fast as FP32", "file, MiB"], lines)
+    return page_tables.markdown(
+        ["file", "runtime, arithmetic", "processor time, ms", "times as fast as FP32", "file, MiB"], lines
+    )
 
 
 def _fp32(found: dict[str, Any]) -> dict[str, float]:

@@ -225,3 +225,15 @@ def test_an_encoder_is_quantized_and_learns_from_vectors_alone(corpus, monkeypat
     assert found["calibrated_spearman"] > 0.5
     row = {"kind": kind, "lr": cell.lr, "seeds": [0], "runs": [found]}
     assert f"| {found['spearman']:.4f} |" in minilm_study.make_table({"rows": [row]})
+
+
+def test_speed_is_over_fp32_of_the_same_runtime():
+    rows = [("FP32", "onnxruntime", "float32", 6.0), ("FP32", "openvino", "bfloat16", 1.0), ("FP32", "openvino", "float32", 4.0),
+            ("W8A8", "onnxruntime", "int8", 2.0), ("W8A8", "openvino", "int8", 2.5)]  # fmt: skip
+    names = ("method", "runtime", "arithmetic", "cpu_ms")
+    found = {"rows": [dict(zip(names, row, strict=True)) for row in rows], "mib": {"FP32": 80.0, "W8A8": 20.0}}
+    document = {"rows": [], "latency": found}
+    last = minilm_study.make_latency_table(document).splitlines()[-2:]
+    assert last[0].startswith("| W8A8 | ONNX Runtime, int8 | 2.00 | 3.00 | 20.0")
+    assert last[1].startswith("| W8A8 | OpenVINO, int8 | 2.50 | 1.60 | 20.0")
+    assert [line.rsplit(" ", 1)[1] for line in minilm_study.verdicts(document)] == ["met", "MISSED"]
