@@ -334,7 +334,9 @@ def make_table(document: dict[str, Any]) -> str:
 
 
 def make_latency_table(document: dict[str, Any]) -> str:
-    """Markdown: median processor time of a call, and over FP32 in the same runtime."""
+    """Markdown: median processor time of a call, and over FP32 in the same runtime; a line that says so where none is known."""
+    if "latency" not in document:
+        return "Latency and size are not measured yet: `python benchmarks/minilm_study.py --stage latency`."
     found = document["latency"]
     fp32 = _fp32(found)
     names = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
@@ -407,9 +409,7 @@ def main() -> None:
     }
     if measured.is_file():
         document["latency"] = json.loads(measured.read_text())
-    tables = {"minilm_study": make_table(document)} if rows else {}
-    if "latency" in document:
-        tables["minilm_latency"] = make_latency_table(document)
+    tables = {"minilm_study": make_table(document), "minilm_latency": make_latency_table(document)}
     print(*tables.values(), *verdicts(document), sep="\n\n")
     if options.out:
         write_atomic(options.out, json.dumps(document, indent=1) + "\n")
