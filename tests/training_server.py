@@ -212,8 +212,12 @@ class Trainings:
         """One run, as ``order`` says; gives what is compared."""
         teacher = copy.deepcopy(self.teachers[order.get("norm", True)]).to(_kind(order))
         student = self.student(order["toolkit"], order["quantizers"], order.get("norm", True)).to(_kind(order))
+        if order.get("listed"):  # as transformers keep their blocks
+            for net in (student, teacher):
+                net.listed = nn.ModuleList([net.conv1, net.conv2])
         torch.manual_seed(int(time.time()))  # nothing may depend on what was drawn before
-        held_out = DataLoader(TensorDataset(self.images[1500:1601].to(_kind(order)), self.labels[1500:1601]), 32)
+        end = 1500 + order.get("held_out", 101)
+        held_out = DataLoader(TensorDataset(self.images[1500:end].to(_kind(order)), self.labels[1500:end]), 32)
 
         def augment(images):
             deaths.reach("augment")
@@ -225,7 +229,7 @@ class Trainings:
         result = distill(
             student, teacher, self.loader(order, order["processes"]), method=METHODS[order["method"]], epochs=EPOCHS, seed=3,
             val_loader=held_out, augment=selector if order.get("augment") == "CMI" else augment,
-            checkpoint_dir=order.get("folder"), resume=bool(order.get("folder")),
+            checkpoint_dir=order.get("folder"), resume=order.get("resume", bool(order.get("folder"))),
             checkpoint_every=EVERY if order.get("folder") else None, callbacks=[deaths], trackers=(), lr=order.get("lr", 1e-2),
             **order.get("options", {}),
         )  # fmt: skip

@@ -155,9 +155,13 @@ class Batches:
         return state if self._stream is None else state | {"stream": self._stream.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back to where a checkpoint was written."""
-        self._epoch_start = state["epoch_start"][self._processes.index]
-        restore_random_state(state["now"][self._processes.index], self.generators)
+        """Go back to where a checkpoint was written. Processes that were not there then go on with draws of their own."""
+        index = self._processes.index
+        if index < len(state["now"]):
+            self._epoch_start = state["epoch_start"][index]
+            restore_random_state(state["now"][index], self.generators)
+        else:
+            self._epoch_start = random_state(self.generators)
         if self._stream is not None:
             self._stream.load_state_dict(state["stream"])
 
@@ -182,7 +186,9 @@ class Batches:
     def _group(self, batches: Iterator[tuple[Any, bool]], size: int, left: int, labels: bool) -> list[Batch]:
         drawn = list(islice(batches, size))
         if len(drawn) < min(size, left) and self._processes.count > 1:
-            raise QakdError(f"loader: it ended {left - len(drawn)} batches before its length ({len(self)}) said.")
+            raise QakdError(
+                f"loader: it ended {left - len(drawn)} batches before its length ({len(self)}) said. Correct its __len__."
+            )
         group = [self._ready(batch, counts, labels) for batch, counts in drawn]
         group = [self.looked_up(batch) for batch in group]
         weights = [float(batch.weight) for batch in group]

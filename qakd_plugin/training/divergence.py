@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import TrainingError
 from ..tasks.inputs import Inputs, call, named_tensors
+from .distributed.sharding import is_divided
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ def require_finite_input(inputs: Inputs, batch: int) -> None:
 @torch.no_grad()
 def blame(model: nn.Module, inputs: Inputs) -> str:
     """One sentence: the first module whose output is not finite for ``inputs`` although its own input is."""
+    if is_divided(model):  # a process that calls it alone would wait for the others
+        return "The network is divided among processes: train it in one, for the name of the layer where it begins."
     found: list[tuple[str, nn.Module]] = []
 
     def hook(name: str) -> Any:

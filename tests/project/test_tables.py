@@ -80,7 +80,9 @@ def test_the_table_of_calibration_is_made_from_the_committed_figures():
 
 def test_the_zoo_is_made_from_the_committed_cells():
     zoo = import_module("zoo")
-    assert page_tables.read_table("zoo") == zoo.make_table(json.loads(zoo.RESULTS.read_text())["cells"])
+    cells = json.loads(zoo.RESULTS.read_text())["cells"]
+    assert page_tables.read_table("zoo") == zoo.make_table(cells)
+    assert page_tables.read_table("zoo-summary") == zoo.make_summary(cells)
 
 
 def test_a_table_without_markers_is_refused_and_the_file_is_left_alone(tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Protocol
 
@@ -114,11 +114,17 @@ def shared(loader: Iterable[Any], processes: Processes) -> Shares:
     return Shards(loader, processes)
 
 
-def held_out(loader: Iterable[Any], processes: Processes) -> Iterable[Any]:
-    """Batches that this process evaluates, as often as it is asked: a share of them where each process gets one, else all."""
+def held_out(loader: Iterable[Any], processes: Processes, borrowed: Callable[[Any], None]) -> Iterable[Any]:
+    """Batches that this process evaluates, as often as it is asked: a share of them where each process gets one, else all.
+
+    Args:
+        loader: as the user passed it.
+        processes: of this run.
+        borrowed: is given, in its turn, a batch that does not count, where all processes call their networks equally often.
+    """
     length = length_of(loader)
     divided = length is not None and length >= processes.count
-    return _Counting(shared(loader, processes) if divided else Whole(loader), processes)
+    return _Counting(shared(loader, processes) if divided else Whole(loader), processes, borrowed)
 
 
 def smallest_batch(loader: Iterable[Any], processes: Processes) -> int | None:
@@ -145,11 +151,15 @@ def smallest_batch(loader: Iterable[Any], processes: Processes) -> int | None:
 class _Counting:
     """The batches that count; at their end processes agree, before metrics wait for each other."""
 
-    def __init__(self, shares: Shares, processes: Processes) -> None:
-        self._shares, self._processes = shares, processes
+    def __init__(self, shares: Shares, processes: Processes, borrowed: Callable[[Any], None]) -> None:
+        self._shares, self._processes, self._borrowed = shares, processes, borrowed
 
     def __iter__(self) -> Iterator[Any]:
-        yield from (batch for batch, counts in self._shares if counts)
+        for batch, counts in self._shares:
+            if counts:
+                yield batch
+            elif self._processes.divide:
+                self._borrowed(batch)
         self._processes.agree()
 
 
