@@ -187,7 +187,7 @@ def _require_agreement(processes: Processes, data: Data, store: CheckpointStore 
     elif processes.count > 1 and isinstance(data.loader, DataLoader) and not isinstance(data.loader.dataset, IterableDataset):
         raise QakdError(
             f"steps_per_epoch: each of the {processes.count} processes would read the whole data set. Leave it out: a "
-            "DataLoader over a map-style data set is shared out among the processes. Streams are read by each process for itself."
+            "DataLoader over a map-style data set is shared out among the processes. A stream is read by each for itself."
         )
     processes.require_equal("steps_per_epoch", data.steps_per_epoch)
     where = None if store is None else str(store.folder)

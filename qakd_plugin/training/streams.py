@@ -154,8 +154,8 @@ def _require_plain(told: Any) -> None:
     except Exception as problem:  # picklers raise many kinds on foreign objects; all mean the same here
         kinds = ", ".join(sorted({type(part).__name__ for part in _parts(told)}))
         raise CheckpointError(
-            "loader: its state_dict() returns more than tensors, numbers, text, lists and dicts, so no checkpoint with it could be "
-            f"read; it holds {kinds}. Return plain data, or leave state_dict out: then batches are read again and dropped."
+            "loader: its state_dict() returns more than tensors, numbers, text, lists and dicts, so no checkpoint with it "
+            f"could be read; it holds {kinds}. Return plain data, or leave state_dict out: then batches are read again."
         ) from problem
 
 
