@@ -190,7 +190,9 @@ class Batches:
     def _group(self, batches: Iterator[tuple[Any, bool]], size: int, left: int, labels: bool) -> list[Batch]:
         drawn = list(islice(batches, size))
         if len(drawn) < min(size, left) and self._processes.count > 1:
-            raise QakdError(f"loader: it ended {left - len(drawn)} batches before its length ({len(self)}) said.")
+            raise QakdError(
+                f"loader: it ended {left - len(drawn)} batches before its length ({len(self)}) said. Correct its __len__."
+            )
         group = [self._ready(batch, counts, labels) for batch, counts in drawn]
         group = [self.looked_up(batch) for batch in group]
         weights = [float(batch.weight) for batch in group]

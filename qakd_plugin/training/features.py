@@ -127,7 +127,7 @@ def _layer(network: nn.Module, name: str, whose: str) -> nn.Module:
         return network.get_submodule(name)
     except AttributeError as error:
         some = [found for found, module in network.named_modules() if found and "weight" in module._parameters]
-        raise QakdError(f"Features: {whose} has no layer {name!r}; its layers are, e.g., {some[:4]}.") from error
+        raise QakdError(f"Features: {whose} has no layer {name!r}; name one of its layers, e.g., {some[:4]}.") from error
 
 
 def _student_layer(adapter: Adapter, student: nn.Module, name: str) -> nn.Module:
@@ -147,7 +147,7 @@ def _quantizer(adapter: Adapter, student: nn.Module, name: str) -> Quantizer:
                 raise QakdError(f"Features: {quantizer.fqn} has a scale per channel; through_quantizer needs one per tensor.")
             return quantizer
     some = sorted({layer for quantizer in activations for layer in quantizer.layers})
-    raise QakdError(f"Features: no activation quantizer is read by {name!r}; layers with one are, e.g., {some[:4]}.")
+    raise QakdError(f"Features: no activation quantizer is read by {name!r}; name a layer with one, e.g., {some[:4]}.")
 
 
 def _keep_input(found: dict[str, Tensor], name: str) -> Any:

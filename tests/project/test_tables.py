@@ -38,8 +38,9 @@ def test_the_tables_of_all_toolkits_are_made_from_the_committed_figures():
 
 def test_the_page_of_the_evidence_and_its_figure_are_made_from_the_committed_figures():
     document, study = committed("evidence"), committed("augmentation_study")
+    fashion = evidence_page.fashion_study.committed()
     page = evidence_page.DOCS / evidence_page.PAGE
-    for name, table in evidence_page.page_tables_of(document, study).items():
+    for name, table in evidence_page.page_tables_of(document, study, fashion).items():
         assert page_tables.read_table(name, page) == table, name
     shown = places_of(page.with_name(evidence_page.FIGURE).read_text())
     again = places_of(evidence_figure.draw(document))
@@ -47,6 +48,11 @@ def test_the_page_of_the_evidence_and_its_figure_are_made_from_the_committed_fig
     assert shown.keys() == again.keys()
     for name, places in shown.items():
         np.testing.assert_allclose(places, again[name], atol=0.01, err_msg=name)
+
+
+def test_the_table_of_what_to_choose_is_made_from_the_committed_figures():
+    table = evidence_page.tables.make_choice_table(committed("evidence"))
+    assert page_tables.read_table("evidence_choice", evidence_page.CHOICE) == table
 
 
 def test_the_table_of_the_default_rate_is_made_from_the_committed_figures():
@@ -61,7 +67,9 @@ def test_the_table_of_calibration_is_made_from_the_committed_figures():
 
 def test_the_zoo_is_made_from_the_committed_cells():
     zoo = import_module("zoo")
-    assert page_tables.read_table("zoo") == zoo.make_table(json.loads(zoo.RESULTS.read_text())["cells"])
+    cells = json.loads(zoo.RESULTS.read_text())["cells"]
+    assert page_tables.read_table("zoo") == zoo.make_table(cells)
+    assert page_tables.read_table("zoo-summary") == zoo.make_summary(cells)
 
 
 def test_a_table_without_markers_is_refused_and_the_file_is_left_alone(tmp_path):
