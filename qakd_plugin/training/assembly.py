@@ -36,6 +36,7 @@ from .preflight import (
     check_counted,
     check_exportable,
     check_first_batch,
+    check_ranges,
     check_smallest_batch,
     check_taught,
     classes_learned,
@@ -233,6 +234,7 @@ def _check_first_batch(
             adapter.set_mode(model, True)  # with the ranges frozen still
             with computing():
                 check_smallest_batch(model, inputs, smallest_batch(data.loader, processes))
+                check_ranges(adapter, model, inputs)
     return () if taught is None else _compared(lesson.phases, taught, inputs)
 
 
