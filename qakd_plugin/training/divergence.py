@@ -125,7 +125,8 @@ def misfit(adapter: Adapter, model: nn.Module, inputs: Inputs) -> str | None:
         return None
     return (
         f"{worst}: in training what it quantizes is {found[worst]:.0f} times its calibrated range, because the running "
-        "statistics of BatchNorms do not fit the data. Let the float model see some batches in training mode, then prepare it again."
+        "statistics of BatchNorms do not fit the data. Let the float model see some batches in training mode, then prepare it "
+        "again."
     )
 
 
