@@ -61,7 +61,7 @@ def fake_quantize(
 
 
 _Numbers = tuple[float, float, float, float, bool, float]
-"""Arguments of :func:`fake_quantize` that are no tensors, in its order, without ``delta``: a compiler takes no class of ours."""
+"""Arguments of :func:`fake_quantize` that are no tensors, in its order, without ``delta``: no class, for a compiler."""
 
 
 class _FakeQuantize(torch.autograd.Function):
