@@ -9,6 +9,9 @@ _OF_A_WORKER = re.compile(r"\ACaught \w+ in DataLoader worker process \d+\..*\n[
 
 _LINE_BREAK = re.compile(r"\s*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*")
 
+KEEP_FLOAT = "Prepare the model with this layer in floating point (keep=...)."
+"""What to do about a layer that cannot be written, or not proven."""
+
 
 class QakdError(Exception):
     """Base class: the message says what was wrong, where, and what to do.

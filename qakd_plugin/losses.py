@@ -222,7 +222,8 @@ def _check_probabilities(labels: Tensor, dim: int) -> None:
 def _class_dim(logits: Tensor, dim: int) -> int:
     if not -logits.ndim <= dim < logits.ndim or dim % logits.ndim == 0:
         raise ArgumentError(
-            f"dim={dim} is no dimension of logits {tuple(logits.shape)} other than the batch, which comes first."
+            f"dim={dim} is no dimension of logits {tuple(logits.shape)} other than the batch, which comes first: "
+            "name that of the classes."
         )
     return dim % logits.ndim
 

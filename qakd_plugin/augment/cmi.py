@@ -117,7 +117,7 @@ class CmiStatistics:
     def figures(self) -> Figures:
         """Over all images so far."""
         if self.num_samples == 0:
-            raise QakdError("no image has been scored: the data are empty.")
+            raise QakdError("data is empty: no image has been scored. Pass batches of images.")
         return self.sums.figures()
 
     def without_each_block(self) -> list[Figures]:

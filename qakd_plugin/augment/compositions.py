@@ -113,7 +113,7 @@ class Search:
             raise QakdError(f"Search: magnitudes={self.magnitudes} must be numbers from 0 to 1.")
         possible = math.comb(len(OPERATIONS), 2) * len(set(self.magnitudes)) ** 2
         if self.budget > possible:
-            raise QakdError(f"Search: budget={self.budget} is more than the {possible} compositions there are.")
+            raise QakdError(f"Search: budget={self.budget} is more than the {possible} compositions there are. Lower it.")
 
     def candidates(self, seed: int) -> tuple[Candidate, ...]:
         """So many different compositions, the same for equal seeds."""

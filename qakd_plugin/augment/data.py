@@ -227,7 +227,7 @@ def _rechunked(batches: Iterable[tuple[Tensor, Any]]) -> Iterator[tuple[Tensor, 
 
 def _joined(batches: Sequence[tuple[Tensor, Any]]) -> tuple[Tensor, Tensor | None]:
     if not batches:
-        raise QakdError("data is empty: it holds no batch.")
+        raise QakdError("data is empty: it holds no batch. Pass batches of images.")
     images, labels = zip(*batches, strict=True)
     return torch.cat(images), torch.cat(labels) if all(isinstance(label, Tensor) for label in labels) else None
 

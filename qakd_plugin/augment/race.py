@@ -94,7 +94,7 @@ class Race:
                 if len(running) == 1:
                     break
         if not seen:
-            raise QakdError("data is empty: no image could be scored.")
+            raise QakdError("data is empty: no image could be scored. Pass batches of images.")
         if seen < self.classes:
             _log.warning(
                 "Augmentations were scored on %d images of %d classes: centroids of fewer than one image per class say little. "
@@ -186,7 +186,7 @@ class Race:
     def _checked_one_hot(self, labels: Tensor) -> Tensor:
         if not labels.is_floating_point() and not ((labels >= 0) & (labels < self.classes)).all():
             wrong = labels[(labels < 0) | (labels >= self.classes)][0]
-            raise QakdError(f"label {int(wrong)} is out of range: the teacher knows classes 0..{self.classes - 1}.")
+            raise QakdError(f"label {int(wrong)} is out of range: it must lie in the teacher's classes, 0..{self.classes - 1}.")
         return one_hot(labels, self.classes)
 
     def _count(self, entrant: Entrant, logits: Tensor, targets: Tensor) -> None:

@@ -131,7 +131,7 @@ def rank_augmentations(
     positive_whole("max_samples", max_samples, none=True)
     if search is not None and isinstance(data, Iterator):
         raise QakdError(
-            "search reads the data twice, but data is an iterator: pass a Dataset, a DataLoader or a list of batches."
+            "search= reads the data twice, but data is an iterator: pass a Dataset, a DataLoader or a list of batches."
         )
     found = resolve_candidates(candidates)
     composed = () if search is None else search.candidates(seed)

@@ -176,7 +176,7 @@ class SelectedAugmentation:
         if self.chosen is not None and (epoch == 0 or every is None or epoch % every):
             return
         if teacher is None:
-            raise QakdError("CMISelector ranks augmentations with the teacher: pass one, or another augment.")
+            raise QakdError("augment=CMISelector() ranks augmentations with the teacher: pass one, or another augment.")
         labels = self.selector.labels
         if labels == "auto":
             labels = "dataset" if needs_labels else "teacher"

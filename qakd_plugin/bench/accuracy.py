@@ -172,7 +172,9 @@ class Agreement:
             return {main_output(outputs, self.name): self.reference}
         for name in self.reference:
             if name not in outputs:
-                raise QakdError(f"reference: {self.name} has no output {name!r}; it outputs {listed(outputs)}.")
+                raise QakdError(
+                    f"reference: {self.name} has no output {name!r}; it outputs {listed(outputs)}. Name one of them."
+                )
             if outputs[name].dtype.kind != "f":
                 raise QakdError(f"reference: output {name!r} of {self.name} holds {outputs[name].dtype}: leave it out.")
         return self.reference

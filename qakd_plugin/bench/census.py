@@ -63,7 +63,7 @@ def optimized_nodes(path: str | os.PathLike[str]) -> list[onnx.NodeProto]:
         try:
             start_session(path, options)
         except Exception as error:  # the runtime's own exception types share no base class but Exception
-            raise QakdError(f"{path}: ONNX Runtime cannot optimize it: {str(error)[:300]}") from error
+            raise QakdError(f"{path}: ONNX Runtime cannot optimize it: {str(error)[:300]}. Export it again.") from error
         return list(onnx.load(optimized, load_external_data=False).graph.node)
 
 

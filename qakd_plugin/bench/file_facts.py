@@ -62,7 +62,7 @@ def input_sizes(path: Path) -> list[int | None]:
     stored = {tensor.name for tensor in graph.initializer}
     inputs = [value for value in graph.input if value.name not in stored]
     if not inputs:
-        raise QakdError(f"{path}: the graph has no input.")
+        raise QakdError(f"{path}: the graph has no input. Export it again.")
     return [dimension.dim_value or None for dimension in inputs[0].type.tensor_type.shape.dim]
 
 
@@ -123,7 +123,7 @@ def require_valid(path: Path) -> None:
     try:
         onnx.checker.check_model(os.fspath(path))
     except Exception as error:  # the checker's exceptions and protobuf's share no other base class
-        raise QakdError(f"{path}: cannot load it: it is no valid ONNX file ({str(error)[:200]}).") from error
+        raise QakdError(f"{path}: cannot load it: it is no valid ONNX file ({str(error)[:200]}). Export it again.") from error
 
 
 def record_of(path: Path) -> FileRecord | None:
@@ -192,19 +192,21 @@ def _stored_types(graph: onnx.GraphProto) -> set[str]:
 def _root(path: Path) -> ElementTree.Element:
     weights = path.with_suffix(".bin")
     if weights.exists() and not weights.is_file():
-        raise QakdError(f"{path} keeps its weights in {weights.name}, which is no file.")
+        raise QakdError(f"{path} keeps its weights in {weights.name}, which is no file. Put it there.")
     try:
         return ElementTree.fromstring(read_whole(path))
     except OSError as error:
-        raise QakdError(f"{path} cannot be read: {error.strerror}.") from error
+        raise QakdError(f"{path} cannot be read: {error.strerror}. Check the path.") from error
     except (ElementTree.ParseError, ValueError, LookupError, RecursionError) as error:  # LookupError: an unknown encoding
-        raise QakdError(f"{path}: cannot load it: it is no valid file of OpenVINO ({str(error)[:200]}).") from error
+        raise QakdError(
+            f"{path}: cannot load it: it is no valid file of OpenVINO ({str(error)[:200]}). Convert it again."
+        ) from error
 
 
 def _layers(path: Path, kind: str) -> list[ElementTree.Element]:
     found = [layer for layer in _root(path).iter("layer") if layer.get("type") == kind]
     if kind == "Parameter" and not found:
-        raise QakdError(f"{path}: the graph has no input.")
+        raise QakdError(f"{path}: the graph has no input. Export it again.")
     return found
 
 
@@ -223,7 +225,7 @@ def _load(path: Path) -> onnx.ModelProto:
     except QakdError:
         raise
     except OSError as error:
-        raise QakdError(f"{path} cannot be read: {error.strerror}.") from error
+        raise QakdError(f"{path} cannot be read: {error.strerror}. Check the path.") from error
     except Exception as error:  # protobuf and onnx-ir raise many kinds on foreign bytes; all mean the same here
         reason = "" if isinstance(error, DecodeError) else f" ({str(error)[:200]})"
-        raise QakdError(f"{path}: cannot load it: it is no valid ONNX file{reason}.") from error
+        raise QakdError(f"{path}: cannot load it: it is no valid ONNX file{reason}. Export it again.") from error

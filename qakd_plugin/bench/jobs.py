@@ -35,7 +35,7 @@ def jobs_of(candidates: Sequence[Candidate], runtimes: Sequence[str], batch_size
     jobs = []
     for candidate in candidates:
         if candidate.file is not None and not candidate.file.is_file():
-            raise QakdError(f"models: {candidate.file} does not exist.")
+            raise QakdError(f"models: {candidate.file} does not exist. Check the path.")
         if candidate.file is None and candidate.weight_bits < 32:
             raise QakdError(f"models: {candidate.label}: modules are measured in floating point. Export a quantized one.")
         wanted = [name for name in runtimes if name in candidate.runtimes and candidate.runtime in (None, name)]
@@ -49,15 +49,22 @@ def jobs_of(candidates: Sequence[Candidate], runtimes: Sequence[str], batch_size
         limits = BatchLimits(1, None) if candidate.file is None else batch_limits(candidate.file)
         for batch in batch_sizes:
             if not limits.takes(batch):
-                raise QakdError(f"batch_sizes: {candidate.label} takes batches of {limits}, {batch} was asked for.")
+                raise QakdError(
+                    f"batch_sizes: {candidate.label} takes batches of {limits}, {batch} was asked for. Leave it out."
+                )
         record = None if candidate.file is None else record_of(candidate.file)
         jobs += [
-            Job(candidate, runtime, precision, record) for runtime in wanted for precision in _precisions(candidate, runtime)
+            Job(candidate, runtime, precision, record)
+            for runtime in wanted
+            for precision in _precisions(candidate, runtime, record)
         ]
     return jobs
 
 
-def _precisions(candidate: Candidate, runtime: str) -> tuple[str, ...]:
+def _precisions(candidate: Candidate, runtime: str, record: FileRecord | None) -> tuple[str, ...]:
+    tuning = None if record is None else record.tuning
+    if tuning is not None and runtime == "openvino" and tuning.get("precision") == "bfloat16" and has_bfloat16():
+        return ("bfloat16",)  # as it was measured and proven
     weights_alone = candidate.weight_bits < 32 and candidate.activation_bits == 32
     if runtime == "onnxruntime":
         levels = accuracy_levels(candidate.existing) if weights_alone else set()

@@ -54,7 +54,10 @@ class MetricCount:
             low, high = intervals.get(name, (None, None))
             values.append(MetricValue(name, value, low, high, direction(self._metric, name)))
         if not values:
-            raise QakdError(f"{self._name}: metric: {type(self._metric).__name__} is not a finite number on this loader.")
+            raise QakdError(
+                f"{self._name}: metric: {type(self._metric).__name__} is not a finite number on this loader. Look at its "
+                "targets, or choose another metric."
+            )
         return {"metrics": tuple(values), "samples": self._counted.samples}
 
     def change(self, reference: MetricCount) -> tuple[float, float | None, float | None, float | None] | None:

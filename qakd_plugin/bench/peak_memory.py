@@ -25,6 +25,7 @@ from .loading import make_runner
 CALLS = 10
 TIMEOUT_S = 600.0
 """A runtime that has neither loaded a file nor run it ten times by then hangs."""
+_WITHOUT = "Leave this runtime out (runtimes=...)."
 
 _STATUS = Path("/proc/self/status")
 
@@ -58,11 +59,11 @@ def peak_rss_mib(
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=TIMEOUT_S)
     except OSError as error:
-        raise QakdError(f"{about}: it cannot be started: {error.strerror or error}.") from error
+        raise QakdError(f"{about}: it cannot be started: {error.strerror or error}. {_WITHOUT}") from error
     except subprocess.TimeoutExpired as error:
-        raise QakdError(f"{about}: it was not done after {TIMEOUT_S:.0f} seconds.") from error
+        raise QakdError(f"{about}: it was not done after {TIMEOUT_S:.0f} seconds. {_WITHOUT}") from error
     if done.returncode:
-        raise QakdError(f"{about}: {' '.join(done.stderr[-300:].split())}")
+        raise QakdError(f"{about}: {' '.join(done.stderr[-300:].split())}. {_WITHOUT}")
     found = re.findall(r"^([0-9.]+) MiB$", done.stdout, re.MULTILINE)  # a runtime may print lines of its own
     if len(found) != 1:
         raise QakdError(f"{about}: expected one line with its memory, got {done.stdout[-300:]!r}.")

@@ -137,7 +137,9 @@ def validate(document: Mapping[str, Any]) -> None:
     runs = len(document["runs"])
     for index, row in enumerate(document["rows"]):
         if row.get("run", 0) >= runs:
-            raise QakdError(f"report: rows/{index}/run: {row.get('run', 0)} was given, and the report has {runs} runs.")
+            raise QakdError(
+                f"report: rows/{index}/run: {row.get('run', 0)} was given, and the report has {runs} runs: name one of them."
+            )
 
 
 def _first(error: ValidationError, document: Mapping[str, Any]) -> str:

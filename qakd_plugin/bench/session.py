@@ -134,7 +134,7 @@ class Session:
         batches: Iterator[Samples] = map(reader.split, loader)
         head = list(itertools.islice(batches, 1))
         if not head:
-            raise QakdError("loader is empty: it yielded no batch.")
+            raise QakdError("loader is empty: it yielded no batch. Check the data set and drop_last.")
         batches, cut = _rejoined(head, batches), counted.metric is None
         has_labels = cut and head[0].targets is not None
         at_once = IMAGES_AT_ONCE if cut else head[0].count

@@ -56,10 +56,12 @@ def val(
     else:
         assert recipe is not None
         if any((size, mean, std)):
-            raise QakdError("--size, --mean and --std are for --data: a recipe's val_loader prepares its images itself.")
+            raise QakdError(
+                "--size, --mean and --std are for --data: a recipe's val_loader prepares its images itself. Leave them out."
+            )
         counted = counted_by(recipe)
         if "val_loader" not in counted:
-            raise QakdError(f"{recipe} has no val_loader, which qakd val counts on.")
+            raise QakdError(f"{recipe} has no val_loader, which qakd val counts on. Add one, or pass --data FOLDER.")
         loader = counted["val_loader"]
     for line in _counted(file, runtime or _runtime_of(file), threads, loader, counted):
         print(line)
@@ -193,4 +195,4 @@ def _runtime_of(file: Path) -> str:
 
 def _require_file(file: Path) -> None:
     if not file.is_file():
-        raise QakdError(f"{file} does not exist.")
+        raise QakdError(f"{file} does not exist. Check the path.")

@@ -197,11 +197,13 @@ def _load(model: nn.Module, path: Path, name: str, num_classes: int) -> None:
         data = read_whole(path)
         content = load_safetensors(data) if data[8:9] == b"{" else load_plain(data)
     except OSError as error:
-        raise QakdError(f"--weights: {path} cannot be read: {error.strerror}.") from error
+        raise QakdError(f"--weights: {path} cannot be read: {error.strerror}. Check the path.") from error
     except CheckpointError as error:
         raise QakdError(f"--weights: {path}: {error}. Save model.state_dict() with torch.save or safetensors.") from error
     except Exception as error:  # of safetensors, which has a class of its own for damaged bytes
-        raise QakdError(f"--weights: {path} is damaged, or no safetensors file ({' '.join(str(error).split())}).") from error
+        raise QakdError(
+            f"--weights: {path} is damaged, or no safetensors file ({' '.join(str(error).split())}). Save it again."
+        ) from error
     inner = content.get("state_dict") if isinstance(content, dict) else None
     state = inner if isinstance(inner, dict) else content
     if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):

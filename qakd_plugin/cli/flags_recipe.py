@@ -107,7 +107,7 @@ def recipe_of_flags(
     Below 8 bits the quantizers are LSQ's, where the toolkit quantizes activations.
     """
     if weights is not None and not weights.is_file():
-        raise QakdError(f"--weights: {weights} does not exist.")
+        raise QakdError(f"--weights: {weights} does not exist. Check the path.")
     weight_bits, activation_bits = bits_of(bits)
     train, held_out = training_files(data)
     tell(f"{train.text}, {held_out.text}; {len(train.classes)} classes.")

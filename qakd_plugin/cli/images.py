@@ -88,7 +88,7 @@ class Preprocessing:
                 image = self._cropped(self._resized(file.convert("RGB" if len(self.mean) == 3 else "L")))
         except Exception as error:  # Pillow raises many kinds on foreign bytes; all mean the same here
             reason = str(error) or type(error).__name__
-            raise QakdError(f"{path} cannot be read as an image: {reason[:300]}") from error
+            raise QakdError(f"{path} cannot be read as an image: {reason[:300]}. Remove it, or save it again.") from error
         values = np.asarray(image, dtype=np.float32) / np.float32(255)
         mean, std = (np.asarray(numbers, dtype=np.float32) for numbers in (self.mean, self.std))
         normalized = (np.atleast_3d(values) - mean) / std
@@ -214,7 +214,7 @@ def labelled_files(folder: Path, classes: Sequence[str] | None = None) -> ImageF
     if classes is not None and (unknown := [name for name in found if name not in classes]):
         raise QakdError(
             f"--data: {folder / unknown[0]} is no class of the network, which knows {', '.join(list(classes)[:8])}"
-            f"{' ...' if len(classes) > 8 else ''}."
+            f"{' ...' if len(classes) > 8 else ''}. Remove that folder, or rename it."
         )
     return _joined(folder, _files(folder, found), found if classes is None else tuple(classes))
 
@@ -234,7 +234,7 @@ def _classes(root: Path) -> tuple[str, ...]:
     try:
         names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
     except OSError as error:
-        raise QakdError(f"--data: {root} cannot be read: {error.strerror}.") from error
+        raise QakdError(f"--data: {root} cannot be read: {error.strerror}. Check the path.") from error
     if len(names) < 2:
         raise QakdError(
             f"--data: {root} holds {len(names)} folders, and one with images is needed for each class: {root}/cat/1.png, "
@@ -247,7 +247,7 @@ def _files(root: Path, classes: Sequence[str]) -> dict[str, list[Path]]:
     found = {name: sorted(path for path in (root / name).rglob("*") if path.suffix.lower() in SUFFIXES) for name in classes}
     empty = next((name for name, paths in found.items() if not paths), None)
     if empty is not None:
-        raise QakdError(f"--data: {root / empty} holds no image ({', '.join(sorted(SUFFIXES))}).")
+        raise QakdError(f"--data: {root / empty} holds no image ({', '.join(sorted(SUFFIXES))}). Add some, or remove it.")
     return found
 
 

@@ -102,7 +102,7 @@ def _without_recipe(model: str | None, given: dict[str, Any]) -> Recipe:
         )
     assert model is not None
     if model.partition(":")[0] in ("torchvision", "timm") and "weights" not in given:
-        raise QakdError(f"--weights is missing: {model} would teach with random weights.")
+        raise QakdError(f"--weights is missing: {model} would teach with random weights. Name a file of trained ones.")
     images = preprocessing(model, given.pop("size", None), given.pop("mean", None), given.pop("std", None))
     tree = recipe_of_flags(model, given.pop("weights", None), given.pop("data"), images, **given)
     return made_recipe(tree, f"--model {model}", "distill")

@@ -140,7 +140,9 @@ def export_onnx(
     if target not in TARGETS:
         raise ExportError(f"target={target!r} is unknown: use one of {list(TARGETS)}.")
     if float16 and target != "tensorrt":
-        raise ExportError(f"float16=True is for target='tensorrt': {target} fuses integer layers beside float32 only.")
+        raise ExportError(
+            f"float16=True is for target='tensorrt': {target} fuses integer layers beside float32 only. Leave it out."
+        )
     _check_storage(weight_storage, target)
     prepared_model = uncompiled(prepared_model)
     samples = _checked(prepared_model, example_inputs)
@@ -290,7 +292,9 @@ def _check_inputs(model: nn.Module, example: Inputs) -> None:
     if nowhere:
         raise ExportError(f"{nowhere[0]} lies on the meta device, without numbers: load the weights first.")
     if problem := call_problem(model, example):
-        raise ExportError(f"example_inputs: {problem}.")
+        raise ExportError(
+            f"example_inputs: {problem}. Pass a tensor, a tuple of positional arguments or a mapping of keywords."
+        )
     tensors = named_inputs(model, example)
     if not any(tensor.ndim for tensor in tensors.values()):
         raise ExportError("example_inputs holds no tensor with dimensions (N, ...). Pass a batch of real inputs.")

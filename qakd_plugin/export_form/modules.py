@@ -273,7 +273,8 @@ def store_weight(fake_quantized: Tensor, qparams: QParams, name: str) -> StoredW
     low, high = float(codes.min()), float(codes.max())
     if low < qparams.quant_min or high > qparams.quant_max:
         raise ExportError(
-            f"{name}: weight codes {low:.0f}..{high:.0f} leave the quantizer's range {qparams.quant_min}..{qparams.quant_max}."
+            f"{name}: weight codes {low:.0f}..{high:.0f} leave the quantizer's range {qparams.quant_min}..{qparams.quant_max}. "
+            "Run one forward pass and export again."
         )
     return StoredWeight(codes.to(torch.int8), qparams)
 

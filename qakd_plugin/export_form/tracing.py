@@ -127,7 +127,8 @@ def _output(model: nn.Module, example: Inputs) -> Any:
             output = call(model, example)
     except Exception as error:
         raise ExportError(
-            f"the model cannot be called with example_inputs ({type(error).__name__}: {first_line(error)})."
+            f"the model cannot be called with example_inputs ({type(error).__name__}: {first_line(error)}). Pass a batch as "
+            "the loader yields it."
         ) from error
     if not named_outputs(output):
         raise ExportError(f"the model returns {type(output).__name__} without a tensor: there is nothing to export.")
@@ -169,7 +170,8 @@ def _dimensions(example: Inputs, tensors: Mapping[str, Tensor], dynamic: Dynamic
     for name, asked in (dynamic or {}).items():
         if name not in tensors:
             raise ExportError(
-                f"dynamic={dict(dynamic or {})}: there is no input {name!r}, the inputs are {', '.join(tensors)}."
+                f"dynamic={dict(dynamic or {})}: there is no input {name!r}, the inputs are {', '.join(tensors)}. Name one of "
+                "them."
             )
         for dimension, symbol in asked.items():
             _check_asked(name, tensors[name], dimension, symbol)
@@ -248,7 +250,9 @@ def _raise_asked(module: nn.Module, tensors: Mapping[str, Tensor], asked: _Dimen
             raise ExportError(
                 f"dynamic: the model fixes {places} ({symbol}): {_reason(found)}. Leave {symbol!r} out of dynamic."
             ) from found
-    raise ExportError(f"dynamic: the model fixes one of the dimensions that were asked for: {_reason(first)}.") from first
+    raise ExportError(
+        f"dynamic: the model fixes one of the dimensions that were asked for: {_reason(first)}. Leave one out."
+    ) from first
 
 
 def _attempt(

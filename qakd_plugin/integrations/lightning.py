@@ -176,7 +176,7 @@ class DistillationModule(_LightningModule):  # type: ignore[misc]
         """AdamW in the groups of ``distill``, with its schedule per step; and one for a teacher that learns."""
         steps = self.trainer.estimated_stepping_batches
         if not 0 < steps < float("inf"):
-            raise QakdError("the training loader has no length, which the schedule needs: pass a map-style data set.")
+            raise QakdError("train_dataloaders: no length is known, which the schedule needs. Pass a map-style data set.")
         self._of_quantizers = quantizer_parameters(self.adapter, self.student)
         optimizer = student_optimizer(self.adapter, self.student, self.settings)
         schedule = cosine_schedule(optimizer, int(steps), self.settings.warmup)

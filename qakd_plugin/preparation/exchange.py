@@ -162,7 +162,9 @@ def install_rules(prepared_model: nn.Module, rules: Mapping[str, Rule]) -> None:
     quantizers = {quantizer.fqn: quantizer for quantizer in adapter.quantizers(prepared_model)}
     missing = next((name for name in rules if name not in quantizers), None)
     if missing is not None:
-        raise QakdError(f"prepared_model ({type(prepared_model).__name__}) holds no quantizer {missing!r}.")
+        raise QakdError(
+            f"prepared_model ({type(prepared_model).__name__}) holds no quantizer {missing!r}. Prepare it as it was."
+        )
     for name, rule in rules.items():
         quantizer = quantizers[name]
         clip = torch.ones(()) if quantizer.role == "activation" else _weight_clip(quantizer, rule)
@@ -186,7 +188,7 @@ def _chosen(adapter: Adapter, model: nn.Module, keep: Sequence[str]) -> list[Qua
 
     chosen = [quantizer for quantizer in quantizers if not kept(quantizer)]
     if not chosen:
-        raise QakdError(f"nothing is left to swap: keep={list(keep)} matches all {len(quantizers)} quantizers.")
+        raise QakdError(f"nothing is left to swap: keep={list(keep)} matches all {len(quantizers)} quantizers. Keep fewer.")
     return chosen
 
 

@@ -189,7 +189,7 @@ def _parse_request(
     adapter = adapter_named(toolkit)
     for name, bits in (("weight_bits", weight_bits), ("activation_bits", activation_bits), ("edges", edges)):
         if not 2 <= bits <= 8:
-            raise QakdError(f"{name}={bits} is out of range: 2 to 8 bits can be prepared.")
+            raise QakdError(f"{name}={bits} is out of range: it must be 2 to 8.")
     if target not in TARGETS:
         raise QakdError(f"target={target!r} is unknown: use one of {list(TARGETS)}.")
     kept = None if keep is None else tuple(keep)
@@ -347,5 +347,5 @@ def _inputs(split: BatchFn, batch: object, index: int) -> Inputs:
         if tensor.is_meta:
             raise QakdError(f"calibration_batches: batch {index} lies on the meta device, without numbers. Pass real batches.")
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise QakdError(f"calibration_batches: batch {index} holds NaN or infinite values.")
+            raise QakdError(f"calibration_batches: batch {index} holds NaN or infinite values. Clean the data.")
     return inputs

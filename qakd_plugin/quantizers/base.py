@@ -212,7 +212,7 @@ def check_bits(config: QuantizerConfig, lowest_weight_bits: int) -> None:
         ("activation_bits", config.activation_bits, 1),
     ):
         if bits is not None and not (isinstance(bits, int) and lowest <= bits <= 8):
-            raise QakdError(f"{name}: {argument}={bits!r} is out of range: {lowest} to 8 bits are defined.")
+            raise QakdError(f"{name}: {argument}={bits!r} is out of range: it must be {lowest} to 8.")
 
 
 def rule_from_dict(data: dict[str, Any]) -> Rule:

@@ -79,16 +79,16 @@ def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         data = read_whole(path, _LARGEST_FILE + 1)
         if len(data) > _LARGEST_FILE:
-            raise QakdError(f"{path} is larger than {_LARGEST_FILE >> 20} MiB: no report is.")
+            raise QakdError(f"{path} is larger than {_LARGEST_FILE >> 20} MiB: no report is. Name a file of write_report.")
         document = json.loads(data.decode("utf-8-sig"), parse_constant=_refuse_constant)
     except FileNotFoundError as error:
-        raise QakdError(f"{path} does not exist.") from error
+        raise QakdError(f"{path} does not exist. Check the path.") from error
     except OSError as error:
-        raise QakdError(f"{path} cannot be read: {error.strerror or error}.") from error
+        raise QakdError(f"{path} cannot be read: {error.strerror or error}. Check the path.") from error
     except RecursionError as error:
-        raise QakdError(f"{path} is not a report: it is nested too deep.") from error
+        raise QakdError(f"{path} is not a report: it is nested too deep. Name a file of write_report.") from error
     except ValueError as error:  # not JSON, not UTF-8, or an integer of thousands of digits
-        raise QakdError(f"{path} is not valid JSON: {str(error)[:200]}") from error
+        raise QakdError(f"{path} is not valid JSON: {str(error)[:200]}. Name a file of write_report.") from error
     if not isinstance(document, dict):
         raise QakdError(f"{path} is not a report: an object is expected.")
     version = document.get("schema_version")

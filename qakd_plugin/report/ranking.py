@@ -124,7 +124,7 @@ def draw_ranking(records: Sequence[Mapping[str, Any]], path: str | os.PathLike[s
     """
     plot = ranking_plot(records, "Ranking", *_FILE_SIZE)
     if plot is None:
-        raise QakdError("records: none of them has figures that can be drawn.")
+        raise QakdError("records: none of them has figures that can be drawn. Pass those of rank_augmentations.")
     return write_atomic(with_extension(path, ".svg"), template("ranking.svg").render(s=plot, own_style=static("drawing.css")))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,13 +14,21 @@ from annotated_types import Ge, Le
 from ..errors import QakdError
 
 Array = npt.NDArray[Any]
-FILE_RUNTIMES = ("onnxruntime", "openvino")
+FileRuntime = Literal["onnxruntime", "openvino"]
+FILE_RUNTIMES: tuple[FileRuntime, ...] = ("onnxruntime", "openvino")
 MODULE_RUNTIMES = ("torch", "torch.compile")
 RUNTIMES = (*FILE_RUNTIMES, "tensorrt", *MODULE_RUNTIMES)
 
 DYNAMIC_INT8 = "dynamic int8"
 """A precision: beside weights that alone are quantized, the runtime rounds activations to 8 bits, with scales that it takes
 from each call's numbers. Nothing of that was trained or proven."""
+
+
+OTHER_INPUTS = "Pass inputs as it was exported for, or export it for these."
+"""What to do where a file or module fails on a batch."""
+
+EXPORT_AGAIN = "Export it again."
+"""What to do with a file that cannot be loaded."""
 
 
 @dataclass(frozen=True)

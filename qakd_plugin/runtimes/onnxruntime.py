@@ -20,7 +20,7 @@ import numpy as np
 
 from .._common.cpu_features import adds_products_in_16_bits
 from ..errors import QakdError
-from .base import DYNAMIC_INT8, Array, Input, LayerTime, fitted
+from .base import DYNAMIC_INT8, EXPORT_AGAIN, OTHER_INPUTS, Array, Input, LayerTime, fitted
 from .onnxruntime_profile import read_profile
 
 _log = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ class OnnxRuntimeRunner:
         try:
             self._session = start_session(_rounding(path) if precision == DYNAMIC_INT8 else path, options)
         except Exception as error:  # the runtime's own exception types share no base class but Exception
-            raise QakdError(f"{path}: ONNX Runtime cannot load it: {str(error)[:300]}") from error
+            raise QakdError(f"{path}: ONNX Runtime cannot load it: {str(error)[:300]}. {EXPORT_AGAIN}") from error
         self.load_ms = (time.perf_counter() - started) * 1e3
         self.precision, self._path = precision, path
         self.inputs = {entry.name: _input(path, entry) for entry in self._session.get_inputs()}
@@ -127,7 +127,7 @@ class OnnxRuntimeRunner:
         try:
             found = self._session.run(None, fed)
         except Exception as error:  # the runtime's own exception types share no base class but Exception
-            raise QakdError(f"{self._path}: ONNX Runtime cannot compute it: {str(error)[:300]}") from error
+            raise QakdError(f"{self._path}: ONNX Runtime cannot compute it: {str(error)[:300]}. {OTHER_INPUTS}") from error
         return dict(zip(self.outputs, map(np.asarray, found), strict=True))
 
     def close(self) -> None:
@@ -158,7 +158,9 @@ def _input(path: str | os.PathLike[str], entry: Any) -> Input:
     try:
         dtype = np.dtype(_TYPES.get(kind, kind))
     except TypeError as error:
-        raise QakdError(f"{path}: its input {entry.name!r} is {entry.type}, which NumPy's arrays cannot hold.") from error
+        raise QakdError(
+            f"{path}: its input {entry.name!r} is {entry.type}, which NumPy's arrays cannot hold. Export it with another."
+        ) from error
     return Input(tuple(size if isinstance(size, int) and size > 0 else None for size in entry.shape), dtype)
 
 

@@ -54,9 +54,11 @@ def read_profile(path: str | os.PathLike[str]) -> list[NodeTimes]:
     try:
         return _nodes(json.loads(Path(path).read_bytes()))
     except OSError as error:
-        raise QakdError(f"{path} cannot be read: {error.strerror}.") from error
+        raise QakdError(f"{path} cannot be read: {error.strerror}. Check the path.") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise QakdError(f"{path} is no profile of ONNX Runtime ({type(error).__name__}: {str(error)[:200]}).") from error
+        raise QakdError(
+            f"{path} is no profile of ONNX Runtime ({type(error).__name__}: {str(error)[:200]}). Record it again."
+        ) from error
 
 
 def _nodes(events: Iterable[Mapping[str, Any]]) -> list[NodeTimes]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from .._common.optional import require
 from ..errors import QakdError
-from .base import DYNAMIC_INT8, Array, Input, LayerTime, fitted, median_ms
+from .base import DYNAMIC_INT8, EXPORT_AGAIN, OTHER_INPUTS, Array, Input, LayerTime, fitted, median_ms
 
 _PRECISIONS = {"float32": "f32", "bfloat16": "bf16", DYNAMIC_INT8: "f32"}
 _DYNAMIC_GROUP = 32
@@ -63,7 +63,7 @@ class OpenVINORunner:
             self.inputs = {_name(port): _input(port) for port in self._compiled.inputs}
             self.outputs = tuple(map(_name, self._compiled.outputs))
         except Exception as error:  # on foreign files it raises more than its RuntimeError
-            raise QakdError(f"{path}: OpenVINO cannot load it: {str(error)[:300]}") from error
+            raise QakdError(f"{path}: OpenVINO cannot load it: {str(error)[:300]}. {EXPORT_AGAIN}") from error
 
     def fit(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """By the file's names and in its types."""
@@ -75,7 +75,7 @@ class OpenVINORunner:
         try:
             found = self._request.infer(fed)
         except Exception as error:  # on foreign files it raises more than its RuntimeError
-            raise QakdError(f"{self._path}: OpenVINO cannot compute it: {str(error)[:300]}") from error
+            raise QakdError(f"{self._path}: OpenVINO cannot compute it: {str(error)[:300]}. {OTHER_INPUTS}") from error
         return dict(zip(self.outputs, map(np.asarray, found.values()), strict=True))
 
     def close(self) -> None:

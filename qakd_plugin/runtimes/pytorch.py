@@ -13,7 +13,7 @@ from .._common.module_copy import copied
 from ..errors import QakdError
 from ..tasks.inputs import forward_names
 from ..tasks.outputs import named_outputs
-from .base import Array, Input
+from .base import OTHER_INPUTS, Array, Input
 
 
 class TorchRunner:
@@ -54,7 +54,9 @@ class TorchRunner:
         try:
             output = self._model(*positional, **{name: t for name, t in tensors.items() if not name.isdecimal()})
         except Exception as error:  # user code, or inductor, which needs a C++ compiler
-            raise QakdError(f"{self.runtime}, {self.precision}: the module cannot run: {str(error)[:300]}") from error
+            raise QakdError(
+                f"{self.runtime}, {self.precision}: the module cannot run: {str(error)[:300]}. {OTHER_INPUTS}"
+            ) from error
         found = named_outputs(output)
         if not found:
             raise QakdError(f"{self.runtime}: the module must return tensors, got {type(output).__name__}.")

@@ -89,7 +89,9 @@ def check_match(match: Match, student: Outputs, teacher: Outputs, inputs: Inputs
                     if name in other
                     else ""
                 )
-                raise QakdError(f"match names {name!r}, which the {whose} does not output{hint}; it outputs {listed(outputs)}.")
+                raise QakdError(
+                    f"match names {name!r}, which the {whose} does not output{hint}: name one of {listed(outputs)}."
+                )
         ours, theirs = student[name], teacher[name]
         if ours.shape != theirs.shape:
             raise QakdError(

@@ -91,7 +91,7 @@ class Counted:
             QakdError: it was given nothing, or has no number to show.
         """
         if not self.samples:
-            raise QakdError("metric: nothing was counted: the split is empty.")
+            raise QakdError("metric: nothing was counted: the split is empty. Check the data set.")
         numbers = _numbers(self._metric)
         if not numbers:
             raise QakdError(f"metric: {type(self._metric).__name__} computes no single number. Average over its classes.")
@@ -129,7 +129,9 @@ class Counted:
         try:
             found = self._fn(simplified(outputs), targets)
         except KeyError as error:
-            raise QakdError(f"metric_fn: there is no {error}. The network outputs {listed(outputs)}.") from error
+            raise QakdError(
+                f"metric_fn: there is no {error}. The network outputs {listed(outputs)}: take one of them."
+            ) from error
         if not isinstance(found, Sequence) or isinstance(found, str) or not found:
             raise QakdError(
                 f"metric_fn must return a tuple, what metric.update takes, got {type(found).__name__}: "

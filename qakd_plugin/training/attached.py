@@ -88,7 +88,7 @@ class Attached:
             QakdError: this was the last one.
         """
         if self._index + 1 == len(self._phases):
-            raise QakdError(f"{self.phase.name!r} is the last phase of {type(self.method).__name__}.")
+            raise QakdError(f"{self.phase.name!r} is the last phase of {type(self.method).__name__}: leave this call out.")
         self._index += 1
         self._batch = None
         return self.phase
@@ -142,7 +142,7 @@ class Attached:
             QakdError: the teacher is frozen in this phase, or none of its parameters requires a gradient.
         """
         if not self.phase.teacher:
-            raise QakdError(f"the teacher is frozen in phase {self.phase.name!r}: only kd.loss() belongs here.")
+            raise QakdError(f"the teacher is frozen in phase {self.phase.name!r}: call kd.loss() alone here.")
         seen = self._last()
         if seen.teacher is None or not any(tensor.requires_grad for tensor in seen.teacher.values()):
             raise QakdError(

@@ -299,15 +299,18 @@ def _remove(path: Path) -> None:
         _log.warning("cannot remove %s: %s.", path, problem.strerror or problem)
 
 
+_ELSEWHERE = "Only checkpoints that this package wrote are loaded: choose another checkpoint_dir."
+
+
 def _read(path: Path, data: bytes) -> dict[str, Any]:
     try:
         content = load_plain(data, intact=True)
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: refused: {error}. Only checkpoints that this package wrote are loaded.") from error
+        raise CheckpointError(f"{path}: refused: {error}. {_ELSEWHERE}") from error
     if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in ("fingerprint", "state")):
-        raise CheckpointError(f"{path}: not a checkpoint of this package.")
+        raise CheckpointError(f"{path}: not a checkpoint of this package. {_ELSEWHERE}")
     if any(True for key in content.keys() - {"state"} for _ in tensors_of(content[key])):  # they are compared, which makes more
-        raise CheckpointError(f"{path}: not a checkpoint of this package: it says what it is in tensors.")
+        raise CheckpointError(f"{path}: not a checkpoint of this package: it says what it is in tensors. {_ELSEWHERE}")
     found = content.get("format"), content.get("version")
     if found != (_FORMAT, _VERSION):
         raise CheckpointError(

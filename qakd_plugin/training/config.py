@@ -98,7 +98,9 @@ class Data:
             check_metric(self.metric)
             check_monitor(self.metric, self.monitor)
         elif self.monitor is not None:
-            raise QakdError(f"monitor={self.monitor!r} is one of the numbers of metric=, which is missing.")
+            raise QakdError(
+                f"monitor={self.monitor!r} is one of the numbers of metric=, which is missing. Pass one, or leave it out."
+            )
 
 
 @dataclass(frozen=True)

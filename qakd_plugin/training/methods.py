@@ -112,7 +112,7 @@ class Supervision:
         if not found.requires_grad and any(output.requires_grad for output in own.values()):
             raise QakdError(
                 "task_loss: what it returned has no gradient, so nothing would be trained: it is made of integers, of detached "
-                "outputs or of an arg max."
+                "outputs or of an arg max. Compute it from the outputs themselves."
             )
         return {"": found}
 
@@ -237,7 +237,7 @@ class KD:
         _positive("temperature", self.temperature)
         _check_match(self.match)
         if not 0 <= self.alpha <= 1:
-            raise QakdError(f"alpha={self.alpha} is out of range: the teacher's weight lies between 0 and 1.")
+            raise QakdError(f"alpha={self.alpha} is out of range: the teacher's weight must lie between 0 and 1.")
 
     def phases(self, epochs: int) -> tuple[Phase, ...]:
         terms = (Imitation(self.temperature, weight=self.alpha, match=self.match), Supervision(weight=1 - self.alpha))
@@ -277,7 +277,7 @@ class QKD:
         if min(lengths) < 0 or sum(lengths) <= 0:
             raise QakdError(f"QKD phases must not be negative and must not all be 0, got {lengths}.")
         if max(lengths) > 1 and any(length != int(length) for length in lengths):
-            raise QakdError(f"QKD phases are either all fractions (at most 1) or all whole epochs, got {lengths}.")
+            raise QakdError(f"QKD phases must be either all fractions (at most 1) or all whole epochs, got {lengths}.")
 
     @property
     def _lengths(self) -> tuple[float, float, float]:

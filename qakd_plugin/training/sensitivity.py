@@ -290,7 +290,7 @@ class _Switches:
         prefix = adapter.wrapper_prefix(model)
         weighted = {layer for q in quantizers if q.role == "weight" for layer in q.layers}
         if not weighted:
-            raise QakdError("prepared_model quantizes no weight: there is no layer to switch off.")
+            raise QakdError("prepared_model quantizes no weight: there is no layer to switch off. Prepare it first.")
         order = _call_order(model, quantizers, inputs)
         before: tuple[str, ...] = next(q.layers for q in order if q.role == "weight")
         owners: dict[str, frozenset[str]] = {}

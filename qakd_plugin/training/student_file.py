@@ -118,7 +118,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     if student.toolkit not in (None, description.toolkit):
         raise QakdError(
             f"{path} does not fit the prepared model: it was trained with {student.toolkit}, and the model is prepared with "
-            f"{description.toolkit}."
+            f"{description.toolkit}. Prepare it with {student.toolkit}, or pass the float model."
         )
     if student.grids:
         _check_grids(path, student.grids, _grids(model))
@@ -126,7 +126,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         model.load_state_dict(student.state)
     except Exception as error:  # modules fail in many ways on foreign tensors; all mean the same here
         reason = " ".join(str(error).split())[:300]
-        raise QakdError(f"{path} does not fit the prepared model: {reason}") from error
+        raise QakdError(f"{path} does not fit the prepared model: {reason}. Prepare it as for training.") from error
     set_training_records(model, student.training)
     adapter_for(model).set_mode(model, False)
     return model

@@ -352,22 +352,83 @@ def test_every_layer_of_a_real_network_computes_in_integers(name, bits, tmp_path
         assert manifest["convolutions"]["int8"] + manifest["matmuls"]["int8"] == counted.total
 
 
-def test_every_cell_of_the_zoo_is_committed():
+class _Windows(nn.Module):
+    """Attention within windows: (N, 16, 8) to (N, 10)."""
+
+    def __init__(self, masked=False):
+        super().__init__()
+        self.qkv, self.head = nn.Linear(8, 24), nn.Linear(8, 10)
+        self.mask = torch.ones(4, 4).tril().bool() if masked else None
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).reshape(-1, 4, 4, 3, 2, 4).permute(3, 0, 4, 1, 2, 5)
+        mixed = F.scaled_dot_product_attention(q, k, v, self.mask)  # (N, heads, windows, places, 4)
+        return self.head(mixed.permute(0, 2, 3, 1, 4).reshape(-1, 16, 8).mean(1))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_within_windows_is_exact_for_every_target(masked, tmp_path):
+    torch.manual_seed(0)
+    tokens = torch.randn(4, 16, 8)
+    student = prepare(_Windows(masked).eval(), [tokens])
+    for target in ("tensorrt", "onnxruntime", "openvino"):
+        file = export_onnx(student, tokens, tmp_path / f"{target}.onnx", target)
+        assert file.parity.toolkit_deviation < 1e-6
+
+
+def test_the_zoo_holds_a_network_of_every_family_of_timm():
+    families = pytest.importorskip("timm.models").list_modules()
+    assert sorted(net.family for net in zoo.NETS if net.family) == sorted(families)
+    assert sum(net.library == "transformers" for net in zoo.NETS) >= 20
+
+
+def test_only_cells_of_the_zoo_are_committed():
     cells = json.loads(zoo.RESULTS.read_text())["cells"]
-    assert set(cells) == {f"{net.library}/{net.name} W{bits}A{bits}" for net in zoo.NETS for bits in zoo.BITS}
+    assert cells
+    assert set(cells) <= {cell.key(net) for net in zoo.NETS for cell in zoo.CELLS}
 
 
 def test_a_cell_that_is_done_is_not_run_again(tmp_path, monkeypatch):
     ran = []
-    cell = {"problem": "nothing was tried", "seconds": 0.0}
-    monkeypatch.setattr(zoo, "run_cell", lambda net, bits: ran.append((net.name, bits)) or cell)
+
+    def run(net, todo, keep):
+        ran.extend(cell.key(net) for cell in todo)
+        for cell in todo:
+            problem = {"step": "prepare", "own": True, "message": "nothing was tried"}
+            keep(cell.key(net), {"problem": problem, "problems": [problem], "seconds": 0.0})
+
+    monkeypatch.setattr(zoo, "run_network", run)
     command = ["zoo.py", "--network", "resnet18", "--out", str(tmp_path / "zoo.json")]
     monkeypatch.setattr("sys.argv", command)
     zoo.main()
+    assert ran == [f"torchvision/resnet18 {toolkit} W{n}A{n}" for toolkit in ("modelopt", "pt2e") for n in (8, 4)] + [
+        "torchvision/resnet18 modelopt W8A8 as made"
+    ]
     zoo.main()
-    assert ran == [("resnet18", 8), ("resnet18", 4)]
-    monkeypatch.setattr("sys.argv", [*command, "--fresh", "--bits", "4"])
+    assert len(ran) == 5
+    monkeypatch.setattr("sys.argv", [*command, "--fresh", "--bits", "4", "--toolkit", "pt2e"])
     zoo.main()
-    assert ran[2:] == [("resnet18", 4)]
-    row = zoo.make_table(json.loads((tmp_path / "zoo.json").read_text())["cells"]).splitlines()[-1]
-    assert row == "| resnet18 | 64 | no / no | none | none / none | none | nothing was tried |"
+    assert ran[5:] == ["torchvision/resnet18 pt2e W4A4"]
+    cells = json.loads((tmp_path / "zoo.json").read_text())["cells"]
+    table = zoo.make_table(cells).splitlines()
+    assert table[2] == "| resnet18 | 64 | 0 of 4 | none | none | none | prepare: (1) |"
+    assert table[-1] == "(1) `nothing was tried`"
+    assert "| torchvision | modelopt, W8A8 | 0 of 1 (0 %) | 1 | 0 |" in zoo.make_summary(cells)
+
+
+def test_a_process_that_dies_is_a_failure_of_its_cells(monkeypatch):
+    monkeypatch.setattr(zoo, "__file__", "no_such_script.py")
+    kept = {}
+    zoo.run_network(zoo.NETS[0], list(zoo.CELLS[:2]), kept.__setitem__)
+    assert list(kept) == ["torchvision/resnet18 modelopt W8A8", "torchvision/resnet18 modelopt W4A4"]
+    assert all("the process ended with 2" in cell["problem"]["message"] and not zoo.passes(cell) for cell in kept.values())
+
+
+def test_layers_that_nothing_names_are_found():
+    network = nn.Sequential(_conv(3, 8, nn.ReLU), nn.Flatten(), nn.Linear(8, 10)).eval()
+    said = zoo._Said()
+    student = prepare(network, [torch.randn(2, 3, 1, 1)], keep=["0.0"])
+    accounts = zoo._accounts(network, student, said)
+    assert (accounts["layers"], accounts["quantized"], accounts["unnamed"]) == (2, 1, ["0.0"])
+    said.lines = ["0.00, 10.0: other layers", "0.0: kept in floating point"]
+    assert zoo._accounts(network, student, said)["floating"] == {"0.0": "0.0: kept in floating point"}

@@ -77,7 +77,7 @@ def read_onnx(path: str | os.PathLike[str]) -> ir.Model:
         raise
     except OSError as error:
         missing = "" if error.filename in (None, str(path)) else f" {error.filename}:"
-        raise ExportError(f"{path} cannot be read:{missing} {error.strerror}.") from error
+        raise ExportError(f"{path} cannot be read:{missing} {error.strerror}. Check the path.") from error
     except Exception as error:  # protobuf and onnx-ir raise many kinds on foreign bytes; all mean the same here
         reason = " ".join(str(error).split())[:200]
         raise ExportError(f"{path} is not a valid ONNX file ({type(error).__name__}: {reason}). Export it again.") from error

@@ -17,7 +17,7 @@ from onnx_ir.passes import InPlacePass, PassError, Sequential
 from onnxscript.values import Opset
 from torch import nn
 
-from ...errors import ExportError
+from ...errors import KEEP_FLOAT, ExportError
 from ...export_form import ops as ops  # registers qakd::qdq and qakd::dq
 from ...export_form.tracing import Traced, first_line, trace, unwrapped
 from ...tasks.inputs import Inputs
@@ -29,6 +29,8 @@ from .int4 import PackInt4, ShareTiedCodes
 from .lowering import LowerQuantizers, NameNodes
 from .opset import OPSET, RaiseOpset
 from .quantizers import CarryThroughMaxPool, MergeEqualQuantizers
+
+_REWRITE = "Write that operation with others in forward, or leave it out of what is exported."
 
 PASSES: tuple[InPlacePass, ...] = (
     NameNodes(),  # first, so that all that follow can name what they make
@@ -68,7 +70,8 @@ def canonicalize(model: ir.Model, *, without: Collection[type[InPlacePass]] = ()
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        raise ExportError(f"the model cannot be brought into canonical form: {first_line(cause)}") from error
+        reason = first_line(cause).rstrip(".")
+        raise ExportError(f"the model cannot be brought into canonical form: {reason}. {KEEP_FLOAT}") from error
     return model
 
 
@@ -106,14 +109,49 @@ def to_proto(model: ir.Model) -> onnx.ModelProto:
         proto: onnx.ModelProto = ir.serde.serialize_model(model)
         onnx.checker.check_model(proto, full_check=False)
     except Exception as error:  # the checker's exceptions and protobuf's share no other base class
-        raise ExportError(f"the model cannot be written as ONNX: {' '.join(str(error).split())[:300]}") from error
+        reason = " ".join(str(error).split())[:300].rstrip(".")
+        raise ExportError(f"the model cannot be written as ONNX: {reason}. {KEEP_FLOAT}") from error
     return proto
+
+
+def _attention_in_parts(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """With attention as the products and the softmax that it is made of, where it has windows beside its heads.
+
+    The exporter writes ``scaled_dot_product_attention`` for four dimensions alone.
+    """
+    attention = torch.ops.aten.scaled_dot_product_attention.default
+    queries = [node.args[0] for node in program.graph.nodes if node.target is attention]
+    if all(query.meta["val"].ndim == 4 for query in queries):
+        return program
+    decomposed: torch.export.ExportedProgram = program.run_decompositions({attention: _in_parts})
+    return decomposed
+
+
+def _in_parts(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    dropout: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    if enable_gqa:
+        key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+    if is_causal:
+        mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+    scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-2, -1)
+    if mask is not None:
+        scores = torch.where(mask, scores, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    return torch.softmax(scores, -1) @ value
 
 
 def _export(traced: Traced) -> ir.Model:
     try:
         program = torch.onnx.export(
-            traced.program,
+            _attention_in_parts(traced.program),
             dynamo=True,
             opset_version=OPSET,
             input_names=list(traced.inputs),
@@ -125,7 +163,8 @@ def _export(traced: Traced) -> ir.Model:
             verbose=False,
         )
     except torch.onnx.errors.OnnxExporterError as error:
-        raise ExportError(f"the model cannot be written as ONNX: {first_line(error.__cause__ or error)}") from error
+        reason = first_line(error.__cause__ or error).rstrip(".")
+        raise ExportError(f"the model cannot be written as ONNX: {reason}. {_REWRITE}") from error
     assert program is not None
     _rename(program.model, traced)
     return program.model

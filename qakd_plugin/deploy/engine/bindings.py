@@ -113,7 +113,7 @@ def choose_capabilities(runtime: Runtime, wanted: Sequence[str] | None, gpu: str
     """
     if not runtime.is_rtx:
         if wanted is not None:
-            raise EngineError("capabilities: only tensorrt_rtx takes them; tensorrt builds for the GPU at hand.")
+            raise EngineError("capabilities: only tensorrt_rtx takes them; tensorrt builds for the GPU at hand. Leave it out.")
         return ["CURRENT"]
     known = [name for name in dir(runtime.module.ComputeCapability) if name.startswith("SM")]
     if wanted is None:

@@ -199,7 +199,9 @@ def _build(request: _Request, progress: Callable[[str], None] | None) -> bytes:
     try:
         builder = trt.Builder(logger)
     except (RuntimeError, TypeError) as error:  # what the bindings raise where CUDA cannot start
-        raise EngineError(f"{library.name} {library.version} cannot start: {last([*messages, str(error)])}") from error
+        raise EngineError(
+            f"{library.name} {library.version} cannot start: {last([*messages, str(error)])} Check the driver."
+        ) from error
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(source.data):
@@ -292,7 +294,7 @@ def _require_integers(layers: Sequence[PlanLayer] | None, weighted: Sequence[Wei
     if share is None:
         return
     if layers is None:
-        raise EngineError("require_int8: the plan cannot be read, so the share of integer layers is unknown.")
+        raise EngineError("require_int8: the plan cannot be read, so the share of integer layers is unknown. Leave it out.")
     names = {layer.name for layer in weighted}
     judged = [layer for layer in layers if layer.stored is not None or not names.isdisjoint((layer.name, *layer.onnx_layers))]
     floating = [f"{layer.name} ({' x '.join(layer.inputs)})" for layer in judged if not layer.integer]

@@ -23,6 +23,7 @@ from ..._common.optional import require
 from ...errors import EngineError, MissingPackageError
 from .bindings import cuda_driver
 
+_LATEST = "Free memory on the GPU, or update its driver."
 _THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
 
 
@@ -70,7 +71,7 @@ def open_device() -> Device:
         EngineError: there is no GPU, or it cannot be opened.
     """
     if cuda_driver() is None:
-        raise EngineError("Running an engine needs an NVIDIA GPU and its driver; none was found.")
+        raise EngineError("EngineRunner needs an NVIDIA GPU and its driver, and none was found. Run the ONNX file instead.")
     try:
         return CudaPythonDevice(require("cuda.bindings.driver", extra="cuda", purpose="run engines"))
     except MissingPackageError:
@@ -137,7 +138,7 @@ class CudaPythonDevice:
         """What a function of the driver returns beside its status."""
         status, *values = getattr(self._driver, function)(*arguments)
         if int(status):
-            raise EngineError(f"{function} failed with CUDA error {getattr(status, 'name', int(status))}.")
+            raise EngineError(f"{function} failed with CUDA error {getattr(status, 'name', int(status))}. {_LATEST}")
         return values[0] if values else None
 
 
@@ -229,7 +230,10 @@ class CudaGraph:
             ended = driver.cuStreamEndCapture(self._stream, ctypes.byref(graph))
         try:
             if not captured or ended:
-                raise EngineError(f"the engine cannot be captured in a CUDA graph (CUDA error {ended}).")
+                raise EngineError(
+                    f"the engine cannot be captured in a CUDA graph (CUDA error {ended}). Launch it call by call: "
+                    "cuda_graph=False."
+                )
             self._call("cuGraphInstantiateWithFlags", ctypes.byref(self._executable), graph, ctypes.c_ulonglong(0))
         finally:
             if graph:
@@ -248,4 +252,4 @@ class CudaGraph:
     def _call(self, function: str, *arguments: Any) -> None:
         status = getattr(self._driver, function)(*arguments)
         if status:
-            raise EngineError(f"{function} failed with CUDA error {status}.")
+            raise EngineError(f"{function} failed with CUDA error {status}. {_LATEST}")

@@ -247,11 +247,13 @@ class EngineSession:
         self.close()
         for name, shape in shapes.items():
             if not self._context.set_input_shape(name, shape):
-                raise EngineError(f"input {name!r}: the engine refused the shape {list(shape)}.")
+                raise EngineError(f"input {name!r}: the engine refused the shape {list(shape)}. Build it for such shapes.")
         for name in (*self.inputs, *self.outputs):
             size = tuple(self._context.get_tensor_shape(name))
             if any(length < 0 for length in size):
-                raise EngineError(f"output {name!r}: its size {list(size)} depends on the data, which is not supported.")
+                raise EngineError(
+                    f"output {name!r}: its size {list(size)} depends on the data. Leave it out of what is exported."
+                )
             buffer = self._device.buffer(size, self._trt.nptype(self._engine.get_tensor_dtype(name)))
             self._context.set_tensor_address(name, buffer.address)
             self._buffers[name] = buffer
@@ -272,7 +274,7 @@ class EngineSession:
         if self._graph is not None:
             self._graph.launch()
         elif not self._enqueue():
-            raise EngineError(f"the engine failed to run: {last(self._messages)}")
+            raise EngineError(f"the engine failed to run: {last(self._messages)} Build it again for this GPU.")
 
     def _enqueue(self) -> bool:
         return bool(self._context.execute_async_v3(self._device.stream))
@@ -338,5 +340,8 @@ def _make_context(loaded: LoadedEngine, cuda_graph: bool, cache_file: Path | Non
 
 def _ready(loaded: LoadedEngine, context: Any) -> Any:
     if context is None:
-        raise EngineError(f"the engine cannot be made ready to run, does it fit into the GPU's memory? {last(loaded.messages)}")
+        raise EngineError(
+            f"the engine cannot be made ready to run: {last(loaded.messages)} Build it for smaller batches if the GPU's "
+            "memory is full."
+        )
     return context

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ...errors import ParityError
+from ...errors import KEEP_FLOAT, ParityError
 from ...export_form.modules import ActivationQDQ
 from ..canonical.labels import Call
 from .recorded_codes import Codes
@@ -42,7 +42,7 @@ class ImposedCodes:
         """Raise ParityError for the first quantizer whose codes differ for another reason than a tie."""
         if self.mismatch is not None:
             name, detail = self.mismatch
-            raise ParityError(f"{name}: {program} and {other} quantize differently: {detail}.", name)
+            raise ParityError(f"{name}: {program} and {other} quantize differently: {detail}. {KEEP_FLOAT}", name)
 
 
 @contextmanager

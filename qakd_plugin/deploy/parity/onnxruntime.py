@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 import onnx_ir as ir
 
-from ...errors import ExportError
+from ...errors import KEEP_FLOAT, ExportError
 from ...runtimes.onnxruntime import session_options, start_session
 from ...tasks.inputs import Inputs, named_tensors
 from .report import Array, as_array, as_float32
@@ -61,7 +61,7 @@ def _told(doing: str) -> Iterator[None]:
         node = _NODE.search(reason)
         raise ExportError(
             f"{node[1] if node else 'the file'}: ONNX Runtime cannot {doing} what was exported, so it cannot be proven: "
-            f"{reason[:300]}"
+            f"{reason[:300]}. {KEEP_FLOAT}"
         ) from error
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..._common.cpu_features import onednn_adds_products_in_16_bits
 from ..._common.optional import require
-from ...errors import ParityError
+from ...errors import KEEP_FLOAT, ParityError
 from ...export_form.modules import ActivationQDQ
 from ...tasks.inputs import Inputs, call, named_tensors
 from ..canonical.labels import first_quantizer
@@ -39,6 +39,8 @@ samples one may be undecided."""
 
 FEW = 0.01
 """Share of a quantizer's codes that may differ by more than one step before its layer is called the first that differs."""
+
+_OTHER = "Export for target='onnxruntime'."
 
 
 def check_openvino(file: ir.Model, form: nn.Module, samples: Inputs, references: Sequence[Array]) -> Agreement | None:
@@ -83,8 +85,7 @@ def check_openvino(file: ir.Model, form: nn.Module, samples: Inputs, references:
                 problem,
             )
             break
-        advice = "Export for target='onnxruntime', or prepare the model with this layer in floating point (keep=...)."
-        raise ParityError(f"{problem} {advice}", layer)
+        raise ParityError(f"{problem} {_OTHER} {KEEP_FLOAT}", layer)
     return least_agreement(references, outputs)
 
 
@@ -131,7 +132,7 @@ def _run(file: ir.Model, samples: Inputs) -> list[Array]:
         model = core.read_model(ir.serde.serialize_model(file).SerializeToString())
         compiled = core.compile_model(model, "CPU", options)
     except RuntimeError as error:
-        raise ParityError(f"the file: OpenVINO cannot load it: {' '.join(str(error).split())[:300]}") from error
+        raise ParityError(f"the file: OpenVINO cannot load it: {' '.join(str(error).split())[:300]}. {_OTHER}") from error
     names = [value.name for value in file.graph.inputs]
     results = compiled(dict(zip(names, map(as_array, named_tensors(samples).values()), strict=True)))
     return [as_float32(np.asarray(results[output])) for output in compiled.outputs]

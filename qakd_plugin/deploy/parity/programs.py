@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from ...errors import ParityError
+from ...errors import KEEP_FLOAT, ParityError
 from ...tasks.inputs import Inputs, call
 from ..canonical.labels import Call
 from .imposed_codes import ImposedCodes, imposed_codes
@@ -111,7 +111,9 @@ def same(reference: Reference, program: Program) -> tuple[ImposedCodes, float]:
     outcome.raise_first(program.name, "its export form")
     for name in outcome.missing:
         if _is_read(reference, name):
-            raise ParityError(f"{name}: {program.name} lacks this quantizer, so its codes cannot be compared.", name)
+            raise ParityError(
+                f"{name}: {program.name} lacks this quantizer, so its codes cannot be compared. {KEEP_FLOAT}", name
+            )
     found = deviations(program.outputs, expected, ranges=reference.ranges)
     worst = int(np.argmax(found))  # of NaN, too
     if not found[worst] <= LOGIT_TOLERANCE:
@@ -155,6 +157,7 @@ def _raise_for_output(output: str, deviation: float, program: Program, settled: 
             "It is the first layer after the last quantizer that computes something else."
             if differ
             else "What comes after the last quantizer computes something else."
-        ),
+        )
+        + f" {KEEP_FLOAT}",
         layer,
     )

@@ -7,7 +7,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from ...errors import ParityError
+from ...errors import KEEP_FLOAT, ParityError
 from ...export_form.modules import ActivationQDQ
 from ...tasks.inputs import Inputs, call
 from ..canonical.graph import activation_quantizers, copied, scalar
@@ -121,4 +121,6 @@ def check_same_bits(file: ir.Model, rewritten: ir.Model, samples: Inputs) -> Non
     pairs += zip(names, outputs, others, strict=True)
     for name, expected, array in pairs:
         if expected is None or not np.array_equal(expected, array):
-            raise ParityError(f"{name}: the file computes other numbers than before it was rewritten for its target.", name)
+            raise ParityError(
+                f"{name}: the file computes other numbers than before it was rewritten for its target. {KEEP_FLOAT}", name
+            )

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 from torch import nn
 
-from ...errors import ParityError
+from ...errors import KEEP_FLOAT, ParityError
 from ...export_form.modules import StoredWeight
 from ..canonical.graph import COARSE_KEY, WEIGHT_KEY, constant, stored_codes, weight_dequantizers
 from ..targets.onnxruntime_weights import weight_only_codes
@@ -36,15 +36,17 @@ def check_weight_codes(file: ir.Model, form: nn.Module) -> int:
             trained[channel] = np.rint(trained[channel] / 2.0**bits)
         problem = _codes_differ(codes.astype(np.int32), trained, 0 if weight.block else weight.axis)
         if problem:
-            raise ParityError(f"{layer}: {problem} between the file and the trained model.", layer)
+            raise ParityError(f"{layer}: {problem} between the file and the trained model. {KEEP_FLOAT}", layer)
         if weight.block and not np.array_equal(scale, _scales(weight, each=scale.shape == codes.shape)):
-            raise ParityError(f"{layer}: the scales of its blocks differ between the file and the trained model.", layer)
+            raise ParityError(
+                f"{layer}: the scales of its blocks differ between the file and the trained model. {KEEP_FLOAT}", layer
+            )
         if not np.all(np.isfinite(scale) & (scale > 0)):
-            raise ParityError(f"{layer}: the file holds a weight scale that is not finite and positive.", layer)
+            raise ParityError(f"{layer}: the file holds a weight scale that is not finite and positive. {KEEP_FLOAT}", layer)
     for name in stored:
         if name not in found:
             layer = name.removesuffix(".weight")
-            raise ParityError(f"{layer}: its stored weight is missing in the file.", layer)
+            raise ParityError(f"{layer}: its stored weight is missing in the file. {KEEP_FLOAT}", layer)
     return sum(weight.codes.numel() for weight in stored.values())
 
 

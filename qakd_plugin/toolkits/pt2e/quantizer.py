@@ -84,7 +84,7 @@ class SymmetricQuantizer(Quantizer):  # type: ignore[misc]
     ) -> None:
         for name, bits in (("weight_bits", weight_bits), ("activation_bits", activation_bits), ("edges", edges)):
             if not 2 <= bits <= 8:
-                raise QakdError(f"{name}={bits} is out of range: 2 to 8 bits can be prepared.")
+                raise QakdError(f"{name}={bits} is out of range: it must be 2 to 8.")
         self.placement = placement
         self.precision = Precision(weight_bits, activation_bits, tuple(keep), unsigned_bytes, edges=edges)
         self.share_grids = share_grids
@@ -95,7 +95,9 @@ class SymmetricQuantizer(Quantizer):  # type: ignore[misc]
         calls = [node for node in model.graph.nodes if node.target in WEIGHTED and node.args[1] not in dynamic]
         layers = self._placed(calls) if self.placement is not None else self._all(calls, model.graph, positive)
         if not layers:
-            raise QakdError("the exported graph holds no convolution or linear layer to quantize.")
+            raise QakdError(
+                "model: its exported graph holds no convolution or linear layer to quantize. Prepare one that does."
+            )
         adds = {node for node in model.graph.nodes if node.target in ADDS and _adds_activations(node, dynamic)}
         ends = _operands(adds, set(layers)) if self.placement is None else self._ends(model.graph, self.placement)
         grids = Grids(model.graph, adds, set(layers), ends, share=self.share_grids)

@@ -42,7 +42,8 @@ def _batch_norm_factor(module: Any, name: str) -> Tensor | None:
     norm = module.bn
     if norm.running_var is None:
         raise UnsupportedQuantizerError(
-            f"{name}: its BatchNorm has no running statistics (track_running_stats=False), so it cannot be folded."
+            f"{name}: its BatchNorm has no running statistics (track_running_stats=False), so it cannot be folded. Give it "
+            "some, or prepare with toolkit='modelopt'."
         )
     factor: Tensor = norm.weight.detach() / torch.sqrt(norm.running_var.detach() + norm.eps)
     return factor
