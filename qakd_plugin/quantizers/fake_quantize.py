@@ -131,7 +131,7 @@ def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The same samples of each tensor, as views, which need not be contiguous."""
     samples = max(1, len(tensors[0]))
     each = max(1, _BLOCK * torch.get_num_threads() * samples // max(1, tensors[0].numel()))
-    return zip(*(tensor.split(each) for tensor in tensors), strict=True)
+    return zip(*(tensor.split(each) for tensor in tensors), strict=True)  # type: ignore[no-untyped-call]
 
 
 def _gradients(
