@@ -17,6 +17,11 @@ from .distributed.sharding import is_divided
 _MISFIT = 10.0
 """How many times its range the values of a quantizer may be, as their root mean square; where statistics fit, it is below 2."""
 
+_BEFORE_ANY_STEP = (
+    "No step was taken yet, so it is not the rate: look for a layer that divides by nearly zero, such as a normalization of "
+    "channels that hardly vary."
+)
+
 
 @dataclass(frozen=True)
 class Moment:
@@ -75,7 +80,7 @@ def require_finite_gradient(
         inputs: of the batch.
     """
     if not math.isfinite(norm):
-        advice = misfit(adapter, model, inputs) or f"Lower lr={moment.lr:g}."
+        advice = misfit(adapter, model, inputs) or (f"Lower lr={moment.lr:g}." if moment.step else _BEFORE_ANY_STEP)
         raise TrainingError(
             f"the gradient is not finite at step {moment.step} of phase {moment.phase!r} (its norm is {norm}, the loss "
             f"{loss:.4g}). {advice}{moment.way_back}"

@@ -85,18 +85,21 @@ class Token(nn.Module):
 
 
 class Scaled(nn.Module):
-    """Layer scale, with factors below zero, and a sum after it or none."""
+    """Blocks with layer scale, whose factors go below zero, and with a sum after it or none."""
 
     def __init__(self, adds):
         super().__init__()
-        self.stem, self.deep, self.adds = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, padding=1), adds
-        self.next, self.head = nn.Conv2d(16, 16, 3), nn.Linear(16, 10)
-        self.gamma = nn.Parameter(torch.linspace(-1.0, 1.0, 16).reshape(16, 1, 1))
+        self.stem, self.head, self.adds = nn.Conv2d(3, 32, 3, 2, 1), nn.Linear(32, 10), adds
+        self.depthwise = nn.ModuleList(nn.Conv2d(32, 32, 3, padding=1, groups=32) for _ in range(2))
+        self.pointwise = nn.ModuleList(nn.Conv2d(32, 32, 1) for _ in range(2))
+        self.gammas = nn.ParameterList(torch.randn(32, 1, 1) for _ in range(2))
 
     def forward(self, x):
         x = self.stem(x)
-        y = self.deep(x) * self.gamma
-        return self.head(self.next(y + x if self.adds else y).mean((2, 3)))
+        for depthwise, pointwise, gamma in zip(self.depthwise, self.pointwise, self.gammas, strict=True):
+            y = pointwise(depthwise(x)) * gamma
+            x = y + x if self.adds else y
+        return self.head(x.mean((2, 3)))
 
 
 def _sqnr_db(expected: np.ndarray, found: np.ndarray) -> float:
@@ -154,8 +157,8 @@ def test_all_that_read_a_convolution_without_bias_see_the_same_numbers(tmp_path)
 def test_factors_below_zero_keep_their_sign(toolkit, adds, tmp_path):
     torch.manual_seed(0)
     sqnr_db, graph = _exported(Scaled(adds).eval(), toolkit, tmp_path)
-    assert sqnr_db > 40
-    assert [node.op_type for node in graph.node].count("LeakyRelu") >= 2
+    assert sqnr_db > 40  # -3 to 6 where they lose it
+    assert [node.op_type for node in graph.node].count("LeakyRelu") >= 4
 
 
 def test_a_bias_counts_for_its_own_channel_where_a_size_is_read(tmp_path):

@@ -1,6 +1,7 @@
 """Ranges that do not fit what is quantized in training are named, where the rate would be blamed."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -79,6 +80,9 @@ def test_a_gradient_that_is_lost_is_blamed_on_what_lost_it():
     with pytest.raises(TrainingError, match=r"not finite at step 0 .* running statistics .* prepare it again\.$") as caught:
         require_finite_gradient(math.inf, 1.0, MOMENT, *_in_training(fits=False), X)
     assert "Lower lr" not in str(caught.value)
+    fits = _in_training(fits=True)
+    with pytest.raises(TrainingError, match=r"No step was taken yet, so it is not the rate: look for a layer"):
+        require_finite_gradient(math.nan, 1.0, MOMENT, *fits, X)
     with pytest.raises(TrainingError, match=r"Lower lr=0\.001\.$"):
-        require_finite_gradient(math.nan, 1.0, MOMENT, *_in_training(fits=True), X)
+        require_finite_gradient(math.nan, 1.0, replace(MOMENT, step=1), *fits, X)
     require_finite_gradient(1.0, 1.0, MOMENT, *_in_training(fits=False), X)
