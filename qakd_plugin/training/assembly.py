@@ -116,7 +116,7 @@ def assembled(
     if lesson.teacher_learns:
         require_batch_norms_run("teacher", lesson.teacher, processes.device, processes.count)
     if processes.divide:
-        _require_divisible(lesson, data)
+        _require_divisible(lesson, data, processes)
     computing = partial(autocast, settings.mixed_precision, processes.device)
     augment, adapter = _augmentation(data, processes), lesson.adapter
     places = placed(processes, adapter, lesson.model, lesson.teacher, teacher_learns=lesson.teacher_learns)
@@ -198,11 +198,19 @@ def _require_agreement(processes: Processes, data: Data, store: CheckpointStore 
         store.fingerprint = {"processes": how, **store.fingerprint}  # named first: loaders differ with it
 
 
-def _require_divisible(lesson: Lesson, data: Data) -> None:
+def _require_divisible(lesson: Lesson, data: Data, processes: Processes) -> None:
     """Raise QakdError where networks cannot be divided, or something reads them in one process alone."""
     for network in (lesson.model, lesson.teacher):
         if network is not None:
             require_divisible(network)
+    if data.val_loader is not None:
+        length = length_of(data.val_loader)
+        if length is None:
+            raise QakdError(
+                f"val_loader ({type(data.val_loader).__name__}) has no length, and networks that are divided must be called as "
+                "often in each process as in the others. Pass a DataLoader over a map-style data set, or a list of batches."
+            )
+        processes.require_equal("the length of val_loader", length)
     if isinstance(data.augment, CMISelector):
         raise QakdError(
             "augment=CMISelector() ranks with the teacher in one process, and it is divided among all. Rank before, with "

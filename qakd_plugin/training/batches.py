@@ -145,7 +145,12 @@ class Batches:
 
     def looked_up(self, batch: Batch) -> Batch:
         """An augmented batch with what the cache knows of it."""
-        return batch if self._cache is None else replace(batch, taught=self._cache.find(batch.inputs))
+        if self._cache is None:
+            return batch
+        found = self._cache.find(batch.inputs)
+        if self._processes.divide and self._processes.sums([found is None])[0]:
+            found = None  # a teacher that is divided is called in all processes, or in none
+        return replace(batch, taught=found)
 
     def state_dict(self) -> dict[str, Any]:
         """Sources of randomness of every process, at the start of this epoch and now: with the first, a resumed epoch shuffles
