@@ -84,6 +84,32 @@ def noisy(samples):
     return (images + 0.05 * torch.randn_like(images)).clamp(0, 1), labels
 
 
+class Stream:
+    """Of each joined batch one process's part, again and again; it can tell where it stands.
+
+    Args:
+        size: of a part.
+        rank: whose part.
+        processes: over which batches are split.
+    """
+
+    def __init__(self, images, labels, size, rank, processes):
+        self.images, self.labels, self.size, self.rank, self.processes, self.at = images, labels, size, rank, processes, 0
+
+    def __iter__(self):
+        while self.at < BATCHES:
+            start = (self.at * self.processes + self.rank) * self.size
+            self.at += 1
+            yield self.images[start : start + self.size], self.labels[start : start + self.size]
+        self.at = 0
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
+
+
 class Deaths:
     """Kills its own process at one exact moment: ``["step", 5]``, ``["augment", 5]``, ``["write", 2]``, ..."""
 
@@ -182,6 +208,9 @@ class Trainings:
         images = self.images[:size].to(_kind(order), copy=True)
         if "poison" in order:
             images[order["poison"]] = float("nan")
+        if "stream" in order:
+            rank = int(os.environ.get("RANK", "0")) if order["stream"] == "split" else 0
+            return Stream(images, self.labels[:size], 32 // processes, rank, processes)
         dataset, workers = TensorDataset(images, self.labels[:size]), order.get("workers", 0)
         return DataLoader(
             dataset, 32 // processes, shuffle=True, generator=own, num_workers=workers, collate_fn=noisy if workers else None

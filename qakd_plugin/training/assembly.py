@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from ..augment.selector import Augmentation, CMISelector, FixedAugmentation, SelectedAugmentation
 from ..errors import QakdError, TrainingError
@@ -27,7 +28,7 @@ from .deployed_view import DeployedView, evaluated
 from .distributed.launch import require_batch_norms_run
 from .distributed.processes import Processes
 from .distributed.sharding import WholeEma, WholeNetwork, WholeOptimizer, require_divisible
-from .distributed.shards import smallest_batch
+from .distributed.shards import require_own_streams, smallest_batch
 from .ema import Ema
 from .methods import Method, Phase
 from .networks import Learner, Networks, placed
@@ -39,6 +40,7 @@ from .preflight import (
     check_counted,
     check_exportable,
     check_first_batch,
+    check_ranges,
     check_smallest_batch,
     check_taught,
     classes_learned,
@@ -114,7 +116,7 @@ def assembled(
     if lesson.teacher_learns:
         require_batch_norms_run("teacher", lesson.teacher, processes.device, processes.count)
     if processes.divide:
-        _require_divisible(lesson, data)
+        _require_divisible(lesson, data, processes)
     computing = partial(autocast, settings.mixed_precision, processes.device)
     augment, adapter = _augmentation(data, processes), lesson.adapter
     places = placed(processes, adapter, lesson.model, lesson.teacher, teacher_learns=lesson.teacher_learns)
@@ -181,12 +183,14 @@ def assembled(
 
 def _require_agreement(processes: Processes, data: Data, store: CheckpointStore | None, checkpoint_every: int | None) -> None:
     """Several processes make their steps and their checkpoints together, or wait for each other for ever."""
-    if data.steps_per_epoch is not None and processes.count > 1:
+    if data.steps_per_epoch is None:
+        processes.require_equal("the length of loader", length_of(data.loader))
+    elif processes.count > 1 and isinstance(data.loader, DataLoader) and not isinstance(data.loader.dataset, IterableDataset):
         raise QakdError(
-            f"steps_per_epoch: whether the {processes.count} processes read the same stream or each its share cannot be told. "
-            "Train in one process, or pass a DataLoader over a map-style data set, which is shared out."
+            f"steps_per_epoch: each of the {processes.count} processes would read the whole data set. Leave it out: a "
+            "DataLoader over a map-style data set is shared out among the processes. A stream is read by each for itself."
         )
-    processes.require_equal("the length of loader", length_of(data.loader))
+    processes.require_equal("steps_per_epoch", data.steps_per_epoch)
     where = None if store is None else str(store.folder)
     processes.require_equal("checkpoint_dir and checkpoint_every", (where, checkpoint_every))
     if store is not None:
@@ -194,11 +198,19 @@ def _require_agreement(processes: Processes, data: Data, store: CheckpointStore 
         store.fingerprint = {"processes": how, **store.fingerprint}  # named first: loaders differ with it
 
 
-def _require_divisible(lesson: Lesson, data: Data) -> None:
+def _require_divisible(lesson: Lesson, data: Data, processes: Processes) -> None:
     """Raise QakdError where networks cannot be divided, or something reads them in one process alone."""
     for network in (lesson.model, lesson.teacher):
         if network is not None:
             require_divisible(network)
+    if data.val_loader is not None:
+        length = length_of(data.val_loader)
+        if length is None:
+            raise QakdError(
+                f"val_loader ({type(data.val_loader).__name__}) has no length, and networks that are divided must be called as "
+                "often in each process as in the others. Pass a DataLoader over a map-style data set, or a list of batches."
+            )
+        processes.require_equal("the length of val_loader", length)
     if isinstance(data.augment, CMISelector):
         raise QakdError(
             "augment=CMISelector() ranks with the teacher in one process, and it is divided among all. Rank before, with "
@@ -244,6 +256,8 @@ def _check_first_batch(
         if first is None:
             raise TrainingError("loader is empty: it yielded no batch. Check the data set and drop_last.")
         inputs = first.inputs
+        if not batches.repeat:
+            require_own_streams(inputs, processes)
         require_known(model, inputs, "prepared_model")
         args, kwargs = arguments(inputs)
         with evaluated(adapter, model):
@@ -265,6 +279,7 @@ def _check_first_batch(
             adapter.set_mode(model, True)  # with the ranges frozen still
             with computing():
                 check_smallest_batch(model, inputs, smallest_batch(data.loader, processes))
+                check_ranges(adapter, model, inputs)
         if processes.is_main and processes.divide:
             with evaluated(adapter, prepared):
                 check_exportable(adapter, prepared, to_device(inputs, next(prepared.parameters()).device))

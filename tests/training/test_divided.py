@@ -1,7 +1,6 @@
 """Networks that FSDP2 divides between two processes: trained as whole ones are, saved as whole ones are, and taken up again."""
 
 import re
-import shutil
 
 import pytest
 import torch
@@ -11,14 +10,20 @@ from training_server import BATCHES, Server
 from qakd_plugin import QakdError
 from qakd_plugin.training.distributed.launch import divides
 
-FSDP = {"environment": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "processes": 2, "listed": True}
 ONE = {"processes": 1, "listed": True}
+TWO = {"processes": 2, "listed": True}
+FSDP = {**TWO, "environment": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}}
 ALIKE = {"norm": False, "noise": False, "lr": 1e-3, "samples": 32 * BATCHES + 1, "held_out": 65}
 """Without what depends on a process's share; the last batch, and the last of those held out, are for one process alone."""
+LONG = {"accumulate": 2, "ema": 0.9}
 KINDS = {
-    "modelopt": {"method": "QKD", "toolkit": "modelopt", "quantizers": "LSQ", "options": {"accumulate": 2, "ema": 0.9}},
-    "torchao": {"method": "SQAKD", "toolkit": "torchao", "quantizers": "own"},
+    "own": {"toolkit": "modelopt", "quantizers": "own", "method": "QKD", "options": LONG, "double": True},
+    "LSQ": {"toolkit": "modelopt", "quantizers": "LSQ", "method": "QKD", "options": LONG},
+    "torchao": {"toolkit": "torchao", "quantizers": "own", "method": "SQAKD"},
 }
+WHOLE = {"own": (ONE, 1e-9), "LSQ": (TWO, 1e-6), "torchao": (TWO, 1e-6)}
+"""What a kind is compared with, and how close weights are. In float32 two processes add in another order than one, which moves
+a few codes across a tie; how far the runs part then is chance."""
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +41,9 @@ def _run(server, out, **order):
 
 @pytest.fixture(scope="module")
 def whole(server, tmp_path_factory):
-    """What one process gives."""
-    return {kind: _run(server, tmp_path_factory.mktemp(kind), **ONE, **ALIKE, **order)[0] for kind, order in KINDS.items()}
+    """What processes give that have all weights."""
+    runs = {kind: {**WHOLE[kind][0], **ALIKE, **order} for kind, order in KINDS.items()}
+    return {kind: _run(server, tmp_path_factory.mktemp(kind), **run)[0] for kind, run in runs.items()}
 
 
 def _require_close(found, expected, within):
@@ -47,7 +53,7 @@ def _require_close(found, expected, within):
             assert found[part][name].shape == value.shape, name
             assert torch.allclose(found[part][name].double(), value.double(), rtol=0, atol=within), name
     for row, other in zip(found["history"], expected["history"], strict=True):
-        assert row == pytest.approx(other, abs=1e-3, nan_ok=True)
+        assert row == pytest.approx(other, abs=within, nan_ok=True)
 
 
 @pytest.fixture(scope="module")
@@ -57,25 +63,30 @@ def divided(server, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_with_divided_networks_give_the_weights_of_one(kind, divided, whole):
+def test_two_processes_with_divided_networks_give_the_weights_of_whole_ones(kind, divided, whole):
     first, second = divided[kind]
     _require_same([first], [second])
-    _require_close(first, whole[kind], 1e-5)
+    _require_close(first, whole[kind], WHOLE[kind][1])
 
 
-@pytest.mark.parametrize(("before", "after"), [(FSDP, FSDP), (FSDP, ONE), (ONE, FSDP)], ids=["two", "two, one", "one, two"])
-def test_a_killed_run_goes_on_with_as_many_processes_and_with_others(before, after, server, divided, whole, tmp_path):
-    order = {**ALIKE, **KINDS["modelopt"], "folder": str(tmp_path / "checkpoints")}
-    assert server.run(tmp_path, **before, **order, die=["step", 11]) == [-9] * before["processes"]
+@pytest.mark.parametrize(
+    ("kind", "before", "after", "step"),
+    # Within an epoch samplers of one process and of two have drawn differently: with another number, at the end of one.
+    [("LSQ", FSDP, FSDP, 11), ("LSQ", FSDP, TWO, 11), ("own", FSDP, ONE, 9), ("own", ONE, FSDP, 9)],
+    ids=["divided", "divided, whole", "two, one", "one, two"],
+)
+def test_a_killed_run_goes_on_with_as_many_processes_and_with_others(
+    kind, before, after, step, server, divided, whole, tmp_path
+):
+    order = {**ALIKE, **KINDS[kind], "folder": str(tmp_path / "checkpoints")}
+    assert server.run(tmp_path, **before, **order, die=["step", step]) == [-9] * before["processes"]
     if before == after:
-        _require_same(_run(server, tmp_path, **after, **order), divided["modelopt"])
+        _require_same(_run(server, tmp_path, **after, **order), divided[kind])
         return
-    out = tmp_path / "refused"
-    shutil.copytree(tmp_path / "checkpoints", out / "checkpoints")
-    assert server.run(out, **after, **order | {"folder": str(out / "checkpoints")}) == [1] * after["processes"]
-    assert "processes is" in (out / "error-0.txt").read_text()
-    # LSQ computes in float32: a code on a tie may come out on the other side, and takes weights with it.
-    _require_close(_run(server, tmp_path, **after, **order, resume="force")[0], whole["modelopt"], 2e-4)
+    if after == TWO:
+        assert server.run(tmp_path, **after, **order) == [1, 1]
+        assert "processes is '2, with networks divided' there and 2 here" in (tmp_path / "error-0.txt").read_text()
+    _require_close(_run(server, tmp_path, **after, **order, resume="force")[0], whole[kind], WHOLE[kind][1])
 
 
 @pytest.mark.parametrize(("kind", "victim"), [("layer", 1), ("loss", 0)])

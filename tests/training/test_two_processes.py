@@ -129,6 +129,29 @@ def test_weights_statistics_and_ranges_are_equal_on_all_ranks(method, toolkit, q
     _require_equal_ranks(_run(server, tmp_path, 2, method=method, toolkit=toolkit, quantizers=quantizers))
 
 
+def test_each_process_reads_its_own_stream_and_goes_on_where_it_was(server, tmp_path):
+    order = {"method": "SQAKD", "toolkit": "modelopt", "quantizers": "own", **ALIKE, "stream": "split"}
+    order["options"] = {"steps_per_epoch": BATCHES - 2}
+    expected = _run(server, tmp_path / "one", 1, **order)[0]
+    folder = str(tmp_path / "checkpoints")
+    assert server.run(tmp_path / "killed", processes=2, folder=folder, die=["step", 9], **order) == [-9, -9]
+    found = _run(server, tmp_path / "two", 2, folder=folder, **order)
+    _require_equal_ranks(found)
+    _require_close(found[0]["student"], expected["student"])
+
+
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        ({"stream": "whole"}, "loader: processes 0 and 1 of 2 begin with the same batch.*split_by_node"),
+        ({}, "steps_per_epoch: each of the 2 processes would read the whole data set. Leave it out"),
+    ],
+)
+def test_a_stream_that_all_processes_would_read_as_a_whole_is_refused(order, message, server, tmp_path):
+    assert server.run(tmp_path, processes=2, options={"steps_per_epoch": 3}, **order) == [1, 1]
+    _require_refused(tmp_path, message)
+
+
 def test_a_bad_batch_in_one_process_stops_both(server, tmp_path):
     assert server.run(tmp_path, processes=2, poison=150) == [1, 1], _log(tmp_path)
     errors = [(tmp_path / f"error-{rank}.txt").read_text() for rank in range(2)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Itera
 
 from ..._common.rng_state import samplers_of
 from ...errors import QakdError
+from ...tasks.inputs import Inputs, named_tensors
 from ..streams import length_of
 from .processes import Processes
 
@@ -146,6 +148,30 @@ def smallest_batch(loader: Iterable[Any], processes: Processes) -> int | None:
         except TypeError:
             return None
     return None
+
+
+def require_own_streams(inputs: Inputs, processes: Processes) -> None:
+    """Raise QakdError where two processes read the same stream, and would train with each of its batches twice.
+
+    Args:
+        inputs: of the first batch of this process.
+        processes: of this run; nothing is looked at where there is one.
+    """
+    if processes.count == 1:
+        return
+    digest = hashlib.sha256()
+    for name, tensor in named_tensors(inputs).items():
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    found = processes.gather(digest.hexdigest())
+    for index, mine in enumerate(found):
+        if mine in found[:index]:
+            raise QakdError(
+                f"loader: processes {found.index(mine)} and {index} of {processes.count} begin with the same batch, and with "
+                "steps_per_epoch each reads a stream of its own. Split it by int(os.environ['RANK']) and "
+                "int(os.environ['WORLD_SIZE']): itertools.islice(samples, rank, None, count), nodesplitter=wds.split_by_node "
+                "of webdataset, or datasets.distributed.split_dataset_by_node."
+            )
 
 
 class _Counting:
