@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -170,7 +170,7 @@ class Batches:
         if self._stream is None:
             return
         # One process was all that there could be before, and its place stood alone.
-        places = [state["stream"]] if isinstance(state["stream"], Mapping) else state["stream"]
+        places = [state["stream"]] if isinstance(state["stream"], dict) else state["stream"]
         if index < len(places):
             self._stream.load_state_dict(places[index])
 
