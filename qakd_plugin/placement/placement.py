@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -108,7 +109,14 @@ def place_quantizers(
         return Placement(tuple(layers), edges=frozenset({layers[0], layers[-1]}), transposed=_transposed(model, layers))
     placement = _Analysis(model, graph, set(layers)).placement(sums, before_activations)
     placement = replace(placement, transposed=_transposed(model, placement.layers))
-    if left := sorted(set(layers) - set(placement.layers)):
+    if constant := sorted(_constant(graph) & set(layers)):
+        _log.warning(
+            "%s: what they read does not depend on the input, so neither does what they return: they stay in floating point, "
+            "and a file holds their results.",
+            ", ".join(constant),
+        )
+        placement = replace(placement, layers=tuple(name for name in placement.layers if name not in constant))
+    if left := sorted(set(layers) - set(placement.layers) - set(constant)):
         _log.warning(
             "%s: the forward pass does not call %s: they stay in floating point. Call the modules themselves, not functions on "
             "their weights.",
@@ -116,6 +124,19 @@ def place_quantizers(
             ", ".join(left),
         )
     return placement
+
+
+def _constant(graph: fx.Graph) -> set[str]:
+    """Modules that are called on nothing but parameters, buffers and sizes."""
+    dynamic: set[fx.Node] = set()
+    for node in graph.nodes:
+        is_size = node.target in {"size", "dim", torch.ops.aten.sym_size.int} or (
+            node.target is getattr and "shape" in node.args
+        )
+        if node.op == "placeholder" or (not is_size and any(source in dynamic for source in node.all_input_nodes)):
+            dynamic.add(node)
+    calls = [node for node in graph.nodes if node.op == "call_module"]
+    return {str(node.target) for node in calls} - {str(node.target) for node in calls if node in dynamic}
 
 
 def _transposed(model: nn.Module, layers: Iterable[str]) -> frozenset[str]:
@@ -236,7 +257,7 @@ class _Analysis:
         verdict: dict[str, bool] = {}
         for call in calls:
             name = str(call.target)
-            verdict[name] = verdict.get(name, True) and call.all_input_nodes[0] in nodes
+            verdict[name] = verdict.get(name, True) and next(iter(call.all_input_nodes), None) in nodes
         return {name for name, holds in verdict.items() if holds}
 
 

@@ -139,7 +139,7 @@ def joined(
             of[node] = root
             divided.add(node)
         elif is_layer(node):
-            if sources[0] in divided:
+            if sources and sources[0] in divided:
                 reading.append((sources[0], str(node.target)))
         elif sources and sources[0] in of and moves(node):
             of[node] = of[sources[0]]

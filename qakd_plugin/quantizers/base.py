@@ -76,7 +76,7 @@ class Rule(ABC):
 
     @abstractmethod
     def quantize(self, x: Tensor, holder: nn.Module) -> Tensor:
-        """Fake-quantize float32 ``x``."""
+        """Fake-quantize ``x`` in float32; what comes out has the type of ``x``."""
 
     def scale(self, holder: nn.Module) -> Tensor:
         """Step between neighbouring integer codes of the exported quantizer, in the shape the holder keeps."""
@@ -86,7 +86,7 @@ class Rule(ABC):
     def __call__(self, x: Tensor, holder: nn.Module) -> Tensor:
         """Fake-quantize in float32, whatever autocast does around it; what comes out has the type of ``x``."""
         with torch.autocast(x.device.type, enabled=False):
-            return self.quantize(x.float(), holder).to(x.dtype)
+            return self.quantize(x, holder)
 
     def qparams(self, holder: nn.Module, out_features: int | None = None) -> QParams:
         """The exact numbers of the grid, zero point 0.

@@ -32,14 +32,14 @@ class TanhWeight(SymmetricGrid):
     def quantize(self, x: Tensor, holder: nn.Module) -> Tensor:
         kept: Tensor = getattr(holder, SCALE)
         unit: Tensor = getattr(holder, UNIT)
-        squashed = unit * torch.tanh(x / unit)
+        squashed = unit * torch.tanh(x.float() / unit)
         dims = tuple(dim for dim in range(x.ndim) if kept.ndim == 0 or kept.shape[dim] == 1)
         largest = squashed.abs().amax(dims, keepdim=True).reshape(kept.shape)
         scale = largest.clamp(min=torch.finfo(torch.float32).tiny * 2**24) * (2 / self.steps)
         with torch.no_grad():
             kept.copy_(scale)
         low, high, shift = self.levels
-        return fake_quantize(squashed, scale, low, high, shift=shift)
+        return fake_quantize(squashed, scale, low, high, shift=shift).to(x.dtype)
 
     def scale(self, holder: nn.Module) -> Tensor:
         """Of the last forward pass: it follows the weight."""

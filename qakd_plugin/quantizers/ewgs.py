@@ -41,10 +41,10 @@ class IntervalWeight(SymmetricGrid):
     def quantize(self, x: Tensor, holder: nn.Module) -> Tensor:
         state: Any = holder
         low, high, shift = self.levels
-        v = x * torch.exp(-getattr(state, LOG_INTERVAL)) - high * getattr(state, OFFSET)
+        v = x.float() * torch.exp(-getattr(state, LOG_INTERVAL)) - high * getattr(state, OFFSET)
         codes = discretize(v, low, high, shift=shift, delta=getattr(state, DELTA))
         scaled: Tensor = codes * getattr(state, LOG_SCALE).exp()
-        return scaled
+        return scaled.to(x.dtype)
 
 
 @dataclass(frozen=True)

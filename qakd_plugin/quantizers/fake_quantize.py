@@ -10,6 +10,7 @@ Source: Zhao and Zhao, AISTATS 2024, arXiv 2403.11106; Lee et al., CVPR 2021, ar
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -36,10 +37,10 @@ def fake_quantize(
     """``scale * (round(clamp(x / scale, low, high) + shift) - shift)``, and its gradients.
 
     One function for all quantizers, written so that training keeps no tensor but input and output, and keeps those where
-    activation checkpointing and offloading find them.
+    activation checkpointing and offloading find them. Whatever the type of ``x``, the arithmetic is float32's.
 
     Args:
-        x: float32, any shape.
+        x: float32, float16 or bfloat16, any shape; what is returned has its type.
         scale: float32, positive; 0-d, or broadcastable with one value per channel of the first dimension.
         low: lowest code.
         high: highest code.
@@ -52,25 +53,21 @@ def fake_quantize(
     """
     calls = recorded_calls()
     if calls is not None and delta is not None:
-        return _twice_differentiable(x, scale, low, high, shift, delta, calls)
-    return _FakeQuantize.apply(x, scale, low, high, shift, delta, gradient_scale, through_rounding, decay)  # type: ignore[no-any-return, no-untyped-call]
+        return _twice_differentiable(x.float(), scale, low, high, shift, delta, calls).to(x.dtype)
+    if _comes_in_blocks(x, scale):
+        return _InBlocks.apply(x, scale, delta, low, high, shift, gradient_scale, through_rounding, decay)  # type: ignore[no-any-return, no-untyped-call]
+    wide = x.float()
+    return _FakeQuantize.apply(wide, scale, delta, low, high, shift, gradient_scale, through_rounding, decay).to(x.dtype)  # type: ignore[no-any-return, no-untyped-call]
+
+
+_Numbers = tuple[float, float, float, float, bool, float]
+"""Arguments of :func:`fake_quantize` that are no tensors, in its order, without ``delta``: no class, for a compiler."""
 
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        scale: Tensor,
-        low: float,
-        high: float,
-        shift: float,
-        delta: Tensor | None,
-        gradient_scale: float,
-        through_rounding: bool,
-        decay: float,
-    ) -> Tensor:
-        out = _quantized(x, scale, low, high, shift)
+    def forward(ctx: Any, x: Tensor, scale: Tensor, delta: Tensor | None, *numbers: Any) -> Tensor:
+        out = _quantized(x, scale, numbers)
         # What reads the output may write over it, as nn.ReLU(inplace=True) and ``out += identity`` do in torchvision's
         # networks, and autograd refuses a backward pass that needs a tensor which was changed. An alias with a version counter
         # of its own is not refused, and the output's counter tells whether the alias still holds what was computed. Inference
@@ -78,33 +75,88 @@ class _FakeQuantize(torch.autograd.Function):
         keeps = not (torch.compiler.is_compiling() or out.is_inference())
         ctx.save_for_backward(x, scale, delta, out.data if keeps else None)
         ctx.changes = _Changes(out) if keeps else None
-        ctx.numbers = (low, high, shift, gradient_scale, through_rounding, decay)
+        ctx.numbers = numbers
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, scale, delta, out = ctx.saved_tensors
-        low, high, shift, gradient_scale, through_rounding, decay = ctx.numbers
         if out is None or ctx.changes.any():
-            out = _quantized(x, scale, low, high, shift)
-        g = gradient
-        if delta is not None:
-            # g (1 + delta sign(g) (x_c - x_q)): where x is clipped the result is not used, so x stands for x_c.
-            g = torch.sub(x, out).mul_(g.abs()).mul_(delta / ((high - low) * scale)).add_(g)
-        g = _where_inside(g, x, scale, low, high)
-        grad_scale = None
-        if ctx.needs_input_grad[1]:
-            # Codes are out / scale; inside, the rounding error is (out - x) / scale, outside it is the bound.
-            inside = x if through_rounding else out
-            if scale.numel() == 1:
-                total = _dot(gradient, out) - _dot(g, inside)
-                total = total.reshape(scale.shape)
-            else:
-                total = (gradient * out - g * inside).sum_to_size(scale.shape)
-            grad_scale = total / scale * gradient_scale
-            if decay:
-                grad_scale = grad_scale + decay * high**2 * scale
-        return g, grad_scale, None, None, None, None, None, None, None
+            out = _quantized(x, scale, ctx.numbers)
+        needs_scale = ctx.needs_input_grad[1]
+        g, total = _gradients(gradient, x, out, scale, delta, ctx.numbers, needs_scale)
+        return g, _gradient_of_scale(total, scale, ctx.numbers) if needs_scale else None, *_REST
+
+
+class _InBlocks(torch.autograd.Function):
+    """The same on a processor for what is narrower than float32, a few samples at a time: whole tensors in float32 would be
+    written to memory and read again for each operation, and the output's would be kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, delta: Tensor | None, *numbers: Any) -> Tensor:
+        out = torch.empty_like(x)
+        for part, quantized in _blocks(x, out):
+            quantized.copy_(_quantized(part.float(), scale, numbers))
+        ctx.save_for_backward(x, scale, delta)
+        ctx.numbers = numbers
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, scale, delta = ctx.saved_tensors
+        needs_scale = ctx.needs_input_grad[1]
+        g, total = torch.empty_like(x), torch.zeros_like(scale)
+        for part, upstream, downstream in _blocks(x, gradient, g):
+            wide = part.float()
+            out = _quantized(wide, scale, ctx.numbers)
+            block, share = _gradients(upstream.float(), wide, out, scale, delta, ctx.numbers, needs_scale)
+            downstream.copy_(block)
+            total += share
+        return g, _gradient_of_scale(total, scale, ctx.numbers) if needs_scale else None, *_REST
+
+
+_REST = (None,) * 7
+"""In the place of gradients of what has none."""
+
+_BLOCK = 131072
+"""Elements for each thread: a block in float32 stays in the cache, and Python's part of the work is small beside it."""
+
+
+def _comes_in_blocks(x: Tensor, scale: Tensor) -> bool:
+    converted = x.dtype != torch.float32 and x.ndim > 0
+    return converted and x.device.type == "cpu" and scale.numel() == 1 and not torch.compiler.is_compiling()
+
+
+def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same samples of each tensor, as views, which need not be contiguous."""
+    samples = max(1, len(tensors[0]))
+    each = max(1, _BLOCK * torch.get_num_threads() * samples // max(1, tensors[0].numel()))
+    return zip(*(tensor.split(each) for tensor in tensors), strict=True)  # type: ignore[no-untyped-call]
+
+
+def _gradients(
+    gradient: Tensor, x: Tensor, out: Tensor, scale: Tensor, delta: Tensor | None, numbers: _Numbers, needs_scale: bool
+) -> tuple[Tensor, Tensor]:
+    """Of x, and a sum for :func:`_gradient_of_scale`."""
+    low, high, _, _, through_rounding, _ = numbers
+    g = gradient
+    if delta is not None:
+        # g (1 + delta sign(g) (x_c - x_q)): where x is clipped the result is not used, so x stands for x_c.
+        g = torch.sub(x, out).mul_(g.abs()).mul_(delta / ((high - low) * scale)).add_(g)
+    g = _where_inside(g, x, scale, low, high)
+    if not needs_scale:
+        return g, torch.zeros_like(scale)
+    # Codes are out / scale; inside, the rounding error is (out - x) / scale, outside it is the bound.
+    inside = x if through_rounding else out
+    if scale.numel() == 1:
+        return g, (_dot(gradient, out) - _dot(g, inside)).reshape(scale.shape)
+    return g, (gradient * out - g * inside).sum_to_size(scale.shape)
+
+
+def _gradient_of_scale(total: Tensor, scale: Tensor, numbers: _Numbers) -> Tensor:
+    _, high, _, gradient_scale, _, decay = numbers
+    found = total / scale * gradient_scale
+    return found + decay * high**2 * scale if decay else found
 
 
 class _Changes:
@@ -119,7 +171,8 @@ class _Changes:
         return self.counter._version != self.version
 
 
-def _quantized(x: Tensor, scale: Tensor, low: float, high: float, shift: float) -> Tensor:
+def _quantized(x: Tensor, scale: Tensor, numbers: _Numbers) -> Tensor:
+    low, high, shift = numbers[:3]
     if torch.compiler.is_compiling():  # fuses these anyway; torch 2.11 compiles operations in place to gradients of zero
         codes = torch.div(x, scale).clamp(low, high)
         return ((codes + shift).round() - shift if shift else codes.round()) * scale

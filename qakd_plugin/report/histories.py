@@ -90,6 +90,8 @@ def _tuning(found: Tuned) -> str:
     parts += [f"quantizers {what}: {len(names)}" for what, names in counted if names]
     if shifted := found.get("zero_points"):
         parts.append(f"weights with a zero point of -1, the same numbers: {len(shifted)}")
+    if blocked := found.get("blocked"):
+        parts.append(f"convolutions that read blocks of pixels, the same integers: {len(blocked)}")
     if found.get("precision") == "bfloat16":
         parts.append("what is not quantized in bfloat16")
     step = (found.get("proof") or {}).get("largest_step")

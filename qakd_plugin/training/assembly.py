@@ -40,6 +40,7 @@ from .preflight import (
     check_counted,
     check_exportable,
     check_first_batch,
+    check_ranges,
     check_smallest_batch,
     check_taught,
     classes_learned,
@@ -278,6 +279,7 @@ def _check_first_batch(
             adapter.set_mode(model, True)  # with the ranges frozen still
             with computing():
                 check_smallest_batch(model, inputs, smallest_batch(data.loader, processes))
+                check_ranges(adapter, model, inputs)
         if processes.is_main and processes.divide:
             with evaluated(adapter, prepared):
                 check_exportable(adapter, prepared, to_device(inputs, next(prepared.parameters()).device))

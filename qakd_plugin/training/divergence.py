@@ -9,9 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import TrainingError
+from ..errors import TrainingError, UnsupportedQuantizerError
 from ..tasks.inputs import Inputs, call, named_tensors
+from ..toolkits import Adapter, Quantizer
 from .distributed.sharding import is_divided
+
+_MISFIT = 10.0
+"""How many times its range the values of a quantizer may be, as their root mean square; where statistics fit, it is below 2."""
+
+_BEFORE_ANY_STEP = (
+    "No step was taken yet, so it is not the rate: look for a layer that divides by nearly zero, such as a normalization of "
+    "channels that hardly vary."
+)
 
 
 @dataclass(frozen=True)
@@ -57,13 +66,83 @@ def require_finite_losses(values: dict[str, float], inputs: Inputs, model: nn.Mo
     )
 
 
-def require_finite_gradient(norm: float, loss: float, moment: Moment) -> None:
-    """Raise TrainingError for a gradient that is not finite, by its norm."""
+def require_finite_gradient(
+    norm: float, loss: float, moment: Moment, adapter: Adapter, model: nn.Module, inputs: Inputs
+) -> None:
+    """Raise TrainingError for a gradient that is not finite, by its norm.
+
+    Args:
+        norm: of the gradient.
+        loss: of the batch.
+        moment: for the message.
+        adapter: of the student's toolkit.
+        model: the student, before the step.
+        inputs: of the batch.
+    """
     if not math.isfinite(norm):
+        advice = misfit(adapter, model, inputs) or (f"Lower lr={moment.lr:g}." if moment.step else _BEFORE_ANY_STEP)
         raise TrainingError(
             f"the gradient is not finite at step {moment.step} of phase {moment.phase!r} (its norm is {norm}, the loss "
-            f"{loss:.4g}). Lower lr={moment.lr:g}.{moment.way_back}"
+            f"{loss:.4g}). {advice}{moment.way_back}"
         )
+
+
+@torch.no_grad()
+def misfit(adapter: Adapter, model: nn.Module, inputs: Inputs) -> str | None:
+    """Two sentences on the quantizer that gets most beyond its range in training, where BatchNorm normalizes with the batch.
+
+    Ranges are calibrated in eval mode. Where running statistics do not fit the data, what is quantized in training is larger by
+    orders of magnitude: it is clipped, and gradients of ranges are sums of all that is.
+
+    Args:
+        adapter: of the student's toolkit.
+        model: the student in training mode; its buffers are put back, and no random number is drawn.
+        inputs: of a batch.
+
+    Returns:
+        None without BatchNorms that have statistics, or where ranges fit.
+    """
+    if not any(name.endswith("running_var") for name, _ in model.named_buffers()):
+        return None
+    found: dict[str, float] = {}
+
+    def watch(name: str, largest: float) -> Any:
+        def look(module: nn.Module, args: Any) -> None:
+            found[name] = max(found.get(name, 0.0), float(args[0].float().square().mean().sqrt()) / largest)
+
+        return look
+
+    handles = []
+    for quantizer in adapter.quantizers(model):
+        if quantizer.role == "activation" and (largest := _largest(adapter, quantizer)):
+            handles.append(quantizer.module.register_forward_pre_hook(watch(quantizer.fqn, largest)))
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    device = next(iter(named_tensors(inputs).values())).device
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            call(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for buffer, value in buffers:
+            buffer.copy_(value)
+    worst = max(found, key=lambda name: found[name], default=None)
+    if worst is None or not found[worst] > _MISFIT:
+        return None
+    return (
+        f"{worst}: in training what it quantizes is {found[worst]:.0f} times its calibrated range, because the running "
+        "statistics of BatchNorms do not fit the data. Let the float model see some batches in training mode, then prepare it "
+        "again."
+    )
+
+
+def _largest(adapter: Adapter, quantizer: Quantizer) -> float:
+    """The largest value that a quantizer represents; 0 where it has no range of its own."""
+    try:
+        qparams = adapter.qparams(quantizer)
+    except UnsupportedQuantizerError:
+        return 0.0
+    return float(qparams.scale.max()) * max(abs(qparams.quant_min), abs(qparams.quant_max))
 
 
 def require_finite_input(inputs: Inputs, batch: int) -> None:

@@ -19,7 +19,7 @@ from ..tasks.matchers import KL
 from ..tasks.matching import check_match, default_match
 from ..tasks.outputs import Outputs, listed, named_outputs
 from ..toolkits import Adapter
-from .divergence import blame, require_finite_input
+from .divergence import blame, misfit, require_finite_input
 from .methods import Phase, Supervision
 
 _log = logging.getLogger(__name__)
@@ -116,6 +116,18 @@ def check_smallest_batch(student: nn.Module, inputs: Inputs, smallest: int | Non
     finally:
         for buffer, value in buffers:
             buffer.copy_(value)
+
+
+def check_ranges(adapter: Adapter, student: nn.Module, inputs: Inputs) -> None:
+    """Warn where running statistics of BatchNorms do not fit the data, and ranges that were calibrated with them neither.
+
+    Args:
+        adapter: of the student's toolkit.
+        student: in training mode, with frozen ranges.
+        inputs: of a batch.
+    """
+    if problem := misfit(adapter, student, inputs):
+        _log.warning("%s", problem)
 
 
 class _NoSingleValues(TorchDispatchMode):  # type: ignore[no-untyped-call]

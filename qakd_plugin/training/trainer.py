@@ -229,7 +229,7 @@ class Trainer:
             here = replace(moment, batch=moment.batch + index)
             require_finite_losses(found, batch.inputs, self.networks.model, here)
         for norm in norms:
-            require_finite_gradient(norm, values[-1]["loss"], moment)
+            require_finite_gradient(norm, values[-1]["loss"], moment, self.adapter, self.networks.model, group[0].inputs)
 
     @contextmanager
     def _gradients_stay_here(self, learners: Sequence[Learner], more: bool) -> Iterator[None]:

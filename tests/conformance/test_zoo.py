@@ -376,6 +376,31 @@ def test_attention_within_windows_is_exact_for_every_target(masked, tmp_path):
         assert file.parity.toolkit_deviation < 1e-6
 
 
+class _Table(nn.Module):
+    """Adds a bias that a small network makes of a table, as Swin v2 does: (N, 8) to (N, 10)."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.randn(6, 2))
+        self.bias, self.mix, self.head = nn.Linear(2, 8), nn.Linear(8, 8), nn.Linear(8, 10)
+
+    def forward(self, x):
+        rows = self.table[None].expand(x.shape[0], -1, -1)
+        return self.head(self.mix(x) + self.bias(rows).mean(1))
+
+
+@pytest.mark.parametrize("toolkit", ["modelopt", "pt2e"])
+def test_layers_that_read_constants_stay_in_floating_point_and_are_named(toolkit, tmp_path, caplog):
+    torch.manual_seed(0)
+    inputs = torch.randn(4, 8)
+    student = prepare(_Table().eval(), [inputs], toolkit)
+    quantized = {name for q in adapter_for(student).quantizers(student) if q.role == "weight" for name in q.layers}
+    assert quantized == {"mix", "head"}
+    assert "bias: what they read does not depend on the input" in caplog.text
+    for target in ("tensorrt", "onnxruntime"):
+        assert export_onnx(student, inputs, tmp_path / "x.onnx", target).parity.toolkit_deviation < 1e-6
+
+
 def test_the_zoo_holds_a_network_of_every_family_of_timm():
     families = pytest.importorskip("timm.models").list_modules()
     assert sorted(net.family for net in zoo.NETS if net.family) == sorted(families)

@@ -84,6 +84,24 @@ class Token(nn.Module):
         return logits
 
 
+class Scaled(nn.Module):
+    """Blocks with layer scale, whose factors go below zero, and with a sum after it or none."""
+
+    def __init__(self, adds):
+        super().__init__()
+        self.stem, self.head, self.adds = nn.Conv2d(3, 32, 3, 2, 1), nn.Linear(32, 10), adds
+        self.depthwise = nn.ModuleList(nn.Conv2d(32, 32, 3, padding=1, groups=32) for _ in range(2))
+        self.pointwise = nn.ModuleList(nn.Conv2d(32, 32, 1) for _ in range(2))
+        self.gammas = nn.ParameterList(torch.randn(32, 1, 1) for _ in range(2))
+
+    def forward(self, x):
+        x = self.stem(x)
+        for depthwise, pointwise, gamma in zip(self.depthwise, self.pointwise, self.gammas, strict=True):
+            y = pointwise(depthwise(x)) * gamma
+            x = y + x if self.adds else y
+        return self.head(x.mean((2, 3)))
+
+
 def _sqnr_db(expected: np.ndarray, found: np.ndarray) -> float:
     expected = expected.astype(np.float64)
     return float(10 * np.log10((expected**2).sum() / ((found - expected) ** 2).sum()))
@@ -132,6 +150,15 @@ def test_all_that_read_a_convolution_without_bias_see_the_same_numbers(tmp_path)
     assert _sqnr_db(expected, OpenVINORunner(path, 1).run({"input": x.numpy()})["logits"]) > 50
     clamps = [node for node in onnx.load(path).graph.node if "lowest_float32" in node.input]
     assert len(clamps) == 2  # of the first and the transposed one; the others have a bias
+
+
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("toolkit", ["modelopt", "pt2e"])
+def test_factors_below_zero_keep_their_sign(toolkit, adds, tmp_path):
+    torch.manual_seed(0)
+    sqnr_db, graph = _exported(Scaled(adds).eval(), toolkit, tmp_path)
+    assert sqnr_db > 40  # -3 to 6 where they lose it
+    assert [node.op_type for node in graph.node].count("LeakyRelu") >= 4
 
 
 def test_a_bias_counts_for_its_own_channel_where_a_size_is_read(tmp_path):

@@ -12,6 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from qakd_plugin import EWGS, LSQ, PACT, DoReFa, QakdError
+from qakd_plugin.quantizers import fake_quantize as module
 from qakd_plugin.quantizers import refresh_delta, remove_tensors, rule_from_dict
 from qakd_plugin.quantizers.fake_quantize import discretize, fake_quantize
 
@@ -309,6 +310,44 @@ def test_under_bfloat16_autocast_the_arithmetic_stays_in_float32(config):
         rounded = rule(w.bfloat16(), holder)
     assert rounded.dtype == torch.bfloat16
     assert torch.equal(rounded, rule(w.bfloat16().float(), holder).bfloat16())
+
+
+def _steps(x, config, upstream, *, wide):
+    """Output and gradients of an activation's quantizer in the type of ``x``; or as if it were converted as a whole."""
+    rule, holder = config.activation_rule(4, False), nn.Module()
+    rule.install(holder, torch.tensor(1.5))
+    x = x.detach().requires_grad_()
+    out = rule(x.float(), holder).to(x.dtype) if wide else rule(x, holder)
+    out.backward(upstream)
+    return out.detach(), x.grad, [parameter.grad for parameter in holder.parameters()]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "every second channel"])
+@pytest.mark.parametrize("config", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_blocks_of_samples_compute_what_the_whole_does(config, dtype, layout, monkeypatch):
+    monkeypatch.setattr(module, "_BLOCK", 100 // torch.get_num_threads())
+    draw = torch.Generator().manual_seed(0)
+    x, upstream = (torch.randn(7, 6, 3, 3, generator=draw).to(dtype) for _ in range(2))
+    if layout == "channels_last":
+        x = x.to(memory_format=torch.channels_last)
+    elif layout != "contiguous":
+        x, upstream = x[:, ::2], upstream[:, ::2]
+    assert len(list(module._blocks(x))) in {3, 4, 7}
+    found, expected = (_steps(x, config, upstream, wide=wide) for wide in (False, True))
+    assert found[0].dtype == found[1].dtype == dtype
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    torch.testing.assert_close(found[2], expected[2])  # of sums in another order
+
+
+def test_nothing_is_kept_in_float32_of_what_is_narrower():
+    x, scale = torch.randn(64, 64).bfloat16().requires_grad_(), torch.tensor(0.1, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        fake_quantize(x, scale, -8, 7)
+    assert [tensor.numel() for tensor in kept if tensor.dtype == torch.float32] == [1]
+    assert sum(tensor.data_ptr() == x.data_ptr() for tensor in kept) == 1
 
 
 @pytest.mark.parametrize("config", [LSQ(), PACT(), EWGS()], ids=lambda c: type(c).__name__)

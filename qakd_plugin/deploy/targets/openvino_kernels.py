@@ -15,6 +15,9 @@ leaves out that it rounds, if the quantizer is the first of what it fuses into t
 by the same kernel. A leaky ReLU whose slope is 1 is something else, and changes nothing; a clamp it would merge with the
 quantizer.
 
+A factor per channel (layer scale) goes into the scales of quantizers before and after it, and the runtime takes none below
+zero: where a channel's factor is negative, the same leaky ReLU keeps them apart.
+
 What else it computes wrongly, each by as much as 0 to 25 dB:
   - signed codes that are concatenated in front of a convolution: it rounds them to whole numbers. Codes with a zero point are
     read as they are, in the same time;
@@ -211,12 +214,40 @@ class KeepRoundingBeforeSums(InPlacePass):
             found = [_quantized_conv(value) for value in node.inputs] if node.op_type == "Add" else []
             if len(found) == 2 and not any(_is_plain_conv(value) for value in node.inputs):
                 for quantize in [one for one in found if one is not None]:
-                    identity_op = ir.node("LeakyRelu", [quantize.inputs[0]], {"alpha": 1.0}, name=f"{quantize.name}/identity")
-                    identity_op.outputs[0].name, identity_op.outputs[0].dtype = f"{identity_op.name}:out", ir.DataType.FLOAT
-                    model.graph.insert_before(quantize, identity_op)
-                    quantize.replace_input_with(0, identity_op.outputs[0])
+                    _keep_apart(quantize, 0)
                     modified = True
         return PassResult(model, modified)
+
+
+class KeepSignsOfFactors(InPlacePass):
+    """Keep a factor per channel that is negative somewhere apart from what is before and after it.
+
+        DQ -> Mul(factors)
+    becomes
+        DQ -> LeakyRelu(1) -> Mul(factors) -> LeakyRelu(1)
+    """
+
+    def call(self, model: ir.Model) -> PassResult:
+        modified = False
+        for node in list(model.graph):
+            for index, value in enumerate(node.inputs) if node.op_type == "Mul" else ():
+                factor = constant(node.inputs[1 - index])
+                if factor is None or not (factor < 0).any():
+                    continue
+                if producer(value, "DequantizeLinear", *_MOVES) is not None:
+                    _keep_apart(node, index)
+                    _insert_after(node, ir.node("LeakyRelu", [None], {"alpha": 1.0}, name=f"{node.name}/after"))
+                    modified = True
+        return PassResult(model, modified)
+
+
+def _keep_apart(node: ir.Node, index: int) -> None:
+    """Put an operator that changes nothing, and that the runtime fuses with nothing, in front of an input."""
+    identity_op = ir.node("LeakyRelu", [node.inputs[index]], {"alpha": 1.0}, name=f"{node.name}/identity")
+    identity_op.outputs[0].name, identity_op.outputs[0].dtype = f"{identity_op.name}:out", ir.DataType.FLOAT
+    assert node.graph is not None
+    node.graph.insert_before(node, identity_op)
+    node.replace_input_with(index, identity_op.outputs[0])
 
 
 def _quantized_conv(value: ir.Value | None) -> ir.Node | None:
@@ -356,6 +387,7 @@ PASSES: tuple[InPlacePass, ...] = (
     QuantizeBeforeConcat(),
     RoundBeforeConcat(),  # what is still of different grids
     KeepRoundingBeforeSums(),
+    KeepSignsOfFactors(),
     OffsetConcatenatedCodes(),  # of quantizers that are left
     ClampSharedConvolutions(),
     BiasAsSum(),

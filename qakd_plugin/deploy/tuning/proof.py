@@ -1,7 +1,8 @@
 """What is shown of a tuned file before it is written: by the file that it was made from, on the same inputs.
 
 Three steps, each against something that was computed without what it shows:
-  1. weights with a zero point of -1: the same bits as without, with ONNX Runtime's fusions off and on;
+  1. weights with a zero point of -1: the same bits as without, with ONNX Runtime's fusions off and on; convolutions of blocks
+     of pixels: with fusions on, as they are deployed, since integers can be added in any order and floats cannot;
   2. every quantizer that was made finer: no number is farther than half of the trained step from what it would have made of
      the same input. So nothing else was taken away with the rounding, neither a ReLU nor a learned clip;
   3. outputs in the runtime, fused and in its precision, against the tuned file computed operator by operator: no farther than
@@ -37,7 +38,7 @@ class TuningProof:
     """What was compared.
 
     Attributes:
-        same_bits: nothing but zero points changed, and every output has the same bits as before.
+        same_bits: every output has the same bits as before, as the runtime computes it.
         quantizers: that were made finer.
         largest_step: by how many of its steps any of their numbers differs from what was trained, at most: half a one is the
             most that rounding moves a number.
@@ -59,17 +60,17 @@ class TuningProof:
         return asdict(self)
 
 
-def check_same_bits(runtime: Variants, plain: bytes, tuned: bytes, batches: Sequence[Inputs]) -> None:
-    """Compare two files, with fusions off and on.
+def check_same_bits(runtime: Variants, plain: bytes, tuned: bytes, batches: Sequence[Inputs], fusions: Sequence[bool]) -> None:
+    """Compare two files in ONNX Runtime, without its fusions, or with them, as they are deployed.
 
     Raises:
         ParityError: an output differs.
     """
-    for fusions in (False, True):
-        pairs = zip(*(runtime.as_it_says(data, batches, fusions=fusions) for data in (plain, tuned)), strict=True)
+    for fused in fusions:
+        pairs = zip(*(runtime.as_it_says(data, batches, fusions=fused) for data in (plain, tuned)), strict=True)
         if not all(np.array_equal(one, other) for outputs in pairs for one, other in zip(*outputs, strict=True)):
             raise ParityError(
-                f"the tuned file computes other numbers with fusions {'on' if fusions else 'off'}: a fault of ONNX Runtime "
+                f"the tuned file computes other numbers with fusions {'on' if fused else 'off'}: a fault of ONNX Runtime "
                 f"{_version()}. Deploy the plain file."
             )
 

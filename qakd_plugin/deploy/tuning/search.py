@@ -13,8 +13,10 @@ import onnx_ir as ir
 
 from ..._common.cpu_features import has_bfloat16
 from ...errors import ParityError
+from ..canonical.graph import only_consumer
 from .grids import LAYERS, Finer, Grid, floats_of, grids_of, halvable, made_finer
 from .proof import TuningProof, check_finer, check_same_bits
+from .space_to_depth import blockable_layers, in_blocks
 from .timing import Inputs, Variant, Variants
 from .zero_point import eligible_layers, with_weight_zero_point
 
@@ -27,6 +29,12 @@ AT_ONCE = 5
 """Variants that are loaded at the same time, beside what they are compared with."""
 
 
+PARTS = 24
+"""Groups of quantizers that a round tries, those first that save most by the times of single layers."""
+
+_FUSED = ("Add", "Clip", "LeakyRelu", "Relu")
+
+
 @dataclass(frozen=True)
 class Choice:
     """A variant of the file.
@@ -34,17 +42,19 @@ class Choice:
     Attributes:
         finer: quantizers that are left out, or on half their step.
         shifted: convolutions whose weights have a zero point of -1.
+        blocked: convolutions that read blocks of pixels.
         precision: of what is not quantized.
     """
 
     finer: Finer = field(default_factory=Finer)
     shifted: frozenset[str] = frozenset()
+    blocked: frozenset[str] = frozenset()
     precision: str = "float32"
 
     def __or__(self, other: Choice) -> Choice:
         """Both changes."""
         finer = Finer(self.finer.unrounded | other.finer.unrounded, self.finer.halved | other.finer.halved)
-        return replace(self, finer=finer, shifted=self.shifted | other.shifted)
+        return replace(self, finer=finer, shifted=self.shifted | other.shifted, blocked=self.blocked | other.blocked)
 
 
 @dataclass
@@ -77,6 +87,11 @@ class Search:
         return eligible_layers(self.model) if self.runtime.runtime == "onnxruntime" else ()
 
     @cached_property
+    def blockable(self) -> tuple[str, ...]:
+        """Convolutions that can read blocks of pixels: in ONNX Runtime."""
+        return blockable_layers(self.model) if self.runtime.runtime == "onnxruntime" else ()
+
+    @cached_property
     def grids(self) -> tuple[Grid, ...]:
         """Grids that can be made finer."""
         return () if self.exact else grids_of(self.model)
@@ -84,6 +99,8 @@ class Search:
     def made(self, choice: Choice) -> ir.Model:
         """The graph of a choice."""
         model = made_finer(self.model, choice.finer, self.runtime.runtime)
+        if blocked := choice.blocked.intersection(blockable_layers(model)):
+            model = in_blocks(model, blocked)
         return with_weight_zero_point(model, choice.shifted.intersection(eligible_layers(model))) if choice.shifted else model
 
     def variant(self, choice: Choice) -> Variant:
@@ -117,8 +134,11 @@ class Search:
         data = self.variant(choice)
         if choice.shifted:
             without = self.variant(replace(choice, shifted=frozenset()))
-            check_same_bits(self.runtime, without.data, data.data, self.batches)
-        if choice == Choice(shifted=choice.shifted):
+            check_same_bits(self.runtime, without.data, data.data, self.batches, fusions=(False, True))
+        if choice.blocked:  # operator by operator, floats are added in another order
+            without = self.variant(replace(choice, blocked=frozenset()))
+            check_same_bits(self.runtime, without.data, data.data, self.batches, fusions=(True,))
+        if (choice.finer, choice.precision) == (Finer(), "float32"):
             return TuningProof(True, 0, 0.0, None, None, sum(len(next(iter(batch.values()))) for batch in self.batches))
         return check_finer(self.model, choice.finer, data, self.runtime, self.batches)
 
@@ -170,6 +190,8 @@ class Search:
             after = self._layer_times(shifted)
             faster = frozenset(name for name in self.eligible if after.get(name, np.inf) < before.get(name, np.inf))
             yield from (shifted, replace(choice, shifted=faster))
+        if self.blockable and not choice.blocked:
+            yield replace(choice, blocked=frozenset(self.blockable))
         if not self.grids:
             return
         halved = Finer(choice.finer.unrounded, halvable(self.model, self.runtime.runtime))
@@ -177,29 +199,47 @@ class Search:
         left = [index for index in range(len(self.grids)) if index not in choice.finer.unrounded]
         everything = replace(choice, finer=Finer(choice.finer.unrounded | set(left), choice.finer.halved))
         after = self._layer_times(everything)
-        for part in _parts(left):
-            if self._may_gain(part, before, after):
-                yield replace(choice, finer=Finer(choice.finer.unrounded | set(part), choice.finer.halved))
+        free = tuple(index for index in left if not floats_of([self.grids[index]], self.runtime.runtime))
+        parts = [*_parts(tuple(left)), *([free] if free else [])]  # sums alone read those: no layer leaves its integers
+        savings = {part: self._saving(part, before, after) for part in parts}
+        likely = sorted((part for part in savings if savings[part] > 0), key=savings.__getitem__, reverse=True)
+        for part in likely[:PARTS]:
+            yield replace(choice, finer=Finer(choice.finer.unrounded | set(part), choice.finer.halved))
 
     def _layer_times(self, choice: Choice) -> dict[str, float]:
-        """By the nodes' names in the file; a convolution in blocks of channels has that of its output."""
-        names = {f"{output.name}_nchwc": str(node.name) for node in self.model.graph for output in node.outputs}
-        found = self.runtime.layer_times(self.variant(choice), self.batches[0])
-        return {names.get(name, name): time for name, time in found.items()}
+        """By the layers' names; what a runtime fuses into a layer may give its own to both."""
+        model = self.made(choice)
+        names = {fused: str(node.name) for node in model.graph if node.op_type in LAYERS for fused in _names(node)}
+        times: dict[str, float] = {}
+        variant = Variant(self.runtime.serialized(model), choice.precision)
+        for name, time in self.runtime.layer_times(variant, self.batches[0]).items():
+            known = names.get(name, name)
+            times[known] = times.get(known, 0.0) + time
+        return times
 
-    def _may_gain(self, part: Sequence[int], before: Mapping[str, float], after: Mapping[str, float]) -> bool:
-        """Whether layers in floating point would cost less than they do in integers, with all that is done between layers."""
+    def _saving(self, part: Sequence[int], before: Mapping[str, float], after: Mapping[str, float]) -> float:
+        """At most, milliseconds, where grids are left out: what their layers cost less in floating point, and what is done
+        between layers. By how much less of the latter nobody knows beforehand."""
         names = {node.name for node in floats_of([self.grids[index] for index in part], self.runtime.runtime)}
         layers = {node.name for node in self.model.graph if node.op_type in LAYERS}
         between = sum(time for name, time in before.items() if name not in layers)
-        return sum(after.get(str(name), 0.0) - before.get(str(name), 0.0) for name in names) < between
+        return between + sum(before.get(str(name), 0.0) - after.get(str(name), 0.0) for name in names)
+
+
+def _names(layer: ir.Node) -> Iterator[str]:
+    """What runtimes call a layer, with what they fuse into it."""
+    node: ir.Node | None = layer
+    while node is not None and node.op_type in (*LAYERS, *_FUSED):
+        for name in (str(node.name), str(node.outputs[0].name)):
+            yield from (name, f"{name}_nchwc", f"{name}/WithoutBiases")
+        node = only_consumer(node.outputs[0])
 
 
 def _chunks(choices: Sequence[Choice], size: int = AT_ONCE) -> Iterator[Sequence[Choice]]:
     return (choices[start : start + size] for start in range(0, len(choices), size))
 
 
-def _parts(indices: Sequence[int]) -> Iterator[Sequence[int]]:
+def _parts(indices: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
     """All, and halves of them, down to single ones."""
     if indices:
         yield indices

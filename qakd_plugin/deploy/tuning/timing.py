@@ -150,4 +150,4 @@ class Variants:
             raise
         except Exception as error:  # the runtimes' own exception types share no other base class
             reason = " ".join(str(error).split())[:300]
-            raise ExportError(f"{self.path}: {problem}: {reason}") from error
+            raise ExportError(f"{self.path}: {problem}. Export it again, or tune it for another runtime: {reason}") from error

@@ -45,6 +45,7 @@ class Tuning:
         precision: of what is not quantized: "bfloat16" where OpenVINO's hint must say so.
         float_layers: that compute in floating point now, by the names of the trained model, their weights as they were.
         unrounded: quantizers of the trained model that clamp to their range and no longer round.
+        blocked: convolutions that read blocks of pixels (SpaceToDepth).
         half_steps: quantizers on half the step, so that codes 0 to 127 are 0 to 255.
         proof: what was shown of the tuned file; None where nothing gained.
     """
@@ -63,6 +64,7 @@ class Tuning:
     float_layers: tuple[str, ...] = ()
     unrounded: tuple[str, ...] = ()
     half_steps: tuple[str, ...] = ()
+    blocked: tuple[str, ...] = ()
     proof: TuningProof | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -76,6 +78,8 @@ class Tuning:
         changes = []
         if self.layers:
             changes.append(f"{len(self.layers)} of {self.eligible} convolutions changed")
+        if self.blocked:
+            changes.append(f"{len(self.blocked)} that read blocks of pixels")
         if self.half_steps:
             changes.append(f"{len(self.half_steps)} quantizers on half their step")
         if self.unrounded:
@@ -101,6 +105,7 @@ class Tuning:
             unrounded=list(self.unrounded),
             half_steps=list(self.half_steps),
             zero_points=list(self.layers),
+            blocked=list(self.blocked),
             proof=None if self.proof is None else self.proof.as_dict(),
         )
 
@@ -127,10 +132,12 @@ def tune_for_host(
       weights as they were trained;
     - unsigned codes: where a quantizer uses codes 0 to 127 alone, half its step, and 0 to 255;
     - ONNX Runtime: convolution weights with a zero point of -1, which are the same numbers, for processors with AMX;
+    - ONNX Runtime: a first convolution with a stride of two that reads blocks of two by two pixels (SpaceToDepth): the same
+      integers, added in another order;
     - OpenVINO: bfloat16 for what is not quantized, where the processor has it.
 
     A tuned file is proven before it is written (:mod:`qakd_plugin.deploy.tuning.proof`): every number that changed lies within
-    half a step of what the given file makes of the same input, the runtime computes what the file says, and zero points change
+    half a step of what the given file makes of the same input, the runtime computes what the file says, and the last two change
     no bit. The file's metadata ("qakd.tuning") names what changed. It is for this runtime on processors like this one. Where
     the whole network gains less, no ONNX file is written, and the given one stays the one to deploy. A record of what was
     measured goes to ``out`` with the suffix ``.tuning.json`` either way.
@@ -145,7 +152,7 @@ def tune_for_host(
         threads: of the runtime, likewise.
         calls: timed calls of each variant.
         minimum_gain: least share of the time that must be saved; measurements repeat within 1 to 3 %.
-        exact: only what leaves every bit of the outputs as it is, which zero points do.
+        exact: only what leaves every bit of the outputs as it is, as the runtime computes them: zero points and blocks.
 
     Raises:
         ExportError: the file is no ONNX, was exported for another runtime, the runtime cannot load or run it, it holds nothing
@@ -167,12 +174,10 @@ def tune_for_host(
         stored = model.graph.initializers
         expected = {str(value.name): _input(value) for value in model.graph.inputs if value.name not in stored}
         search = Search(model, variants, (), calls, minimum_gain, exact)
-        nothing = not search.eligible and not search.grids
+        nothing = not (search.eligible or search.blockable or search.grids)
     if nothing:
-        raise ExportError(
-            f"{source}: nothing in it can be changed: no quantized activation"
-            + (", or with exact=True no convolution of unsigned codes, without groups." if exact else ".")
-        )
+        what = "convolution of unsigned codes without groups, which exact=True looks for" if exact else "quantized activation"
+        raise ExportError(f"{source} holds no {what}: there is nothing to tune. Deploy it as it is.")
     search.batches = _batches(expected, samples, batch)
     best = search.best()
     plain_ms, tuned_ms = search.compare(best or search.closest)
@@ -207,6 +212,7 @@ def _tuning(search: Search, best: Choice | None, times: tuple[float, float], pat
         float_layers=tuple(layer_name(node) for node in search.model.graph if node in floats),
         unrounded=tuple(grid.name for grid in unrounded),
         half_steps=tuple(grids[index].name for index in sorted(choice.finer.halved - choice.finer.unrounded)),
+        blocked=tuple(name for name in search.blockable if name in choice.blocked),
         proof=None if best is None else search.prove(best),
     )
 
