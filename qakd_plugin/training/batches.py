@@ -170,8 +170,7 @@ class Batches:
         if self._stream is None:
             return
         # One process was all that there could be before, and its place stood alone.
-        found = state["stream"]
-        places = [found] if isinstance(found, dict) else found
+        places = [state["stream"]] if isinstance(state["stream"], dict) else state["stream"]
         if index < len(places):
             self._stream.load_state_dict(places[index])
 

@@ -162,7 +162,7 @@ def require_own_streams(inputs: Inputs, processes: Processes) -> None:
     digest = hashlib.sha256()
     for name, tensor in named_tensors(inputs).items():
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     found = processes.gather(digest.hexdigest())
     for index, mine in enumerate(found):
         if mine in found[:index]:
