@@ -4,8 +4,9 @@
 
 Each network learns scikit-learn's digits in full precision, is prepared with 8 bits, and is trained by ``qakd.distill`` with
 no option at all. Printed for each: agreement with its teacher on held-out images, which ``distill`` does not see, at the start,
-after the last epoch and of the weights that are returned; and the rate. ``--lr`` sets other rates beside it, ``--bits`` other
-widths. Every finished cell is written to the results at once and not run again unless --fresh.
+after the last epoch and of the weights that are returned; whether the difference is more than chance; and the rate. ``--lr``
+sets other rates beside it, ``--bits`` other widths. Every finished cell is written to the results at once and not run again
+unless --fresh.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import qakd_plugin as qakd
 from qakd_plugin._common.files import write_atomic
+from qakd_plugin.bench.intervals import mcnemar_p_value
 from qakd_plugin.demo.data import Digits, load
 from qakd_plugin.demo.net import DigitNet, train_float
 from qakd_plugin.toolkits import adapter_for
@@ -41,6 +44,7 @@ IMAGES, TEACHER_EPOCHS, BATCH = 320, 16, 32
 EPOCHS: int = inspect.signature(qakd.distill).parameters["epochs"].default
 CPU = torch.device("cpu")
 COUNTED = ("agreement", "accuracy")
+DISTANCES = ("distance_training", "distance_held_out")
 
 
 def _torchvision(name: str, **options: Any) -> nn.Module:
@@ -87,21 +91,52 @@ def _loader(images: Tensor, *labels: Tensor, shuffle: bool = False) -> DataLoade
     return DataLoader(data, BATCH, shuffle=shuffle, generator=torch.Generator().manual_seed(0))
 
 
+@dataclass(frozen=True)
+class Count:
+    """What a student is worth, as it would be deployed.
+
+    Attributes:
+        agreement: for each image held out, whether it names the teacher's class.
+        accuracy: and whether the label's.
+        distance_training: mean KL divergence of its predictions from its teacher's, on the images it is trained with.
+        distance_held_out: likewise, on the others.
+    """
+
+    agreement: Tensor
+    accuracy: Tensor
+    distance_training: float
+    distance_held_out: float
+
+
+def _count(student: nn.Module, teacher: nn.Module, train: Tensor, held_out: tuple[Tensor, Tensor]) -> Count:
+    student = copy.deepcopy(student)
+    adapter = adapter_for(student)
+    adapter.set_mode(student, False)
+    adapter.freeze_ranges(student, True)
+    images, labels = held_out
+    (_, seen), (guesses, others) = (_compared(student, teacher.eval(), part) for part in (train, images))
+    mine, theirs = guesses
+    return Count(mine == theirs, mine == labels, seen, others)
+
+
+def _compared(student: nn.Module, teacher: nn.Module, images: Tensor) -> tuple[tuple[Tensor, Tensor], float]:
+    """Classes that both name, and the divergence."""
+    with torch.no_grad():
+        pairs = [[network(batch).log_softmax(1) for network in (student, teacher)] for batch in images.split(BATCH)]
+    mine, theirs = (torch.cat(part) for part in zip(*pairs, strict=True))
+    return (mine.argmax(1), theirs.argmax(1)), float((theirs.exp() * (theirs - mine)).sum(1).mean())
+
+
 class _Last:
     """A callback that counts the student as the last epoch left it."""
 
-    def __init__(self, student: nn.Module, count: Callable[[nn.Module], dict[str, float]]) -> None:
+    def __init__(self, student: nn.Module, count: Callable[[nn.Module], Count]) -> None:
         self._student, self._count = student, count
-        self.numbers: dict[str, float] = {}
+        self.count: Count | None = None
 
     def on_epoch_end(self, row: dict[str, Any]) -> None:
-        if row["epoch"] + 1 < EPOCHS:
-            return
-        model = copy.deepcopy(self._student)
-        adapter = adapter_for(model)
-        adapter.set_mode(model, False)
-        adapter.freeze_ranges(model, True)
-        self.numbers = self._count(model)
+        if row["epoch"] + 1 == EPOCHS:
+            self.count = self._count(self._student)
 
 
 def run(name: str, bits: int, lr: float | None) -> dict[str, Any]:
@@ -113,33 +148,50 @@ def run(name: str, bits: int, lr: float | None) -> dict[str, Any]:
     update_bn(_loader(train[0]), teacher)  # statistics of its last weights: a short training leaves older ones
     student = qakd.prepare(teacher, list(train[0].split(BATCH)), weight_bits=bits, activation_bits=bits)
     rate = with_rate(qakd.Settings(lr=lr), adapter_for(student), student).lr
-    count = partial(qakd.evaluate, teacher=teacher, loader=_loader(*held_out), batch_fn=qakd.default_batch, device=CPU)
-    numbers = {"start": count(copy.deepcopy(student))}
+    count = partial(_count, teacher=teacher, train=train[0], held_out=held_out)
+    counts = {"start": count(student)}
     last = _Last(student, count)
     given = {} if lr is None else {"lr": lr}
     result = qakd.distill(student, teacher, _loader(train[0], shuffle=True), seed=0, trackers=(), callbacks=[last], **given)
-    numbers |= {"last": last.numbers, "kept": count(result.model)}
+    assert last.count is not None
+    counts |= {"last": last.count, "kept": count(result.model)}
+    (_, named), _ = _compared(student, teacher, held_out[0])
     return {
         "network": name,
         "bits": bits,
         "lr": rate,
         "default": lr is None,
-        "teacher_accuracy": numbers["start"]["val_teacher_accuracy"],
+        "teacher_accuracy": float((named == held_out[1]).double().mean()),
         "kept_epoch": result.metrics["epoch"],
-        **{f"{when}_{what}": found[f"val_{what}"] for when, found in numbers.items() for what in COUNTED},
+        **{f"{when}_{what}": float(getattr(found, what).double().mean()) for when, found in counts.items() for what in COUNTED},
+        **{f"{when}_{what}": getattr(found, what) for when, found in counts.items() for what in DISTANCES},
+        **{f"{what}_p": _p_value(getattr(counts["start"], what), getattr(counts["kept"], what)) for what in COUNTED},
         "seconds": time.perf_counter() - began,
     }
+
+
+def _p_value(before: Tensor, after: Tensor) -> float:
+    """McNemar's exact test of the start and what is returned, on the same images."""
+    return mcnemar_p_value(int((after & ~before).sum()), int((before & ~after).sum()))
 
 
 def make_table(rows: list[dict[str, Any]]) -> str:
     """What a call with all defaults ends with, network by network."""
     return page_tables.markdown(
-        ["network, W8A8", "teacher's accuracy, %", *(f"{what}, %: start, last epoch, returned" for what in COUNTED)],
+        [
+            "network, W8A8",
+            "teacher's accuracy, %",
+            *(f"{what}, %: start, last epoch, returned" for what in COUNTED),
+            "p of start and returned",
+            "distance of the last epoch over the start's: training images, held-out",
+        ],
         [
             [
                 row["network"],
                 f"{100 * row['teacher_accuracy']:.1f}",
                 *(", ".join(f"{100 * row[f'{when}_{what}']:.1f}" for when in ("start", "last", "kept")) for what in COUNTED),
+                ", ".join(f"{row[f'{what}_p']:.2g}" for what in COUNTED),
+                ", ".join(f"{row[f'last_{what}'] / row[f'start_{what}']:.2f}" for what in DISTANCES),
             ]
             for row in rows
             if row["default"] and row["bits"] == 8
@@ -173,10 +225,18 @@ def main() -> None:
                     write_atomic(options.out, json.dumps(rows, indent=1) + "\n")
                 _print(next(row for row in rows if _is(row, name, bits, lr)))
     eight = [row for row in rows if row["default"] and row["bits"] == 8]
-    lower = [row["network"] for row in eight if row["kept_agreement"] < row["start_agreement"]]
+    lower = {
+        what: [f"{row['network']} (p = {row[f'{what}_p']:.2g})" for row in eight if row[f"kept_{what}"] < row[f"start_{what}"]]
+        for what in COUNTED
+    }
+    farther = [row["network"] for row in eight if row["kept_distance_held_out"] > row["start_distance_held_out"]]
     if options.out == RESULTS:
         page_tables.write_table("default_rate", make_table(rows), PAGE)
-    print(f"{len(eight)} networks at 8 bits with all defaults; {len(lower)} are returned below their start {', '.join(lower)}")
+    print(
+        f"{len(eight)} networks at 8 bits with all defaults. Returned below their start, by McNemar's test on the same images:"
+    )
+    print(*(f"  in {what}: {', '.join(names) or 'none'}" for what, names in lower.items()), sep="\n")
+    print(f"  farther from the teacher's predictions: {', '.join(farther) or 'none'}")
 
 
 def _is(row: dict[str, Any], name: str, bits: int, lr: float | None) -> bool:

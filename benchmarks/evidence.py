@@ -27,19 +27,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import evidence_tables as tables
 import glyphs
 import page_tables
 import torch
+from paired import half_width
 from scipy import stats
 from small_nets import DEVICE, Split, accuracy, teacher
 from students import add_arguments, train_missing
@@ -304,23 +304,16 @@ def summary(found: Results) -> list[dict[str, Any]]:
             "seeds": len(runs),
             "before": fmean(run["before"] for run in runs),
             "accuracy": fmean(accuracies),
-            "interval": _half_width(accuracies),
+            "interval": half_width(accuracies),
             "deployed": fmean(run["deployed"] for run in runs),
             "accuracies": accuracies,
         }
         if (method, labels) != ("QAT", 1.0):
             differences = [a - b for a, b in zip(accuracies, control, strict=True)]
-            row |= {"over_qat": fmean(differences), "over_qat_interval": _half_width(differences)}
+            row |= {"over_qat": fmean(differences), "over_qat_interval": half_width(differences)}
             row["p"] = float(stats.ttest_rel(accuracies, control).pvalue) if len(runs) > 1 else None
         rows.append(row)
     return rows
-
-
-def _half_width(values: Sequence[float]) -> float | None:
-    """Of the 95 % interval of the mean."""
-    if len(values) < 2:
-        return None
-    return float(stats.t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
 
 
 def main() -> None:

@@ -21,31 +21,19 @@ import augmentation_study
 import evidence
 import evidence_figure
 import evidence_tables as tables
+import fashion_study
 import numpy as np
 import page_tables
 from numpy.typing import NDArray
-from scipy import stats
+from paired import Comparison, compare, holm
 
 from qakd_plugin._common.files import write_atomic
 
 DOCS = page_tables.ROOT / "docs"
 PAGE, FIGURE = "evidence.md", "evidence.svg"
+CHOICE = DOCS / "choosing.md"
 SIGNIFICANT = 0.05
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One test.
-
-    Attributes:
-        estimate: a difference of accuracies, or a correlation; positive speaks for the claim.
-        p: two-sided; 1 where nothing can be tested.
-        half_width: of the 95 % interval, where it is known.
-    """
-
-    estimate: float
-    p: float
-    half_width: float | None = None
+DRAWN = "glyphs, digits"
 
 
 @dataclass(frozen=True)
@@ -58,6 +46,7 @@ class Claim:
         mean: of all comparisons.
         single: each of them; each should come out positive.
         correlation: whether estimates are Spearman correlations; differences of accuracies otherwise.
+        data: that students were trained on.
     """
 
     text: str
@@ -65,25 +54,7 @@ class Claim:
     mean: Comparison
     single: tuple[Comparison, ...]
     correlation: bool = False
-
-
-def compare(differences: Sequence[float] | NDArray[np.float64]) -> Comparison:
-    """Whether the mean of paired differences is zero: Student's t over seeds, or over whatever was repeated."""
-    values = np.asarray(differences, dtype=float)
-    if len(values) < 2 or not values.any():
-        return Comparison(float(values.mean()), 1.0)
-    found = stats.ttest_1samp(values, 0.0)
-    low, high = found.confidence_interval(0.95)
-    return Comparison(float(values.mean()), float(found.pvalue), float(high - low) / 2)
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p-values: the chance of even one false one among all is bounded by each (Holm, 1979)."""
-    order = np.argsort(p_values)
-    adjusted = np.empty(len(p_values))
-    factors = np.arange(len(p_values), 0, -1)
-    adjusted[order] = np.minimum(np.maximum.accumulate(np.asarray(p_values)[order] * factors), 1.0)
-    return [float(p) for p in adjusted]
+    data: str = "glyphs"
 
 
 def claims(document: dict[str, Any]) -> list[Claim]:
@@ -156,7 +127,7 @@ def augmentation_claims(study: dict[str, Any]) -> list[Claim]:
 
     def predicts(text: str, source: str, metric: str) -> Claim:
         single = tuple(Comparison(row[metric]["spearman"], row[metric]["spearman_p"]) for row in rows)
-        return Claim(text, source, compare([found.estimate for found in single]), single, correlation=True)
+        return Claim(text, source, compare([found.estimate for found in single]), single, True, DRAWN)
 
     gains = [[row[metric]["over_none"] for row in rows] for metric in ("CMI - CE", "CMI - centroid")]
     return [
@@ -167,8 +138,28 @@ def augmentation_claims(study: dict[str, Any]) -> list[Claim]:
             "Kur and Zhao; published +1.0 to +5.9 over SQAKD",
             compare(np.mean(gains, axis=0)),
             tuple(compare(found) for found in gains),
+            data=DRAWN,
         ),
     ]
+
+
+def fashion_claims(document: dict[str, Any]) -> list[Claim]:
+    """Of SQAKD's paper, on the students of fashion_study.py: a claim per network, over the seeds that all its students have."""
+    found: dict[str, list[dict[str, float]]] = {}
+    for (network, quantizer, bits, method), differences in fashion_study.over_qat(document).items():
+        if (quantizer, method) == ("LSQ", "SQAKD") and bits in (2, 3):
+            found.setdefault(network, []).append(differences)
+    claims = []
+    for network, single in found.items():
+        seeds = sorted(set.intersection(*(set(differences) for differences in single)))
+        if len(seeds) > 1:
+            values = [np.array([differences[seed] for seed in seeds]) for differences in single]
+            text = f"SQAKD without labels beats QAT with them at 2 and 3 bits, {network}"
+            source = "SQAKD; published +0.4 to +3.3"
+            claims.append(
+                Claim(text, source, compare(np.mean(values, axis=0)), tuple(map(compare, values)), data="Fashion-MNIST")
+            )
+    return claims
 
 
 def verdict(claim: Claim, adjusted: float) -> str:
@@ -180,7 +171,7 @@ def verdict(claim: Claim, adjusted: float) -> str:
     """
     ahead, behind = _significant(claim.single)
     if adjusted >= SIGNIFICANT:
-        return "not shown"
+        return "cannot be told here"
     if claim.mean.estimate < 0:
         return "does not hold: the reverse does"
     if behind:
@@ -188,33 +179,40 @@ def verdict(claim: Claim, adjusted: float) -> str:
     return "holds" if ahead == len(claim.single) else "holds on average"
 
 
-def make_claims_table(document: dict[str, Any], study: dict[str, Any]) -> str:
+def all_claims(document: dict[str, Any], study: dict[str, Any], fashion: dict[str, Any]) -> list[Claim]:
+    """In the order of the page; p-values are corrected for the number of these."""
+    return claims(document) + augmentation_claims(study) + fashion_claims(fashion)
+
+
+def make_claims_table(document: dict[str, Any], study: dict[str, Any], fashion: dict[str, Any]) -> str:
     """Markdown: each claim, what was found, and the word that follows from it."""
-    every = claims(document) + augmentation_claims(study)
+    every = all_claims(document, study, fashion)
     rows = []
     for claim, adjusted in zip(every, holm([claim.mean.p for claim in every]), strict=True):
         scale, unit = (1, "Spearman ") if claim.correlation else (100, "")
-        mean, spread = scale * claim.mean.estimate, claim.mean.half_width
+        mean, spread, power = scale * claim.mean.estimate, claim.mean.half_width, claim.mean.detectable
         ends = dict.fromkeys(f"{scale * at(found.estimate for found in claim.single):+.2f}" for at in (min, max))
         ahead, behind = _significant(claim.single)
         rows.append(
             [
                 claim.text,
+                claim.data,
                 f"**{verdict(claim, adjusted)}**",
                 f"{unit}{mean:+.2f}" + ("" if spread is None else f" ± {scale * spread:.2f}"),
                 "< 0.001" if adjusted < 0.001 else f"{adjusted:.3f}",
+                "-" if power is None else f"{scale * power:.2f}",
                 " to ".join(ends),
                 f"{ahead} / {behind} of {len(claim.single)}",
                 claim.source,
             ]
         )
-    header = ["claim", "verdict", "mean, points", "p, after Holm", "single comparisons", "for / against, each alone", "source"]
-    return page_tables.markdown(header, rows)
+    header = ["claim", "data", "verdict", "mean, points", "p, after Holm", "found with 80 % power", "single comparisons"]
+    return page_tables.markdown([*header, "for / against, each alone", "source"], rows)
 
 
-def make_tests_table(document: dict[str, Any], study: dict[str, Any]) -> str:
+def make_tests_table(document: dict[str, Any], study: dict[str, Any], fashion: dict[str, Any]) -> str:
     """Markdown: how many tests were made, and what is left of those that look significant."""
-    every = claims(document) + augmentation_claims(study)
+    every = all_claims(document, study, fashion)
     families = {
         "claims": [claim.mean.p for claim in every],
         "their single comparisons": [found.p for claim in every for found in claim.single],
@@ -234,7 +232,7 @@ def make_tests_table(document: dict[str, Any], study: dict[str, Any]) -> str:
     return page_tables.markdown(header, rows)
 
 
-def page_tables_of(document: dict[str, Any], study: dict[str, Any]) -> dict[str, str]:
+def page_tables_of(document: dict[str, Any], study: dict[str, Any], fashion: dict[str, Any]) -> dict[str, str]:
     """The page's tables, by the names of their markers."""
     plain, fixed = ("QAT", "SQAKD"), [method for method in evidence.METHODS if method.startswith("KD")]
 
@@ -242,8 +240,8 @@ def page_tables_of(document: dict[str, Any], study: dict[str, Any]) -> dict[str,
         return tables.make_controls_table(document | {"rows": [row for row in document["rows"] if chosen(row)]})
 
     return {
-        "evidence_claims": make_claims_table(document, study),
-        "evidence_tests": make_tests_table(document, study),
+        "evidence_claims": make_claims_table(document, study, fashion),
+        "evidence_tests": make_tests_table(document, study, fashion),
         "evidence": tables.make_table(document),
         "evidence_kd": controls(lambda row: row["labels"] == 1 and row["method"] in (*plain, *fixed)),
         "evidence_qkd": controls(lambda row: row["labels"] == 1 and row["bits"] == 2),
@@ -259,16 +257,17 @@ def page_tables_of(document: dict[str, Any], study: dict[str, Any]) -> dict[str,
     }
 
 
-def write(document: dict[str, Any], study: dict[str, Any], page: Path) -> None:
+def write(document: dict[str, Any], study: dict[str, Any], fashion: dict[str, Any], page: Path) -> None:
     """Draw the figure beside the page, and put every table of the page in its place.
 
     Args:
         document: of evidence.py.
         study: of augmentation_study.py.
+        fashion: of fashion_study.py.
         page: with its markers.
     """
     write_atomic(page.with_name(FIGURE), evidence_figure.draw(document))
-    for name, table in page_tables_of(document, study).items():
+    for name, table in page_tables_of(document, study, fashion).items():
         page_tables.write_table(name, table, page)
 
 
@@ -287,11 +286,14 @@ def main() -> None:
     if in_docs and options.source.resolve() != evidence.RESULTS:
         parser.error("docs/ shows the committed figures only: pass --out FOLDER.")
     document, study = (json.loads(path.read_text()) for path in (options.source, augmentation_study.RESULTS))
+    fashion = fashion_study.committed()
     page = options.out / PAGE
     if not in_docs:
         options.out.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(DOCS / PAGE, page)
-    write(document, study, page)
+    write(document, study, fashion, page)
+    if in_docs:
+        page_tables.write_table("evidence_choice", tables.make_choice_table(document), CHOICE)
     print(page, page.with_name(FIGURE), sep="\n")
 
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import page_tables
+from paired import compare
+
+CHOICES = {"QAT": "QAT", "KD, T=4, labels": "KD", "QKD": "QKD", "SQAKD": "SQAKD"}
+"""Methods among which users choose, and what the package calls them."""
+
+WORTH = 0.002
+"""Accuracy that training must gain over calibration to be worth it."""
 
 BARS = {4: 0.005, 3: 0.015}
 """Bits: largest loss of accuracy against full precision that the project aims at."""
@@ -73,6 +81,33 @@ def verdicts(document: dict[str, Any]) -> list[str]:
                 met = loss <= BARS[row["bits"]]
                 lines.append(f"{name}: {100 * loss:.2f} points below full precision: {'met' if met else 'MISSED'}")
     return lines
+
+
+def make_choice_table(document: dict[str, Any]) -> str:
+    """Markdown: by bits, what is left to full precision with LSQ, and what follows from it with labels and without.
+
+    Without labels there are calibration and SQAKD; with them the best of all, and what it is not significantly better than (in
+    pairs over seeds, p < 0.05, uncorrected). Training is left out where it gains less than WORTH.
+    """
+    runs = {(row["bits"], row["method"]): row for row in document["rows"] if row["quantizer"] == "LSQ" and row["labels"] == 1}
+    lines = []
+    for bits in sorted({bits for bits, _ in runs}, reverse=True):
+        found = {name: runs[bits, name]["accuracies"] for name in CHOICES if (bits, name) in runs}
+        before, means = runs[bits, "QAT"]["before"], {name: fmean(values) for name, values in found.items()}
+        best = max(means, key=means.__getitem__)
+        level = [name for name in found if name == best or compare(np.subtract(found[best], found[name])).p >= 0.05]
+        trained = max(means.values()) - before >= WORTH
+        lines.append(
+            [
+                f"W{bits}A{bits}",
+                _percent(before - document["teacher"], sign="+"),
+                *(_percent(means[name] - document["teacher"], sign="+") if name in means else "" for name in CHOICES),
+                "SQAKD" if means["SQAKD"] - before >= WORTH else "calibration alone",
+                " or ".join(CHOICES[name] for name in level) if trained else "calibration alone",
+            ]
+        )
+    header = ["bits", "calibrated only", *CHOICES.values(), "take without labels", "take with labels"]
+    return page_tables.markdown(header, lines)
 
 
 def make_setup_table(document: dict[str, Any]) -> str:

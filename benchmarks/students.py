@@ -63,4 +63,4 @@ def keep(path: Path, until: float, train: Train, *arguments: Any) -> str:
     started = time.perf_counter()
     found = train(*arguments)
     write_atomic(path, json.dumps(found | {"seconds": round(time.perf_counter() - started, 1)}) + "\n")
-    return f"{path.stem}: " + ", ".join(f"{name} {100 * value:.2f} %" for name, value in found.items())
+    return f"{path.stem}: " + ", ".join(f"{name} {value:.4f}" for name, value in found.items())

@@ -84,6 +84,32 @@ def noisy(samples):
     return (images + 0.05 * torch.randn_like(images)).clamp(0, 1), labels
 
 
+class Stream:
+    """Of each joined batch one process's part, again and again; it can tell where it stands.
+
+    Args:
+        size: of a part.
+        rank: whose part.
+        processes: over which batches are split.
+    """
+
+    def __init__(self, images, labels, size, rank, processes):
+        self.images, self.labels, self.size, self.rank, self.processes, self.at = images, labels, size, rank, processes, 0
+
+    def __iter__(self):
+        while self.at < BATCHES:
+            start = (self.at * self.processes + self.rank) * self.size
+            self.at += 1
+            yield self.images[start : start + self.size], self.labels[start : start + self.size]
+        self.at = 0
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
+
+
 class Deaths:
     """Kills its own process at one exact moment: ``["step", 5]``, ``["augment", 5]``, ``["write", 2]``, ..."""
 
@@ -182,6 +208,9 @@ class Trainings:
         images = self.images[:size].to(_kind(order), copy=True)
         if "poison" in order:
             images[order["poison"]] = float("nan")
+        if "stream" in order:
+            rank = int(os.environ.get("RANK", "0")) if order["stream"] == "split" else 0
+            return Stream(images, self.labels[:size], 32 // processes, rank, processes)
         dataset, workers = TensorDataset(images, self.labels[:size]), order.get("workers", 0)
         return DataLoader(
             dataset, 32 // processes, shuffle=True, generator=own, num_workers=workers, collate_fn=noisy if workers else None
@@ -212,8 +241,12 @@ class Trainings:
         """One run, as ``order`` says; gives what is compared."""
         teacher = copy.deepcopy(self.teachers[order.get("norm", True)]).to(_kind(order))
         student = self.student(order["toolkit"], order["quantizers"], order.get("norm", True)).to(_kind(order))
+        if order.get("listed"):  # as transformers keep their blocks
+            for net in (student, teacher):
+                net.listed = nn.ModuleList([net.conv1, net.conv2])
         torch.manual_seed(int(time.time()))  # nothing may depend on what was drawn before
-        held_out = DataLoader(TensorDataset(self.images[1500:1601].to(_kind(order)), self.labels[1500:1601]), 32)
+        end = 1500 + order.get("held_out", 101)
+        held_out = DataLoader(TensorDataset(self.images[1500:end].to(_kind(order)), self.labels[1500:end]), 32)
 
         def augment(images):
             deaths.reach("augment")
@@ -225,7 +258,7 @@ class Trainings:
         result = distill(
             student, teacher, self.loader(order, order["processes"]), method=METHODS[order["method"]], epochs=EPOCHS, seed=3,
             val_loader=held_out, augment=selector if order.get("augment") == "CMI" else augment,
-            checkpoint_dir=order.get("folder"), resume=bool(order.get("folder")),
+            checkpoint_dir=order.get("folder"), resume=order.get("resume", bool(order.get("folder"))),
             checkpoint_every=EVERY if order.get("folder") else None, callbacks=[deaths], trackers=(), lr=order.get("lr", 1e-2),
             **order.get("options", {}),
         )  # fmt: skip

@@ -54,12 +54,17 @@ def jobs_of(candidates: Sequence[Candidate], runtimes: Sequence[str], batch_size
                 )
         record = None if candidate.file is None else record_of(candidate.file)
         jobs += [
-            Job(candidate, runtime, precision, record) for runtime in wanted for precision in _precisions(candidate, runtime)
+            Job(candidate, runtime, precision, record)
+            for runtime in wanted
+            for precision in _precisions(candidate, runtime, record)
         ]
     return jobs
 
 
-def _precisions(candidate: Candidate, runtime: str) -> tuple[str, ...]:
+def _precisions(candidate: Candidate, runtime: str, record: FileRecord | None) -> tuple[str, ...]:
+    tuning = None if record is None else record.tuning
+    if tuning is not None and runtime == "openvino" and tuning.get("precision") == "bfloat16" and has_bfloat16():
+        return ("bfloat16",)  # as it was measured and proven
     weights_alone = candidate.weight_bits < 32 and candidate.activation_bits == 32
     if runtime == "onnxruntime":
         levels = accuracy_levels(candidate.existing) if weights_alone else set()

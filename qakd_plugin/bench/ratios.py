@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 from ..deploy.diagnosis import diagnose
@@ -12,7 +13,7 @@ from ..errors import QakdError
 from ..runtimes.base import FILE_RUNTIMES
 from .candidates import Candidate
 from .census import census
-from .rows import Row, baselines, fastest_integer_rows, rival
+from .rows import Row, baselines, beaten
 
 
 def with_speedups(rows: Sequence[Row]) -> list[Row]:
@@ -25,19 +26,18 @@ def with_speedups(rows: Sequence[Row]) -> list[Row]:
 
 
 def with_findings(rows: Sequence[Row], candidates: Sequence[Candidate]) -> list[Row]:
-    """Say at the fastest integer row of each setting and runtime why it is not faster than the float row to beat, if it is not.
+    """Say at each integer row why it is not faster than the float row to beat, if it is not.
 
     What was measured stands whatever happens here: a file that cannot be examined has a finding that says so.
     """
-    done = list(rows)
-    for row in fastest_integer_rows(rows):
-        other, index = rival(row, rows), next(index for index, each in enumerate(rows) if each is row)
-        candidate = candidates[index]
-        if other is None or row.p50_ms < other.p50_ms:
-            continue
-        if row.runtime in FILE_RUNTIMES and candidate.existing.suffix == ".onnx":
-            done[index] = replace(row, findings=tuple(_findings(candidate.existing, row.runtime)))
-    return done
+    slow = {id(row) for row, _ in beaten(rows)}
+    examined = cache(_findings)  # a file has a row for each batch and number of threads
+    return [
+        replace(row, findings=tuple(examined(candidate.existing, row.runtime)))
+        if id(row) in slow and row.runtime in FILE_RUNTIMES and candidate.existing.suffix == ".onnx"
+        else row
+        for row, candidate in zip(rows, candidates, strict=True)
+    ]
 
 
 def _findings(path: Path, runtime: str) -> list[Finding]:

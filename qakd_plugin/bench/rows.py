@@ -5,7 +5,7 @@ The bounds of its fields are those that a report is checked with (:mod:`.schema`
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -142,7 +142,7 @@ class Row:
             runtime's library included; Linux only, None for torch modules and engines.
         run: which of a report's runs it belongs to; ratios hold within one run only.
         conditions: how quiet the machine was.
-        findings: where it is the fastest integer row of its runtime, and no faster than :func:`rival`: why, in this runtime.
+        findings: of an integer row that is no faster than :func:`rival`: why, in this runtime.
         layers: time of each layer, on request.
         file: name of the file, without its folder; "" for a torch module.
         change: of its metric against FP32; None for FP32 itself, and without FP32 or a metric.
@@ -282,13 +282,13 @@ def fastest_integer_rows(rows: Iterable[Row]) -> list[Row]:
 
 
 def rival(row: Row, rows: Iterable[Row]) -> Row | None:
-    """The float row that the fastest integer row of a runtime has to beat, or it is not worth deploying there.
+    """The float row that an integer row has to beat, or it is not worth deploying in its runtime.
 
     Of the integer row that is the fastest of all runtimes, the fastest float row of all runtimes; else that of the row's own
     runtime, or of all where none was measured there.
 
     Args:
-        row: of :func:`fastest_integer_rows`.
+        row: an integer row.
         rows: those of another setting do not count.
     """
     alike = [other for other in rows if other.setting == row.setting]
@@ -296,3 +296,9 @@ def rival(row: Row, rows: Iterable[Row]) -> Row | None:
     same = [other for other in floats if other.runtime == row.runtime]
     is_fastest = all(row.p50_ms <= other.p50_ms for other in alike if not other.is_float)
     return min(floats if is_fastest else same or floats, key=lambda other: other.p50_ms, default=None)
+
+
+def beaten(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
+    """Integer rows that are no faster than :func:`rival`, each with it."""
+    pairs = ((row, rival(row, rows)) for row in rows if not row.is_float)
+    return [(row, other) for row, other in pairs if other is not None and other.p50_ms <= row.p50_ms]

@@ -10,6 +10,7 @@ from .._common.files import with_extension, write_atomic
 from ..deploy.engine.bindings import RUNTIMES
 from ..errors import EngineError, ExportError, QakdError
 from ..placement.targets import Target, WeightStorage
+from ..runtimes.base import FileRuntime
 from .options import OneOf, PositiveInt
 from .outputs import check_outputs
 from .recipes import Recipe, read_recipe
@@ -100,26 +101,30 @@ def tune(
     onnx: Path,
     *,
     out: Path | None = None,
+    runtime: FileRuntime | None = None,
     batch: PositiveInt = 1,
     threads: PositiveInt = 1,
     calls: PositiveInt = 40,
+    exact: bool = False,
     force: bool = False,
 ) -> None:
-    """Fit a file for ONNX Runtime to this machine's processor, by measuring.
+    """Fit a file for ONNX Runtime or OpenVINO to this machine's processor, by measuring.
 
     Args:
-        onnx: file exported with --target onnxruntime
+        onnx: file exported with --target onnxruntime or openvino
         out: the tuned file; beside the ONNX file by default
+        runtime: that the file will run in; the one that it was exported for by default
         batch: images per call
         threads: of the runtime
         calls: timed calls of each variant
+        exact: only what leaves every bit of the outputs as it is
         force: replace a file that is there already
     """
     path = out or with_extension(onnx, ".tuned.onnx")
     check_outputs([path], [onnx], force=force)
     from ..deploy.tuning import tune_for_host
 
-    tuning = tune_for_host(onnx, path, batch=batch, threads=threads, calls=calls)
+    tuning = tune_for_host(onnx, path, runtime=runtime, batch=batch, threads=threads, calls=calls, exact=exact)
     print(tuning)
     print(tuning.path)
 

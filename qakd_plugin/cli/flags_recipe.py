@@ -30,7 +30,7 @@ def numbers(text: str, flag: str) -> tuple[float, ...]:
         raise QakdError(f"{flag}: expected a number for each channel, such as 0.485,0.456,0.406, got {text!r}.") from None
 
 
-def edges(text: str) -> tuple[tuple[int, int], int | tuple[int, int]]:
+def size_of(text: str) -> tuple[tuple[int, int], int | tuple[int, int]]:
     """``224`` or ``224x192`` as the network's height and width, and what images are resized to.
 
     Raises:
@@ -58,7 +58,7 @@ def preprocessing(model: str, size: str | None, mean: str | None, std: str | Non
 
     found, source = preprocessing_of(model)
     if size is not None:
-        input_size, resize = edges(size)
+        input_size, resize = size_of(size)
         found = replace(found, size=input_size, resize=resize)
     if mean is not None:
         found = replace(found, mean=numbers(mean, "--mean"))
@@ -73,7 +73,7 @@ def preprocessing_of_flags(size: str | None, mean: str | None, std: str | None) 
     """What all three flags say; None where one is missing."""
     if size is None or mean is None or std is None:
         return None
-    input_size, resize = edges(size)
+    input_size, resize = size_of(size)
     return Preprocessing(input_size, resize, numbers(mean, "--mean"), numbers(std, "--std"))
 
 
@@ -97,6 +97,7 @@ def recipe_of_flags(
     *,
     toolkit: ToolkitName = "modelopt",
     bits: str = "w8a8",
+    edges: int = 8,
     method: MethodName = "sqakd",
     target: str = "tensorrt",
     batch: int = 64,
@@ -126,6 +127,7 @@ def recipe_of_flags(
         toolkit=toolkit,
         weight_bits=weight_bits,
         activation_bits=activation_bits,
+        edges=edges,
         target=target,
     )
     if min(weight_bits, activation_bits) < 8 and toolkit != "torchao":

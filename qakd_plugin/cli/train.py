@@ -35,6 +35,7 @@ def distill(
     data: Path | None = None,
     toolkit: ToolkitName | None = None,
     bits: str | None = None,
+    edges: PositiveInt | None = None,
     method: MethodName | None = None,
     target: Target | None = None,
     size: str | None = None,
@@ -55,6 +56,7 @@ def distill(
             a tenth is held out
         toolkit: that prepares --model (modelopt)
         bits: of weights and activations, w8a8, w4a4 ... (w8a8)
+        edges: bits of the weights of the first and the last layer (8)
         method: of training (sqakd)
         target: that --model is prepared and exported for (tensorrt)
         size: of images, 224 or 224x192 (height x width); of --model's authors by default
@@ -62,8 +64,8 @@ def distill(
         std: likewise
         batch: images per batch (64)
     """
-    by_flags = {"weights": weights, "data": data, "toolkit": toolkit, "bits": bits, "method": method, "target": target}
-    by_flags |= {"size": size, "mean": mean, "std": std, "batch": batch}
+    by_flags = {"weights": weights, "data": data, "toolkit": toolkit, "bits": bits, "edges": edges}
+    by_flags |= {"method": method, "target": target, "size": size, "mean": mean, "std": std, "batch": batch}
     given = {name: value for name, value in by_flags.items() if value is not None}
     if recipe is not None and (model is not None or given):
         named = flag(next(iter(given))) if model is None else "--model"

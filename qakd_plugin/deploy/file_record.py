@@ -57,6 +57,26 @@ class Proof(TypedDict, total=False):
     openvino: Logits | None
 
 
+@_open
+class Tuned(TypedDict, total=False):
+    """What tuning changed of a file after it was proven, by the names of the trained model; see
+    :class:`qakd_plugin.deploy.tuning.Tuning`."""
+
+    runtime: str
+    precision: str
+    cpu: str
+    batch: _Many
+    threads: _Many
+    plain_ms: _Finite
+    tuned_ms: _Finite
+    float_layers: list[str]
+    unrounded: list[str]
+    half_steps: list[str]
+    zero_points: list[str]
+    blocked: list[str]
+    proof: dict[str, Any] | None
+
+
 @dataclass(frozen=True)
 class FileRecord:
     """The history of an exported file.
@@ -68,7 +88,8 @@ class FileRecord:
         target: whose form the file has.
         training: every training of the model that is known; none: calibrated only, or trained and loaded in a way that keeps no
             record.
-        parity: what the gate compared.
+        parity: what the gate compared; of a tuned file, of the file that it was made from.
+        tuning: what was changed of the proven file, and how that was proven; None where it is as it was exported.
     """
 
     toolkit: str
@@ -77,6 +98,7 @@ class FileRecord:
     target: str
     training: tuple[TrainingRecord, ...] = ()
     parity: Proof | None = None
+    tuning: Tuned | None = None
 
     @property
     def method(self) -> str:
@@ -97,6 +119,7 @@ class FileRecord:
 
 _ADAPTER = TypeAdapter(FileRecord)
 _PROOF = TypeAdapter(Proof)
+_TUNED = TypeAdapter(Tuned)
 
 
 def read_record(metadata: Mapping[str, str], name: str) -> FileRecord | None:
@@ -106,7 +129,7 @@ def read_record(metadata: Mapping[str, str], name: str) -> FileRecord | None:
         metadata: of the file.
         name: of the file, for the message.
     """
-    found = {key: metadata.get(PREFIX + key, "") for key in ("toolkit", "bits", "target", "training", "parity")}
+    found = {key: metadata.get(PREFIX + key, "") for key in ("toolkit", "bits", "target", "training", "parity", "tuning")}
     if not found["toolkit"] or not found["training"]:
         return None  # of another maker, or of an earlier version
     try:
@@ -121,6 +144,7 @@ def read_record(metadata: Mapping[str, str], name: str) -> FileRecord | None:
                 "target": found["target"],
                 "training": from_json(found["training"]),
                 "parity": _PROOF.validate_json(found["parity"]),
+                "tuning": _TUNED.validate_json(found["tuning"]) if found["tuning"] else None,
             }
         )
     except ValueError as error:

@@ -15,6 +15,9 @@ TRANSPARENT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d
 GRID_KEEPING = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d, nn.ReLU)
 """Modules whose output lies on the grid that their input lies on."""
 
+_SMOOTH_MODULES = (nn.SiLU, nn.Hardswish, nn.GELU, nn.Mish, nn.ELU, nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.Softplus)
+_SMOOTH = {F.silu, F.hardswish, F.gelu, F.mish, F.elu, F.sigmoid, torch.sigmoid, F.hardsigmoid, F.tanh, torch.tanh, F.softplus,
+           "silu_", "hardswish_", "mish_", "elu_", "sigmoid", "sigmoid_", "hardsigmoid_", "tanh", "tanh_"}  # fmt: skip
 _VIEWS = {torch.flatten, torch.reshape, torch.transpose, torch.permute, torch.chunk, torch.split, torch.squeeze,
           operator.getitem, "view", "reshape", "transpose", "permute", "flatten", "chunk", "split", "contiguous", "squeeze",
           "unsqueeze"}  # fmt: skip
@@ -75,6 +78,11 @@ def relu_bounds(node: fx.Node, module: nn.Module | None) -> tuple[float, float] 
     if isinstance(module, nn.Hardtanh) and module.min_val == 0:
         return 0.0, float(module.max_val)
     return (0.0, 6.0) if function is F.relu6 else None
+
+
+def is_smooth_activation(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether a node is an activation function that no grid survives; ``module`` is the one that it calls, if it calls one."""
+    return isinstance(module, _SMOOTH_MODULES) or called_function(node) in _SMOOTH
 
 
 def may_be_view(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:

@@ -24,7 +24,7 @@ from ..tasks.inputs import Inputs
 from .detection_heads import detection_heads
 from .exported_graph import exported_layer_graph
 from .folded_batch_norm import is_frozen_batch_norm
-from .fx_graph import TRANSPARENT, called_module, only_reader, outermost, readers, relu_bounds
+from .fx_graph import TRANSPARENT, called_module, is_smooth_activation, only_reader, outermost, readers, relu_bounds
 from .layer_names import WEIGHTED, quantizable_layers
 from .sign_analysis import non_negative
 from .sums import RESULT_OF, Sum, grids, joined, made_by, returning
@@ -76,7 +76,12 @@ class Placement:
 
 
 def place_quantizers(
-    model: nn.Module, keep: Sequence[str] | None = None, inputs: Inputs | None = None, *, sums: bool = True
+    model: nn.Module,
+    keep: Sequence[str] | None = None,
+    inputs: Inputs | None = None,
+    *,
+    sums: bool = True,
+    before_activations: bool = True,
 ) -> Placement:
     """Look at the graph of a float model and say where quantizers belong.
 
@@ -86,6 +91,7 @@ def place_quantizers(
             :func:`.detection_heads.detection_heads`.
         inputs: a batch of the model, with which ``torch.export`` reads what ``torch.fx`` cannot trace.
         sums: look for sums to quantize.
+        before_activations: quantize what convolutions hand to a SiLU, GELU or the like.
 
     Raises:
         QakdError: as :func:`.layer_names.quantizable_layers`.
@@ -101,7 +107,7 @@ def place_quantizers(
             ", ".join(layers),
         )
         return Placement(tuple(layers), edges=frozenset({layers[0], layers[-1]}), transposed=_transposed(model, layers))
-    placement = _Analysis(model, graph, set(layers)).placement(sums)
+    placement = _Analysis(model, graph, set(layers)).placement(sums, before_activations)
     placement = replace(placement, transposed=_transposed(model, placement.layers))
     if constant := sorted(_constant(graph) & set(layers)):
         _log.warning(
@@ -207,9 +213,9 @@ class _Analysis:
         self.layers = layers
         self.positive = non_negative(self.nodes, self.modules)
 
-    def placement(self, sums: bool) -> Placement:
+    def placement(self, sums: bool, before_activations: bool) -> Placement:
         calls = [node for node in self.nodes if node.op == "call_module" and node.target in self.layers]
-        outputs = self._output_quantizers(calls)
+        outputs = self._output_quantizers(calls, before_activations)
         found = grids(self.nodes, self.modules, self.layers, {node for node, _ in outputs}, self.positive, sums=sums)
         quantizers: dict[fx.Node, OutputQuantizer | Sum] = {**dict(outputs), **found.sums}
         groups = joined(self.nodes, self.modules, self.layers, set(quantizers))
@@ -230,7 +236,7 @@ class _Analysis:
             return [str(node.target)] if node.op == "call_module" else []
         return [name for name in self.modules if name in self.layers and name.startswith(f"{node.target}.")]
 
-    def _output_quantizers(self, calls: Iterable[fx.Node]) -> list[tuple[fx.Node, OutputQuantizer]]:
+    def _output_quantizers(self, calls: Iterable[fx.Node], before_activations: bool) -> list[tuple[fx.Node, OutputQuantizer]]:
         """After convolutions whose output, after BatchNorm and ReLU, something else than a quantized layer reads."""
         found = []
         for call in calls:
@@ -238,7 +244,9 @@ class _Analysis:
                 continue
             chain = _Chain.of(call, self.modules)
             read_by_layers = all(user.target in self.layers or user.op == "output" for user in readers(chain.end))
-            quantizer = None if read_by_layers else chain.quantizer(self.modules)
+            for_activations = all(is_smooth_activation(user, called_module(user, self.modules)) for user in readers(chain.end))
+            needs_none = read_by_layers or (for_activations and not before_activations)
+            quantizer = None if needs_none else chain.quantizer(self.modules)
             if quantizer is not None:
                 found.append((chain.end, quantizer))
         return found

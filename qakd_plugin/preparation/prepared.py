@@ -41,16 +41,17 @@ def prepare(
     activation_bits: int = 8,
     keep: Sequence[str] | None = None,
     *,
+    edges: int = 8,
     target: Target = "tensorrt",
     batch_fn: BatchFn = default_batch,
 ) -> nn.Module:
     """Prepare a float model for quantization-aware training with a configuration that deploys well.
 
     Weights are symmetric per channel, activations symmetric per tensor; below 8 bits activations that a ReLU made non-negative
-    get an unsigned grid. The first and the last layer stay at 8 bits. A quantizer goes after every convolution that feeds a
-    residual add, a concatenation or a pooling, because ONNX Runtime runs it in floating point otherwise, and on the sum of a
-    residual block (with ModelOpt, where a module returns it). Tensors that are concatenated get one range, so that codes are
-    moved and not rounded again; with ModelOpt, learned quantizers may part.
+    get an unsigned grid. The first and the last layer stay at 8 bits (``edges``). A quantizer goes after every convolution that
+    feeds a residual add, a concatenation, a pooling or a SiLU, because ONNX Runtime runs it in floating point otherwise, and on
+    the sum of a residual block (with ModelOpt, where a module returns it). Tensors that are concatenated get one range, so that
+    codes are moved and not rounded again; with ModelOpt, learned quantizers may part.
     Ranges minimize the squared error over all calibration batches. ``nn.MultiheadAttention`` becomes a module of the same name
     whose four projections are linear layers (:func:`qakd_plugin.placement.attention.open_attention`), or they would stay in
     floating point. What ``modelopt.torch.opt.save`` wrote of a model comes back with
@@ -67,11 +68,16 @@ def prepare(
         activation_bits: 2 to 8.
         keep: names or patterns ("fc", "layer1.*") of modules that stay in floating point. None: the heads of a detector (see
             docs/tasks.md), and nothing of other networks.
-        target: "tensorrt": every target takes the model. "onnxruntime" or "openvino" (the same): TensorRT does not, because
-            8-bit activations that cannot be negative get codes 0..255 in the place of 0..127: a grid twice as fine, and no
-            clamp after each ReLU. (Quantizers in front of a ReLU stay signed: eager mode's of layers that are not fused with
-            it, ModelOpt's where no module returns what the ReLU lets through. With "torchao", which leaves activations alone,
-            this changes nothing.)
+        edges: bits of the weights of the first and the last layer, 2 to 8. A large classifier in 4 bits makes the file of a
+            2- or 4-bit model a good deal smaller, for some accuracy. Their inputs keep 8 bits: an image in fewer would lose
+            much and save nothing.
+        target: "tensorrt": every target takes the model. "onnxruntime" or "openvino": TensorRT does not, because 8-bit
+            activations that cannot be negative get codes 0..255 in the place of 0..127: a grid twice as fine, and no clamp
+            after each ReLU. With "openvino" a convolution that a SiLU, Hardswish, GELU or the like reads has no quantizer in
+            front of that, only after it: OpenVINO computes both in one kernel, while ONNX Runtime would compute the
+            convolution in floating point. (Quantizers in front of a ReLU stay signed: eager mode's of layers that are not
+            fused with it, ModelOpt's where no module returns what the ReLU lets through. Eager mode keeps those in front of a
+            SiLU. With "torchao", which leaves activations alone, this changes nothing.)
         batch_fn: splits a batch into (inputs, targets), as in ``distill``.
 
     Returns:
@@ -82,7 +88,9 @@ def prepare(
         NotPreparedError: the model is prepared already.
         MissingPackageError: the toolkit is not installed.
     """
-    return prepare_as(model, calibration_batches, toolkit, weight_bits, activation_bits, keep, target=target, batch_fn=batch_fn)
+    return prepare_as(
+        model, calibration_batches, toolkit, weight_bits, activation_bits, keep, edges=edges, target=target, batch_fn=batch_fn
+    )
 
 
 @one_at_a_time
@@ -96,6 +104,7 @@ def prepare_as(
     *,
     target: str,
     batch_fn: BatchFn,
+    edges: int = 8,
     placement: int = PLACEMENT,
 ) -> nn.Module:
     """:func:`prepare`, also as earlier versions placed quantizers.
@@ -103,11 +112,13 @@ def prepare_as(
     Raises:
         QakdError: as :func:`prepare`, or ``placement`` is of a later version.
     """
-    adapter, precision = _parse_request(toolkit, weight_bits, activation_bits, keep, target)
+    adapter, precision = _parse_request(toolkit, weight_bits, activation_bits, keep, edges, target)
     if not 1 <= placement <= PLACEMENT:
         raise QakdError(
             f"placement {placement} is of a later version of qakd_plugin; this one knows 1 to {PLACEMENT}: update it."
         )
+    if placement < 3:
+        precision = replace(precision, before_activations=True)
     precision = replace(precision, placement=placement)
     _require_float(model)
     _require_plain_weights(adapter, model)
@@ -118,6 +129,7 @@ def prepare_as(
         raise QakdError("calibration_batches is empty: ranges need at least one batch, and are better with several.")
     if recurrent := [name for name, module in model.named_modules() if isinstance(module, nn.RNNBase | nn.RNNCellBase)]:
         _log.warning("%s: recurrent layers stay in floating point.", ", ".join(recurrent))
+    _warn_of_sync_batch_norms(adapter, model)
     network = open_attention(model)
     added = _added(model)
     with _added_named(adapter, added), _uncomputable_named(model, batches, calibration_batches):
@@ -127,7 +139,8 @@ def prepare_as(
     if added:
         _require_same(adapter, model, prepared, batches[0], added)
     kept = None if keep is None else list(keep)
-    asked = Preparation(adapter.name, weight_bits, activation_bits, kept, target, described_inputs(batches[0]), placement)
+    inputs = described_inputs(batches[0])
+    asked = Preparation(adapter.name, weight_bits, activation_bits, kept, target, inputs, placement, edges)
     record(prepared, asked)
     mark_pretrained(prepared)
     return prepared
@@ -141,6 +154,7 @@ def configuration(
     activation_bits: int = 8,
     keep: Sequence[str] | None = None,
     *,
+    edges: int = 8,
     target: Target = "tensorrt",
 ) -> Any:
     """The configuration that :func:`prepare` uses, for who calls the toolkit themselves. Calibration is theirs, too.
@@ -151,6 +165,7 @@ def configuration(
         weight_bits: 2 to 8.
         activation_bits: 2 to 8; 8 for torch.ao.
         keep: as in :func:`prepare`; without inputs, what only ``torch.export`` can read is not read.
+        edges: as in :func:`prepare`.
         target: as in :func:`prepare`; "tensorrt" for torch.ao.
 
     Returns:
@@ -164,21 +179,48 @@ def configuration(
         QakdError: as :func:`prepare`, or the toolkit has no configuration for fewer than 8 activation bits, or for ``target``.
         MissingPackageError: the toolkit is not installed.
     """
-    adapter, precision = _parse_request(toolkit, weight_bits, activation_bits, keep, target)
+    adapter, precision = _parse_request(toolkit, weight_bits, activation_bits, keep, edges, target)
     return adapter.configuration(model, precision)
 
 
 def _parse_request(
-    toolkit: str, weight_bits: int, activation_bits: int, keep: Sequence[str] | None, target: str
+    toolkit: str, weight_bits: int, activation_bits: int, keep: Sequence[str] | None, edges: int, target: str
 ) -> tuple[Adapter, Precision]:
     adapter = adapter_named(toolkit)
-    for name, bits in (("weight_bits", weight_bits), ("activation_bits", activation_bits)):
+    for name, bits in (("weight_bits", weight_bits), ("activation_bits", activation_bits), ("edges", edges)):
         if not 2 <= bits <= 8:
             raise QakdError(f"{name}={bits} is out of range: it must be 2 to 8.")
     if target not in TARGETS:
         raise QakdError(f"target={target!r} is unknown: use one of {list(TARGETS)}.")
     kept = None if keep is None else tuple(keep)
-    return adapter, Precision(weight_bits, activation_bits, kept, unsigned_bytes=target != "tensorrt")
+    return adapter, Precision(
+        weight_bits,
+        activation_bits,
+        kept,
+        unsigned_bytes=target != "tensorrt",
+        edges=edges,
+        before_activations=target != "openvino",
+    )
+
+
+def _warn_of_sync_batch_norms(adapter: Adapter, model: nn.Module) -> None:
+    """Of those that will not synchronize: toolkits that fold BatchNorm know none, or leave it where it is."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.SyncBatchNorm)]
+    if names and adapter.name in _NOT_SYNCHRONIZED:
+        _log.warning(
+            "%s: with toolkit=%r SyncBatchNorm %s. Use toolkit='modelopt', which keeps it, or put nn.BatchNorm2d with its "
+            "state_dict in its place.",
+            ", ".join(names),
+            adapter.name,
+            _NOT_SYNCHRONIZED[adapter.name],
+        )
+
+
+_NOT_SYNCHRONIZED = {
+    "pt2e": "normalizes with the samples of each process, as BatchNorm does",
+    "torch_ao": "is not folded into the layer before it, and tensors around it are quantized",
+    "torch_ao_eager": "is not folded into the layer before it, and tensors around it are quantized",
+}
 
 
 def _require_float(model: nn.Module) -> None:

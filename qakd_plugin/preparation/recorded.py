@@ -28,6 +28,7 @@ class Preparation:
         target: of the grids.
         inputs: shape and type of each tensor of one batch, of two samples at most, in the batch's own structure.
         placement: :data:`qakd_plugin.toolkits.PLACEMENT`; files of earlier versions do not say it, and mean 1.
+        edges: bits of the first and the last layer's weights; files of earlier versions do not say it, and mean 8.
     """
 
     toolkit: str
@@ -37,6 +38,7 @@ class Preparation:
     target: str
     inputs: Any
     placement: int
+    edges: int
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

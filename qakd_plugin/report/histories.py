@@ -7,7 +7,7 @@ from pathlib import PurePath
 from typing import Any
 
 from ..bench.rows import Row
-from ..deploy.file_record import UNTRAINED
+from ..deploy.file_record import UNTRAINED, Tuned
 
 _NAMED = {"PTQ": "", "QAT": "QAT", "KD": "KD", "SQAKD": "SQAKD", "QKD": "QKD"}
 """What a row's ``method`` says by itself, of a file without a record: names that whoever called ``benchmark`` gave it."""
@@ -74,6 +74,30 @@ def proofs_of(document: Mapping[str, Any], rows: Sequence[Row]) -> list[dict[str
         if entry not in proofs:
             proofs.append(entry)
     return proofs
+
+
+def tunings_of(rows: Sequence[Row]) -> list[str]:
+    """A line for every file that was tuned for a machine after it was proven: what computes otherwise in it now."""
+    tuned = {row.file: row.record.tuning for row in rows if row.record is not None and row.record.tuning is not None}
+    return [f"{file}: {_tuning(found)}" for file, found in tuned.items()]
+
+
+def _tuning(found: Tuned) -> str:
+    parts = [f"tuned for {found.get('runtime', 'a runtime')} on {found.get('cpu', 'a processor')}, from a file that was proven"]
+    if layers := found.get("float_layers"):
+        parts.append(f"in floating point: {', '.join(layers)}")
+    counted = (("that no longer round", found.get("unrounded")), ("on half their step", found.get("half_steps")))
+    parts += [f"quantizers {what}: {len(names)}" for what, names in counted if names]
+    if shifted := found.get("zero_points"):
+        parts.append(f"weights with a zero point of -1, the same numbers: {len(shifted)}")
+    if blocked := found.get("blocked"):
+        parts.append(f"convolutions that read blocks of pixels, the same integers: {len(blocked)}")
+    if found.get("precision") == "bfloat16":
+        parts.append("what is not quantized in bfloat16")
+    step = (found.get("proof") or {}).get("largest_step")
+    if isinstance(step, int | float) and step > 0:
+        parts.append(f"numbers are at most {step:.2f} steps from what was trained, and rounding moves them by half a one")
+    return "; ".join(parts)
 
 
 def _epochs(history: Sequence[Mapping[str, Any]]) -> str:

@@ -20,7 +20,7 @@ from markupsafe import Markup
 from ..bench.rows import MetricValue, Row
 from .charts import latency_bars, layer_table, training_run
 from .document import rows_of
-from .histories import proofs_of, trainings_of
+from .histories import proofs_of, trainings_of, tunings_of
 from .scatter import accuracy_latency_plot, labels, metric_words, pareto, point_scales
 from .tables import CONFIGURATION, Column, common_setting, families, family, run_names, short, shown_columns, side_by_side
 from .templates import static, template
@@ -74,6 +74,7 @@ def render(document: Mapping[str, Any]) -> str:
         layers=[layer_table(row) for row in rows if row.layers],
         training=[training_run(entry) for entry in trainings_of(document, rows)],
         parity=proofs_of(document, rows),
+        tuned=tunings_of(rows),
         when=_when,
         environments=[_environment(run) for run in document["runs"]],
         data=embedded(_data(rows, columns, names, best)),

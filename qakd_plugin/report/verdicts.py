@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ..bench.rows import Row, fastest_integer_rows, rival
+from ..bench.rows import Row, beaten, fastest_integer_rows, rival
 from ..deploy.finding import Finding
 from ..runtimes.base import DYNAMIC_INT8, MODULE_RUNTIMES
 
@@ -62,8 +62,32 @@ class Verdict:
 
 
 def warnings_of(rows: Sequence[Row]) -> list[str]:
-    """What disturbed a measurement, and files that ran where they were not proven."""
-    return [*_disturbances(rows), *_not_proven(rows)]
+    """What disturbed a measurement, integers that lose to floating point, and files that ran where they were not proven."""
+    return [*_disturbances(rows), *_beaten(rows), *_not_proven(rows)]
+
+
+def _beaten(rows: Sequence[Row]) -> list[str]:
+    """By float row: the integer rows that are no faster, and why."""
+    slow: dict[int, list[str]] = {}
+    floats: dict[int, Row] = {}
+    for row, other in beaten(rows):
+        floats[id(other)] = other
+        slow.setdefault(id(other), []).append(f"{_row(row)} ({row.p50_ms:.3f} ms; {_causes(row)})")
+    return [
+        f"{_setting(other)}: {_row(other)}, which is not quantized, takes {other.p50_ms:.3f} ms and is as fast as these or "
+        f"faster: {', '.join(slow[id(other)])}."
+        for other in floats.values()
+    ]
+
+
+def _causes(row: Row) -> str:
+    """Kinds of findings with the layers they are of, in a few words."""
+    said = []
+    for finding in row.findings:
+        more = len(finding.layers) - 1
+        of = "" if not finding.layers else f": {finding.layers[0]}" + (f" and {more} more" if more else "")
+        said.append(finding.kind + of)
+    return ", ".join(said) or "no cause is known"
 
 
 def _not_proven(rows: Sequence[Row]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,8 @@ from annotated_types import Ge, Le
 from ..errors import QakdError
 
 Array = npt.NDArray[Any]
-FILE_RUNTIMES = ("onnxruntime", "openvino")
+FileRuntime = Literal["onnxruntime", "openvino"]
+FILE_RUNTIMES: tuple[FileRuntime, ...] = ("onnxruntime", "openvino")
 MODULE_RUNTIMES = ("torch", "torch.compile")
 RUNTIMES = (*FILE_RUNTIMES, "tensorrt", *MODULE_RUNTIMES)
 

@@ -42,11 +42,12 @@ def loaded_class(module: str, name: str) -> type[nn.Module] | None:
     return None if loaded is None else getattr(loaded, name)  # type: ignore[no-any-return]
 
 
-PLACEMENT = 2
+PLACEMENT = 3
 """Version of where quantizers go, so that students of earlier ones are prepared again as they were.
 
 1: with ModelOpt, sums have none, those of 0..255 stand in front of the ReLU, and transposed convolutions have a scale per input
 channel; with PT2E, what is concatenated shares none; with torch.ao FX, what was split has another one than the whole.
+2: one stands between a convolution and a SiLU or the like for OpenVINO, too; with torch.ao FX, between a linear layer and one.
 """
 
 
@@ -55,11 +56,13 @@ class Precision:
     """What a float model is to be prepared for; see :func:`qakd_plugin.prepare`.
 
     Attributes:
-        weight_bits: of all layers but the first and the last, which take 8.
-        activation_bits: likewise, of their inputs.
+        weight_bits: of all layers but the first and the last.
+        activation_bits: of their inputs; those of the first and the last layer take 8.
         keep: names or patterns of modules that stay in floating point; None: the heads of a detector.
         unsigned_bytes: let 8-bit activations that cannot be negative take codes 0..255, which TensorRT cannot.
         placement: where quantizers go: :data:`PLACEMENT`, or what a student's file says.
+        edges: bits of the weights of the first and the last layer.
+        before_activations: quantize what a convolution hands to a SiLU, GELU or the like, which OpenVINO has no use for.
     """
 
     weight_bits: int = 8
@@ -67,6 +70,12 @@ class Precision:
     keep: tuple[str, ...] | None = None
     unsigned_bytes: bool = False
     placement: int = PLACEMENT
+    edges: int = 8
+    before_activations: bool = True
+
+    def bits_of_weight(self, edge: bool) -> int:
+        """Of the first or the last layer, or of another one."""
+        return self.edges if edge else self.weight_bits
 
     def is_unsigned(self, bits: int, non_negative: bool) -> bool:
         """Whether an activation gets an unsigned grid: below 8 bits half of a signed one would be lost."""

@@ -122,8 +122,8 @@ class TorchAOQATAdapter:
             len(layers),
         )
         pairs = []
-        for bits in sorted({8, precision.weight_bits}):
-            chosen = {name for name in layers if bits == (8 if name in placement.edges else precision.weight_bits)}
+        for bits in sorted({precision.edges, precision.weight_bits}):
+            chosen = {name for name in layers if bits == precision.bits_of_weight(name in placement.edges)}
             config = qat.IntxFakeQuantizeConfig(_dtype(bits), "per_channel", is_symmetric=True)
             pairs.append((qat.QATConfig(weight_config=config, step="prepare"), lambda _, name, chosen=chosen: name in chosen))
         return pairs

@@ -4,30 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from ..augment.selector import Augmentation, CMISelector, FixedAugmentation, SelectedAugmentation
 from ..errors import QakdError, TrainingError
 from ..tasks.batches import batch_splitter
 from ..tasks.evaluation import picking, value_of
-from ..tasks.inputs import Inputs, arguments, require_known
+from ..tasks.inputs import Inputs, arguments, require_known, to_device
 from ..tasks.outputs import Outputs, frozen_output, named_outputs
 from ..toolkits import Adapter
 from .autocast import autocast, float32_quantizers
 from .batches import Batches
 from .checkpoint import CheckpointStore
 from .config import Data, Settings
+from .curvature import refreshes
 from .deployed_view import DeployedView, evaluated
+from .distributed.launch import require_batch_norms_run
 from .distributed.processes import Processes
-from .distributed.shards import smallest_batch
+from .distributed.sharding import WholeEma, WholeNetwork, WholeOptimizer, require_divisible
+from .distributed.shards import require_own_streams, smallest_batch
 from .ema import Ema
 from .methods import Method, Phase
-from .networks import Learner, Networks, on_device
+from .networks import Learner, Networks, placed
 from .objective import Objective
 from .optimizers import cosine_schedule, quantizer_parameters, student_optimizer, teacher_optimizer
 from .outcome import Start
@@ -107,11 +111,17 @@ def assembled(
     Raises:
         QakdError: processes disagree, or the first batch shows that training cannot begin.
     """
-    adapter, model, teacher = lesson.adapter, lesson.model, lesson.teacher
     _require_agreement(processes, data, store, checkpoint_every)
+    require_batch_norms_run("prepared_model", lesson.model, processes.device, processes.count)
+    if lesson.teacher_learns:
+        require_batch_norms_run("teacher", lesson.teacher, processes.device, processes.count)
+    if processes.divide:
+        _require_divisible(lesson, data)
     computing = partial(autocast, settings.mixed_precision, processes.device)
-    augment = _augmentation(data, processes)
-    with float32_quantizers(adapter, model), on_device(processes.device, model, teacher):
+    augment, adapter = _augmentation(data, processes), lesson.adapter
+    places = placed(processes, adapter, lesson.model, lesson.teacher, teacher_learns=lesson.teacher_learns)
+    with places as (model, teacher), float32_quantizers(adapter, model):
+        prepared, lesson = lesson.model, replace(lesson, model=model, teacher=teacher)
         batches = Batches(
             data.loader,
             processes,
@@ -124,13 +134,16 @@ def assembled(
             masks=_masks(lesson.phases),
         )
         validation = Validation(data, teacher, lesson.phases, processes)
-        compared = _check_first_batch(lesson, data, batches, settings, processes, computing)
+        compared = _check_first_batch(lesson, prepared, data, batches, settings, processes, computing)
         processes.agree()
         networks = Networks.of(model, teacher, processes, teacher_learns=lesson.teacher_learns)
         objective = Objective(adapter, networks, lesson.phases, computing)
         try:
             student, mentor = _learners(lesson, networks, settings, batches.steps)
-            ema, start = None if settings.ema is None else Ema(model, settings.ema), Start()
+            parts = _parts(networks, student, mentor, processes)
+            parts |= {"augmentation": augment, "start": (start := Start())}
+            if (ema := None if settings.ema is None else Ema(model, settings.ema)) is not None:
+                parts["ema"] = WholeEma(ema, model, keep=processes.is_main) if processes.divide else ema
             if cache is not None and teacher is not None:
                 _fill(cache, teacher, compared, batches, processes, computing)
             view = DeployedView(
@@ -158,7 +171,7 @@ def assembled(
                 worth=partial(value_of, metric=data.metric, monitor=data.monitor),
                 picking=partial(picking, metric=data.metric, monitor=data.monitor),
                 start=start,
-                state=RunState(_parts(networks, student, mentor, ema, augment, start), batches, processes, store),
+                state=RunState(parts, batches, processes, store),
                 settings=settings,
                 checkpoint_every=checkpoint_every,
                 callbacks=callbacks,
@@ -170,16 +183,36 @@ def assembled(
 
 def _require_agreement(processes: Processes, data: Data, store: CheckpointStore | None, checkpoint_every: int | None) -> None:
     """Several processes make their steps and their checkpoints together, or wait for each other for ever."""
-    if data.steps_per_epoch is not None and processes.count > 1:
+    if data.steps_per_epoch is None:
+        processes.require_equal("the length of loader", length_of(data.loader))
+    elif processes.count > 1 and isinstance(data.loader, DataLoader) and not isinstance(data.loader.dataset, IterableDataset):
         raise QakdError(
-            f"steps_per_epoch: whether the {processes.count} processes read the same stream or each its share cannot be told. "
-            "Train in one process, or pass a DataLoader over a map-style data set, which is shared out."
+            f"steps_per_epoch: each of the {processes.count} processes would read the whole data set. Leave it out: a "
+            "DataLoader over a map-style data set is shared out among the processes. A stream is read by each for itself."
         )
-    processes.require_equal("the length of loader", length_of(data.loader))
+    processes.require_equal("steps_per_epoch", data.steps_per_epoch)
     where = None if store is None else str(store.folder)
     processes.require_equal("checkpoint_dir and checkpoint_every", (where, checkpoint_every))
     if store is not None:
-        store.fingerprint = {"processes": processes.count, **store.fingerprint}  # named first: loaders differ with it
+        how = f"{processes.count}, with networks divided" if processes.divide else processes.count
+        store.fingerprint = {"processes": how, **store.fingerprint}  # named first: loaders differ with it
+
+
+def _require_divisible(lesson: Lesson, data: Data) -> None:
+    """Raise QakdError where networks cannot be divided, or something reads them in one process alone."""
+    for network in (lesson.model, lesson.teacher):
+        if network is not None:
+            require_divisible(network)
+    if isinstance(data.augment, CMISelector):
+        raise QakdError(
+            "augment=CMISelector() ranks with the teacher in one process, and it is divided among all. Rank before, with "
+            "qakd.rank_augmentations(teacher, batches), and pass the callable that came first."
+        )
+    if refreshes(lesson.adapter, lesson.model):
+        raise QakdError(
+            "EWGS refreshes delta by differentiating twice, and networks that FSDP2 divides cannot be. Set delta yourself, "
+            "qakd.use_quantizers(prepared_model, qakd.EWGS(refresh_every=0, delta=...)), or use LSQ."
+        )
 
 
 def _augmentation(data: Data, processes: Processes) -> Augmentation:
@@ -196,6 +229,7 @@ def _masks(phases: Sequence[Phase]) -> bool:
 
 def _check_first_batch(
     lesson: Lesson,
+    prepared: nn.Module,
     data: Data,
     batches: Batches,
     settings: Settings,
@@ -214,6 +248,8 @@ def _check_first_batch(
         if first is None:
             raise TrainingError("loader is empty: it yielded no batch. Check the data set and drop_last.")
         inputs = first.inputs
+        if not batches.repeat:
+            require_own_streams(inputs, processes)
         require_known(model, inputs, "prepared_model")
         args, kwargs = arguments(inputs)
         with evaluated(adapter, model):
@@ -227,14 +263,18 @@ def _check_first_batch(
                 check_counted(lesson.phases, student, inputs)
             if taught is not None:
                 check_taught(lesson.phases, student, taught, inputs, first.targets, validated=data.val_loader is not None)
-            if teacher is not None and taught is not None and settings.mixed_precision == "no":
+            # What it looks for is done by toolkits whose students cannot be divided.
+            if teacher is not None and taught is not None and settings.mixed_precision == "no" and not processes.divide:
                 check_against_teacher(adapter, model, teacher, taught, inputs)
-            if processes.is_main:
+            if processes.is_main and not processes.divide:
                 check_exportable(adapter, model, inputs)
             adapter.set_mode(model, True)  # with the ranges frozen still
             with computing():
                 check_smallest_batch(model, inputs, smallest_batch(data.loader, processes))
                 check_ranges(adapter, model, inputs)
+        if processes.is_main and processes.divide:
+            with evaluated(adapter, prepared):
+                check_exportable(adapter, prepared, to_device(inputs, next(prepared.parameters()).device))
     return () if taught is None else _compared(lesson.phases, taught, inputs)
 
 
@@ -277,19 +317,19 @@ def _fill(
         cache.fill((batch.inputs for batch in some), outputs, processes)
 
 
-def _parts(
-    networks: Networks, student: Learner, teacher: Learner | None, ema: Ema | None, augment: Augmentation, start: Start
-) -> dict[str, Stateful]:
-    """What checkpoints hold, by its name there."""
-    parts: dict[str, Stateful] = {
-        "student": networks.model,
-        "optimizer": student.optimizer,
-        "scheduler": student.schedule,
-        "augmentation": augment,
-        "start": start,
-    }
-    if ema is not None:
-        parts["ema"] = ema
+def _parts(networks: Networks, student: Learner, teacher: Learner | None, processes: Processes) -> dict[str, Stateful]:
+    """What checkpoints hold of what learns, by its name there."""
+
+    def of(prefix: str, network: nn.Module, learner: Learner) -> dict[str, Stateful]:
+        name = prefix.removesuffix("_") or "student"
+        keep, divided = processes.is_main, processes.divide
+        return {
+            name: WholeNetwork(network, keep=keep) if divided else network,
+            f"{prefix}optimizer": WholeOptimizer(learner.optimizer, network, keep=keep) if divided else learner.optimizer,
+            f"{prefix}scheduler": learner.schedule,
+        }
+
+    parts = of("", networks.model, student)
     if teacher is not None and networks.teacher is not None:
-        parts |= {"teacher": networks.teacher, "teacher_optimizer": teacher.optimizer, "teacher_scheduler": teacher.schedule}
+        parts |= of("teacher_", networks.teacher, teacher)
     return parts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -21,7 +21,7 @@ from ..tasks.evaluation import IGNORED
 from ..tasks.inputs import sample_count, to_device
 from ..tasks.outputs import Outputs
 from .distributed.processes import Processes
-from .distributed.shards import shared
+from .distributed.shards import Whole, shared
 from .methods import Method, require_labels
 from .streams import Stream, is_walked_once, length_of
 from .teacher_cache import TeacherCache
@@ -80,7 +80,7 @@ class Batches:
     ) -> None:
         self._samplers, self.generators = samplers_of(loader), generators_of(loader)
         self._stream = _stream(loader, steps_per_epoch, accumulate, self.generators, processes)
-        self._shares = shared(loader if self._stream is None else self._stream, processes)
+        self._shares = shared(loader, processes) if self._stream is None else Whole(self._stream)
         self._processes = processes
         self._batch_fn, self._augment, self._method = batch_fn, augment, method
         self._accumulate, self._cache, self._masks = accumulate, cache, masks
@@ -152,14 +152,22 @@ class Batches:
         alike."""
         gather = self._processes.gather
         state = {"epoch_start": gather(self._epoch_start), "now": gather(random_state(self.generators))}
-        return state if self._stream is None else state | {"stream": self._stream.state_dict()}
+        return state if self._stream is None else state | {"stream": gather(self._stream.state_dict())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back to where a checkpoint was written."""
-        self._epoch_start = state["epoch_start"][self._processes.index]
-        restore_random_state(state["now"][self._processes.index], self.generators)
-        if self._stream is not None:
-            self._stream.load_state_dict(state["stream"])
+        """Go back to where a checkpoint was written. Processes that were not there then go on with draws of their own."""
+        index = self._processes.index
+        if index < len(state["now"]):
+            self._epoch_start = state["epoch_start"][index]
+            restore_random_state(state["now"][index], self.generators)
+        else:
+            self._epoch_start = random_state(self.generators)
+        if self._stream is None:
+            return
+        # One process was all that there could be before, and its place stood alone.
+        places = [state["stream"]] if isinstance(state["stream"], Mapping) else state["stream"]
+        if index < len(places):
+            self._stream.load_state_dict(places[index])
 
     def _begin(self, number: int, done: int) -> Iterator[tuple[Any, bool]]:
         if self._stream is not None:

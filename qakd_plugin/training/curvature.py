@@ -11,6 +11,11 @@ from ..toolkits import Adapter
 _log = logging.getLogger(__name__)
 
 
+def refreshes(adapter: Adapter, model: nn.Module) -> bool:
+    """Whether some quantizer ever wants a new delta."""
+    return bool(_periods(adapter, model))
+
+
 def is_due(adapter: Adapter, model: nn.Module, epoch: int) -> bool:
     """Whether some quantizer wants a new delta before this epoch."""
     return any(epoch % period == 0 for period in _periods(adapter, model))

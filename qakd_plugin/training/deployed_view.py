@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..tasks.inputs import call
 from ..toolkits import Adapter
 from .batches import Batches
 from .distributed.processes import Processes
+from .distributed.sharding import gathered
 from .ema import Ema
 
 
@@ -66,10 +66,7 @@ class DeployedView:
 
     def weights(self) -> dict[str, Any]:
         """A copy of the model's state, on the CPU, with the versions of its modules, which some of them look for."""
-        state = self._model.state_dict()
-        for name, value in state.items():  # a module's own extra state is no tensor
-            state[name] = value.detach().cpu().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
-        return state
+        return gathered(self._model)
 
     @contextmanager
     def _recalibrated(self) -> Iterator[None]:

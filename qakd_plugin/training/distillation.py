@@ -127,7 +127,8 @@ def distill(
     Launched with torchrun or ``accelerate launch``, processes train together: each takes its share of the batches, no sample is
     lost or counts twice, and all return the same model. A joined batch gives the weights that one process gives, to float
     tolerance, in networks without BatchNorm in training: BatchNorm normalizes with each process's share, as it does in any data
-    parallel training, and its statistics are averaged after each step. See docs/training.md.
+    parallel training, and its statistics are averaged after each step. See docs/training.md. Launched with ``accelerate launch
+    --use_fsdp --fsdp_version 2`` each process trains a part of both networks, and whole ones come back: see docs/scale.md.
 
     Args:
         prepared_model: prepared and calibrated by ModelOpt, torchao (PT2E, QATConfig) or torch.ao (FX, eager).
@@ -144,8 +145,8 @@ def distill(
         val_loader: held-out batches that pick the best epoch, by accuracy where they have labels, else by agreement with the
             teacher. The prepared model is counted first, and kept where no epoch is as good; a warning says so. Without them
             the last epoch is kept; but the prepared model, with a warning, where ``lr`` is not given and a student that learns
-            from its teacher alone ends farther from it, in eval mode, on up to 32 training batches (not of a stream). Never the
-            split that is reported.
+            from its teacher alone ends at more than 75 % of its first distance to it, in eval mode, on up to 32 training
+            batches (not of a stream). Never the split that is reported.
         augment: callable on a batch of images in [0, 1]; both networks see what it returns. Or ``CMISelector(...)``, which
             ranks augmentations with the teacher before training, and trains with the best.
         input_stats: (mean, std) per channel when the loader yields normalised images, so that ``augment`` sees [0, 1].
@@ -219,15 +220,18 @@ def distill(
     data = Data(loader, val_loader, batch_fn, augment, input_stats, task_loss, metric, metric_fn, monitor, steps_per_epoch)
     checkpoints = Checkpoints.of(checkpoint_dir, checkpoint_every, resume)
     _check(lesson, data, settings, cache_teacher)
+    lesson = _with_own_teacher(lesson)
     run = _run(lesson, data, settings, checkpoints, seed, cache_teacher, trackers, callbacks, own_rate=own_rate)
     with run as trainer:
         try:
             trainer.train(resume=resume)
         except BaseException:
-            _record(trainer, lesson.method, kept=None)  # the weights that it leaves are trained as well
+            if not trainer.processes.divide:  # the weights that it leaves are trained as well
+                _record(trainer, lesson, kept=None)
             raise
-    result = _result(trainer)
-    _record(trainer, lesson.method, kept=result.metrics["epoch"])
+    history = trainer.state.history
+    result = DistillResult(lesson.model, history, dict(kept_of(history)), lesson.teacher)
+    _record(trainer, lesson, kept=result.metrics["epoch"])
     return result
 
 
@@ -323,7 +327,7 @@ def _run(
             processes.on_main(store.require_writable)
         tracking = _tracking(lesson, settings, checkpoints, trackers)
         trainer = assembled(
-            _with_own_teacher(lesson),
+            lesson,
             data,
             settings,
             processes,
@@ -377,12 +381,7 @@ def _with_own_teacher(lesson: Lesson) -> Lesson:
     return replace(lesson, teacher=copied(lesson.teacher).requires_grad_(True))
 
 
-def _result(trainer: Trainer) -> DistillResult:
-    history = trainer.state.history
-    return DistillResult(trainer.networks.model, history, dict(kept_of(history)), trainer.networks.teacher)
-
-
-def _record(trainer: Trainer, method: Method, kept: int | None) -> None:
+def _record(trainer: Trainer, lesson: Lesson, kept: int | None) -> None:
     if trainer.state.position.step:
-        name = type(method).__name__
-        record_training(trainer.networks.model, TrainingRecord.of_distill(name, trainer.state.history, kept))
+        name = type(lesson.method).__name__
+        record_training(lesson.model, TrainingRecord.of_distill(name, trainer.state.history, kept))

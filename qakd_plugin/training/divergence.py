@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import TrainingError, UnsupportedQuantizerError
 from ..tasks.inputs import Inputs, call, named_tensors
 from ..toolkits import Adapter, Quantizer
+from .distributed.sharding import is_divided
 
 _MISFIT = 10.0
 """How many times its range the values of a quantizer may be, as their root mean square; where statistics fit, it is below 2."""
@@ -99,9 +100,9 @@ def misfit(adapter: Adapter, model: nn.Module, inputs: Inputs) -> str | None:
         inputs: of a batch.
 
     Returns:
-        None without BatchNorms that have statistics, or where ranges fit.
+        None without BatchNorms that have statistics, of a network that is divided among processes, or where ranges fit.
     """
-    if not any(name.endswith("running_var") for name, _ in model.named_buffers()):
+    if is_divided(model) or not any(name.endswith("running_var") for name, _ in model.named_buffers()):
         return None
     found: dict[str, float] = {}
 
@@ -158,6 +159,8 @@ def require_finite_input(inputs: Inputs, batch: int) -> None:
 @torch.no_grad()
 def blame(model: nn.Module, inputs: Inputs) -> str:
     """One sentence: the first module whose output is not finite for ``inputs`` although its own input is."""
+    if is_divided(model):  # a process that calls it alone would wait for the others
+        return "The network is divided among processes: train it in one, for the name of the layer where it begins."
     found: list[tuple[str, nn.Module]] = []
 
     def hook(name: str) -> Any:

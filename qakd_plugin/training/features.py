@@ -24,7 +24,8 @@ class Features:
         layers: dotted names of layers, the same in both networks, or a mapping from the student's names to the teacher's.
         weight: factor of this loss beside the method's own.
         through_quantizer: compare on the student's grid: its features after the quantizer that the layer reads, the teacher's
-            rounded and clipped with the same numbers (SQuaT, arXiv 2608.10709). Else features are compared as they come.
+            rounded and clipped with the same numbers (SQuaT, arXiv 2608.10709). Where all of a sample's round to zero, as
+            they may with few bits, the energy of one code stands for theirs. Else features are compared as they come.
     """
 
     layers: Sequence[str] | Mapping[str, str]
@@ -95,10 +96,14 @@ class FeatureTaps:
                     "in the teacher. Name layers that read the same shape."
                 )
             teacher = teacher.detach().float()
+            least: Tensor = teacher.new_tensor(torch.finfo(torch.float32).tiny)
             if name in self._quantizers:
-                teacher = _on_grid(teacher, self._adapter.qparams(self._quantizers[name]))
+                params = self._adapter.qparams(self._quantizers[name])
+                teacher = _on_grid(teacher, params)
+                # The energy of a single code: with few bits all of a sample's features may round to zero.
+                least = params.scale.detach().reshape(()).float().square()
             error = (student.float() - teacher).flatten(1).square().sum(1)
-            losses.append(error / teacher.flatten(1).square().sum(1).clamp_min(torch.finfo(torch.float32).tiny))
+            losses.append(error / teacher.flatten(1).square().sum(1).clamp_min(least))
         return torch.stack(losses).mean(0)
 
     def added(self, loss: Tensor, parts: dict[str, Tensor]) -> Tensor:

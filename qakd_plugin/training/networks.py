@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .._common.device import move
+from ..toolkits import Adapter
 from .distributed.processes import Processes
+from .distributed.sharding import divided_copy, gathered
 from .optimizers import clip_gradients
 
 
@@ -33,7 +35,9 @@ class Networks:
 
     @classmethod
     def of(cls, model: nn.Module, teacher: nn.Module | None, processes: Processes, *, teacher_learns: bool) -> Networks:
-        """Wrap what learns for data parallel training. Lazy parameters must have their shapes by now."""
+        """Wrap what learns for data parallel training, unless it is divided. Lazy parameters must have their shapes by now."""
+        if processes.divide:
+            return cls(model, teacher, model, teacher)
         wrap = processes.accelerator.prepare_model
         return cls(model, teacher, wrap(model), wrap(teacher) if teacher_learns else teacher)
 
@@ -84,6 +88,38 @@ class Learner:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
+
+
+@contextmanager
+def placed(
+    processes: Processes, adapter: Adapter, model: nn.Module, teacher: nn.Module | None, *, teacher_learns: bool
+) -> Iterator[tuple[nn.Module, nn.Module | None]]:
+    """Student and teacher as they are trained: on the processes' device until the end of the block; or copies that are divided
+    among the processes, and what they learned is in the networks themselves at its end. An error leaves those as they were.
+
+    Args:
+        processes: that train together.
+        adapter: of the student's toolkit.
+        model: the prepared model.
+        teacher: or None.
+        teacher_learns: whether the teacher is trained, too.
+    """
+    if not processes.divide:
+        with on_device(processes.device, model, teacher):
+            yield model, teacher
+        return
+    student, mentor = (None if network is None else divided_copy(network, processes.device) for network in (model, teacher))
+    assert student is not None
+    for network in (student, mentor):
+        if network is not None:
+            processes.compute_together(network)
+    yield student, mentor
+    adapter.freeze_ranges(model, True)
+    model.load_state_dict(gathered(student))
+    adapter.set_mode(model, False)
+    if teacher_learns and teacher is not None and mentor is not None:
+        teacher.load_state_dict(gathered(mentor))
+        teacher.eval()
 
 
 @contextmanager

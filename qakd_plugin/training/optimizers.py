@@ -17,6 +17,7 @@ from ..errors import UnsupportedQuantizerError
 from ..toolkits import Adapter
 from ..toolkits.adapter import Role
 from .config import MakeOptimizer, Settings
+from .distributed.sharding import whole
 
 _log = logging.getLogger(__name__)
 _RATE, _RATE_OF_MANY_BITS, _MANY_BITS = 1e-3, 1e-5, 7
@@ -90,7 +91,7 @@ def _quantizer_groups(parameters: dict[int, nn.Parameter], relative: set[int], r
     groups: list[dict[str, Any]] = [{"params": [p for key, p in parameters.items() if key in relative], "lr": rate}]
     for key, parameter in parameters.items():
         if key not in relative:
-            size = float(parameter.detach().abs().mean()) or 1.0
+            size = float(whole(parameter.detach()).abs().mean()) or 1.0
             groups.append({"params": [parameter], "lr": rate * size})
     return [{**group, "weight_decay": 0.0} for group in groups]
 
@@ -134,7 +135,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], of_quantizers: Container[
     for parameter in parameters:
         parts[id(parameter) in of_quantizers].append(parameter)
     largest = math.inf if limit is None else limit
-    norms = [nn.utils.clip_grad_norm_(part, largest) for part in parts if part]
+    norms = [whole(nn.utils.clip_grad_norm_(part, largest)) for part in parts if part]
     norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return norm
 

@@ -127,8 +127,9 @@ class RunState:
         """
         randomness = {} if self._store is None else self._batches.state_dict()
 
+        parts = {name: part.state_dict() for name, part in self._parts.items()}  # here, where all processes have their part
+
         def write() -> None:
-            parts = {name: part.state_dict() for name, part in self._parts.items()}
             state = {**parts, "position": asdict(self.position), "best": vars(self.best), "history": self.history}
             if (name := not_finite(state)) is not None:
                 raise TrainingError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -12,7 +13,8 @@ from typing import Any
 import torch
 
 from .._common.rng_state import random_state, restore_random_state
-from ..errors import TrainingError
+from .._common.torch_file import load_plain
+from ..errors import CheckpointError, TrainingError
 
 _log = logging.getLogger(__name__)
 
@@ -83,9 +85,14 @@ class Stream:
             yield self._ahead[index][0]
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next epoch, or the rest of this one, begins."""
+        """Where the next epoch, or the rest of this one, begins.
+
+        Raises:
+            CheckpointError: the loader tells it in more than tensors and plain data, which no checkpoint could be read with.
+        """
         if not self._ahead:
             self._ask()
+        _require_plain(self._place.told)
         return vars(self._place).copy()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -137,6 +144,27 @@ class Stream:
             self._begin()
         assert self._source is not None
         return self._source
+
+
+def _require_plain(told: Any) -> None:
+    buffer = io.BytesIO()
+    try:
+        torch.save(told, buffer)
+        load_plain(buffer.getvalue(), intact=True)
+    except Exception as problem:  # picklers raise many kinds on foreign objects; all mean the same here
+        kinds = ", ".join(sorted({type(part).__name__ for part in _parts(told)}))
+        raise CheckpointError(
+            "loader: its state_dict() returns more than tensors, numbers, text, lists and dicts, so no checkpoint with it "
+            f"could be read; it holds {kinds}. Return plain data, or leave state_dict out: then batches are read again."
+        ) from problem
+
+
+def _parts(told: Any) -> Iterator[Any]:
+    if isinstance(told, dict | list | tuple):
+        for part in told.values() if isinstance(told, dict) else told:
+            yield from _parts(part)
+    else:
+        yield told
 
 
 def _ended(loader: Iterable[Any], given: Place, batches: int) -> str:

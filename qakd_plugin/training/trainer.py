@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from .._common.console import Progress
-from .._common.history import START, Picking, below_start, kept_of, start_of
+from .._common.history import NEARER, START, Picking, below_start, kept_of, start_of
 from .._common.precision import wide
 from ..augment.selector import Augmentation
 from ..toolkits import Adapter
@@ -29,6 +29,7 @@ from .config import Resume, Settings
 from .deployed_view import DeployedView, evaluated
 from .distributed.observers import joint_ranges
 from .distributed.processes import Processes
+from .distributed.sharding import load_gathered
 from .divergence import Moment, require_finite_gradient, require_finite_losses
 from .ema import Ema
 from .methods import Phase
@@ -65,8 +66,8 @@ class Trainer:
         settings: numbers of the run.
         checkpoint_every: also after so many optimizer steps; None for epochs only.
         callbacks: objects; their methods ``on_step_end(step, losses)`` and ``on_epoch_end(row)`` are called where they exist.
-        own_rate: whether the rate was left to the run, which then answers for it: it returns nothing that is farther from the
-            teacher than the start was.
+        own_rate: whether the rate was left to the run, which then answers for it: it returns nothing that is not clearly nearer
+            the teacher than the start was.
         gradient_norm: of the last step, before clipping.
     """
 
@@ -271,7 +272,7 @@ class Trainer:
         return self.state.position.epoch - max(self.state.best.epoch + 1, last) >= self.settings.patience
 
     def _kept(self) -> dict[str, Any]:
-        """The best weights, of an epoch or the start; nothing held out: the last, unless the start is nearer the teacher."""
+        """The best weights, of an epoch or the start; nothing held out: the last, where it is clearly nearer the teacher."""
         if self.state.best.state is not None:
             return self.state.best.state if self.start.weights is None else self.start.weights
         with self.view.shown():
@@ -280,10 +281,10 @@ class Trainer:
         if self.start.weights is None or after is None:
             return last
         with evaluated(self.adapter, self.networks.model):
-            self.networks.model.load_state_dict(self.start.weights)
+            load_gathered(self.networks.model, self.start.weights)
             before = self._distance()
         assert before is not None
-        if after <= before:
+        if after <= NEARER * before:
             return last
         self.state.history[-1] |= {"eval_loss": after, "start_eval_loss": before}  # which says what was kept
         self.state.save_history()
@@ -310,7 +311,7 @@ class Trainer:
         # First, because the state of some toolkits' quantizers says whether their ranges are frozen: freezing remembers which
         # were free, for whoever goes on training.
         self.adapter.freeze_ranges(model, True)
-        model.load_state_dict(kept)
+        load_gathered(model, kept)
         self.adapter.set_mode(model, False)
         if self.teacher is not None:
             self.teacher.called.eval()

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import nn
 
 from .._common.rng_state import generators_of, undisturbed
+from ..tasks.batches import batch_splitter
 from ..tasks.evaluation import count
+from ..tasks.inputs import arguments, call, to_device
+from ..tasks.outputs import frozen_output
 from .config import Data
 from .distributed.processes import Processes
 from .distributed.shards import held_out
@@ -32,7 +37,8 @@ class Validation:
 
     def __init__(self, data: Data, teacher: nn.Module | None, phases: Sequence[Phase], processes: Processes) -> None:
         self._data, self._teacher, self._processes = data, teacher, processes
-        self._loader = None if data.val_loader is None else held_out(data.val_loader, processes)
+        self._loader = None if data.val_loader is None else held_out(data.val_loader, processes, self._call)
+        self._counted: nn.Module | None = None
         self._match = next((phase.imitation.match for phase in phases if phase.imitation is not None), None)
         self.classes: int | None = None
 
@@ -48,7 +54,7 @@ class Validation:
     def _count(self, network: nn.Module, *, first: bool) -> dict[str, float]:
         if self._loader is None:
             return {}
-        data = self._data
+        data, self._counted = self._data, network
         counts = count(
             network,
             self._teacher,
@@ -63,6 +69,16 @@ class Validation:
         if first:
             warn_of_one_class("val_loader", self._processes.gather(counts.labels), "an accuracy on them says nothing")
         return counts.result()
+
+    @torch.no_grad()
+    def _call(self, batch: Any) -> None:
+        """Both networks on a batch that does not count."""
+        assert self._counted is not None
+        inputs = to_device(batch_splitter(self._data.batch_fn, self._counted)(batch)[0], self._processes.device)
+        call(self._counted, inputs)
+        if self._teacher is not None:
+            args, kwargs = arguments(inputs)
+            frozen_output(self._teacher, *args, **kwargs)
 
 
 def warn_of_one_class(name: str, ranges: Sequence[tuple[int, int] | None], consequence: str) -> None:

@@ -304,12 +304,14 @@ def test_weights_that_are_quantized_alone_are_told_from_floats(tmp_path):
     assert (row.name, row.precision, row.is_float) == ("int4 W4A32", "float32", False)
 
 
-def test_the_best_integer_row_says_why_it_is_not_faster(files):
+def test_integer_rows_say_why_they_are_not_faster(files):
     """The canonical form leaves convolutions before a ReLU in float in ONNX Runtime: its own census says so."""
     names = {"fp32.onnx": 1.0, "canonical.onnx": 2.0, "int8.onnx": 3.0}
     rows = [replace(ROW, weight_bits=32 if name == "fp32.onnx" else 8, p50_ms=time) for name, time in names.items()]
     slow = with_findings(with_speedups(rows), [Candidate(files / name) for name in names])
-    assert [bool(row.findings) for row in slow] == [False, True, False]
+    kinds = [{finding.kind for finding in row.findings} for row in slow]
+    assert kinds[0] == set()
+    assert "signed codes" in kinds[1] - kinds[2]
     assert any(layer for finding in slow[1].findings for layer in finding.layers)
     assert all(finding.advice for finding in slow[1].findings)
     fast = [replace(row, p50_ms=row.p50_ms / 10) if row.weight_bits == 8 else row for row in rows]

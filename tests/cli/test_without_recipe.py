@@ -131,13 +131,15 @@ def test_flags_lead_from_a_float_network_to_answers(pictures, tmp_path, capsys):
     assert (network(x).argmax(1) == y).all()
     save_file(network.state_dict(), tmp_path / "w.safetensors")
     flags = ["--model", "my_net:build", "--weights", "w.safetensors", "--data", "data", *GRAY, "--batch", "9"]
-    assert main(["distill", *flags, "--bits", "w4a8", "--target", "onnxruntime", "--epochs", "1", "--out", "run"]) == 0
+    bits = ["--bits", "w4a8", "--edges", "6"]
+    assert main(["distill", *flags, *bits, "--target", "onnxruntime", "--epochs", "1", "--out", "run"]) == 0
     assert "3 images held out of data" in capsys.readouterr().err
     made = ["run/recipe.yaml", "--weights", "run/student.safetensors"]
     assert main(["export", *made, "--out", "s.onnx"]) == 0
     assert main(["export-float", "run/recipe.yaml", "--out", "f.onnx"]) == 0
     metadata = {entry.key: entry.value for entry in onnx.load("s.onnx").metadata_props}
     assert '"classes": ["dark", "gray", "light"]' in metadata["qakd.images"]
+    assert "edges: 6" in (tmp_path / "run/recipe.yaml").read_text()
     capsys.readouterr()
     for file in ("s.onnx", "f.onnx"):
         assert main(["val", file, "--data", "data"]) == 0

@@ -86,7 +86,7 @@ def test_students_that_are_there_are_kept_and_the_others_are_trained_by_several_
     students.train_missing(dict, wanted, processes=2, minutes=1)
     assert (tmp_path / "a.json").read_text() == "kept"
     assert json.loads((tmp_path / "c.json").read_text()).keys() == {"accuracy", "seconds"}
-    assert "b: accuracy 20.00 %" in capsys.readouterr().out
+    assert "b: accuracy 0.2000" in capsys.readouterr().out
 
 
 def test_a_student_that_fails_ends_the_run_and_leaves_no_file(tmp_path):

@@ -38,8 +38,9 @@ def test_the_tables_of_all_toolkits_are_made_from_the_committed_figures():
 
 def test_the_page_of_the_evidence_and_its_figure_are_made_from_the_committed_figures():
     document, study = committed("evidence"), committed("augmentation_study")
+    fashion = evidence_page.fashion_study.committed()
     page = evidence_page.DOCS / evidence_page.PAGE
-    for name, table in evidence_page.page_tables_of(document, study).items():
+    for name, table in evidence_page.page_tables_of(document, study, fashion).items():
         assert page_tables.read_table(name, page) == table, name
     shown = places_of(page.with_name(evidence_page.FIGURE).read_text())
     again = places_of(evidence_figure.draw(document))
@@ -47,6 +48,24 @@ def test_the_page_of_the_evidence_and_its_figure_are_made_from_the_committed_fig
     assert shown.keys() == again.keys()
     for name, places in shown.items():
         np.testing.assert_allclose(places, again[name], atol=0.01, err_msg=name)
+
+
+def test_the_tables_of_studies_on_real_data_are_made_from_the_committed_figures():
+    encoder, fashion_study = import_module("minilm_study"), evidence_page.fashion_study
+    made = {
+        "efficientnet_study": import_module("efficientnet_study").make_table(committed("efficientnet_study")),
+        "minilm_study": encoder.make_table(committed("minilm_study")),
+        "minilm_latency": encoder.make_latency_table(committed("minilm_study")),
+        "fashion_study": fashion_study.make_table(fashion_study.committed()),
+        "fashion_rates": fashion_study.make_rates_table(fashion_study.committed()),
+    }
+    for name, table in made.items():
+        assert page_tables.read_table(name, fashion_study.PAGE) == table, name
+
+
+def test_the_table_of_what_to_choose_is_made_from_the_committed_figures():
+    table = evidence_page.tables.make_choice_table(committed("evidence"))
+    assert page_tables.read_table("evidence_choice", evidence_page.CHOICE) == table
 
 
 def test_the_table_of_the_default_rate_is_made_from_the_committed_figures():

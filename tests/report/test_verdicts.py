@@ -18,6 +18,7 @@ from qakd_plugin.bench.ratios import with_findings
 from qakd_plugin.bench.rows import Change, MetricValue, fastest_integer_rows, rival
 from qakd_plugin.deploy.diagnosis import diagnose
 from qakd_plugin.deploy.file_record import FileRecord
+from qakd_plugin.deploy.finding import Finding
 from qakd_plugin.report import build_document, read_report
 from qakd_plugin.report.document import rows_of
 from qakd_plugin.report.histories import proofs_of, trained_by, training_text, trainings_of
@@ -154,6 +155,19 @@ def test_each_runtime_is_told_where_integers_are_slower_there():
     assert of_ov.is_faster
     assert "1.67 times as fast as the best float row there" in of_ov.text
     assert rival(slow, [slow, BF16, fast]) is BF16, "none was measured in its own runtime"
+
+
+def test_integer_rows_that_lose_to_floats_are_warned_of_with_the_cause():
+    cause = Finding("output not quantized", ("stem", "layer1.0.conv2", "fc"), "Quantize it.")
+    slow, slower = integer("ov", 1.0, 0.0, runtime="openvino", findings=(cause,)), integer("ov2", 1.2, 0.0, runtime="openvino")
+    (text,) = warnings_of([FP32, BF16, slow, slower, integer("ort", 1.5, 0.0)])
+    assert text == (
+        "digits, batch 1, 1 thread: fp32 in openvino bfloat16, which is not quantized, takes 1.000 ms and is as fast as these "
+        "or faster: ov W8A8 (modelopt) in openvino int8 (1.000 ms; output not quantized: stem and 2 more), ov2 W8A8 (modelopt) "
+        "in openvino int8 (1.200 ms; no cause is known)."
+    )
+    faster = replace(slow, p50_ms=0.9)
+    assert warnings_of([FP32, BF16, faster, replace(slower, batch=8)]) == [], "of another setting"
 
 
 @pytest.fixture

@@ -33,6 +33,7 @@ from qakd_plugin.toolkits import adapter_for
 from qakd_plugin.training import optimizers
 from qakd_plugin.training.methods import left_out
 from qakd_plugin.training.outcome import at_chance
+from qakd_plugin.training.trainer import Trainer
 
 HARMFUL = 0.3
 """A learning rate that ruins any student here."""
@@ -141,6 +142,17 @@ def test_without_a_held_out_split_the_start_is_kept_where_training_leads_away_fr
     (said,) = [record.getMessage() for record in caplog.records if "away from its teacher" in record.getMessage()]
     assert "the prepared model was kept" in said
     assert f"lr={HARMFUL}" in said
+
+
+@pytest.mark.parametrize(("share", "kept"), [(0.76, -1), (0.74, 0)])
+def test_without_a_held_out_split_the_last_epoch_counts_where_it_is_clearly_nearer_the_teacher(
+    share, kept, make_student, teacher, batches, monkeypatch
+):
+    student = make_student()
+    distances = iter([share, 1.0])
+    monkeypatch.setattr(Trainer, "_distance", lambda self: next(distances))
+    result = distill(student, teacher, [x for x, _ in batches[:2]], epochs=1, seed=0)
+    assert result.metrics["epoch"] == kept
 
 
 @pytest.fixture
@@ -289,6 +301,15 @@ def test_a_loss_of_agreement_is_said_though_accuracy_rose():
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(("teacher", "said"), [(0.95, False), (0.98, True)])
+def test_a_loss_of_agreement_with_a_teacher_that_errs_more_often_is_none(teacher, said):
+    history = [
+        _row(-1, True, accuracy=0.944, teacher_accuracy=teacher, agreement=0.996),
+        _row(0, True, accuracy=0.962, teacher_accuracy=teacher, agreement=0.972),
+    ]
+    assert (below_start(history, _by("val_accuracy")) is not None) == said
+
+
 def test_which_epoch_was_kept_is_said_where_the_last_is_below_the_start():
     history = [_row(-1, True, accuracy=0.9), _row(0, True, accuracy=0.95), _row(1, accuracy=0.85)]
     assert below_start(history, _by("val_accuracy")).endswith("after the last epoch; epoch 1 was kept.")
@@ -309,6 +330,14 @@ def test_a_start_that_was_kept_though_nothing_was_held_out_is_said_and_is_the_ro
     assert "the loss was 0.125 at the start and is 0.25 after the last epoch; the prepared model was kept." in said
     assert kept_of(history) == {"epoch": -1, "phase": "start", "loss": 0.125}
     assert kept_of(history[:1]) is history[0]
+
+
+def test_a_start_that_was_kept_since_training_gained_little_is_said_to_be_that():
+    history = [{"epoch": 0, "loss": 1.0, "eval_loss": 0.11, "start_eval_loss": 0.125}]
+    said = below_start(history, lambda row: ([], 1))
+    assert "hardly nearer its teacher" in said
+    assert "the loss was 0.125 at the start and is 0.11 after the last epoch, above 75% of it" in said
+    assert kept_of(history)["epoch"] == -1
 
 
 @pytest.mark.parametrize("history", [[], [{"epoch": 0, "loss": 1.0}], [_row(-1, True, accuracy=0.9)]])

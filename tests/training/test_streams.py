@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from qakd_plugin import CMISelector, QakdError, TrainingError, distill, prepare
+from qakd_plugin import CheckpointError, CMISelector, QakdError, TrainingError, distill, prepare
 
 
 class Numbered(IterableDataset):
@@ -157,6 +157,22 @@ def test_validation_needs_no_length(net):
     stream = DataLoader(Numbered(8), batch_size=None, collate_fn=lambda image: (image[None], torch.tensor([1])))
     (start, row) = distill(_prepared(net), net, batches, epochs=1, val_loader=stream).history
     assert {"val_accuracy", "val_agreement"} <= set(start) & set(row)
+
+
+class Opaque(Telling):
+    """Tells where it stands by an object of its own."""
+
+    def state_dict(self):
+        return {"at": self.at, "reader": self}
+
+
+def test_a_place_that_no_checkpoint_can_hold_is_noticed_when_it_is_written(net, tmp_path):
+    options = {"epochs": 1, "steps_per_epoch": 4, "checkpoint_dir": tmp_path / "run", "batch_fn": lambda batch: (batch, None)}
+    with pytest.raises(
+        CheckpointError, match=r"its state_dict\(\) returns more than tensors.*it holds Opaque, int. Return plain data"
+    ):
+        distill(_prepared(net), net, Opaque(5), checkpoint_every=1, **options)
+    assert not [*(tmp_path / "run").glob("step-*")]
 
 
 @pytest.mark.parametrize(

@@ -292,6 +292,25 @@ def test_features_on_the_students_grid(toolkit, make_student, teacher, batches):
     )
 
 
+def test_features_that_all_round_to_zero_count_in_codes_and_leave_gradients_finite(make_student, teacher, batches):
+    student = make_student("modelopt", 2)
+    adapter = adapter_for(student)
+    adapter.freeze_ranges(student, True)
+    (quantizer,) = [q for q in adapter.quantizers(student) if q.role == "activation" and "head" in q.layers]
+    found = {}
+    small = teacher.head.register_forward_pre_hook(lambda _, args: (1e-3 * args[0],))
+    with attach(student, teacher, SQAKD(features=Features(["head"], through_quantizer=True))) as kd:
+        handle = quantizer.module.register_forward_hook(lambda _, args, out: found.update(student=out))
+        student(batches[0][0])
+        kd.loss().backward()
+        handle.remove()
+    small.remove()
+    codes = found["student"].double() / adapter.qparams(quantizer).scale.double()
+    assert codes.abs().sum() > 0
+    assert float(kd.parts["features"]) == pytest.approx(codes.flatten(1).square().sum(1).mean().item(), rel=1e-4)
+    assert all(torch.isfinite(p.grad).all() for p in student.parameters() if p.grad is not None)
+
+
 def test_features_are_learned_in_the_loop(make_student, teacher, batches):
     method = SQAKD(features=Features({"head": "head"}, through_quantizer=True))
     result = distill(make_student("modelopt", 4), teacher, batches, method=method, epochs=3, seed=0)

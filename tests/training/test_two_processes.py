@@ -1,5 +1,6 @@
 """Two processes do what one does with the joined batch: the same weights to float tolerance, the same ranges, nothing twice."""
 
+import itertools
 import json
 import os
 import re
@@ -19,7 +20,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 from training_server import BATCHES, Server
 
-from qakd_plugin import LabelsRequiredError, QakdError, distill
+from qakd_plugin import LabelsRequiredError, QakdError, distill, prepare
+from qakd_plugin.training.distributed.launch import require_batch_norms_run
 from qakd_plugin.training.distributed.processes import Processes
 from qakd_plugin.training.distributed.shards import Shards, shared
 
@@ -94,6 +96,18 @@ def test_two_processes_give_the_weights_of_one_with_the_joined_batch(method, too
         assert all(row[name] == pytest.approx(other[name], abs=bounds[name]) for name in numbers)
 
 
+@pytest.mark.matrix
+@pytest.mark.parametrize("environment", [{}, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}], ids=["whole", "divided"])
+def test_four_processes_give_the_weights_of_one_with_the_joined_batch(environment, server, tmp_path):
+    order = {"method": "QKD", "toolkit": "modelopt", "quantizers": "own", "samples": ONE_MORE, **ALIKE}
+    expected = _run(server, tmp_path / "one", 1, **order)[0]
+    found = _run(server, tmp_path / "four", 4, environment=environment, **order)
+    for pair in itertools.pairwise(found):
+        _require_equal_ranks(pair)
+    for part in ("student", "teacher"):
+        _require_close(found[0][part], expected[part])
+
+
 def test_two_processes_accumulate_average_and_share_cached_logits_as_one_does(server, tmp_path):
     order = {"method": "SQAKD", "toolkit": "modelopt", "quantizers": "own", **ALIKE}
     results = []
@@ -113,6 +127,29 @@ def test_two_processes_accumulate_average_and_share_cached_logits_as_one_does(se
 def test_weights_statistics_and_ranges_are_equal_on_all_ranks(method, toolkit, quantizers, server, tmp_path):
     """With BatchNorm, observers that go on in training, EWGS's delta, and noise of each process's own."""
     _require_equal_ranks(_run(server, tmp_path, 2, method=method, toolkit=toolkit, quantizers=quantizers))
+
+
+def test_each_process_reads_its_own_stream_and_goes_on_where_it_was(server, tmp_path):
+    order = {"method": "SQAKD", "toolkit": "modelopt", "quantizers": "own", **ALIKE, "stream": "split"}
+    order["options"] = {"steps_per_epoch": BATCHES - 2}
+    expected = _run(server, tmp_path / "one", 1, **order)[0]
+    folder = str(tmp_path / "checkpoints")
+    assert server.run(tmp_path / "killed", processes=2, folder=folder, die=["step", 9], **order) == [-9, -9]
+    found = _run(server, tmp_path / "two", 2, folder=folder, **order)
+    _require_equal_ranks(found)
+    _require_close(found[0]["student"], expected["student"])
+
+
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        ({"stream": "whole"}, "loader: processes 0 and 1 of 2 begin with the same batch.*split_by_node"),
+        ({}, "steps_per_epoch: each of the 2 processes would read the whole data set. Leave it out"),
+    ],
+)
+def test_a_stream_that_all_processes_would_read_as_a_whole_is_refused(order, message, server, tmp_path):
+    assert server.run(tmp_path, processes=2, options={"steps_per_epoch": 3}, **order) == [1, 1]
+    _require_refused(tmp_path, message)
 
 
 def test_a_bad_batch_in_one_process_stops_both(server, tmp_path):
@@ -205,15 +242,23 @@ def test_processes_never_train_each_for_itself(server, tmp_path):
         _require_refused(tmp_path, "2 processes were started, but accelerate knows of 1.*cpu=True")
 
 
-def test_processes_of_a_divided_model_are_refused(server, tmp_path):
-    environment = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-    assert server.run(tmp_path, processes=2, environment=environment) == [1, 1]
-    _require_refused(tmp_path, "launched for FSDP.*torchrun")
-
-
 def _require_refused(out, text):
     error = (out / "error-0.txt").read_text()
     assert re.match(f"QakdError: .*{text}", error), error
+
+
+def test_sync_batch_norm_is_refused_where_it_cannot_run_and_warned_of_where_it_is_none(caplog):
+    network = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).eval()
+    images, plain = torch.rand(4, 3, 8, 8), nn.Sequential(network[0], nn.BatchNorm2d(4)).eval()
+    student = prepare(network, [images])
+    assert "SyncBatchNorm" not in caplog.text
+    assert torch.equal(student(images), prepare(plain, [images])(images))
+    require_batch_norms_run("prepared_model", student, torch.device("cpu"), 1)
+    require_batch_norms_run("prepared_model", student, torch.device("cuda"), 2)
+    with pytest.raises(QakdError, match=r"prepared_model: 1 is a SyncBatchNorm.*BatchNorm2d"):
+        require_batch_norms_run("prepared_model", student, torch.device("cpu"), 2)
+    prepare(network, [images], "torch_ao")
+    assert "1: with toolkit='torch_ao' SyncBatchNorm is not folded" in caplog.text
 
 
 def test_a_wrapped_network_is_refused(make_student, teacher, batches):

@@ -74,6 +74,13 @@ def _room_for_bias(dequantize: ir.Node, scale: npt.NDArray[np.float32]) -> npt.N
     return powers
 
 
+def overflows_bias(conv: ir.Node) -> bool:
+    """Whether a convolution's bias, as a multiple of the input's scale times the weight's, has no room in 32 bits."""
+    weight = producer(conv.inputs[1], "DequantizeLinear")
+    scale = None if weight is None else constant(weight.inputs[1])
+    return weight is not None and scale is not None and bool((_room_for_bias(weight, scale) < 0).any())
+
+
 def loses_bias(layer: ir.Node) -> bool:
     """Whether a layer's bias must be added after it: the runtime would change its codes, or run on a slower kernel for it."""
     if layer.op_type == "Conv":

@@ -119,11 +119,18 @@ class ModelOptAdapter:
 
     def configuration(self, model: nn.Module, precision: Precision) -> dict[str, Any]:
         # Where the user calls ModelOpt it takes neither residual blocks nor ReLUs: their quantizers would silently be left out.
-        return modelopt_config(place_quantizers(model, precision.keep, sums=False), replace(precision, placement=1))
+        placement = place_quantizers(model, precision.keep, sums=False, before_activations=precision.before_activations)
+        return modelopt_config(placement, replace(precision, placement=1))
 
     def prepare(self, model: nn.Module, batches: Sequence[Inputs], precision: Precision) -> nn.Module:
         mtq = require("modelopt.torch.quantization", extra="modelopt", purpose="prepare a model with toolkit='modelopt'")
-        placement = place_quantizers(model, precision.keep, batches[0], sums=precision.placement > 1)
+        placement = place_quantizers(
+            model,
+            precision.keep,
+            batches[0],
+            sums=precision.placement > 1,
+            before_activations=precision.before_activations,
+        )
         config = modelopt_config(placement, precision)
         if placement.floating_sums:
             _log.warning(

@@ -22,7 +22,7 @@ def modelopt_config(placement: Placement, precision: Precision) -> dict[str, Any
 
     for layer in placement.layers:
         edge = layer in placement.edges
-        bits = 8 if edge else precision.weight_bits
+        bits = precision.bits_of_weight(edge)
         axis = 1 if layer in placement.transposed and precision.placement > 1 else 0
         enable(f"{layer}.weight_quantizer", num_bits=bits, axis=axis, narrow_range=bits == 8)
         bits = 8 if edge else precision.activation_bits

@@ -132,13 +132,14 @@ class PT2EAdapter(FakeQuantizeAdapter):
         setattr(model, "_exported_training", training)  # noqa: B010 - what torchao's two functions look at first
 
     def configuration(self, model: nn.Module, precision: Precision) -> Any:
-        return _configuration(place_quantizers(model, precision.keep), precision)
+        placement = place_quantizers(model, precision.keep, before_activations=precision.before_activations)
+        return _configuration(placement, precision)
 
     def prepare(self, model: nn.Module, batches: Sequence[Inputs], precision: Precision) -> nn.Module:
         pt2e = require(
             "torchao.quantization.pt2e.quantize_pt2e", extra="torchao", purpose="prepare a model with toolkit='pt2e'"
         )
-        placement = place_quantizers(model, precision.keep, batches[0])
+        placement = place_quantizers(model, precision.keep, batches[0], before_activations=precision.before_activations)
         quantizer = _configuration(placement, precision)
         network = copy.deepcopy(model).eval()
         unify_batch_norms(network)
@@ -203,6 +204,7 @@ def _configuration(placement: Placement, precision: Precision) -> Any:
         placement,
         precision.weight_bits,
         precision.activation_bits,
+        edges=precision.edges,
         unsigned_bytes=precision.unsigned_bytes,
         share_grids=precision.placement > 1,
     )

@@ -45,7 +45,7 @@ class _Layer:
 class SymmetricQuantizer(Quantizer):  # type: ignore[misc]
     """For ``prepare_qat_pt2e``: weights symmetric per channel, activations per tensor, zero point 0 throughout.
 
-    The first and the last layer take 8 bits. Without a placement every convolution and linear layer has its input and weight
+    Without a placement every convolution and linear layer has its input and weight
     quantized, and both inputs of every residual add are, so that the convolutions before it run in integers; below 8 bits, what
     a ReLU made non-negative gets an unsigned grid.
 
@@ -61,7 +61,8 @@ class SymmetricQuantizer(Quantizer):  # type: ignore[misc]
         placement: from :func:`qakd_plugin.placement.placement.place_quantizers` of the float model, which also
             looks at what follows a convolution; None to go by the exported graph alone.
         weight_bits: 2 to 8, of all layers but the first and the last.
-        activation_bits: likewise, of their inputs.
+        activation_bits: 2 to 8, of their inputs; those of the first and the last layer take 8.
+        edges: 2 to 8, of the weights of the first and the last layer.
         keep: names or patterns of modules that stay in floating point; for use without a placement, which has its own.
         unsigned_bytes: let 8-bit activations that cannot be negative take codes 0..255, which TensorRT cannot.
         share_grids: let tensors that are concatenated share one quantizer.
@@ -76,15 +77,16 @@ class SymmetricQuantizer(Quantizer):  # type: ignore[misc]
         weight_bits: int = 8,
         activation_bits: int = 8,
         *,
+        edges: int = 8,
         keep: Sequence[str] = (),
         unsigned_bytes: bool = False,
         share_grids: bool = True,
     ) -> None:
-        for name, bits in (("weight_bits", weight_bits), ("activation_bits", activation_bits)):
+        for name, bits in (("weight_bits", weight_bits), ("activation_bits", activation_bits), ("edges", edges)):
             if not 2 <= bits <= 8:
                 raise QakdError(f"{name}={bits} is out of range: it must be 2 to 8.")
         self.placement = placement
-        self.precision = Precision(weight_bits, activation_bits, tuple(keep), unsigned_bytes)
+        self.precision = Precision(weight_bits, activation_bits, tuple(keep), unsigned_bytes, edges=edges)
         self.share_grids = share_grids
 
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
@@ -140,7 +142,7 @@ class SymmetricQuantizer(Quantizer):  # type: ignore[misc]
                 continue
             edge = name in placement.edges
             bits = 8 if edge else self.precision.activation_bits
-            layers[node] = _Layer(8 if edge else self.precision.weight_bits, bits, name in placement.unsigned)
+            layers[node] = _Layer(self.precision.bits_of_weight(edge), bits, name in placement.unsigned)
         return layers
 
     def _all(self, calls: Sequence[fx.Node], graph: fx.Graph, positive: set[fx.Node]) -> dict[fx.Node, _Layer]:
@@ -150,7 +152,7 @@ class SymmetricQuantizer(Quantizer):  # type: ignore[misc]
         layers = {}
         for node in chosen:
             bits = 8 if node in edges else self.precision.activation_bits
-            layers[node] = _Layer(8 if node in edges else self.precision.weight_bits, bits, node.args[0] in positive)
+            layers[node] = _Layer(self.precision.bits_of_weight(node in edges), bits, node.args[0] in positive)
         return layers
 
     @staticmethod

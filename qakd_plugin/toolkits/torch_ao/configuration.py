@@ -53,7 +53,7 @@ def torch_ao_qconfig(weight_bits: int) -> QConfig:
     )
 
 
-def torch_ao_qconfig_mapping(model: nn.Module, placement: Placement, weight_bits: int) -> QConfigMapping:
+def torch_ao_qconfig_mapping(model: nn.Module, placement: Placement, precision: Precision) -> QConfigMapping:
     """The configuration for ``prepare_qat_fx`` that :func:`qakd_plugin.prepare` uses, for TensorRT's backend configuration.
 
     All activations take symmetric int8; weights are symmetric per channel and follow the weight without delay.
@@ -61,7 +61,7 @@ def torch_ao_qconfig_mapping(model: nn.Module, placement: Placement, weight_bits
     Args:
         model: the float model.
         placement: from :func:`qakd_plugin.placement.placement.place_quantizers`.
-        weight_bits: of all layers but the first and the last, which take 8.
+        precision: of the weights.
     """
 
     mapping = QConfigMapping().set_global(torch_ao_qconfig(8))
@@ -70,8 +70,8 @@ def torch_ao_qconfig_mapping(model: nn.Module, placement: Placement, weight_bits
             continue
         if name not in placement.layers or has_own_forward(module):
             mapping.set_module_name(name, None)
-        elif name not in placement.edges:
-            mapping.set_module_name(name, torch_ao_qconfig(weight_bits))
+        else:
+            mapping.set_module_name(name, torch_ao_qconfig(precision.bits_of_weight(name in placement.edges)))
     return mapping
 
 

@@ -94,7 +94,7 @@ def _qconfig(name: str, module: nn.Module, placement: Placement, precision: Prec
     """What a module of this name takes; None where it stays in floating point."""
     if name not in placement.layers:
         return torch_ao_qconfig(8) if isinstance(module, FloatFunctional | QuantStub) else None
-    return torch_ao_qconfig(8 if name in placement.edges else precision.weight_bits)
+    return torch_ao_qconfig(precision.bits_of_weight(name in placement.edges))
 
 
 def _assign_qconfigs(fused: nn.Module, placement: Placement, precision: Precision) -> None:

@@ -36,6 +36,7 @@ from .fx_graph import (
     follow_the_mode,
     insert_low_bit_inputs,
     is_fake_quant,
+    leave_activations_in_float,
     leave_output_in_float,
     share_after_splits,
     traceable,
@@ -104,12 +105,12 @@ class TorchAOAdapter(FakeQuantizeAdapter):
 
     def configuration(self, model: nn.Module, precision: Precision) -> Any:
         require_signed_bytes(self.name, precision)
-        return torch_ao_qconfig_mapping(model, place_quantizers(model, precision.keep), precision.weight_bits)
+        return torch_ao_qconfig_mapping(model, place_quantizers(model, precision.keep), precision)
 
     def prepare(self, model: nn.Module, batches: Sequence[Inputs], precision: Precision) -> nn.Module:
         model = fold_linear_batch_norms(model, lambda: layer_graph(model, batches[0]))
         placement = place_quantizers(model, precision.keep, batches[0])
-        mapping = torch_ao_qconfig_mapping(model, placement, precision.weight_bits)
+        mapping = torch_ao_qconfig_mapping(model, placement, precision)
         with traceable(model, self.name):
             prepared = prepare_qat_fx(
                 copy.deepcopy(model).eval(), mapping, _positional(batches[0]), backend_config=get_tensorrt_backend_config()
@@ -119,6 +120,8 @@ class TorchAOAdapter(FakeQuantizeAdapter):
         leave_output_in_float(prepared)
         if precision.placement > 1:
             share_after_splits(prepared)
+        if precision.placement > 2:
+            leave_activations_in_float(prepared, after_convolutions=not precision.before_activations)
         if precision.unsigned_bytes:
             use_unsigned_bytes(prepared)
         bits = precision.activation_bits

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.ao.quantization.fake_quantize import FakeQuantizeBase
+from torch.nn.modules.conv import _ConvNd
 
 from ...errors import QakdError
-from ...placement.fx_graph import called_function, relu_bounds
+from ...placement.fx_graph import called_function, called_module, is_smooth_activation, relu_bounds
 from ...placement.placement import Placement
 from ...placement.sign_analysis import non_negative
 from ..fake_quantizers import substitute
@@ -92,6 +93,26 @@ def leave_output_in_float(prepared: fx.GraphModule) -> None:
         prepared.graph.erase_node(last)
         prepared.recompile()
         prepared.delete_all_unused_submodules()
+
+
+def leave_activations_in_float(prepared: fx.GraphModule, *, after_convolutions: bool) -> None:
+    """Remove quantizers between a layer and the SiLU, GELU or the like that alone reads it, where the next one is to follow.
+
+    Args:
+        prepared: from ``prepare_qat_fx``.
+        after_convolutions: and not after linear layers alone, whose integer kernels return floats everywhere.
+    """
+    modules = dict(prepared.named_modules())
+    for node in list(prepared.graph.nodes):
+        if not is_fake_quant(prepared, node) or not node.users:
+            continue
+        layer = called_module(node.args[0], modules)
+        linear = isinstance(layer, nn.Linear) or (after_convolutions and isinstance(layer, _ConvNd))
+        if linear and all(is_smooth_activation(user, called_module(user, modules)) for user in node.users):
+            node.replace_all_uses_with(node.args[0])
+            prepared.graph.erase_node(node)
+    prepared.recompile()
+    prepared.delete_all_unused_submodules()
 
 
 def share_after_splits(prepared: fx.GraphModule) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 import torch
@@ -15,16 +17,41 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from ...errors import QakdError
 
 
-def require_not_divided() -> None:
-    """Raise QakdError where the launcher's environment asks to divide the model among processes."""
-    for kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):  # of which accelerate says nothing where it trains on CPUs
-        if os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() == "true":
+def divides() -> bool:
+    """Whether the launcher's environment asks to divide networks among processes, by FSDP2.
+
+    Raises:
+        QakdError: in another way, or with options that would be passed over.
+    """
+    for kind in ("DEEPSPEED", "MEGATRON_LM"):  # of which accelerate says nothing where it trains on CPUs
+        if _is_on(f"ACCELERATE_USE_{kind}"):
             _refuse(kind)
+    if not _is_on(_FSDP):
+        return False
+    version = os.environ.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise QakdError(f"distill was launched for FSDP {version}: {_WAY}")
+    for name, what in _NOT_DONE.items():
+        if _is_on(name):
+            raise QakdError(f"distill was launched with {name}=true, but {what}. Launch with {name.lower()} set to false.")
+    return True
 
 
-def require_data_parallel(kind: DistributedType) -> None:
-    """Raise QakdError where accelerate found another way to train than data parallel."""
-    if kind not in _DATA_PARALLEL:
+@contextmanager
+def division_hidden() -> Iterator[None]:
+    """Within the block accelerate sees processes that are launched for data parallel training: networks are divided here, and
+    what it does otherwise is the same on CPUs, where it knows no division, and on GPUs."""
+    value = os.environ.pop(_FSDP, None)
+    try:
+        yield
+    finally:
+        if value is not None:
+            os.environ[_FSDP] = value
+
+
+def require_known(kind: DistributedType, *, divided: bool) -> None:
+    """Raise QakdError where accelerate found another way to train than data parallel, or than FSDP if that was launched."""
+    if kind not in _DATA_PARALLEL and not (divided and kind == DistributedType.FSDP):
         _refuse(kind.value)
 
 
@@ -75,18 +102,39 @@ def require_whole(name: str, network: nn.Module | None) -> None:
     )
     if sharded:
         raise QakdError(
-            f"{name} is sharded (FSDP, DTensor), which distill does not train: it reads whole weights between steps. Pass the "
-            "whole network, and launch with torchrun: distill trains it data parallel. A loop of your own with qakd.attach "
-            "trains what qakd_plugin.training.distributed.sharding.shard has divided."
+            f"{name} is sharded (FSDP, DTensor) already. Pass the whole network: distill divides it where it is launched with "
+            "accelerate launch --use_fsdp --fsdp_version 2. A loop of your own with qakd.attach trains what "
+            "qakd_plugin.training.distributed.sharding.shard has divided."
+        )
+
+
+def require_batch_norms_run(name: str, network: nn.Module | None, device: torch.device, count: int) -> None:
+    """Raise QakdError for a SyncBatchNorm in several processes on CPUs, for which torch has none."""
+    found = [] if network is None else [layer for layer, m in network.named_modules() if isinstance(m, nn.SyncBatchNorm)]
+    if found and count > 1 and device.type == "cpu":
+        raise QakdError(
+            f"{name}: {found[0]} is a SyncBatchNorm, which several processes cannot train on CPUs. Train in one process or on "
+            "GPUs, or put nn.BatchNorm2d with its state_dict in its place before preparing."
         )
 
 
 def _refuse(kind: str) -> NoReturn:
     raise QakdError(
-        f"distill was launched for {kind}, which divides the model itself among processes; it reads whole weights between "
-        "steps. Launch with torchrun, or with accelerate launch --multi_gpu (data parallel); for FSDP2 in a loop of your own "
-        "see qakd_plugin.training.distributed.sharding."
+        f"distill was launched for {kind}, which divides the model in a way of its own. Launch with torchrun or accelerate "
+        f"launch --multi_gpu (data parallel). {_WAY}"
     )
+
+
+def _is_on(name: str) -> bool:
+    return os.environ.get(name, "false").lower() == "true"
+
+
+_FSDP = "ACCELERATE_USE_FSDP"
+_WAY = "Networks that fit no device are divided by FSDP2: accelerate launch --use_fsdp --fsdp_version 2."
+_NOT_DONE = {
+    "FSDP_OFFLOAD_PARAMS": "weights stay on their device here",
+    "FSDP_ACTIVATION_CHECKPOINTING": "what a layer keeps is the network's own choice here (gradient_checkpointing_enable)",
+}
 
 
 _DATA_PARALLEL = {

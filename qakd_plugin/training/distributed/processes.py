@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ... import errors
 from ..._common.files import write_atomic
 from ...errors import QakdError
-from .launch import on_cpu, require_data_parallel, require_not_divided, require_plain, require_started
+from .launch import divides, division_hidden, on_cpu, require_known, require_plain, require_started
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -33,20 +33,25 @@ T = TypeVar("T")
 class Processes:
     """The processes of this run, as many as torchrun or ``accelerate launch`` started.
 
+    Attributes:
+        divide: whether networks are divided among them, by FSDP2; else each has all weights.
+
     Raises:
-        QakdError: they were started for FSDP, DeepSpeed or another way to divide a model, or do not know of each other.
+        QakdError: they were started for DeepSpeed or another way to divide a model, or do not know of each other.
     """
 
     def __init__(self) -> None:
-        require_not_divided()
+        divided = divides()
         require_plain()
         # A network may leave parameters unused, some only in some steps; buffers are shared below.
         handler = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
         # What accelerate's own configuration says would change the model's forward pass, and outlast the training.
-        self.accelerator = Accelerator(mixed_precision="no", dynamo_backend="no", cpu=on_cpu(), kwargs_handlers=[handler])
-        require_data_parallel(self.accelerator.distributed_type)
+        with division_hidden():
+            self.accelerator = Accelerator(mixed_precision="no", dynamo_backend="no", cpu=on_cpu(), kwargs_handlers=[handler])
+        require_known(self.accelerator.distributed_type, divided=divided)
         self.device: torch.device = self.accelerator.device
         self.count: int = self.accelerator.num_processes
+        self.divide = divided and self.count > 1
         require_started(self.count)
         self.index: int = self.accelerator.process_index
         self.is_main: bool = self.accelerator.is_main_process
@@ -71,7 +76,10 @@ class Processes:
         try:
             if error is None:
                 self.agree()
-            elif not (self._is_over or self._is_waiting):
+            elif self._is_waiting:
+                self._read_messages(error)
+                self._leave_message(error)
+            elif not self._is_over:
                 self._tell(error)
         finally:
             if self.is_main and self._messages is not None and not self._is_waiting:  # else others may read it still
@@ -94,17 +102,24 @@ class Processes:
         An error within it cannot be told, since others do not listen: it is left in a file, where those on the same machine
         find it once this process's end has broken what they wait in.
 
-        Raises:
-            QakdError: another process has failed so: of its error's class, with its message.
+        At the end of the run a QakdError of another process that has failed so takes its place, with its message.
         """
         self._is_waiting = True
-        try:
-            yield
-        except BaseException as error:
-            self._read_messages(error)
-            self._leave_message(error)
-            raise
-        self._is_waiting = False
+        yield
+        self._is_waiting = False  # after an error it is read at the end
+
+    def compute_together(self, network: nn.Module) -> None:
+        """Let processes agree before they call a network that is divided among them, and wait for each other in the call."""
+
+        def begin(*_: object) -> None:
+            self.agree()
+            self._is_waiting = True
+
+        def end(*_: object) -> None:
+            self._is_waiting = False
+
+        network.register_forward_pre_hook(begin, prepend=True)
+        network.register_forward_hook(end)
 
     def _read_messages(self, error: BaseException) -> None:
         for path in sorted(self._messages.glob("*.json")) if self._messages is not None else ():
@@ -124,7 +139,8 @@ class Processes:
         _log.error("process %d of %d failed, and tells the others: %s", self.index, self.count, _described(error))
         try:
             self._agree(error)
-        except RuntimeError as problem:  # of the connection: this process's own error is what counts
+        except RuntimeError as problem:  # of the connection, which may be what the error says, too
+            self._read_messages(error)
             _log.error("process %d of %d could not tell the others: %s", self.index, self.count, problem)
 
     def _agree(self, error: BaseException | None) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Itera
 
 from ..._common.rng_state import samplers_of
 from ...errors import QakdError
+from ...tasks.inputs import Inputs, named_tensors
 from ..streams import length_of
 from .processes import Processes
 
@@ -114,11 +116,17 @@ def shared(loader: Iterable[Any], processes: Processes) -> Shares:
     return Shards(loader, processes)
 
 
-def held_out(loader: Iterable[Any], processes: Processes) -> Iterable[Any]:
-    """Batches that this process evaluates, as often as it is asked: a share of them where each process gets one, else all."""
+def held_out(loader: Iterable[Any], processes: Processes, borrowed: Callable[[Any], None]) -> Iterable[Any]:
+    """Batches that this process evaluates, as often as it is asked: a share of them where each process gets one, else all.
+
+    Args:
+        loader: as the user passed it.
+        processes: of this run.
+        borrowed: is given, in its turn, a batch that does not count, where all processes call their networks equally often.
+    """
     length = length_of(loader)
     divided = length is not None and length >= processes.count
-    return _Counting(shared(loader, processes) if divided else Whole(loader), processes)
+    return _Counting(shared(loader, processes) if divided else Whole(loader), processes, borrowed)
 
 
 def smallest_batch(loader: Iterable[Any], processes: Processes) -> int | None:
@@ -142,14 +150,42 @@ def smallest_batch(loader: Iterable[Any], processes: Processes) -> int | None:
     return None
 
 
+def require_own_streams(inputs: Inputs, processes: Processes) -> None:
+    """Raise QakdError where two processes read the same stream, and would train with each of its batches twice.
+
+    Args:
+        inputs: of the first batch of this process.
+        processes: of this run; nothing is looked at where there is one.
+    """
+    if processes.count == 1:
+        return
+    digest = hashlib.sha256()
+    for name, tensor in named_tensors(inputs).items():
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    found = processes.gather(digest.hexdigest())
+    for index, mine in enumerate(found):
+        if mine in found[:index]:
+            raise QakdError(
+                f"loader: processes {found.index(mine)} and {index} of {processes.count} begin with the same batch, and with "
+                "steps_per_epoch each reads a stream of its own. Split it by int(os.environ['RANK']) and "
+                "int(os.environ['WORLD_SIZE']): itertools.islice(samples, rank, None, count), nodesplitter=wds.split_by_node "
+                "of webdataset, or datasets.distributed.split_dataset_by_node."
+            )
+
+
 class _Counting:
     """The batches that count; at their end processes agree, before metrics wait for each other."""
 
-    def __init__(self, shares: Shares, processes: Processes) -> None:
-        self._shares, self._processes = shares, processes
+    def __init__(self, shares: Shares, processes: Processes, borrowed: Callable[[Any], None]) -> None:
+        self._shares, self._processes, self._borrowed = shares, processes, borrowed
 
     def __iter__(self) -> Iterator[Any]:
-        yield from (batch for batch, counts in self._shares if counts)
+        for batch, counts in self._shares:
+            if counts:
+                yield batch
+            elif self._processes.divide:
+                self._borrowed(batch)
         self._processes.agree()
 
 
