@@ -100,9 +100,9 @@ def misfit(adapter: Adapter, model: nn.Module, inputs: Inputs) -> str | None:
         inputs: of a batch.
 
     Returns:
-        None without BatchNorms that have statistics, or where ranges fit.
+        None without BatchNorms that have statistics, of a network that is divided among processes, or where ranges fit.
     """
-    if not any(name.endswith("running_var") for name, _ in model.named_buffers()):
+    if is_divided(model) or not any(name.endswith("running_var") for name, _ in model.named_buffers()):
         return None
     found: dict[str, float] = {}
 
