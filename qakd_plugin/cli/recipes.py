@@ -134,7 +134,7 @@ def resolve(name: str) -> Callable[[], Any]:
     if module.endswith(".py"):
         raise RecipeError(f"{name!r} cannot be imported: name the module without .py, {module[:-3]}:{function}.")
     if not all(part.isidentifier() for part in [*module.split("."), function]):
-        raise RecipeError(f"{name!r} cannot be imported: MODULE:FUNCTION is my_recipe:build, without folders.")
+        raise RecipeError(f"{name!r} cannot be imported: write a module's name without folders, such as my_recipe:build.")
     found = imported(f"{module}.{function}", name)
     if not callable(found):
         raise RecipeError(f"{name!r} is not a function.")

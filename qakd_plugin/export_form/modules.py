@@ -138,20 +138,23 @@ class QuantizedLayer(nn.Module):
         super().__init__()
         self.apply_layer = _OwnForward(layer) if own_forward else _functional(layer)
         self.weight = weight
-        self.padding = weight.codes.shape[1] - layer.in_features if isinstance(layer, nn.Linear) else 0
+        self.columns_of_zeros = weight.codes.shape[1] - layer.in_features if isinstance(layer, nn.Linear) else 0
         self.register_buffer("bias", None if bias is None else bias.detach().clone().float())
         self.register_buffer("input_factor", None if input_factor is None else input_factor.detach().clone().float())
         self.relu = relu
         self.input_qdq = input_qdq
         self.output_qdq = output_qdq
+        for setting in set(getattr(layer, "__constants__", ())) - {"bias"}:  # some networks read a stride where they call a layer
+            if hasattr(layer, setting):
+                setattr(self, setting, getattr(layer, setting))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.input_factor is not None:
             x = x * self.input_factor
         if self.input_qdq is not None:
             x = self.input_qdq(x)
-        if self.padding:
-            x = F.pad(x, (0, self.padding))
+        if self.columns_of_zeros:
+            x = F.pad(x, (0, self.columns_of_zeros))
         x = self.apply_layer(x, self.weight(), self.bias)
         if self.relu:
             x = F.relu(x)

@@ -52,6 +52,14 @@ class _Pooled(_Sized):
         return super().forward(image).mean((2, 3))
 
 
+class _PadsForStride(_Sized):
+    """Reads a setting of a layer where it calls it, as padding like TensorFlow's does."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        rows, columns = self.first.stride
+        return super().forward(nn.functional.pad(image, (0, columns - 1, 0, rows - 1)))
+
+
 def _image(*shape: int, seed: int = 0) -> Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -168,6 +176,16 @@ def test_an_engine_has_sizes_for_every_dynamic_dimension(bert: Any, tmp_path: Pa
     assert engine.manifest["inputs"] == {"input_ids": [None, None], "attention_mask": [None, None]}
     line = trtexec_command(file, "e", input_shape(file), max_batch=16, sizes={"sequence": (4, 12, 64)})
     assert "--maxShapes=input_ids:16x64,attention_mask:16x64" in line
+
+
+def test_a_network_may_read_the_settings_of_its_layers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    student = _prepared(_PadsForStride(), IMAGES)
+    path = export_onnx(student, IMAGES, tmp_path / "s.onnx").path
+    with torch.no_grad():
+        expected = student(IMAGES)
+    assert expected.shape[2:] == (9, 9)
+    assert np.allclose(_run(path, {"input": IMAGES})[0], expected, atol=1e-5)
 
 
 def test_images_have_any_height_and_width(tmp_path: Path) -> None:

@@ -154,7 +154,8 @@ MATCH = {"tags": qakd.KL(dim=-1, where="attention_mask"), "values": qakd.L2()}
 def _train(loader, path, match=MATCH, teacher=None):
     teacher = Tagger().eval() if teacher is None else teacher
     student = qakd.prepare(Tagger().eval(), loader, weight_bits=4)
-    return qakd.distill(student, teacher, loader, method=qakd.SQAKD(match=match), epochs=2, seed=0, cache_teacher=path).model
+    method = qakd.SQAKD(match=match)
+    return qakd.distill(student, teacher, loader, method=method, epochs=2, lr=1e-3, seed=0, cache_teacher=path).model
 
 
 def test_every_matched_output_of_several_inputs_is_held(tmp_path):
