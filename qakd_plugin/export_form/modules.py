@@ -144,7 +144,7 @@ class QuantizedLayer(nn.Module):
         self.relu = relu
         self.input_qdq = input_qdq
         self.output_qdq = output_qdq
-        for setting in set(getattr(layer, "__constants__", ())) - {"bias"}:  # some networks read a stride where they call a layer
+        for setting in set(getattr(layer, "__constants__", ())) - {"bias"}:  # networks may read a stride when they call it
             if hasattr(layer, setting):
                 setattr(self, setting, getattr(layer, setting))
 
