@@ -137,7 +137,7 @@ def resolve(name: str) -> Callable[[], Any]:
         raise RecipeError(f"{name!r} cannot be imported: write a module's name without folders, such as my_recipe:build.")
     found = imported(f"{module}.{function}", name)
     if not callable(found):
-        raise RecipeError(f"{name!r} is not a function.")
+        raise RecipeError(f"{name!r} is no function. Name one that takes no argument and returns a Recipe.")
     return found  # type: ignore[no-any-return]
 
 

@@ -33,7 +33,8 @@ def load_yaml(path: Path) -> dict[str, Any]:
         tree = get_loader("yaml")(read_whole(path).decode())
         json.dumps(tree, default=str)  # refuses what refers to itself
     except (OSError, YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise RecipeError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}.") from error
+        reason = " ".join(str(error).split())
+        raise RecipeError(f"{path} cannot be read as YAML: {reason}. Correct it there.") from error
     if not isinstance(tree, dict):
         raise RecipeError(f"{path}: expected sections and values, got {type(tree).__name__}.")
     return tree

@@ -111,11 +111,12 @@ def sites():
 
 def names():
     """Of the error classes, and of parameters that stand for one."""
-    pending, found = [QakdError], {"error", "kind"}
-    while pending:
-        kind = pending.pop()
-        found.add(kind.__name__)
-        pending += kind.__subclasses__()
+    trees = [ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))]
+    classes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    found, before = {"error", "kind", QakdError.__name__}, set()
+    while found != before:
+        before = set(found)
+        found |= {one.name for one in classes if {ast.unparse(base).rpartition(".")[2] for base in one.bases} & before}
     return found
 
 

@@ -79,7 +79,7 @@ def test_a_killed_run_goes_on_with_as_many_processes_and_with_others(
     kind, before, after, step, server, divided, whole, tmp_path
 ):
     order = {**ALIKE, **KINDS[kind], "folder": str(tmp_path / "checkpoints")}
-    assert server.run(tmp_path, **before, **order, die=["step", step]) == [-9] * before["processes"]
+    assert set(server.run(tmp_path, **before, **order, die=["step", step])) in ({-9}, {-9, 1})  # 1: of the other's end
     if before == after:
         _require_same(_run(server, tmp_path, **after, **order), divided[kind])
         return
