@@ -34,7 +34,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from qakd_plugin import LSQ, SQAKD, distill, prepare, use_quantizers
-from qakd_plugin._common.files import write_atomic
 from qakd_plugin.runtimes.host import environment
 
 RESULTS = page_tables.RESULTS / "efficientnet_study.json"
@@ -234,9 +233,7 @@ def main() -> None:
     table = make_table(document)
     print(table)
     if options.out:
-        write_atomic(options.out, json.dumps(document, indent=1) + "\n")
-        if options.out.resolve() == RESULTS:
-            page_tables.write_table("efficientnet_study", table, PAGE)
+        page_tables.write_results(options.out, document, RESULTS, {"efficientnet_study": table}, PAGE)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import mobilenet_v2
+
+from qakd_plugin.demo.net import Block
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 INSTALL = "apt-get install dataset-fashion-mnist, or --data FOLDER with the four files *-ubyte.gz of Fashion-MNIST"
@@ -35,24 +36,6 @@ def _read(folder: Path, split: str) -> tuple[Tensor, Tensor]:
     order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(0)).numpy()
     x = torch.from_numpy(pixels[order].astype(np.float32) / 255)
     return (x - MEAN) / STD, torch.from_numpy(classes[order].astype(np.int64))
-
-
-class Block(nn.Module):
-    """Two 3x3 convolutions and a shortcut, which is a 1x1 convolution where the shape changes."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
 
 
 class ResNet(nn.Module):

@@ -361,10 +361,7 @@ def main() -> None:
     tables = {"fashion_rates": make_rates_table(document), "fashion_study": make_table(document)}
     print(*tables.values(), sep="\n\n")
     if options.out:
-        write_atomic(options.out, json.dumps(document, indent=1) + "\n")
-        if options.out.resolve() == RESULTS:
-            for name, table in tables.items():
-                page_tables.write_table(name, table, PAGE)
+        page_tables.write_results(options.out, document, RESULTS, tables, PAGE)
 
 
 if __name__ == "__main__":

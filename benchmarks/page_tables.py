@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from qakd_plugin._common.files import write_atomic
 
@@ -25,6 +28,14 @@ def write_table(name: str, table: str, page: Path = MEASURED) -> None:
     """
     before, _, after = _split(name, page)
     write_atomic(page, f"{before}{table}\n{after}")
+
+
+def write_results(out: Path, document: Any, results: Path, tables: Mapping[str, str], page: Path = MEASURED) -> None:
+    """Write figures as JSON; where they go to the committed file, ``results``, their tables go to the page, too."""
+    write_atomic(out, json.dumps(document, indent=1) + "\n")
+    if out.resolve() == results:
+        for name, table in tables.items():
+            write_table(name, table, page)
 
 
 def read_table(name: str, page: Path = MEASURED) -> str:

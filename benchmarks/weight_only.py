@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import copy
 import io
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from qakd_plugin import export_float, export_onnx
-from qakd_plugin._common.files import write_atomic
 from qakd_plugin.bench import Candidate, Row, benchmark
 from qakd_plugin.bench.loading import make_runner
 from qakd_plugin.runtimes.base import DYNAMIC_INT8, Array
@@ -64,9 +62,7 @@ def main() -> None:
     table = make_table(document)
     print(table, *verdicts(document), sep="\n")
     if options.out:
-        write_atomic(options.out, json.dumps(document, indent=1) + "\n")
-        if options.out.resolve() == RESULTS:
-            page_tables.write_table("weight_only", table)
+        page_tables.write_results(options.out, document, RESULTS, {"weight_only": table})
 
 
 def measure(name: str, folder: Path, calls: int) -> list[dict[str, Any]]:

@@ -1,10 +1,11 @@
-"""Train and eval mode, put back as they were."""
+"""What calling a network changes of it, put back as it was: modes, and buffers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 
@@ -19,3 +20,15 @@ def eval_mode(network: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def buffers_kept(network: nn.Module) -> Iterator[None]:
+    """After the block every buffer holds the numbers that it held before: statistics that training mode moves."""
+    saved = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in saved:
+                buffer.copy_(value)

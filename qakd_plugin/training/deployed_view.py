@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._common.module_mode import buffers_kept
 from ..tasks.inputs import call
 from ..toolkits import Adapter
 from .batches import Batches
@@ -78,16 +79,12 @@ class DeployedView:
         if not self._recalibrate_batches:
             yield
             return
-        saved = [(buffer, buffer.clone()) for buffer in self._model.buffers()]
-        self._adapter.set_mode(self._model, True)
-        self._adapter.freeze_ranges(self._model, True)
-        with self._batches.aside() as batches, torch.no_grad(), self._autocast():
-            for batch in islice(batches, self._recalibrate_batches):
-                call(self._model, batch.inputs)
-        self._processes.agree()
-        self._processes.average_buffers(self._model)
-        try:
+        with buffers_kept(self._model):
+            self._adapter.set_mode(self._model, True)
+            self._adapter.freeze_ranges(self._model, True)
+            with self._batches.aside() as batches, torch.no_grad(), self._autocast():
+                for batch in islice(batches, self._recalibrate_batches):
+                    call(self._model, batch.inputs)
+            self._processes.agree()
+            self._processes.average_buffers(self._model)
             yield
-        finally:
-            for buffer, value in saved:
-                buffer.copy_(value)

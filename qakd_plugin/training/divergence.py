@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._common.module_mode import buffers_kept
 from ..errors import TrainingError, UnsupportedQuantizerError
 from ..tasks.inputs import Inputs, call, named_tensors
 from ..toolkits import Adapter, Quantizer
@@ -116,16 +117,13 @@ def misfit(adapter: Adapter, model: nn.Module, inputs: Inputs) -> str | None:
     for quantizer in adapter.quantizers(model):
         if quantizer.role == "activation" and (largest := _largest(adapter, quantizer)):
             handles.append(quantizer.module.register_forward_pre_hook(watch(quantizer.fqn, largest)))
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     device = next(iter(named_tensors(inputs).values())).device
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with buffers_kept(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
             call(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
-        for buffer, value in buffers:
-            buffer.copy_(value)
     worst = max(found, key=lambda name: found[name], default=None)
     if worst is None or not found[worst] > _MISFIT:
         return None

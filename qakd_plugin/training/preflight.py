@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .._common.module_mode import buffers_kept
 from .._common.precision import dtype_name
 from ..errors import NotPreparedError, QakdError, TrainingError, UnsupportedQuantizerError
 from ..preparation.feasibility import export_problems
@@ -107,15 +108,10 @@ def check_smallest_batch(student: nn.Module, inputs: Inputs, smallest: int | Non
     """
     if smallest != 1:
         return
-    buffers = [(buffer, buffer.clone()) for buffer in student.buffers()]
     if sample_count(inputs) == 1:  # torch itself would refuse it, by no name
         inputs = doubled(inputs)
-    try:
-        with torch.no_grad(), _NoSingleValues(sample_count(inputs)):
-            call(student, inputs)
-    finally:
-        for buffer, value in buffers:
-            buffer.copy_(value)
+    with buffers_kept(student), torch.no_grad(), _NoSingleValues(sample_count(inputs)):
+        call(student, inputs)
 
 
 def check_ranges(adapter: Adapter, student: nn.Module, inputs: Inputs) -> None:

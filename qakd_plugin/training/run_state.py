@@ -126,7 +126,6 @@ class RunState:
             TrainingError: a weight, a statistic or an optimizer's state is not finite; names it. Nothing is written then.
         """
         randomness = {} if self._store is None else self._batches.state_dict()
-
         parts = {name: part.state_dict() for name, part in self._parts.items()}  # here, where all processes have their part
 
         def write() -> None:

@@ -390,13 +390,19 @@ def test_mixed_labels_reach_every_method(make_student, teacher, loader, method):
     assert {row["augmentation"] for row in result.history} == {"cutmix"}
 
 
+def _learns(module):
+    """Else it is only looked at, before the first step."""
+    return module.training and torch.is_grad_enabled()
+
+
 def test_teacher_and_student_see_the_same_batch(make_student, teacher, loader):
     student, seen = make_student(), {"student": [], "teacher": []}
-    student.register_forward_pre_hook(lambda module, args: seen["student"].append(args[0].clone()) if module.training else None)
+    student.register_forward_pre_hook(lambda module, args: seen["student"].append(args[0].clone()) if _learns(module) else None)
     teacher.register_forward_pre_hook(lambda _, args: seen["teacher"].append(args[0].clone()))
     distill(student, teacher, loader, epochs=1, augment=CMISelector(["trivialaugment+cutmix"], max_samples=40), lr=1e-3)
     steps = len(loader)
-    for one, two in zip(seen["student"][-steps:], seen["teacher"][-steps:], strict=True):
+    assert len(seen["student"]) == steps
+    for one, two in zip(seen["student"], seen["teacher"][-steps:], strict=True):
         assert torch.equal(one, two)
 
 

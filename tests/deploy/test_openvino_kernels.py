@@ -157,7 +157,7 @@ def test_all_that_read_a_convolution_without_bias_see_the_same_numbers(tmp_path)
 def test_factors_below_zero_keep_their_sign(toolkit, adds, tmp_path):
     torch.manual_seed(0)
     sqnr_db, graph = _exported(Scaled(adds).eval(), toolkit, tmp_path)
-    assert sqnr_db > 40  # -3 to 6 where they lose it
+    assert sqnr_db > 40
     assert [node.op_type for node in graph.node].count("LeakyRelu") >= 4
 
 

@@ -25,17 +25,13 @@ from ...errors import KEEP_FLOAT, ParityError
 from ...export_form.modules import ActivationQDQ
 from ...tasks.inputs import Inputs, call, named_tensors
 from ..canonical.labels import first_quantizer
-from .programs import LOGIT_TOLERANCE
 from .recorded_codes import run_labelled, with_codes
 from .report import Agreement, Array, agreement, arrays, as_array, as_float32, largest_deviation, least_agreement
+from .tolerances import LABELS, LOGIT_TOLERANCE
 
 _log = logging.getLogger(__name__)
 
 TIES_DB = 10 * math.log10(2)
-
-LABELS = 0.1
-"""Share of labels that may differ where a file outputs nothing else, and more only where rounding changes as many: of a few
-samples one may be undecided."""
 
 FEW = 0.01
 """Share of a quantizer's codes that may differ by more than one step before its layer is called the first that differs."""

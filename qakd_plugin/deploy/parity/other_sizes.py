@@ -12,9 +12,10 @@ from torch import Tensor
 from ...errors import ExportError, ParityError
 from ...tasks.inputs import Inputs, call, named_tensors, with_tensors
 from ..canonical.graph import batch_symbol, dynamic_sizes
-from .programs import LOGIT_TOLERANCE, InFile, Program, Reference, same
+from .programs import InFile, Program, Reference, same
 from .recorded_codes import Codes
 from .report import Array, deviations, range_of
+from .tolerances import LOGIT_TOLERANCE
 
 
 def check_other_sizes(in_file: InFile, reference: Reference, program: Program) -> None:

@@ -18,6 +18,7 @@ from .imposed_codes import ImposedCodes, imposed_codes
 from .layers import LayerOutputs, recorded_outputs, run_layers
 from .recorded_codes import Codes, Recorder
 from .report import Array, arrays, deviations, largest_deviation
+from .tolerances import LOGIT_TOLERANCE
 
 TIE_TOLERANCE = 1e-2
 """How far from a tie, in steps, an activation may be rounded the other way. Float32 sums of a few thousand products differ by
@@ -25,9 +26,6 @@ up to about 1e-3 steps between programs; a wrong scale, weight or bias moves val
 
 FUSED_TIE_TOLERANCE = 0.1
 """The same with fusions on: integer kernels round the bias to a multiple of s_x * s_w, which adds up to a few hundredths."""
-
-LOGIT_TOLERANCE = 1e-4
-"""Largest deviation of logits, relative to their range, once ties are settled; of each output, where there are several."""
 
 
 @dataclass(frozen=True)

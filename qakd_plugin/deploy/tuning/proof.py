@@ -20,17 +20,12 @@ import onnx_ir as ir
 
 from ...errors import ParityError
 from ...runtimes.base import Array
+from ..parity.tolerances import LABELS, LOGIT_TOLERANCE
 from .grids import Finer, grids_of, made_finer
 from .timing import Inputs, Variant, Variants
 
 HALF_A_STEP = 0.5 + 1e-3
 """In steps: float32 sums and quotients of numbers of up to 255 steps are that exact."""
-
-LOGIT_TOLERANCE = 1e-4
-"""Deviation, over the range of an output, that needs no explanation: as in :mod:`..parity.programs`."""
-
-LABELS = 0.1
-"""Share of integers (labels) that may differ, and more only where rounding changes as many: as in :mod:`..parity.openvino`."""
 
 
 @dataclass(frozen=True)

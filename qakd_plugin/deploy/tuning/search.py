@@ -80,6 +80,7 @@ class Search:
     """The fastest variant that does not gain enough."""
 
     _refused: set[Choice] = field(default_factory=set)
+    _proofs: dict[Choice, TuningProof] = field(default_factory=dict)
 
     @cached_property
     def eligible(self) -> tuple[str, ...]:
@@ -126,11 +127,16 @@ class Search:
         return None if choice == Choice() else choice
 
     def prove(self, choice: Choice) -> TuningProof:
-        """Show that a choice computes what it should.
+        """Show, once, that a choice computes what it should.
 
         Raises:
             ParityError: it does not.
         """
+        if choice not in self._proofs:
+            self._proofs[choice] = self._proof(choice)
+        return self._proofs[choice]
+
+    def _proof(self, choice: Choice) -> TuningProof:
         data = self.variant(choice)
         if choice.shifted:
             without = self.variant(replace(choice, shifted=frozenset()))

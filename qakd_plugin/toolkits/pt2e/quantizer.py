@@ -45,9 +45,9 @@ class _Layer:
 class SymmetricQuantizer(Quantizer):  # type: ignore[misc]
     """For ``prepare_qat_pt2e``: weights symmetric per channel, activations per tensor, zero point 0 throughout.
 
-    Without a placement every convolution and linear layer has its input and weight
-    quantized, and both inputs of every residual add are, so that the convolutions before it run in integers; below 8 bits, what
-    a ReLU made non-negative gets an unsigned grid.
+    Without a placement every convolution and linear layer has its input and weight quantized, and both inputs of every residual
+    add are, so that the convolutions before it run in integers; below 8 bits, what a ReLU made non-negative gets an unsigned
+    grid.
 
     Integers in, integers out: an add whose operands are quantized to 8 bits wherever they are read is quantized as well, after
     its ReLU. So are all sums of a residual network, and none of a transformer, whose norms read them in floating point.
