@@ -47,6 +47,7 @@ class Settings:
     recalibrate_batches: int = 0
     patience: int | None = None
     optimizer: MakeOptimizer = field(default=torch.optim.AdamW, repr=False)  # its repr may hold an address
+    compile_quantizers: bool = False
 
     def __post_init__(self) -> None:
         for name in ("lr", "quantizer_lr", "activation_quantizer_lr", "teacher_lr", "weight_decay", "recalibrate_batches"):
@@ -55,6 +56,8 @@ class Settings:
         positive_whole("patience", self.patience, none=True)
         if self.mixed_precision not in get_args(MixedPrecision):
             raise QakdError(f'mixed_precision={self.mixed_precision!r} is unknown: use "no" or "bf16".')
+        if self.compile_quantizers not in (True, False):
+            raise QakdError(f"compile_quantizers={self.compile_quantizers!r} must be True or False.")
         if not holds(lambda: 0 <= self.warmup < 1):
             raise QakdError(f"warmup={self.warmup!r} must be a share of all steps, not a number of them: 0.05, or 0 for none.")
         if self.grad_clip is not None and not holds(lambda: cast(float, self.grad_clip) > 0):
