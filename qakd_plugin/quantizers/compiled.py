@@ -46,11 +46,11 @@ def compiled_kernels(device: torch.device) -> Iterator[None]:
     try:
         _run_once(device)
     except Exception as problem:  # of inductor, of the compiler, of Triton: each has its own
+        reason = (str(problem).strip() or "no message").splitlines()[0]
         raise QakdError(
-            f"compile_quantizers=True: torch.compile fails on {device} with {type(problem).__name__}: "
-            f"{str(problem).strip().splitlines()[0] if str(problem).strip() else 'no message'} It needs a C++ compiler for a "
-            "CPU (apt-get install g++), Triton and a C compiler for a GPU. Install what is missing, or leave compile_quantizers "
-            "out."
+            f"compile_quantizers=True: torch.compile fails on {device}: {type(problem).__name__}, {reason}. It needs a C++ "
+            "compiler for a CPU (apt-get install g++), Triton and a C compiler for a GPU. Install them, or leave "
+            "compile_quantizers out."
         ) from problem
     _uses += 1
     try:

@@ -190,8 +190,8 @@ def distill(
         metric: of torchmetrics, counted on ``val_loader`` for student and teacher in the place of accuracy.
         metric_fn: callable(outputs, targets) that returns what ``metric.update`` takes; None: the output and the targets.
         monitor: which of the metric's numbers picks the best epoch, in the metric's own direction; needed where it has several.
-        settings: ``lr`` to ``patience``, ``mixed_precision``, ``compile_quantizers`` and ``optimizer`` as one object; then none of
-            them is passed by itself.
+        settings: ``lr`` to ``patience``, ``mixed_precision``, ``compile_quantizers`` and ``optimizer`` as one object; then none
+            of them is passed by itself.
 
     Returns:
         The model, the history, final metrics.
