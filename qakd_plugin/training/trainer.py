@@ -132,7 +132,7 @@ class Trainer:
     def _epoch(self, phase: Phase, progress: Progress) -> None:
         position = self.state.position
         if position.step_in_epoch == 0:
-            self.augment.prepare(position.epoch, self.networks.teacher, phase.needs_labels)
+            self.augment.prepare(position.epoch, self.networks.teacher, self.networks.model, phase.needs_labels)
             if curvature.is_due(self.adapter, self.networks.model, position.epoch):
                 self._refresh_curvature(phase)
         self._switch_to_training(phase)
