@@ -33,7 +33,7 @@ from .ema import Ema
 from .methods import Method, Phase
 from .networks import Learner, Networks, placed
 from .objective import Objective
-from .optimizers import cosine_schedule, quantizer_parameters, student_optimizer, teacher_optimizer
+from .optimizers import cosine_schedule, quantizer_parameters, scales_alone, student_optimizer, teacher_optimizer
 from .outcome import Start
 from .preflight import (
     check_against_teacher,
@@ -120,7 +120,7 @@ def assembled(
     computing = partial(autocast, settings.mixed_precision, processes.device)
     augment, adapter = _augmentation(data, processes), lesson.adapter
     places = placed(processes, adapter, lesson.model, lesson.teacher, teacher_learns=lesson.teacher_learns)
-    with places as (model, teacher), float32_quantizers(adapter, model):
+    with places as (model, teacher), float32_quantizers(adapter, model), scales_alone(adapter, model, settings.trainable):
         prepared, lesson = lesson.model, replace(lesson, model=model, teacher=teacher)
         batches = Batches(
             data.loader,
