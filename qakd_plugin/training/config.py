@@ -49,6 +49,7 @@ class Settings:
     patience: int | None = None
     trainable: Trainable = "all"
     optimizer: MakeOptimizer = field(default=torch.optim.AdamW, repr=False)  # its repr may hold an address
+    compile_quantizers: bool = False
 
     @property
     def rate_name(self) -> str:
@@ -74,6 +75,8 @@ class Settings:
                 f"recalibrate_batches={self.recalibrate_batches} moves the statistics of BatchNorm, which "
                 'trainable="scales" leaves as they are: leave one of them out.'
             )
+        if self.compile_quantizers not in (True, False):
+            raise QakdError(f"compile_quantizers={self.compile_quantizers!r} must be True or False.")
         if not holds(lambda: 0 <= self.warmup < 1):
             raise QakdError(f"warmup={self.warmup!r} must be a share of all steps, not a number of them: 0.05, or 0 for none.")
         if self.grad_clip is not None and not holds(lambda: cast(float, self.grad_clip) > 0):

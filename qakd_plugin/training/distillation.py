@@ -98,6 +98,7 @@ def distill(
     resume: Resume = False,
     seed: int | None = None,
     mixed_precision: MixedPrecision = "no",
+    compile_quantizers: bool = False,
     callbacks: Sequence[object] = (),
     batch_fn: BatchFn = default_batch,
     lr: float | None = None,
@@ -158,6 +159,9 @@ def distill(
             is refused by name; "force" goes on all the same, with other numbers.
         seed: of torch, numpy and random, set before anything is drawn; each further process takes the next number.
         mixed_precision: "no" or "bf16"; quantizers compute in float32 either way.
+        compile_quantizers: learned quantizers run in kernels of torch.compile: one pass over memory in each direction, and no
+            output of theirs is kept. Worth it on GPUs and in long runs; costs up to a minute before the first step, once on a
+            machine. Outputs and gradients of inputs are the same bits, sums for scales are added up in another order.
         callbacks: objects; ``on_step_end(step, losses)`` and ``on_epoch_end(row)`` are called where they exist.
         batch_fn: splits a batch into (inputs, targets or None); inputs are a tensor, a tuple of positional arguments or a
             mapping of keywords. The default takes what forward knows by name; labels, label, targets, target or y are targets.
@@ -189,8 +193,8 @@ def distill(
         metric: of torchmetrics, counted on ``val_loader`` for student and teacher in the place of accuracy.
         metric_fn: callable(outputs, targets) that returns what ``metric.update`` takes; None: the output and the targets.
         monitor: which of the metric's numbers picks the best epoch, in the metric's own direction; needed where it has several.
-        settings: ``lr`` to ``trainable``, ``mixed_precision`` and ``optimizer`` as one object; then none of them is passed by
-            itself.
+        settings: ``lr`` to ``trainable``, ``mixed_precision``, ``compile_quantizers`` and ``optimizer`` as one object; then
+            none of them is passed by itself.
 
     Returns:
         The model, the history, final metrics.
@@ -213,6 +217,7 @@ def distill(
         grad_clip=grad_clip,
         warmup=warmup,
         mixed_precision=mixed_precision,
+        compile_quantizers=compile_quantizers,
         accumulate=accumulate,
         ema=ema,
         recalibrate_batches=recalibrate_batches,
@@ -276,6 +281,12 @@ def _check(lesson: Lesson, data: Data, settings: Settings, cache_teacher: str | 
         raise QakdError("augment=CMISelector() ranks augmentations with the teacher: pass a teacher, or another augment.")
     if cache_teacher is not None:
         _check_cache(lesson, data, cache_teacher)
+    quantizers = lesson.adapter.quantizers(lesson.model)
+    if settings.compile_quantizers and not any(lesson.adapter.learned(quantizer) for quantizer in quantizers):
+        raise QakdError(
+            "compile_quantizers=True is for learned quantizers, and the prepared model has none. Call "
+            "qakd.use_quantizers(prepared_model, qakd.LSQ()) first, or leave it out."
+        )
 
 
 def _check_loader(data: Data, cache_teacher: str | os.PathLike[str] | None) -> None:
