@@ -12,7 +12,6 @@ from evidence_drawing import places_of
 
 TABLES = [
     "step_time",
-    "deployment",
     "weight_only",
     "distill_step",
     "engines",
@@ -31,8 +30,8 @@ def test_a_table_of_what_was_measured_is_made_from_the_committed_figures(name):
     assert page_tables.read_table(name) == import_module(name).make_table(committed(name))
 
 
-def test_the_tables_of_all_toolkits_are_made_from_the_committed_figures():
-    for name, table in import_module("deployment").make_toolkit_tables(committed("deployment")).items():
+def test_all_tables_of_deployment_are_made_from_the_committed_figures():
+    for name, table in import_module("deployment").make_tables(committed("deployment")).items():
         assert page_tables.read_table(name) == table, name
 
 
