@@ -60,9 +60,10 @@ METHODS: dict[str, Callable[[str], Any]] = {
     "KD with labels": lambda network: KD(),
     "QKD": lambda network: QKD(),
     "SQuaT": lambda network: SQAKD(features=Features(FEATURES[network], through_quantizer=True)),
+    "dampening": lambda network: SQAKD(dampening=1e-2),
     "standardized logits": lambda network: SQAKD(match={"logits": KL(temperature=2.0, standardize=True)}),
 }
-LATE = ("standardized logits",)
+LATE = ("standardized logits", "dampening")
 """Trained last: options of SQAKD of which the study says whether they stay."""
 BATCH, LR = 64, 5e-3
 RATES = (LR / 4, LR, LR * 4)
