@@ -340,7 +340,7 @@ def collect(folder: Path, data: Path) -> int:
     if data.is_dir():
         shutil.copytree(data, folder / IMAGES, dirs_exist_ok=True)
     else:
-        print(f"No Fashion-MNIST in {data}: its stage will end at once. Give its folder as --data.")
+        print(f"No Fashion-MNIST in {data}: its stage will end at once. apt-get install dataset-fashion-mnist, or --data DIR.")
     carried = [*folder.glob("*.whl"), *(folder / IMAGES).glob("*")]
     sizes = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(carried)}
     for name, size in sizes.items():

@@ -34,7 +34,7 @@ from .ema import Ema
 from .methods import Method, Phase
 from .networks import Learner, Networks, placed
 from .objective import Objective
-from .optimizers import cosine_schedule, quantizer_parameters, student_optimizer, teacher_optimizer
+from .optimizers import cosine_schedule, quantizer_parameters, scales_alone, student_optimizer, teacher_optimizer
 from .outcome import Start
 from .preflight import (
     check_against_teacher,
@@ -122,7 +122,12 @@ def assembled(
     augment, adapter = _augmentation(data, processes), lesson.adapter
     places = placed(processes, adapter, lesson.model, lesson.teacher, teacher_learns=lesson.teacher_learns)
     kernels = compiled_kernels(processes.device) if settings.compile_quantizers else nullcontext()
-    with places as (model, teacher), float32_quantizers(adapter, model), kernels:
+    with (
+        places as (model, teacher),
+        float32_quantizers(adapter, model),
+        scales_alone(adapter, model, settings.trainable),
+        kernels,
+    ):
         prepared, lesson = lesson.model, replace(lesson, model=model, teacher=teacher)
         batches = Batches(
             data.loader,

@@ -30,13 +30,13 @@ from ..tasks.task_loss import TaskLoss, check_task_loss
 from ..toolkits import adapter_for
 from .assembly import Lesson, assembled
 from .checkpoint import CheckpointStore
-from .config import Checkpoints, Data, MakeOptimizer, MixedPrecision, Resume, Settings
+from .config import Checkpoints, Data, MakeOptimizer, MixedPrecision, Resume, Settings, Trainable
 from .data_facts import data_facts, hidden_state
 from .distributed.launch import require_whole
 from .distributed.processes import Processes
 from .fingerprint import fingerprint
 from .methods import SQAKD, Method, left_out, planned
-from .optimizers import optimizer_name, with_rate
+from .optimizers import optimizer_name, require_scales, with_rate
 from .preflight import check_precision, check_quantizers, check_separate, check_trainable
 from .streams import is_walked_once, length_of
 from .teacher_cache import TeacherCache
@@ -112,6 +112,7 @@ def distill(
     ema: float | None = None,
     recalibrate_batches: int = 0,
     patience: int | None = None,
+    trainable: Trainable = "all",
     cache_teacher: str | os.PathLike[str] | None = None,
     trackers: Sequence[Any] | None = None,
     optimizer: MakeOptimizer = AdamW,
@@ -177,6 +178,8 @@ def distill(
         recalibrate_batches: training batches that refresh the statistics of BatchNorm before each evaluation; 32 forget nearly
             all of the past. Worth it with ``ema`` and at 2 to 4 bits.
         patience: stop after so many epochs of the last phase without a better one on ``val_loader``. None never stops.
+        trainable: "all", or "scales": parameters of quantizers alone, at ``quantizer_lr``; weights, biases, norms and
+            statistics of BatchNorm stay as they are, bit for bit.
         cache_teacher: file for what the teacher outputs (all that is matched), computed in one pass before training, for data
             that look the same in every epoch (no augmentation, or one seeded by sample). Read again by later runs; refused when
             teacher or data changed.
@@ -190,8 +193,8 @@ def distill(
         metric: of torchmetrics, counted on ``val_loader`` for student and teacher in the place of accuracy.
         metric_fn: callable(outputs, targets) that returns what ``metric.update`` takes; None: the output and the targets.
         monitor: which of the metric's numbers picks the best epoch, in the metric's own direction; needed where it has several.
-        settings: ``lr`` to ``patience``, ``mixed_precision``, ``compile_quantizers`` and ``optimizer`` as one object; then none
-            of them is passed by itself.
+        settings: ``lr`` to ``trainable``, ``mixed_precision``, ``compile_quantizers`` and ``optimizer`` as one object; then
+            none of them is passed by itself.
 
     Returns:
         The model, the history, final metrics.
@@ -219,6 +222,7 @@ def distill(
         ema=ema,
         recalibrate_batches=recalibrate_batches,
         patience=patience,
+        trainable=trainable,
         optimizer=optimizer,
     )
     own_rate, settings = settings.lr is None, with_rate(settings, lesson.adapter, prepared_model)
@@ -269,6 +273,10 @@ def _lesson(model: nn.Module, teacher: nn.Module | None, method: Method, epochs:
 def _check(lesson: Lesson, data: Data, settings: Settings, cache_teacher: str | os.PathLike[str] | None) -> None:
     """Raise QakdError where options do not fit the lesson or each other."""
     _check_loader(data, cache_teacher)
+    if settings.trainable == "scales":
+        require_scales(lesson.adapter, lesson.model)
+        if any(phase.dampening for phase in lesson.phases):
+            raise QakdError('dampening draws weights to their grid, and trainable="scales" leaves them: take one of them.')
     if settings.patience is not None and data.val_loader is None:
         raise QakdError("patience needs val_loader: held-out batches say whether an epoch is better.")
     if isinstance(data.augment, CMISelector) and lesson.teacher is None:

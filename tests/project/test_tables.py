@@ -67,6 +67,12 @@ def test_the_table_of_what_to_choose_is_made_from_the_committed_figures():
     assert page_tables.read_table("evidence_choice", evidence_page.CHOICE) == table
 
 
+def test_the_table_of_augmentations_on_garments_is_made_from_the_committed_figures():
+    study = evidence_page.augmentation_study
+    table = study.make_fashion_table(study.fashion_committed())
+    assert page_tables.read_table("augmentation_fashion", study.FASHION_PAGE) == table
+
+
 def test_the_table_of_the_default_rate_is_made_from_the_committed_figures():
     script = import_module("default_rate")
     assert page_tables.read_table("default_rate", script.PAGE) == script.make_table(committed("default_rate"))
