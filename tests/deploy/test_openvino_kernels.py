@@ -127,7 +127,7 @@ class Skipping(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU())
-        self.branch, self.shortcut = nn.Conv2d(16, 16, 3, padding=1), nn.Sequential()
+        self.branch, self.shortcut = nn.Conv2d(16, 16, 3, padding=1), nn.Identity()
         self.head = nn.Conv2d(16, 8, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
