@@ -23,8 +23,8 @@ def qdq(x: Tensor, scale: Tensor, zero_point: int, quant_min: int, quant_max: in
         quant_max: highest integer code.
         name: of the quantizer; it travels with the operator into the exported graph.
     """
-    codes = torch.clamp(torch.round(x / scale) + zero_point, quant_min, quant_max)
-    return (codes - zero_point) * scale
+    # In place: at large activations every new tensor costs more than the arithmetic in it.
+    return (x / scale).round_().add_(zero_point).clamp_(quant_min, quant_max).sub_(zero_point).mul_(scale)
 
 
 @qdq.register_fake

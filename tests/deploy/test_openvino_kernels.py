@@ -121,6 +121,32 @@ def test_a_sum_reads_what_was_rounded(toolkit, tmp_path):
     assert "Round" not in kinds  # written as operators the sum is no longer part of the convolution
 
 
+class Skipping(nn.Module):
+    """A block whose shortcut is a module that changes nothing, after which torch.ao FX has a quantizer again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU())
+        self.branch, self.shortcut = nn.Conv2d(16, 16, 3, padding=1), nn.Identity()
+        self.head = nn.Conv2d(16, 8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        logits: torch.Tensor = self.head(torch.relu(self.branch(x) + self.shortcut(x)))
+        return logits
+
+
+def test_a_shortcut_is_not_quantized_once_more(tmp_path):
+    sqnr_db, graph = _exported(Skipping(), "torch_ao", tmp_path)
+    assert sqnr_db > 50
+    sources = {name: node for node in graph.node for name in node.output}
+    for quantize in [node for node in graph.node if node.op_type == "QuantizeLinear"]:
+        source = sources.get(quantize.input[0])
+        source = sources.get(source.input[0]) if source is not None and source.op_type == "Clip" else source
+        assert source is None or source.op_type != "DequantizeLinear", quantize.name
+    assert sum(node.op_type == "QuantizeLinear" for node in graph.node) == 4  # the input, the stem, the branch, the sum
+
+
 def _exported(network: nn.Module, toolkit: str, folder: Path) -> tuple[float, onnx.GraphProto]:
     """How close OpenVINO is to ONNX Runtime without fusions, dB, and the file."""
     x = torch.randn(4, 3, 24, 24, generator=torch.Generator().manual_seed(0))

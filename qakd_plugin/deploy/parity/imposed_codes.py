@@ -64,7 +64,7 @@ def imposed_codes(form: nn.Module, codes: Codes, tolerance: float, after_relu: C
                 return output
             # Calls with one and the same input may be one in the other program.
             given = torch.from_numpy(codes[name][min(call.number, len(codes[name]) - 1)])
-            return _impose(module, args[0], given, outcome, name, call in after_relu)
+            return _impose(module, args[0], output, given, outcome, name, call in after_relu)
 
         return impose
 
@@ -80,10 +80,17 @@ def imposed_codes(form: nn.Module, codes: Codes, tolerance: float, after_relu: C
             handle.remove()
 
 
-def _impose(module: ActivationQDQ, x: Tensor, given: Tensor, outcome: ImposedCodes, name: str, after_relu: bool) -> Tensor:
-    zero_point = module.zero_point
-    exact = x / module.scale
-    own = torch.clamp(torch.round(exact) + zero_point, module.quant_min, module.quant_max) - zero_point
+def _impose(
+    module: ActivationQDQ,
+    x: Tensor,
+    output: Tensor,
+    given: Tensor,
+    outcome: ImposedCodes,
+    name: str,
+    after_relu: bool,
+) -> Tensor:
+    """What the module shall output for ``x`` in the place of its own ``output``: the codes that were ``given``."""
+    own = (output / module.scale).round_()
     if given.shape != own.shape:
         outcome.differs(name, f"codes of shape {tuple(given.shape)} and {tuple(own.shape)}")
         return own * module.scale
@@ -91,9 +98,9 @@ def _impose(module: ActivationQDQ, x: Tensor, given: Tensor, outcome: ImposedCod
     given = torch.where((given == 0) & (own < 0), own, given) if after_relu else given
     differ = own != given
     outcome.compared += own.numel()
-    count = int(differ.sum())
+    count = int(differ.count_nonzero())
     if count:
-        distance = (exact[differ] - (own[differ] + given[differ]) / 2).abs()
+        distance = (x[differ] / module.scale - (own[differ] + given[differ]) / 2).abs()
         steps = (own[differ] - given[differ]).abs()
         if not (float(steps.max()) <= 1 and float(distance.max()) <= outcome.tolerance):
             outcome.differs(

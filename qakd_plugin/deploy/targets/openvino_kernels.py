@@ -66,8 +66,8 @@ def settled_for_kernels(model: ir.Model) -> ir.Model:
 class DropRepeatedQuantizers(InPlacePass):
     """Remove quantizers whose input lies on their own grid and within their range. Exact.
 
-    Quantizers that layers, sums and concatenations read stay: by them everybody sees, :mod:`.diagnosis` among them, that their
-    inputs are quantized.
+    Where layers, sums and concatenations read a quantizer, it is removed only if they read another one without it: by them
+    everybody sees, :mod:`.diagnosis` among them, that their inputs are quantized.
     """
 
     def call(self, model: ir.Model) -> PassResult:
@@ -77,7 +77,7 @@ class DropRepeatedQuantizers(InPlacePass):
             found = _moved_range(source)
             repeats = found is not None and found[0] == grid and low <= found[1] and found[2] <= high
             for dequantize in [use.node for use in quantize.outputs[0].uses()] if repeats else ():
-                if _leads_on(dequantize.outputs[0]):
+                if producer(source, "DequantizeLinear") is not None or _leads_on(dequantize.outputs[0]):
                     replace(dequantize, source)
                     modified = True
         common.RemoveUnusedNodesPass()(model)

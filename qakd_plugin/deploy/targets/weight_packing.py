@@ -63,12 +63,16 @@ def _grid(codes: Codes, axis: int | None, low: int, high: int) -> tuple[Factors,
     for dims in (every, per_channel):
         if dims is None:
             continue
-        used = np.bitwise_or.reduce(codes.astype(np.int32), axis=dims, keepdims=True)
+        # Few numbers of many codes; all that follows is done with these.
+        used, common_bits = (
+            find.reduce(codes, axis=dims, keepdims=True).astype(np.int32) for find in (np.bitwise_or, np.bitwise_and)
+        )
+        least = codes.min(axis=dims, keepdims=True, initial=127).astype(np.int32)
+        most = codes.max(axis=dims, keepdims=True, initial=-128).astype(np.int32)
         power = np.where(used == 0, 1, used & -used)  # the lowest bit that any code uses
-        without_zero = (codes // power % 2 == 1).all(axis=dims, keepdims=True)
+        without_zero = common_bits & power != 0  # all codes are odd multiples of it
         for factor, offset in ((power, 0 * power), (np.where(without_zero, 2, 1) * power, np.where(without_zero, power, 0))):
-            small = (codes - offset) // factor
-            if small.min(initial=0) >= low and small.max(initial=0) <= high:
+            if ((least - offset) // factor).min(initial=0) >= low and ((most - offset) // factor).max(initial=0) <= high:
                 shape = () if dims == every else factor.shape
                 return factor.astype(np.int32).reshape(shape), offset.astype(np.int32).reshape(shape)
     return None
