@@ -9,10 +9,10 @@ runtime (PT2E's "0..255", or else ModelOpt's); ``quantize_static`` at several se
 post-training quantization (where ``nncf`` is installed), and with bfloat16 for what it leaves in floating point, as ours may be
 tuned to.
 Bars are ratios of median processor times: over FP32 in ONNX Runtime, and over the fastest of the runtimes' own tools in the
-same run. With --batch and --threads further settings are measured, each as its own interleaved run; tables and bars are of
-batch 1 and one thread.
+same run. With --batch and --threads further settings are measured, each as its own interleaved run of FP32, what is prepared
+for every target, what is tuned, and the runtimes' own tools; bars are of batch 1 and one thread.
 Files are made once per folder ``--cells``, each network in a process of its own, whose time and peak memory are noted; networks
-that --out holds already are not measured again unless --fresh.
+and settings that --out holds already are not measured again unless --fresh.
 """
 
 from __future__ import annotations
@@ -114,77 +114,103 @@ def main() -> None:
     done: dict[str, Any] = {}
     if options.out and options.out.is_file():
         done = json.loads(options.out.read_text()).get("networks", {})
+    further = further_settings(options.batch or [], options.threads or [])
     for name in () if options.table_only else options.network or NETWORKS:
         if name not in done or options.fresh:
-            settings = sorted({1, *(options.batch or ())}), sorted({1, *(options.threads or ())})
-            done[name] = measure(name, options.cells, options.calls, *settings)
-            if options.out:
-                ordered = {key: done[key] for key in NETWORKS if key in done}
-                write_atomic(options.out, json.dumps({"networks": ordered}, indent=1) + "\n")
+            done[name] = measure(name, options.cells, options.calls)
+            _write(options.out, done)
+        for batch, threads in further:
+            if (setting := f"batch {batch}, threads {threads}") not in done[name]["further"]:
+                done[name]["further"][setting] = measure_further(name, options.cells, options.calls, batch, threads)
+                _write(options.out, done)
         for line in verdicts(name, done[name]):
             print(f"{name}: {line}", flush=True)
     document = {"networks": {key: done[key] for key in NETWORKS if key in done}}
     print(*lead_verdicts(document["networks"]), sep="\n")
-    table, others = make_table(document), make_toolkit_tables(document)
-    print(table, *others.values(), sep="\n\n")
+    tables = make_tables(document)
+    print(*tables.values(), sep="\n\n")
     if options.out and options.out.resolve() == RESULTS:
-        for name, other in {"deployment": table, **others}.items():
-            page_tables.write_table(name, other)
+        for name, table in tables.items():
+            page_tables.write_table(name, table)
 
 
-def measure(name: str, cells: Path, calls: int, batches: Sequence[int] = (1,), threads: Sequence[int] = (1,)) -> dict[str, Any]:
-    """All rows of one network, from one interleaved run for each number of threads and batch size."""
+def _write(out: Path | None, networks: dict[str, Any]) -> None:
+    """After every run, so that one which is stopped goes on."""
+    if out is not None:
+        ordered = {key: networks[key] for key in NETWORKS if key in networks}
+        write_atomic(out, json.dumps({"networks": ordered}, indent=1) + "\n")
+
+
+def further_settings(batches: Iterable[int], threads: Iterable[int]) -> list[tuple[int, int]]:
+    """Batch sizes with numbers of threads, but batch 1 with one thread, which is always measured."""
+    pairs = itertools.product(sorted({1, *batches}), sorted({1, *threads}))
+    return [pair for pair in pairs if pair != (1, 1)]
+
+
+def measure(name: str, cells: Path, calls: int) -> dict[str, Any]:
+    """All rows of one network at batch 1 with one thread, from one interleaved run, and what is found in its files."""
     folder = cells / name
     if not (folder / "made.json").is_file():
         command = [sys.executable, __file__, "--make", name, "--cells", str(cells)]
         subprocess.run(command, check=True)
-    made = json.loads((folder / "made.json").read_text())
-    busy = is_busy()
-    candidates = [
+    tuning = {runtime: tune_for_host(_to_tune(folder, runtime), _tuned_path(folder, runtime)) for runtime in RUNTIMES.values()}
+    timed = _timed(name, _candidates(name, folder), calls, 1, 1)
+    left = census(folder / "w8.ort.onnx").float_layers
+    return {
+        "environment": environment(),
+        **timed,
+        "ratios": timed["ratios"] | _in_bfloat16(folder / "nncf.xml", timed["rows"], calls),
+        "further": {},
+        "made": json.loads((folder / "made.json").read_text()),
+        "float_layers": list(left),
+        "findings": [[finding.kind, len(finding.layers)] for finding in diagnose(folder / "w8.ort.onnx", left)],
+        "tuning": {runtime: tuned.as_dict() for runtime, tuned in tuning.items()},
+    }
+
+
+def measure_further(name: str, cells: Path, calls: int, batch: int, threads: int) -> dict[str, Any]:
+    """The rows of another batch size or number of threads; files are those of :func:`measure`."""
+    left_out = {f"PTQ {label}" for label in PREPARED}
+    chosen = [each for each in _candidates(name, cells / name) if each.method not in left_out and each.weight_bits != 4]
+    return {"environment": environment(), **_timed(name, chosen, max(calls // batch, FEWEST_CALLS), batch, threads)}
+
+
+def _candidates(name: str, folder: Path) -> list[Candidate]:
+    """What there is of a network's files."""
+    found = [
         Candidate(folder / "fp32.onnx", "FP32", name),
         Candidate(folder / "w8.ort.onnx", "PTQ", name, "modelopt", 8, 8, runtime="onnxruntime"),
         Candidate(folder / "w4.ort.onnx", "PTQ", name, "modelopt", 4, 4, runtime="onnxruntime"),
         Candidate(folder / "w8.onnx", "PTQ", name, "modelopt", 8, 8, runtime="openvino"),
     ]
     for label, runtime in itertools.product(PREPARED, RUNTIMES.values()):
-        if (path := _prepared_path(folder, label, runtime)).is_file():
-            candidates.append(Candidate(path, f"PTQ {label}", name, PREPARED[label][0], 8, 8, runtime=runtime))
+        path = _prepared_path(folder, label, runtime)
+        found.append(Candidate(path, f"PTQ {label}", name, PREPARED[label][0], 8, 8, runtime=runtime))
     for setting in STATIC:
-        if (path := _static_path(folder, setting)).is_file():
-            candidates.append(Candidate(path, f"quantize_static {setting}", name, None, 8, 8, runtime="onnxruntime"))
-    if (folder / "nncf.xml").is_file():
-        candidates.append(Candidate(folder / "nncf.xml", "NNCF PTQ", name, None, 8, 8, runtime="openvino"))
-    tuning = {}
+        path = _static_path(folder, setting)
+        found.append(Candidate(path, f"quantize_static {setting}", name, None, 8, 8, runtime="onnxruntime"))
+    found.append(Candidate(folder / "nncf.xml", "NNCF PTQ", name, None, 8, 8, runtime="openvino"))
     for runtime in RUNTIMES.values():
-        tuned = tune_for_host(_to_tune(folder, runtime), folder / f"w8.tuned.{runtime}.onnx")
-        tuning[runtime] = tuned.as_dict()
-        record = record_of(tuned.path)
-        toolkit = None if record is None else record.toolkit
-        candidates.append(Candidate(tuned.path, "PTQ tuned", name, toolkit, 8, 8, runtime=runtime))
+        if (tuned := _tuned_path(folder, runtime)).with_suffix(".tuning.json").is_file():
+            path = tuned if tuned.is_file() else _to_tune(folder, runtime)  # where no change was worth it, there is no new file
+            record = record_of(path)
+            toolkit = None if record is None else record.toolkit
+            found.append(Candidate(path, "PTQ tuned", name, toolkit, 8, 8, runtime=runtime))
+    return [each for each in found if each.file is not None and each.file.is_file()]
+
+
+def _timed(name: str, candidates: Sequence[Candidate], calls: int, batch: int, threads: int) -> dict[str, Any]:
+    """One interleaved run: rows, speeds over FP32, and whether the machine was busy before it."""
     from rich.console import Console
 
-    settings = {}
-    for count, batch in itertools.product(threads, batches):
-        timed = {"calls": max(calls // batch, FEWEST_CALLS), "batch_sizes": (batch,), "threads": (count,)}
-        settings[batch, count] = benchmark(candidates, runtimes=tuple(RUNTIMES.values()), **timed)
-        Console(width=150).print(console_table(settings[batch, count], title=f"{name}, batch {batch}, {count} threads"))
-    rows = [row for found in settings.values() for row in found]
-    left = census(folder / "w8.ort.onnx").float_layers
-    return {
-        "environment": environment(),
-        "busy": busy,
-        "rows": [{**row.as_dict(), "model": row.model} for row in rows],
-        "ratios": _ratios(settings[1, 1]) | _in_bfloat16(folder / "nncf.xml", settings[1, 1], calls),
-        "other_ratios": {f"batch {b}, {t} threads": _ratios(found) for (b, t), found in settings.items() if (b, t) != (1, 1)},
-        "made": made,
-        "float_layers": list(left),
-        "findings": [[finding.kind, len(finding.layers)] for finding in diagnose(folder / "w8.ort.onnx", left)],
-        "tuning": tuning,
-    }
+    busy = is_busy()
+    rows = benchmark(candidates, runtimes=tuple(RUNTIMES.values()), calls=calls, batch_sizes=(batch,), threads=(threads,))
+    Console(width=150).print(console_table(rows, title=f"{name}, batch {batch}, threads {threads}"))
+    return {"busy": busy, "rows": [{**row.as_dict(), "model": row.model} for row in rows], "ratios": _ratios(rows, threads)}
 
 
-def _ratios(rows: list[Row]) -> dict[str, float]:
-    """Median processor time of FP32 in ONNX Runtime over that of each row."""
+def _ratios(rows: list[Row], threads: int) -> dict[str, float]:
+    """Median time of FP32 in ONNX Runtime over that of each row: of the processor, or with several threads on the clock."""
     times = {
         "OpenVINO FP32": "FP32 openvino 32",
         "OpenVINO BF16": "FP32 openvino bfloat16",
@@ -196,7 +222,9 @@ def _ratios(rows: list[Row]) -> dict[str, float]:
         times[f"{row}, tuned"] = f"PTQ tuned {runtime} 8"
     times |= {"OpenVINO INT8": "PTQ openvino 8", "NNCF": "NNCF PTQ openvino 8"}
     found = {
-        f"{row.method} {row.runtime} {'bfloat16' if row.precision == 'bfloat16' else row.weight_bits}": row.cpu_ms
+        f"{row.method} {row.runtime} {'bfloat16' if row.precision == 'bfloat16' else row.weight_bits}": (
+            row.cpu_ms if threads == 1 else row.p50_ms
+        )
         for row in rows
     }
     reference = found["FP32 onnxruntime 32"]
@@ -205,10 +233,10 @@ def _ratios(rows: list[Row]) -> dict[str, float]:
     return {**ratios, **({"quantize_static": reference / min(static)} if static else {})}
 
 
-def _in_bfloat16(path: Path, rows: list[Row], calls: int) -> dict[str, float]:
+def _in_bfloat16(path: Path, rows: list[dict[str, Any]], calls: int) -> dict[str, float]:
     """NNCF's file with bfloat16 for what is not quantized, by how much faster it is so, in a run of both in turns."""
     fp32, nncf = (
-        next((row.cpu_ms for row in rows if (row.method, row.runtime) == kind), None)
+        next((row["cpu_ms"] for row in rows if (row["method"], row["runtime"]) == kind), None)
         for kind in (("FP32", "onnxruntime"), ("NNCF PTQ", "openvino"))
     )
     if fp32 is None or nncf is None or not has_bfloat16():
@@ -284,6 +312,12 @@ def _met(holds: bool) -> str:
     return "met" if holds else "MISSED"
 
 
+def make_tables(document: dict[str, Any]) -> dict[str, str]:
+    """Markdown of all tables, by name."""
+    further = {"deployment_further": make_further_table(document)}
+    return {"deployment": make_table(document), **make_toolkit_tables(document), **further}
+
+
 def make_table(document: dict[str, Any]) -> str:
     """Markdown: speed over FP32 in ONNX Runtime, and file sizes."""
     networks = document["networks"]
@@ -324,6 +358,20 @@ def make_toolkit_tables(document: dict[str, Any]) -> dict[str, str]:
         lines = [[name, *_ratio_cells(cell, present)] for name, cell in networks.items()]
         tables[f"deployment_{RUNTIMES[row]}"] = page_tables.markdown(header, lines)
     return tables
+
+
+FURTHER = ("ORT INT8", "ORT INT8, tuned", "quantize_static", "OpenVINO BF16", "OpenVINO INT8", "OpenVINO INT8, tuned", "NNCF")
+"""What is measured at further settings, over FP32 in ONNX Runtime at the same one."""
+
+
+def make_further_table(document: dict[str, Any]) -> str:
+    """Markdown: speed over FP32 in ONNX Runtime by batch size and number of threads."""
+    lines = []
+    for name, cell in document["networks"].items():
+        for setting, found in cell["further"].items():
+            row = next(row for row in found["rows"] if (row["method"], row["runtime"]) == ("FP32", "onnxruntime"))
+            lines.append([name, setting, f"{row['p50_ms']:.1f}", *_ratio_cells(found, FURTHER)])
+    return page_tables.markdown(["network", "setting", "ORT FP32, ms", *FURTHER], lines)
 
 
 def _present(networks: dict[str, Any], *labels: str) -> list[str]:
@@ -394,6 +442,10 @@ def _prepared_path(folder: Path, label: str, runtime: str) -> Path:
 def _to_tune(folder: Path, runtime: FileRuntime) -> Path:
     prepared = _prepared_path(folder, "PT2E, 0..255", runtime)
     return prepared if prepared.is_file() else folder / {"onnxruntime": "w8.ort.onnx", "openvino": "w8.onnx"}[runtime]
+
+
+def _tuned_path(folder: Path, runtime: str) -> Path:
+    return folder / f"w8.tuned.{runtime}.onnx"
 
 
 def _static_path(folder: Path, setting: str) -> Path:

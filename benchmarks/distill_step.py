@@ -38,6 +38,7 @@ from qakd_plugin import EWGS, LSQ, QKD, SQAKD, attach, distill, prepare, use_qua
 from qakd_plugin._common.console import track
 from qakd_plugin.demo.data import load
 from qakd_plugin.demo.net import DigitNet, train_float
+from qakd_plugin.quantizers.compiled import compiled_kernels
 from qakd_plugin.runtimes.host import environment, is_busy
 from qakd_plugin.tasks.batches import default_batch
 from qakd_plugin.tasks.evaluation import evaluate
@@ -128,6 +129,7 @@ def ours(
     bf16: bool = False,
     compiled: bool = False,
     compiled_student: bool = False,
+    compiled_quantizers: bool = False,
     cached: bool = False,
     layout: torch.memory_format = torch.contiguous_format,
 ) -> Step:
@@ -149,7 +151,7 @@ def ours(
     kd = attach(called, teacher, SQAKD(temperature=4.0))
 
     def step() -> None:
-        with _autocast(device, bf16):
+        with compiled_kernels(torch.device(device)) if compiled_quantizers else nullcontext(), _autocast(device, bf16):
             called(x)
         kd.loss().backward()
         optimizer.step()
@@ -189,6 +191,10 @@ VARIANTS: dict[str, Callable[[int, str], Step]] = {
 ON_REQUEST: dict[str, Callable[[int, str], Step]] = {
     "SQAKD, EWGS": partial(ours, quantizers=EWGS()),
     "SQAKD, ModelOpt's own": partial(ours, quantizers=None),
+    "SQAKD, LSQ, compiled quantizers": partial(ours, compiled_quantizers=True),
+    "SQAKD, LSQ, bf16, channels_last, compiled quantizers": partial(
+        ours, bf16=True, layout=torch.channels_last, compiled_quantizers=True
+    ),
 }
 """Not in the table of docs/measured.md."""
 COMPILED: dict[str, Callable[[int, str], Step]] = {

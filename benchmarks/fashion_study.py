@@ -3,6 +3,7 @@
     apt-get install dataset-fashion-mnist
     python benchmarks/fashion_study.py --processes 2 --minutes 90 --out benchmarks/results/fashion_study.json
     python benchmarks/fashion_study.py --full --device cuda        # all images, ResNet-20 at its own width, thirty epochs
+    python benchmarks/fashion_study.py --brief --device cuda --processes 6 --minutes 2   # the same in few epochs
 
 Networks in full precision are trained once, with labels, and every student starts from one of them: prepared by ModelOpt with a
 learned quantizer, calibrated (that alone is post-training quantization, PTQ), then trained by ``distill``. Students of one seed
@@ -11,16 +12,19 @@ training split, accuracy is of the test split, which takes part in nothing else.
 corrected by Holm within the table. One rate for all, chosen before on held-out images with a seed that is not among the study's
 (--rates). SQuaT is SQAKD that also matches the inputs of three layers through the student's quantizer.
 
-The small study is meant for two cores: ResNet-20 has half its width, students see 4,000 images once. Every student is a file in
---cells, the most telling come first: a run that was stopped goes on, and rows say how many seeds they have.
+The small study is meant for two cores: ResNet-20 has half its width, students see 4,000 images three times. Every student is a
+file in --cells, the most telling come first: a run that was stopped goes on, and rows say how many seeds they have.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
+import math
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from statistics import fmean
@@ -33,10 +37,10 @@ import torch
 import torch.nn.functional as F
 from small_nets import Split, accuracy
 from students import add_arguments, train_missing
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
-from qakd_plugin import EWGS, KD, LSQ, PACT, QAT, QKD, SQAKD, DoReFa, Features, distill, prepare, use_quantizers
+from qakd_plugin import EWGS, KD, KL, LSQ, PACT, QAT, QKD, SQAKD, DoReFa, Features, distill, prepare, use_quantizers
 from qakd_plugin._common.files import atomic_path, write_atomic
 from qakd_plugin.runtimes.host import environment
 
@@ -56,9 +60,13 @@ METHODS: dict[str, Callable[[str], Any]] = {
     "KD with labels": lambda network: KD(),
     "QKD": lambda network: QKD(),
     "SQuaT": lambda network: SQAKD(features=Features(FEATURES[network], through_quantizer=True)),
+    "dampening": lambda network: SQAKD(dampening=1e-2),
+    "standardized logits": lambda network: SQAKD(match={"logits": KL(temperature=2.0, standardize=True)}),
 }
-BATCH, LR = 64, 2e-2
-RATES = (5e-3, LR, 8e-2)
+LATE = ("standardized logits", "dampening")
+"""Trained last: options of SQAKD of which the study says whether they stay."""
+BATCH, LR = 64, 5e-3
+RATES = (LR / 4, LR, LR * 4)
 """Of which LR has the best mean over the students of rate_cells()."""
 
 HELD_OUT, RATES_SEED, FIRST_SEED = 1000, 0, 1
@@ -89,7 +97,12 @@ class Size:
     test_images: int
 
 
-SMALL, FULL = Size(4000, 1000, 4, 5, 8, 12_000, 3, 4000), Size(59_000, 59_000, 30, 5, 16, 59_000, 60, 10_000)
+SMALL, FULL = Size(4000, 2000, 6, 5, 8, 12_000, 3, 4000), Size(59_000, 59_000, 30, 5, 16, 59_000, 60, 10_000)
+
+BRIEF = replace(FULL, epoch=20_000, epochs=3, teacher_epochs=6)
+"""The large study as far as it goes in minutes on a GPU: fewer epochs, nothing else."""
+TINY = Size(64, 64, 1, 1, 4, 256, 1, 64)
+"""One student: whether the study runs."""
 
 
 @dataclass(frozen=True)
@@ -123,10 +136,11 @@ def cells(size: Size) -> list[Cell]:
             for method in methods
         ]
 
-    others = tuple(name for name in METHODS if name not in ("QAT", "SQAKD"))
+    others = tuple(name for name in METHODS if name not in ("QAT", "SQAKD", *LATE))
     found = some(("LSQ",), (2, 3), ("QAT", "SQAKD")) + some(("LSQ",), (2,), others) + some(("LSQ",), (4, 8), ("QAT", "SQAKD"))
     found += some(("PACT", "DoReFa", "EWGS"), (2, 3, 4), ("QAT", "SQAKD"))
-    return found + some(("LSQ",), (3, 4, 8), others) + some(("PACT", "DoReFa", "EWGS"), (8,), ("QAT", "SQAKD"))
+    found += some(("LSQ",), (3, 4, 8), others) + some(("PACT", "DoReFa", "EWGS"), (8,), ("QAT", "SQAKD"))
+    return found + some(("LSQ",), (2, 3, 4), LATE)
 
 
 def rate_cells() -> list[Cell]:
@@ -142,40 +156,72 @@ class Study:
         folder: of its files.
         data: of the images.
         device: that is trained on.
+        teacher_seconds: for each network in full precision, which is trained for fewer epochs where they would take longer.
     """
 
-    def __init__(self, size: Size, folder: Path, data: Path, device: str) -> None:
-        self._size, self._folder, self._device = size, folder, device
+    def __init__(self, size: Size, folder: Path, data: Path, device: str, teacher_seconds: float = math.inf) -> None:
+        self._size, self._folder, self._device, self._teacher_seconds = size, folder, device, teacher_seconds
         (images, labels), (test, answers) = fashion.load(data)
         self.test: Split = (test[: size.test_images], answers[: size.test_images])
         self.validation: Split = (images[-HELD_OUT:], labels[-HELD_OUT:])
         self.pool: Split = (images[: size.teacher_images], labels[: size.teacher_images])
         self.train: Split = (images[: size.images], labels[: size.images])
 
+    def record(self, name: str) -> Path:
+        """File of a network in full precision: the epochs of its training, seconds, and accuracy on the test split."""
+        return self._folder / f"teacher-{name.replace(' ', '_')}.json"
+
     @cache  # noqa: B019 - a study lives as long as its process
     def teacher(self, name: str) -> nn.Module:
         """The network in full precision, trained once and kept."""
         torch.manual_seed(0)
         network = fashion.ResNet(width=self._size.width) if name == RESNET else fashion.mobilenet()
-        path = self._folder / f"teacher-{name.replace(' ', '_')}.pt"
+        path = self.record(name).with_suffix(".pt")
         if not path.is_file():
-            self._train(network.to(self._device))
+            started, epochs = time.perf_counter(), self._train(network.to(self._device))
             with atomic_path(path) as temporary:
                 torch.save(network.state_dict(), temporary)
+            found = {"epochs": epochs, "seconds": round(time.perf_counter() - started, 1)}
+            found["accuracy"] = accuracy(network.eval(), *self.test)
+            write_atomic(self.record(name), json.dumps(found) + "\n")
         network.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
         return network.to(self._device).eval()
 
-    def _train(self, network: nn.Module) -> None:
-        images, labels = self.pool
+    def _train(self, network: nn.Module) -> int:
+        """Epochs that there was time for, at least one."""
+        images, _ = self.pool
+        epochs, steps = self._size.teacher_epochs, -(-len(images) // 128)
+        if self._teacher_seconds < math.inf:
+            seconds = steps * self._seconds_per_step(copy.deepcopy(network))
+            epochs = max(1, min(epochs, int(self._teacher_seconds / seconds)))
         optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2, weight_decay=1e-2)
-        steps = self._size.teacher_epochs * -(-len(images) // 128)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=steps)
-        for _ in range(self._size.teacher_epochs):
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=epochs * steps)
+        for _ in range(epochs):
             for rows in torch.randperm(len(images)).split(128):
-                F.cross_entropy(network(images[rows].to(self._device)), labels[rows].to(self._device)).backward()
-                optimizer.step()
-                optimizer.zero_grad()
+                self._step(network, optimizer, rows)
                 schedule.step()
+        return epochs
+
+    def _step(self, network: nn.Module, optimizer: torch.optim.Optimizer, rows: Tensor) -> None:
+        images, labels = self.pool
+        F.cross_entropy(network(images[rows].to(self._device)), labels[rows].to(self._device)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def _seconds_per_step(self, network: nn.Module) -> float:
+        """Of a step of training, which ``network`` is lost to."""
+        optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2, weight_decay=1e-2)
+        rows = torch.arange(min(128, len(self.pool[0])))
+
+        def steps(count: int) -> float:
+            started = time.perf_counter()
+            for _ in range(count):
+                self._step(network, optimizer, rows)
+            float(next(network.parameters()).detach().flatten()[0])  # waits for a GPU
+            return (time.perf_counter() - started) / count
+
+        steps(5)  # the first are slower
+        return steps(20)
 
     def student(self, cell: Cell) -> nn.Module:
         """Prepared and calibrated, not trained."""
@@ -208,9 +254,9 @@ class Study:
 
 
 @cache
-def open_study(size: Size, folder: Path, data: Path, device: str) -> Study:
+def open_study(size: Size, folder: Path, data: Path, device: str, teacher_seconds: float = math.inf) -> Study:
     """Of this process."""
-    return Study(size, folder, data, device)
+    return Study(size, folder, data, device, teacher_seconds)
 
 
 def train(size: Size, folder: Path, data: Path, device: str, cell: Cell) -> dict[str, float]:
@@ -334,26 +380,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=fashion.DEBIAN, help="folder of Fashion-MNIST (%(default)s)")
     parser.add_argument("--rates", action="store_true", help="train only the students that choose the rate")
-    parser.add_argument("--full", dest="size", action="store_const", const=FULL, default=SMALL, help="the large study")
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument("--full", dest="size", action="store_const", const=FULL, default=SMALL, help="the large study")
+    sizes.add_argument("--brief", dest="size", action="store_const", const=BRIEF, help="the large study, in few epochs")
+    sizes.add_argument("--tiny", dest="size", action="store_const", const=TINY, help="one student on a few images")
+    parser.add_argument("--teacher-seconds", type=float, default=math.inf, help="for each network in full precision")
     parser.add_argument("--device", default="cpu", help="of training: cpu or cuda (%(default)s)")
     add_arguments(parser, "runs/fashion_study")
     parser.add_argument("--out", type=Path, help="JSON file for the figures; the tables too, if it is the default one")
     options = parser.parse_args()
+    began = time.monotonic()
     torch.set_num_threads(1)
     size = options.size
-    folder = options.cells / "full" if size == FULL else options.cells
+    folder = options.cells / {FULL: "full", BRIEF: "brief", TINY: "tiny"}.get(size, "")
     folder.mkdir(parents=True, exist_ok=True)
-    study = open_study(size, folder, options.data, options.device)
+    study = open_study(size, folder, options.data, options.device, options.teacher_seconds)
     for name in FEATURES:
         study.teacher(name)  # before other processes want it
     wanted = rate_cells() if options.rates else cells(size)
+    if size == TINY:
+        wanted = wanted[:1]
     students = {folder / f"{cell.slug}.json": (size, folder, options.data, options.device, cell) for cell in wanted}
-    train_missing(train, students, processes=options.processes, minutes=options.minutes)
+    minutes = options.minutes - (time.monotonic() - began) / 60
+    train_missing(train, students, processes=options.processes, minutes=minutes)
     rows = read(size, folder)
     document = {
         "environment": environment(),
         "size": vars(size),
         "device": options.device,
+        "teachers": {name: json.loads(study.record(name).read_text()) for name in FEATURES if study.record(name).is_file()},
         "rates": read_rates(folder),
         "calibrated": calibrated(study, rows, folder),
         "rows": rows,

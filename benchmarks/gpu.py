@@ -1,22 +1,23 @@
 """All that needs a GPU, in one script of at most nine minutes, for a machine that is lent for a quarter of an hour.
 
-    python benchmarks/gpu.py --collect wheels                      # with a network: what the other machine lacks
+    python benchmarks/gpu.py --collect wheels                      # with a network: what the other machine lacks, and images
     python3 benchmarks/gpu.py --wheels wheels --out runs/gpu       # there: no network is needed
     python benchmarks/gpu.py --device cpu --dry --out runs/gpu     # here: every stage, on tiny sizes
 
 The other machine has Python 3.12, torch 2.11 or later, and what THERE lists; what else the package imports is collected as
-wheels, for x86-64, and the package itself runs from this folder's parent.
+wheels, for x86-64, beside the images of Fashion-MNIST (--data), and the package itself runs from this folder's parent.
 
 Stages stand in the order of their worth. Each is a process of its own with a limit of its own, whatever it started ends with
 it, and ``gpu.json`` is written anew as each ends, so that a run that is cut leaves what it found:
 
 1. tests: the tests marked ``cuda``, which no machine without a GPU can run;
 2. steps: what a step costs, ours and one written by hand, and how often the host waits for the GPU (distill_step.py);
-3. evidence: students of the large study, as far as the time goes (evidence.py --full);
-4. augmentation: what each augmentation costs (augmentation_cost.py);
-5. scale: what an ImageNet run and a large language model would cost there (scale.py);
-6. engines: what runtimes are there, and what TensorRT says (engines.py);
-7. suite: the tests of training, which train on a GPU where there is one.
+3. kernels: the same steps with compiled quantizers;
+4. evidence: students on Fashion-MNIST, as far as the time goes (fashion_study.py --brief);
+5. augmentation: what each augmentation costs (augmentation_cost.py);
+6. scale: what an ImageNet run and a large language model would cost there (scale.py);
+7. engines: what runtimes are there, and what TensorRT says (engines.py);
+8. suite: the tests of training, which train on a GPU where there is one.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -42,7 +44,11 @@ ROOT = Path(__file__).resolve().parents[1]
 BUDGET = 520.0
 """Seconds for all stages."""
 LARGEST = 56 * 2**20
-"""Bytes of all wheels together: what may be carried, less this repository."""
+"""Bytes of all wheels and images together: what may be carried, less this repository."""
+IMAGES = "fashion-mnist"
+"""Folder of Fashion-MNIST, beside the wheels."""
+DEBIAN = Path("/usr/share/datasets") / IMAGES
+"""Where Debian's package dataset-fashion-mnist has it."""
 PYTHON = "3.12"
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (28, 27, 24, 17)] + ["manylinux2014_x86_64", "manylinux1_x86_64"]
 WHEELS = (
@@ -74,12 +80,14 @@ class Run:
         dry: tiny sizes.
         folder: a new one, for the files of the stages.
         seconds: that are left for the stage, at most.
+        data: folder of Fashion-MNIST.
     """
 
     device: str
     dry: bool
     folder: Path
     seconds: float
+    data: Path
 
 
 @dataclass(frozen=True)
@@ -111,7 +119,8 @@ def _tests(run: Run) -> list[list[str]]:
     if run.dry:
         chosen = ["tests/training/test_devices.py", "-k", "float64 or counting"]
     else:
-        chosen = ["tests/training/test_devices.py", "tests/training/test_networks.py", "-m", "cuda or not cuda"]
+        files = ("training/test_devices.py", "quantizers/test_compiled.py", "training/test_networks.py")
+        chosen = [*(f"tests/{name}" for name in files), "-m", "cuda or not cuda"]
     return [_pytest(run, *chosen)]
 
 
@@ -148,12 +157,25 @@ def _steps(run: Run) -> list[list[str]]:
     return [measured(128, 30, "--loop", 60), measured(1024, 10, "--loop", 20), measured(256, 20, *compiled)]
 
 
+_KERNELS = ("SQAKD, LSQ", "SQAKD, LSQ, bf16, channels_last")
+
+
+def _kernels(run: Run) -> list[list[str]]:
+    names = [name + ending for name in _KERNELS for ending in ("", ", compiled quantizers")]
+    size = ("--batch", 2, "--rounds", 1, "--threads", 1) if run.dry else ("--batch", 1024, "--rounds", 20)
+    chosen = [part for name in names for part in ("--variant", name)]
+    common = ("--device", run.device, "--seeds", 0, "--no-memory", "--out", run.folder / "kernels.json")
+    return [_script("distill_step.py", *common, *size, *chosen)]
+
+
 def _evidence(run: Run) -> list[list[str]]:
+    out = ("--data", run.data, "--device", run.device, "--cells", run.folder, "--out", run.folder / "fashion.json")
     if run.dry:
-        return [_script("evidence.py", "--tiny", "--cells", run.folder / "cells", "--out", run.folder / "evidence.json")]
-    minutes = max(0.1, run.seconds / 60 - 0.5)  # a student that has begun is finished
-    parts = ("--full", "--processes", max(1, min(12, (os.cpu_count() or 2) - 2)), "--minutes", minutes)
-    return [_script("evidence.py", *parts, "--cells", run.folder / "cells", "--out", run.folder / "evidence.json")]
+        return [_script("fashion_study.py", "--tiny", "--teacher-seconds", 1, *out)]
+    processes = max(1, min(6, (os.cpu_count() or 2) - 2))
+    minutes = max(0.1, run.seconds / 60 - 1)  # a student that has begun is finished
+    bounds = ("--teacher-seconds", run.seconds / 7, "--processes", processes, "--minutes", minutes)
+    return [_script("fashion_study.py", "--brief", *bounds, *out)]
 
 
 def _augmentation(run: Run) -> list[list[str]]:
@@ -217,6 +239,7 @@ def _outcomes(run: Run) -> dict[str, Any] | None:
 STAGES = (
     Stage("tests", 110, _tests, _outcomes),
     Stage("steps", 170, _steps, _json_files),
+    Stage("kernels", 60, _kernels, _json_files),
     Stage("evidence", 150, _evidence, _json_files),
     Stage("augmentation", 40, _augmentation, _json_files),
     Stage("scale", 60, _scale, _json_files),
@@ -226,7 +249,7 @@ STAGES = (
 
 
 def carry_out(
-    stages: Sequence[Stage], out: Path, *, device: str, dry: bool, budget: float, environment: dict[str, str]
+    stages: Sequence[Stage], out: Path, *, device: str, dry: bool, budget: float, data: Path, environment: dict[str, str]
 ) -> dict[str, Any]:
     """Run the stages one after the other, and write ``gpu.json`` as each ends.
 
@@ -235,6 +258,7 @@ def carry_out(
         out: folder of gpu.json and the logs.
         device: that they are told.
         dry: whether sizes are tiny.
+        data: folder of Fashion-MNIST.
         budget: seconds for all; a stage for which nothing is left is written down as left out.
         environment: of their processes.
 
@@ -251,7 +275,7 @@ def carry_out(
         else:
             with tempfile.TemporaryDirectory(prefix="qakd-gpu-", ignore_cleanup_errors=True) as folder:
                 seconds = stage.seconds * (_PATIENCE if device == "cpu" else 1)
-                run = Run(device, dry, Path(folder), min(seconds, left))
+                run = Run(device, dry, Path(folder), min(seconds, left), data)
                 document["stages"][stage.name] = _stage(stage, run, out / f"{stage.name}.log", environment)
         _write(out / "gpu.json", document)
         print(f"{stage.name}: {document['stages'][stage.name]['ended']}", flush=True)
@@ -302,8 +326,8 @@ def _write(path: Path, document: dict[str, Any]) -> None:
     os.replace(temporary, path)
 
 
-def collect(folder: Path) -> int:
-    """Download the wheels for the other machine. Their size in bytes.
+def collect(folder: Path, data: Path) -> int:
+    """Download the wheels for the other machine, and lay the images of ``data`` beside them. Their size in bytes.
 
     Raises:
         SystemExit: they are too large to be carried.
@@ -313,7 +337,12 @@ def collect(folder: Path) -> int:
     wanted += [part for platform in PLATFORMS for part in ("--platform", platform)]
     wanted += ["--constraint", str(ROOT / "constraints.txt"), "--dest", str(folder)]
     subprocess.run([*_python("-m", "pip", "download", "--quiet", *wanted), *WHEELS], check=True)
-    sizes = {path.name: path.stat().st_size for path in sorted(folder.glob("*.whl"))}
+    if data.is_dir():
+        shutil.copytree(data, folder / IMAGES, dirs_exist_ok=True)
+    else:
+        print(f"No Fashion-MNIST in {data}: its stage will end at once. apt-get install dataset-fashion-mnist, or --data DIR.")
+    carried = [*folder.glob("*.whl"), *(folder / IMAGES).glob("*")]
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(carried)}
     for name, size in sizes.items():
         print(f"{size / 2**20:7.2f} MiB  {name}")
     total = sum(sizes.values())
@@ -349,14 +378,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--collect", type=Path, metavar="DIR", help="download what the other machine lacks, and end")
     parser.add_argument("--wheels", type=Path, metavar="DIR", help="unpack these first")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="Fashion-MNIST; by default beside the wheels, else Debian's")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder of gpu.json and the logs (%(default)s)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--dry", action="store_true", help="tiny sizes: whether every stage runs")
     parser.add_argument("--stages", help=f"of {','.join(stage.name for stage in STAGES)}; all by default")
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for all stages (%(default)s)")
     options = parser.parse_args()
+    carried = None if options.wheels is None else options.wheels / IMAGES
+    data = options.data or (carried if carried is not None and carried.is_dir() else DEBIAN)
     if options.collect is not None:
-        collect(options.collect)
+        collect(options.collect, data)
         return
     names = [stage.name for stage in STAGES]
     wanted = names if options.stages is None else options.stages.split(",")
@@ -370,7 +402,7 @@ def main() -> None:
             site = Path(folder)
             install(options.wheels, site)
         left = options.budget - (time.monotonic() - began)
-        chosen: dict[str, Any] = {"device": options.device, "dry": options.dry, "budget": left}
+        chosen: dict[str, Any] = {"device": options.device, "dry": options.dry, "budget": left, "data": data.resolve()}
         document = carry_out(stages, options.out, environment=environment_for(options.device, site), **chosen)
     print(options.out / "gpu.json")
     if options.dry and any(found["ended"] != "well" for found in document["stages"].values()):

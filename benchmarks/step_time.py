@@ -24,6 +24,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from torch import nn
 from qakd_plugin import EWGS, LSQ, PACT, DoReFa, prepare, use_quantizers
 from qakd_plugin._common.console import track
 from qakd_plugin.demo.net import Block
+from qakd_plugin.quantizers.compiled import compiled_kernels
 from qakd_plugin.runtimes.host import environment, is_busy
 from qakd_plugin.toolkits import adapter_for
 
@@ -51,14 +53,16 @@ KEEP_MEMORY = {
     "MALLOC_TRIM_THRESHOLD_": str(4 * 2**30),
     "MALLOC_TOP_PAD_": str(64 * 2**20),
 }
-CHANNELS_LAST = ", channels_last"
-"""At the end of a variant's name: the network and its input lie in memory that way."""
+CHANNELS_LAST, COMPILED = ", channels_last", ", compiled"
+"""In a variant's name: the network and its input lie in memory that way; learned quantizers run in compiled kernels."""
 VARIANTS: dict[str, tuple[str | None, Any]] = {
     "FP32": (None, None),
     "FP32, channels_last": (None, None),
     "ModelOpt, its own": ("modelopt", None),
     "ModelOpt LSQ": ("modelopt", LSQ()),
     "ModelOpt LSQ, channels_last": ("modelopt", LSQ()),
+    "ModelOpt LSQ, compiled": ("modelopt", LSQ()),
+    "ModelOpt LSQ, channels_last, compiled": ("modelopt", LSQ()),
     "ModelOpt PACT": ("modelopt", PACT()),
     "ModelOpt DoReFa": ("modelopt", DoReFa()),
     "ModelOpt EWGS": ("modelopt", EWGS()),
@@ -103,12 +107,14 @@ def make_step(variant: str, batch: int) -> Callable[[], None]:
         if quantizer is not None:
             use_quantizers(model, quantizer)
         adapter_for(model).set_mode(model, True)
-    if variant.endswith(CHANNELS_LAST):
+    if CHANNELS_LAST in variant:
         model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
 
     def step() -> None:
-        F.cross_entropy(model(x), y).backward()
+        with compiled_kernels(x.device) if COMPILED in variant else nullcontext():
+            loss = F.cross_entropy(model(x), y)
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 

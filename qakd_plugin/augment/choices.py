@@ -8,6 +8,13 @@ Labels = Literal["dataset", "teacher"]
 """Whose labels: the data set's, or the teacher's answers on the images before augmentation."""
 LABELS: tuple[Labels, ...] = get_args(Labels)
 
-Form = Literal["centroid", "ce"]
-"""What is subtracted from CMI: the centroid divergence, or the cross-entropy."""
+Form = Literal["centroid", "ce", "pair"]
+"""What is subtracted from CMI: the centroid divergence, the cross-entropy, or the divergence of the student."""
 FORMS: tuple[Form, ...] = get_args(Form)
+
+PARTS: dict[str, tuple[str, str]] = {
+    "ce": ("cross_entropy", "cross-entropy"),
+    "centroid": ("centroid_divergence", "centroid divergence"),
+    "pair": ("student_divergence", "student's divergence"),
+}
+"""By form: the attribute that is subtracted from CMI, and its name."""

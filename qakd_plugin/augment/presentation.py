@@ -13,11 +13,9 @@ from rich.text import Text
 
 from .._common.console import cell
 from .._common.files import write_atomic
+from .choices import PARTS
 from .cmi import AugmentationScore
 from .ranking import Ranking
-
-PARTS = {"ce": ("cross_entropy", "cross-entropy"), "centroid": ("centroid_divergence", "centroid divergence")}
-"""By form: the attribute that is subtracted from CMI, and its name."""
 
 
 def console_table(ranking: Ranking) -> Table:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import QakdError
+from ..tasks.inputs import device_of_network
 from ..tasks.outputs import logits_for
 from .candidates import Candidate, one_hot
 from .cmi import AugmentationScore, CmiStatistics
@@ -69,10 +70,19 @@ class Race:
         labels: "dataset" or "teacher".
         form: of the score.
         confidence: of ties, and that the best is not given up.
+        student: in eval mode, which form "pair" compares with the teacher; None for the other forms.
     """
 
-    def __init__(self, teacher: nn.Module, source: Source, labels: str, form: str, confidence: float) -> None:
-        self.teacher, self.source, self.labels = teacher, source, labels
+    def __init__(
+        self,
+        teacher: nn.Module,
+        source: Source,
+        labels: str,
+        form: str,
+        confidence: float,
+        student: nn.Module | None = None,
+    ) -> None:
+        self.teacher, self.source, self.labels, self.student = teacher, source, labels, student
         self.form, self.confidence = form, confidence
         self.forwards, self.classes = 0, 0
         parameter = next(teacher.parameters(), None)
@@ -176,12 +186,12 @@ class Race:
             candidate = entrant.candidate
             if candidate.transform is None and candidate.mix is None:
                 clean = self._logits(images) if clean is None else clean
-                self._count(entrant, clean, labels)
+                self._count(entrant, images, clean, labels)
                 continue
             targets = labels_for_mix if candidate.mix else labels
             augmented, mixed = candidate(images, targets, seeds=chunk.seeds, partner=min(_PARTNER, len(images) - 1))
             assert mixed is not None
-            self._count(entrant, self._logits(augmented), mixed)
+            self._count(entrant, augmented, self._logits(augmented), mixed)
 
     def _checked_one_hot(self, labels: Tensor) -> Tensor:
         if not labels.is_floating_point() and not ((labels >= 0) & (labels < self.classes)).all():
@@ -189,18 +199,26 @@ class Race:
             raise QakdError(f"label {int(wrong)} is out of range: it must lie in the teacher's classes, 0..{self.classes - 1}.")
         return one_hot(labels, self.classes)
 
-    def _count(self, entrant: Entrant, logits: Tensor, targets: Tensor) -> None:
+    def _count(self, entrant: Entrant, images: Tensor, logits: Tensor, targets: Tensor) -> None:
         if entrant.statistics is None:
             device = "cpu" if logits.device.type == "mps" else logits.device  # which knows no float64
             entrant.statistics = CmiStatistics(self.classes, device=device)
         try:
-            entrant.statistics.update(logits, targets)
+            entrant.statistics.update(logits, targets, self._student_logits(images))
         except QakdError as error:
             raise QakdError(f"candidate {entrant.candidate.name!r}: {error}") from error
 
     def _logits(self, images: Tensor) -> Tensor:
         self.forwards += len(images)
-        logits = logits_for(self.teacher, self.source.unit_range.normalised(images), "teacher")
+        return self._of(self.teacher, images, "teacher")
+
+    def _student_logits(self, images: Tensor) -> Tensor | None:
+        if self.student is None:
+            return None
+        return self._of(self.student, images.to(device_of_network(self.student)), "student").to(self.device)
+
+    def _of(self, network: nn.Module, images: Tensor, name: str) -> Tensor:
+        logits = logits_for(network, self.source.unit_range.normalised(images), name)
         if logits.ndim != 2:
-            raise QakdError(f"teacher must output logits (N, C), got shape {tuple(logits.shape)}.")
+            raise QakdError(f"{name} must output logits (N, C), got shape {tuple(logits.shape)}.")
         return logits.float()

@@ -15,8 +15,9 @@ from .._common.one_at_a_time import one_at_a_time
 from .._common.rng_state import generators_of, undisturbed
 from ..errors import QakdError
 from ..tasks.batches import BatchFn, default_batch
+from ..toolkits import adapter_for
 from .candidates import Candidate, Candidates, resolve_candidates
-from .choices import LABELS
+from .choices import LABELS, PARTS
 from .cmi import DEFAULT_FORM, AugmentationScore, check_form
 from .compositions import Search, mixture
 from .data import Source, Stats, UnitRange
@@ -55,14 +56,10 @@ class Ranking(Sequence[AugmentationScore]):
     def explanation(self) -> str:
         """One line: what came first, by how much, and what the data leave open."""
         best = self.records[0]
-        against, value = (
-            ("centroid divergence", best.centroid_divergence)
-            if best.form == "centroid"
-            else ("cross-entropy", best.cross_entropy)
-        )
+        part, against = PARTS[best.form]
         line = (
-            f"{best.name}: score {best.score:.4f} (CMI {best.cmi:.4f} - {against} {value:.4f}) on {best.num_samples} images, "
-            f"first of {len(self)}"
+            f"{best.name}: score {best.score:.4f} (CMI {best.cmi:.4f} - {against} {getattr(best, part):.4f}) on "
+            f"{best.num_samples} images, first of {len(self)}"
         )
         tied = [record.name for record in self.records[1:] if record.tied_with_best]
         if tied:
@@ -87,6 +84,7 @@ def rank_augmentations(
     input_stats: Stats | None = None,
     batch_fn: BatchFn = default_batch,
     search: Search | None = None,
+    student: nn.Module | None = None,
 ) -> Ranking:
     """Rank augmentations for distillation by what the teacher says about augmented images; nothing is trained.
 
@@ -106,19 +104,22 @@ def rank_augmentations(
         labels: "dataset", or "teacher": its own answers on the images before augmentation; then no labels are read.
         max_samples: images per candidate at most; None for all.
         seed: of the order of images and of all draws.
-        form: "ce" or "centroid": what is subtracted from CMI.
+        form: "ce", "centroid" or "pair": what is subtracted from CMI; see :func:`cmi_score`.
         race: False scores every candidate on all images.
         confidence: of intervals, ties and the race.
         input_stats: (mean, std) per channel when the data are normalised.
         batch_fn: splits a batch into (images, labels or None).
         search: also compositions of two operations with magnitudes; see :class:`~qakd_plugin.augment.Search`.
+        student: prepared and calibrated, for form="pair"; used, and left, in eval mode with frozen ranges, as ``prepare``
+            returns it.
 
     Returns:
-        Records with name, score, cmi, centroid_divergence, cross_entropy, variance, num_samples, interval; best first. It is a
-        sequence, with ``explanation`` and ``teacher_forwards``.
+        Records with name, score, cmi, centroid_divergence, cross_entropy, variance, num_samples, interval, and with a student
+        student_divergence; best first. It is a sequence, with ``explanation`` and ``teacher_forwards``.
 
     Raises:
         LabelsRequiredError: labels="dataset", and there are none.
+        NotPreparedError: no toolkit prepared the student.
         QakdError: a candidate changes shape or dtype or leaves [0, 1], images are not in [0, 1], labels are out of range, or an
             argument is wrong; names it.
 
@@ -133,10 +134,18 @@ def rank_augmentations(
         raise QakdError(
             "search= reads the data twice, but data is an iterator: pass a Dataset, a DataLoader or a list of batches."
         )
+    if check_form(form) == "pair" and student is None:
+        raise QakdError('form="pair" compares a student with the teacher: pass student=prepared, or form="ce".')
+    if form != "pair" and student is not None:
+        raise QakdError(f'student= is asked with form="pair" alone: pass that, or leave it out with form={form!r}.')
     found = resolve_candidates(candidates)
     composed = () if search is None else search.candidates(seed)
     source = Source(data, batch_fn, UnitRange(input_stats), seed, max_samples)
-    contest = Race(teacher, source, labels, check_form(form), confidence)
+    if student is not None:
+        adapter = adapter_for(student)
+        adapter.set_mode(student, False)
+        adapter.freeze_ranges(student, True)
+    contest = Race(teacher, source, labels, form, confidence, student)
     with undisturbed(generators_of(data)), eval_mode(teacher), torch.no_grad():
         entrants = contest.run([*found, *composed], losers_leave=race)
         if search is not None:

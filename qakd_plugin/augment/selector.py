@@ -31,7 +31,7 @@ class CMISelector:
         max_samples: images per candidate at most; None for all.
         every: rank again every so many epochs, on other images and draws and, where it learns, with the teacher as it is then;
             None ranks once, before training.
-        form: "ce" or "centroid".
+        form: "ce", "centroid" or "pair", which asks the student as it is then beside the teacher; see ``cmi_score``.
         labels: "dataset", "teacher", or "auto": the data set's where the method reads labels anyway, else the teacher's
             answers.
         search: also compositions of two operations; see :class:`~qakd_plugin.augment.Search`.
@@ -64,8 +64,8 @@ class CMISelector:
 class Augmentation(Protocol):
     """What a training loop needs of an augmentation: see :class:`FixedAugmentation` and :class:`SelectedAugmentation`."""
 
-    def prepare(self, epoch: int, teacher: nn.Module | None, needs_labels: bool) -> None:
-        """Called before an epoch."""
+    def prepare(self, epoch: int, teacher: nn.Module | None, student: nn.Module, needs_labels: bool) -> None:
+        """Called before an epoch; the student may be left in eval mode with frozen ranges."""
 
     def __call__(self, x: Tensor, labels: Any) -> tuple[Tensor, Any]:
         """Images as the loader yields them, and labels, as both networks and the losses get them."""
@@ -96,7 +96,7 @@ class FixedAugmentation:
             raise QakdError(f"augment must be a callable on a batch of [0, 1] images, got {type(transform).__name__}.")
         self.transform, self.unit_range = transform, UnitRange(input_stats)
 
-    def prepare(self, epoch: int, teacher: nn.Module | None, needs_labels: bool) -> None:
+    def prepare(self, epoch: int, teacher: nn.Module | None, student: nn.Module, needs_labels: bool) -> None:
         """Nothing is chosen."""
 
     def __call__(self, x: Tensor, labels: Any) -> tuple[Tensor, Any]:
@@ -164,12 +164,13 @@ class SelectedAugmentation:
         self._records: list[dict[str, Any]] | None = None  # of this epoch's ranking
         self._score = 0.0
 
-    def prepare(self, epoch: int, teacher: nn.Module | None, needs_labels: bool) -> None:
+    def prepare(self, epoch: int, teacher: nn.Module | None, student: nn.Module, needs_labels: bool) -> None:
         """Rank where an epoch calls for it. Draws nothing from training, so that a resumed run repeats it.
 
         Args:
             epoch: that begins, from 0.
             teacher: on its device, in any mode.
+            student: likewise; where it is asked, it is left in eval mode with frozen ranges.
             needs_labels: whether the phase reads labels.
         """
         every = self.selector.every
@@ -192,6 +193,7 @@ class SelectedAugmentation:
             input_stats=self.unit_range.input_stats,
             batch_fn=self.batch_fn,
             search=self.selector.search,
+            student=student if self.selector.form == "pair" else None,
         )
         # Processes score the same images, but a last bit may differ between devices: the first one decides.
         found: list[Any] = [_plain(ranking.candidates[0]), list(ranking.records), ranking.num_classes, ranking.explanation]
@@ -200,7 +202,9 @@ class SelectedAugmentation:
     def _choose(self, plain: dict[str, Any], records: list[AugmentationScore], classes: int, explanation: str) -> None:
         self.chosen, self._extremes = self._candidate(plain), None
         self.classes = classes
-        parts = ("name", "score", "cmi", "cross_entropy", "centroid_divergence", "form")
+        parts = ["name", "score", "cmi", "cross_entropy", "centroid_divergence", "form"]
+        if records[0].student_divergence is not None:
+            parts.append("student_divergence")
         self._records = [{part: getattr(record, part) for part in parts} for record in records]
         self._score = records[0].score
         line = f"augmentation by contextual mutual information: {explanation}"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import QakdError
+from .choices import PARTS
 
 
 @dataclass(frozen=True)
@@ -19,10 +20,12 @@ class Figures:
     centroid_divergence: float
     cross_entropy: float
     variance: float
+    student_divergence: float
 
     def score(self, form: str) -> float:
         """CMI minus what ``form`` names."""
-        return self.cmi - (self.centroid_divergence if form == "centroid" else self.cross_entropy)
+        subtracted: float = getattr(self, PARTS[form][0])
+        return self.cmi - subtracted
 
 
 class Sums:
@@ -42,16 +45,17 @@ class Sums:
         """Row y is the sum of P_x over class y."""
         self.log_hits = self.count.new_full((blocks, classes), -math.inf)
         """Log of the diagonal of ``predictions``, which may be too small for float64 itself."""
-        self.scalars = self.count.new_zeros(blocks, 3)
-        """Sums of the entropy of P_x, of |P_x|^2 and of the cross-entropy."""
+        self.scalars = self.count.new_zeros(blocks, 4)
+        """Sums of the entropy of P_x, of |P_x|^2, of the cross-entropy and of the student's divergence."""
 
-    def add(self, log_p: Tensor, targets: Tensor, block: Tensor) -> None:
+    def add(self, log_p: Tensor, targets: Tensor, block: Tensor, log_s: Tensor | None = None) -> None:
         """Count images.
 
         Args:
             log_p: float64 (n, C), logarithms of the predictions.
             targets: int64 (n,) or float64 (n, C).
             block: int64 (n,): of each image.
+            log_s: as ``log_p``, of the student; None counts no divergence.
         """
         p, classes = log_p.exp(), log_p.shape[1]
         if targets.is_floating_point():
@@ -73,7 +77,9 @@ class Sums:
         new = _scatter_logsumexp(weight.log() + hits, cell, self.log_hits.numel())
         self.log_hits = torch.logaddexp(self.log_hits, new.view_as(self.log_hits))
         own = torch.stack([-(p * log_p).sum(1), p.square().sum(1)], 1)[row]
-        self.scalars.index_add_(0, block[row], weight[:, None] * torch.cat([own, -hits[:, None]], 1))
+        self.scalars[:, :3].index_add_(0, block[row], weight[:, None] * torch.cat([own, -hits[:, None]], 1))
+        if log_s is not None:
+            self.scalars[:, 3].index_add_(0, block, (p * (log_p - log_s)).sum(1))
 
     def figures(self) -> Figures:
         """CMI and the rest, of all images."""
@@ -119,7 +125,8 @@ def _figures(count: Tensor, mass: Tensor, predictions: Tensor, log_hits: Tensor,
     spread = scalars[:, 1] - (mass * centroids.square().sum(2)).sum(1)
     far = (mass.log() - log_hits).where(present, torch.zeros_like(mass)).sum(1) / present.sum(1)
     # Rounding may leave a little below zero what cannot be negative.
-    columns = (within.clamp(min=0) / count, far, scalars[:, 2] / count, spread.clamp(min=0) / count)
+    within, spread, apart = within.clamp(min=0), spread.clamp(min=0), scalars[:, 3].clamp(min=0)
+    columns = (within / count, far, scalars[:, 2] / count, spread / count, apart / count)
     return [Figures(*row) for row in torch.stack(columns, 1).tolist()]
 
 
@@ -145,6 +152,19 @@ def check_pair(logits: Tensor, targets: Tensor, classes: int, start: int = 0) ->
         raise QakdError(
             f"targets: label {int(targets[row])} of image {start + row} is out of range: it must lie in 0..{classes - 1}."
         )
+
+
+def check_student(student_logits: Tensor, logits: Tensor, start: int = 0) -> None:
+    """Whether the student's logits can stand beside the teacher's; ``start`` is the number of the first image."""
+    if student_logits.shape != logits.shape:
+        raise QakdError(
+            f"student_logits must have the shape of the teacher's logits, {tuple(logits.shape)}, got "
+            f"{tuple(student_logits.shape)}."
+        )
+    finite = student_logits.isfinite().all(1)
+    if not finite.all():
+        row = start + int((~finite).nonzero()[0])
+        raise QakdError(f"the student's logits of image {row} are not finite: calibrate it, and check its input_stats.")
 
 
 def _check_soft(logits: Tensor, targets: Tensor, start: int) -> None:

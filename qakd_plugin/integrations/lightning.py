@@ -73,6 +73,10 @@ class DistillationModule(_LightningModule):  # type: ignore[misc]
         self.adapter = adapter_for(prepared_model)
         self.method = SQAKD() if method is None else method
         self.settings = Settings() if settings is None else settings
+        if self.settings.trainable != "all":
+            raise QakdError(
+                f'DistillationModule trains all weights: trainable="{self.settings.trainable}" is for qakd.distill.'
+            )
         self.batch_fn = batch_fn
         self._split = batch_splitter(batch_fn, prepared_model)
         self.student = prepared_model

@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from . import compiled
 from .curvature import recorded_calls
 
 _hardtanh_backward = torch.ops.aten.hardtanh_backward.default
@@ -54,6 +56,8 @@ def fake_quantize(
     calls = recorded_calls()
     if calls is not None and delta is not None:
         return _twice_differentiable(x.float(), scale, low, high, shift, delta, calls).to(x.dtype)
+    if calls is None and compiled.are_on() and compiled.rows_of(x, scale) is not None:
+        return _Compiled.apply(x, scale, delta, low, high, shift, gradient_scale, through_rounding, decay)  # type: ignore[no-any-return, no-untyped-call]
     if _comes_in_blocks(x, scale):
         return _InBlocks.apply(x, scale, delta, low, high, shift, gradient_scale, through_rounding, decay)  # type: ignore[no-any-return, no-untyped-call]
     wide = x.float()
@@ -112,6 +116,33 @@ class _InBlocks(torch.autograd.Function):
             block, share = _gradients(upstream.float(), wide, out, scale, delta, ctx.numbers, needs_scale)
             downstream.copy_(block)
             total += share
+        return g, _gradient_of_scale(total, scale, ctx.numbers) if needs_scale else None, *_REST
+
+
+class _Compiled(torch.autograd.Function):
+    """The same in compiled kernels, which read memory once: the output is computed again rather than kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, delta: Tensor | None, *numbers: Any) -> Tensor:
+        ctx.save_for_backward(x, scale, delta)
+        ctx.numbers, ctx.rows = numbers, compiled.rows_of(x, scale)
+        return compiled.forward(x, scale, numbers[:3], ctx.rows)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, delta = ctx.saved_tensors
+        needs_scale, through_rounding = ctx.needs_input_grad[1], ctx.numbers[4]
+        g, total = compiled.backward(
+            gradient,
+            x,
+            scale,
+            delta,
+            ctx.numbers[:3],
+            ctx.rows,
+            through_rounding=through_rounding,
+            needs_scale=needs_scale,
+        )
         return g, _gradient_of_scale(total, scale, ctx.numbers) if needs_scale else None, *_REST
 
 

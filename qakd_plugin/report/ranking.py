@@ -18,6 +18,12 @@ _LARGEST = 1e100
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, 10.0, 10.0, 36.0
 _FILE_SIZE = (800.0, 520.0)
+_PARTS = {
+    "ce": ("cross_entropy", "cross-entropy"),
+    "centroid": ("centroid_divergence", "centroid divergence"),
+    "pair": ("student_divergence", "student's divergence"),
+}
+"""By form of the score: the figure that is subtracted from CMI, and its name."""
 
 
 @dataclass(frozen=True)
@@ -80,14 +86,12 @@ def ranking_plot(
     """Lay out records of a ranking; None where none has figures.
 
     Args:
-        records: name, cmi, form, cross_entropy or centroid_divergence; tied_with_best and dropped where they are known.
+        records: name, cmi, form, and what it subtracts; tied_with_best and dropped where they are known.
         caption: which ranking.
         width: of the drawing.
         height: likewise.
     """
-    part, x_name = ("cross_entropy", "cross-entropy")
-    if any(record.get("form") == "centroid" for record in records):
-        part, x_name = ("centroid_divergence", "centroid divergence")
+    part, x_name = _PARTS.get(str(records[0].get("form")) if records else "", _PARTS["ce"])
     places = [(number(record.get(part)), number(record.get("cmi")), record) for record in records]
     found = [(a, b, record) for a, b, record in places if a is not None and b is not None]
     if not found:

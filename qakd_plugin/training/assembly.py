@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from ..augment.selector import Augmentation, CMISelector, FixedAugmentation, SelectedAugmentation
 from ..errors import QakdError, TrainingError
+from ..quantizers.compiled import compiled_kernels
 from ..tasks.batches import batch_splitter
 from ..tasks.evaluation import picking, value_of
 from ..tasks.inputs import Inputs, arguments, require_known, to_device
@@ -33,7 +34,7 @@ from .ema import Ema
 from .methods import Method, Phase
 from .networks import Learner, Networks, placed
 from .objective import Objective
-from .optimizers import cosine_schedule, quantizer_parameters, student_optimizer, teacher_optimizer
+from .optimizers import cosine_schedule, quantizer_parameters, scales_alone, student_optimizer, teacher_optimizer
 from .outcome import Start
 from .preflight import (
     check_against_teacher,
@@ -120,7 +121,13 @@ def assembled(
     computing = partial(autocast, settings.mixed_precision, processes.device)
     augment, adapter = _augmentation(data, processes), lesson.adapter
     places = placed(processes, adapter, lesson.model, lesson.teacher, teacher_learns=lesson.teacher_learns)
-    with places as (model, teacher), float32_quantizers(adapter, model):
+    kernels = compiled_kernels(processes.device) if settings.compile_quantizers else nullcontext()
+    with (
+        places as (model, teacher),
+        float32_quantizers(adapter, model),
+        scales_alone(adapter, model, settings.trainable),
+        kernels,
+    ):
         prepared, lesson = lesson.model, replace(lesson, model=model, teacher=teacher)
         batches = Batches(
             data.loader,

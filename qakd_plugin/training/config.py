@@ -23,6 +23,7 @@ MakeOptimizer: TypeAlias = Callable[..., torch.optim.Optimizer]
 """Called with parameter groups and ``lr=``: ``torch.optim.AdamW``, ``partial(torch.optim.SGD, momentum=0.9)``."""
 
 MixedPrecision: TypeAlias = Literal["no", "bf16"]
+Trainable: TypeAlias = Literal["all", "scales"]
 Resume: TypeAlias = bool | Literal["force"]
 
 
@@ -46,7 +47,14 @@ class Settings:
     ema: float | None = None
     recalibrate_batches: int = 0
     patience: int | None = None
+    trainable: Trainable = "all"
     optimizer: MakeOptimizer = field(default=torch.optim.AdamW, repr=False)  # its repr may hold an address
+    compile_quantizers: bool = False
+
+    @property
+    def rate_name(self) -> str:
+        """Of the rate that a run which diverges is to lower."""
+        return "quantizer_lr" if self.trainable == "scales" else "lr"
 
     def __post_init__(self) -> None:
         for name in ("lr", "quantizer_lr", "activation_quantizer_lr", "teacher_lr", "weight_decay", "recalibrate_batches"):
@@ -55,6 +63,20 @@ class Settings:
         positive_whole("patience", self.patience, none=True)
         if self.mixed_precision not in get_args(MixedPrecision):
             raise QakdError(f'mixed_precision={self.mixed_precision!r} is unknown: use "no" or "bf16".')
+        if self.trainable not in get_args(Trainable):
+            raise QakdError(f'trainable={self.trainable!r} is unknown: use "all" or "scales".')
+        if self.trainable == "scales" and self.lr is not None:
+            raise QakdError(
+                f'lr={self.lr} is the rate of weights, which trainable="scales" leaves as they are: pass quantizer_lr=, and '
+                "leave lr out."
+            )
+        if self.trainable == "scales" and self.recalibrate_batches:
+            raise QakdError(
+                f"recalibrate_batches={self.recalibrate_batches} moves the statistics of BatchNorm, which "
+                'trainable="scales" leaves as they are: leave one of them out.'
+            )
+        if self.compile_quantizers not in (True, False):
+            raise QakdError(f"compile_quantizers={self.compile_quantizers!r} must be True or False.")
         if not holds(lambda: 0 <= self.warmup < 1):
             raise QakdError(f"warmup={self.warmup!r} must be a share of all steps, not a number of them: 0.05, or 0 for none.")
         if self.grad_clip is not None and not holds(lambda: cast(float, self.grad_clip) > 0):

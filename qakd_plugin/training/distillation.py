@@ -30,13 +30,13 @@ from ..tasks.task_loss import TaskLoss, check_task_loss
 from ..toolkits import adapter_for
 from .assembly import Lesson, assembled
 from .checkpoint import CheckpointStore
-from .config import Checkpoints, Data, MakeOptimizer, MixedPrecision, Resume, Settings
+from .config import Checkpoints, Data, MakeOptimizer, MixedPrecision, Resume, Settings, Trainable
 from .data_facts import data_facts, hidden_state
 from .distributed.launch import require_whole
 from .distributed.processes import Processes
 from .fingerprint import fingerprint
 from .methods import SQAKD, Method, left_out, planned
-from .optimizers import optimizer_name, with_rate
+from .optimizers import optimizer_name, require_scales, with_rate
 from .preflight import check_precision, check_quantizers, check_separate, check_trainable
 from .streams import is_walked_once, length_of
 from .teacher_cache import TeacherCache
@@ -98,6 +98,7 @@ def distill(
     resume: Resume = False,
     seed: int | None = None,
     mixed_precision: MixedPrecision = "no",
+    compile_quantizers: bool = False,
     callbacks: Sequence[object] = (),
     batch_fn: BatchFn = default_batch,
     lr: float | None = None,
@@ -111,6 +112,7 @@ def distill(
     ema: float | None = None,
     recalibrate_batches: int = 0,
     patience: int | None = None,
+    trainable: Trainable = "all",
     cache_teacher: str | os.PathLike[str] | None = None,
     trackers: Sequence[Any] | None = None,
     optimizer: MakeOptimizer = AdamW,
@@ -157,6 +159,9 @@ def distill(
             is refused by name; "force" goes on all the same, with other numbers.
         seed: of torch, numpy and random, set before anything is drawn; each further process takes the next number.
         mixed_precision: "no" or "bf16"; quantizers compute in float32 either way.
+        compile_quantizers: learned quantizers run in kernels of torch.compile: one pass over memory in each direction, and no
+            output of theirs is kept. Worth it on GPUs and in long runs; costs up to a minute before the first step, once on a
+            machine. Outputs and gradients of inputs are the same bits, sums for scales are added up in another order.
         callbacks: objects; ``on_step_end(step, losses)`` and ``on_epoch_end(row)`` are called where they exist.
         batch_fn: splits a batch into (inputs, targets or None); inputs are a tensor, a tuple of positional arguments or a
             mapping of keywords. The default takes what forward knows by name; labels, label, targets, target or y are targets.
@@ -173,6 +178,8 @@ def distill(
         recalibrate_batches: training batches that refresh the statistics of BatchNorm before each evaluation; 32 forget nearly
             all of the past. Worth it with ``ema`` and at 2 to 4 bits.
         patience: stop after so many epochs of the last phase without a better one on ``val_loader``. None never stops.
+        trainable: "all", or "scales": parameters of quantizers alone, at ``quantizer_lr``; weights, biases, norms and
+            statistics of BatchNorm stay as they are, bit for bit.
         cache_teacher: file for what the teacher outputs (all that is matched), computed in one pass before training, for data
             that look the same in every epoch (no augmentation, or one seeded by sample). Read again by later runs; refused when
             teacher or data changed.
@@ -186,8 +193,8 @@ def distill(
         metric: of torchmetrics, counted on ``val_loader`` for student and teacher in the place of accuracy.
         metric_fn: callable(outputs, targets) that returns what ``metric.update`` takes; None: the output and the targets.
         monitor: which of the metric's numbers picks the best epoch, in the metric's own direction; needed where it has several.
-        settings: ``lr`` to ``patience``, ``mixed_precision`` and ``optimizer`` as one object; then none of them is passed by
-            itself.
+        settings: ``lr`` to ``trainable``, ``mixed_precision``, ``compile_quantizers`` and ``optimizer`` as one object; then
+            none of them is passed by itself.
 
     Returns:
         The model, the history, final metrics.
@@ -210,10 +217,12 @@ def distill(
         grad_clip=grad_clip,
         warmup=warmup,
         mixed_precision=mixed_precision,
+        compile_quantizers=compile_quantizers,
         accumulate=accumulate,
         ema=ema,
         recalibrate_batches=recalibrate_batches,
         patience=patience,
+        trainable=trainable,
         optimizer=optimizer,
     )
     own_rate, settings = settings.lr is None, with_rate(settings, lesson.adapter, prepared_model)
@@ -264,12 +273,22 @@ def _lesson(model: nn.Module, teacher: nn.Module | None, method: Method, epochs:
 def _check(lesson: Lesson, data: Data, settings: Settings, cache_teacher: str | os.PathLike[str] | None) -> None:
     """Raise QakdError where options do not fit the lesson or each other."""
     _check_loader(data, cache_teacher)
+    if settings.trainable == "scales":
+        require_scales(lesson.adapter, lesson.model)
+        if any(phase.dampening for phase in lesson.phases):
+            raise QakdError('dampening draws weights to their grid, and trainable="scales" leaves them: take one of them.')
     if settings.patience is not None and data.val_loader is None:
         raise QakdError("patience needs val_loader: held-out batches say whether an epoch is better.")
     if isinstance(data.augment, CMISelector) and lesson.teacher is None:
         raise QakdError("augment=CMISelector() ranks augmentations with the teacher: pass a teacher, or another augment.")
     if cache_teacher is not None:
         _check_cache(lesson, data, cache_teacher)
+    quantizers = lesson.adapter.quantizers(lesson.model)
+    if settings.compile_quantizers and not any(lesson.adapter.learned(quantizer) for quantizer in quantizers):
+        raise QakdError(
+            "compile_quantizers=True is for learned quantizers, and the prepared model has none. Call "
+            "qakd.use_quantizers(prepared_model, qakd.LSQ()) first, or leave it out."
+        )
 
 
 def _check_loader(data: Data, cache_teacher: str | os.PathLike[str] | None) -> None:

@@ -36,6 +36,7 @@ class Moment:
         lr: the peak rate.
         gradient_norm: of the step before; NaN before the first.
         way_back: a sentence on the last good checkpoint, if there is one.
+        rate: the name of that rate.
     """
 
     phase: str
@@ -45,6 +46,7 @@ class Moment:
     lr: float
     gradient_norm: float
     way_back: str
+    rate: str = "lr"
 
 
 def require_finite_losses(values: dict[str, float], inputs: Inputs, model: nn.Module, moment: Moment) -> None:
@@ -63,7 +65,7 @@ def require_finite_losses(values: dict[str, float], inputs: Inputs, model: nn.Mo
     raise TrainingError(
         f"{bad} is {values[bad]} at step {moment.step} (batch {moment.batch} of epoch {moment.epoch}), phase "
         f"{moment.phase!r}; the last gradient norm was {moment.gradient_norm:.3g}. {blame(model, inputs)} "
-        f"Lower lr={moment.lr:g} or clip gradients harder (grad_clip).{moment.way_back}"
+        f"Lower {moment.rate}={moment.lr:g} or clip gradients harder (grad_clip).{moment.way_back}"
     )
 
 
@@ -81,7 +83,7 @@ def require_finite_gradient(
         inputs: of the batch.
     """
     if not math.isfinite(norm):
-        advice = misfit(adapter, model, inputs) or (f"Lower lr={moment.lr:g}." if moment.step else _BEFORE_ANY_STEP)
+        advice = misfit(adapter, model, inputs) or (f"Lower {moment.rate}={moment.lr:g}." if moment.step else _BEFORE_ANY_STEP)
         raise TrainingError(
             f"the gradient is not finite at step {moment.step} of phase {moment.phase!r} (its norm is {norm}, the loss "
             f"{loss:.4g}). {advice}{moment.way_back}"

@@ -18,6 +18,7 @@ from ..tasks.outputs import Outputs, frozen_output, named_outputs
 from ..tasks.task_loss import with_targets
 from ..toolkits import Adapter
 from .batches import Batch
+from .dampening import Dampening
 from .features import FeatureTaps
 from .methods import Imitation, MatchCheck, Phase, total_loss
 from .networks import Networks
@@ -49,7 +50,7 @@ class Objective:
         autocast: makes the context of forward passes.
 
     Raises:
-        QakdError: a network has no layer whose features a phase compares.
+        QakdError: a network has no layer whose features a phase compares, or weights that dampening does not fit.
     """
 
     def __init__(
@@ -65,9 +66,10 @@ class Objective:
         self._taps = None
         if features is not None and networks.teacher is not None:
             self._taps = FeatureTaps(adapter, networks.model, networks.teacher, features)
+        self._dampening = Dampening(adapter, networks.model) if any(phase.dampening for phase in phases) else None
 
-    def __call__(self, phase: Phase, batch: Batch) -> Losses:
-        """Forward passes of both networks, and the losses of a phase."""
+    def __call__(self, phase: Phase, batch: Batch, progress: float = 1.0) -> Losses:
+        """Forward passes of both networks, and the losses of a phase; ``progress``: share of training that is done."""
         with self._autocast():
             student = named_outputs(call(self._networks.called_student, self._inputs(phase, self._networks.model, batch)))
             other = self.taught(phase, batch)
@@ -75,6 +77,8 @@ class Objective:
         loss, parts = total_loss(phase.student, student, other, batch.targets, batch.inputs)
         if phase.features is not None and self._taps is not None:
             loss = self._taps.added(loss, parts)
+        if phase.dampening and self._dampening is not None:
+            loss = self._dampening.added(loss, parts, phase.dampening, progress)
         numbers = {"loss": loss, **parts}
         teacher_loss = None
         if phase.teacher and other is not None:
@@ -133,3 +137,5 @@ class Objective:
         """Take hooks off again."""
         if self._taps is not None:
             self._taps.remove()
+        if self._dampening is not None:
+            self._dampening.remove()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Container, Iterable
-from contextlib import suppress
+from collections.abc import Container, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UnsupportedQuantizerError
+from ..errors import QakdError, UnsupportedQuantizerError
 from ..toolkits import Adapter
 from ..toolkits.adapter import Role
-from .config import MakeOptimizer, Settings
+from .config import MakeOptimizer, Settings, Trainable
 from .distributed.sharding import whole
 
 _log = logging.getLogger(__name__)
@@ -30,13 +30,39 @@ def quantizer_parameters(adapter: Adapter, model: nn.Module, role: Role | None =
     return {id(p): p for quantizer in quantizers for p in quantizer.module.parameters() if p.requires_grad}
 
 
+def require_scales(adapter: Adapter, model: nn.Module) -> None:
+    """Raise QakdError where no quantizer learns anything, so that nothing would be left to train without weights."""
+    if not quantizer_parameters(adapter, model):
+        raise QakdError(
+            'trainable="scales": none of the quantizers of prepared_model learns a scale. Install some that do first: '
+            "qakd.use_quantizers(prepared_model, qakd.LSQ()), or PACT() or EWGS(); DoReFa learns none."
+        )
+
+
+@contextmanager
+def scales_alone(adapter: Adapter, model: nn.Module, trainable: Trainable) -> Iterator[None]:
+    """Within the block nothing but parameters of quantizers needs a gradient, if ``trainable`` is "scales".
+
+    BatchNorms whose gamma and beta need none keep their statistics, too.
+    """
+    learned = quantizer_parameters(adapter, model)
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in learned] if trainable == "scales" else []
+    for parameter in others:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(True)
+
+
 def with_rate(settings: Settings, adapter: Adapter, model: nn.Module) -> Settings:
     """The same settings with a rate for the weights; logs the one that it chooses, and why.
 
     Codes of few bits change only when weights move far; at 8 bits a prepared model is near its teacher, and a rate for training
     from scratch can take it away from there. benchmarks/default_rate.py measures that.
     """
-    if settings.lr is not None:
+    if settings.lr is not None or settings.trainable == "scales":
         return settings
     bits = _fewest_bits(adapter, model)
     # What other optimizers make of a rate is not known: plain steps follow the size of the gradient.
@@ -67,7 +93,8 @@ def _adapts(make: MakeOptimizer) -> bool:
 def student_optimizer(adapter: Adapter, model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
     """Groups: weights, biases and norms without decay, and parameters of quantizers with rates of their own and no decay.
 
-    The rate is chosen as :func:`with_rate` does where ``settings`` holds none.
+    The rate is chosen as :func:`with_rate` does where ``settings`` holds none. Of parameters that need a gradient; see
+    :func:`scales_alone`.
 
     With Adam's step the rate of quantizers is a relative change per step. Ours are logarithms or ratios already; a scale that a
     toolkit learns as it is gets the rate times its size.
@@ -84,7 +111,7 @@ def student_optimizer(adapter: Adapter, model: nn.Module, settings: Settings) ->
     groups += _quantizer_groups(
         of_activations, relative, rate if settings.activation_quantizer_lr is None else settings.activation_quantizer_lr
     )
-    return settings.optimizer([group for group in groups if group["params"]], lr=settings.lr)
+    return settings.optimizer([group for group in groups if group["params"]], lr=rate if settings.lr is None else settings.lr)
 
 
 def _quantizer_groups(parameters: dict[int, nn.Parameter], relative: set[int], rate: float) -> list[dict[str, Any]]:
@@ -133,7 +160,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], of_quantizers: Container[
     """
     parts: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
     for parameter in parameters:
-        parts[id(parameter) in of_quantizers].append(parameter)
+        if parameter.requires_grad:
+            parts[id(parameter) in of_quantizers].append(parameter)
     largest = math.inf if limit is None else limit
     norms = [whole(nn.utils.clip_grad_norm_(part, largest)) for part in parts if part]
     norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))

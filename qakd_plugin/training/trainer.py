@@ -132,7 +132,7 @@ class Trainer:
     def _epoch(self, phase: Phase, progress: Progress) -> None:
         position = self.state.position
         if position.step_in_epoch == 0:
-            self.augment.prepare(position.epoch, self.networks.teacher, phase.needs_labels)
+            self.augment.prepare(position.epoch, self.networks.teacher, self.networks.model, phase.needs_labels)
             if curvature.is_due(self.adapter, self.networks.model, position.epoch):
                 self._refresh_curvature(phase)
         self._switch_to_training(phase)
@@ -161,9 +161,10 @@ class Trainer:
         """One optimizer step on one batch, or on several whose gradients add up to that of their union."""
         learners = [self.student, *([self.teacher] if self.teacher is not None and phase.teacher else [])]
         samples, numbers = sum(batch.total for batch in group), []
+        progress = self.state.position.step / (len(self.epochs) * self.batches.steps)
         for index, batch in enumerate(group):
             with self._gradients_stay_here(learners, index + 1 < len(group)):
-                losses = self.objective(phase, batch)
+                losses = self.objective(phase, batch, progress)
                 self.processes.agree()
                 with self.processes.waiting():
                     self._backward(losses, batch.weight * self.processes.count / samples)
@@ -224,6 +225,7 @@ class Trainer:
             self.student.peak,
             self.gradient_norm,
             self.state.way_back(),
+            rate=self.settings.rate_name,
         )
         for index, (batch, found) in enumerate(zip(group, values, strict=True)):
             here = replace(moment, batch=moment.batch + index)
@@ -321,7 +323,12 @@ class Trainer:
             return
         history = self.state.history
         if (lost := below_start(history, self.picking)) is not None:
-            _log.warning("%s Lower lr=%g, or leave training out where nothing is lost without it.", lost, self.student.peak)
+            _log.warning(
+                "%s Lower %s=%g, or leave training out where nothing is lost without it.",
+                lost,
+                self.settings.rate_name,
+                self.student.peak,
+            )
         if (nothing := at_chance(kept_of(history), self.validation.classes)) is not None:
             _log.warning("%s", nothing)
 

@@ -18,6 +18,7 @@ from qakd_plugin import (
     SQAKD,
     CMISelector,
     LabelsRequiredError,
+    NotPreparedError,
     QakdError,
     cmi_score,
     distill,
@@ -259,6 +260,41 @@ def test_bad_arguments_are_named(teacher, digits, options, message):
         rank_augmentations(teacher, digits.loader("train"), ["none"], **options)
 
 
+def test_the_pair_form_asks_the_student_on_the_same_images_and_leaves_it_as_prepared(teacher, make_student, digits):
+    student, names = make_student(), ["none", "cutmix"]
+    state = {name: value.clone() for name, value in student.state_dict().items()}
+    options = {"max_samples": 80, "race": False, "seed": 3}
+    ranking = rank_augmentations(teacher, digits.loader("train"), names, form="pair", student=student, **options)
+    alone = _scores(rank_augmentations(teacher, digits.loader("train"), names, **options))
+    seen = []
+    handle = teacher.register_forward_hook(lambda _, args, output: seen.append((args[0], output)))
+    rank_augmentations(teacher, digits.loader("train"), ["cutmix"], **options)
+    handle.remove()
+    batches = seen[1:]  # the first images, as they are, say how many classes there are
+    with torch.no_grad():
+        apart = [
+            nn.functional.kl_div(student(x).log_softmax(1), z.log_softmax(1), log_target=True, reduction="sum")
+            for x, z in batches
+        ]
+    expected = float(sum(apart)) / sum(len(x) for x, _ in batches)
+    assert _scores(ranking)["cutmix"].student_divergence == pytest.approx(expected, rel=1e-4)
+    for record in ranking:
+        assert record.cmi == alone[record.name].cmi
+        assert record.score == pytest.approx(record.cmi - record.student_divergence)
+    assert "student's divergence" in ranking.explanation
+    assert not student.training
+    assert all(torch.equal(value, state[name]) for name, value in student.state_dict().items())
+
+
+def test_the_pair_form_and_a_student_go_together(teacher, make_student, digits):
+    with pytest.raises(QakdError, match=r'form="pair" compares a student with the teacher: pass student=prepared'):
+        rank_augmentations(teacher, digits.loader("train"), ["none"], form="pair")
+    with pytest.raises(QakdError, match=r'student= is asked with form="pair" alone'):
+        rank_augmentations(teacher, digits.loader("train"), ["none"], student=make_student())
+    with pytest.raises(NotPreparedError):
+        rank_augmentations(teacher, digits.loader("train"), ["none"], form="pair", student=teacher)
+
+
 # -- races and ties
 
 
@@ -413,6 +449,20 @@ def test_the_report_shows_what_was_chosen_and_all_scores(tmp_path):
     html = write_report([], tmp_path / "report.html", training=[{"name": "student", "history": history}]).read_text()
     assert "augmentation <b>b</b>" in html
     assert "b 0.250, a -0.500." in html
+
+
+@pytest.mark.parametrize("toolkit", ["modelopt", "pt2e", "torch_ao"])
+def test_the_pair_form_in_a_run_ranks_with_the_student_and_training_goes_on_as_if_named(make_student, teacher, loader, toolkit):
+    state = loader.generator.get_state()
+    augment = CMISelector(["randomerasing"], max_samples=40, form="pair")
+    chosen = distill(make_student(toolkit), teacher, loader, epochs=1, lr=1e-3, augment=augment, seed=0)
+    loader.generator.set_state(state)
+    (candidate,) = (candidate for candidate in default_candidates() if candidate.name == "randomerasing")
+    named = distill(make_student(toolkit), teacher, loader, epochs=1, lr=1e-3, augment=lambda x: candidate(x)[0], seed=0)
+    (record,) = chosen.history[0]["augmentation_ranking"]
+    assert record["score"] == pytest.approx(record["cmi"] - record["student_divergence"])
+    for one, two in zip(chosen.model.state_dict().values(), named.model.state_dict().values(), strict=True):
+        assert torch.equal(one, two)
 
 
 def test_it_ranks_again_every_so_many_epochs_on_other_images(make_student, teacher, loader):

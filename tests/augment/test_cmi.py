@@ -150,6 +150,59 @@ def test_forms_subtract_what_they_name():
         cmi_score(logits, targets, form="other")
 
 
+def _with_student(count, classes, seed, soft=False):
+    logits, targets = _random(count, classes, seed, soft=soft)
+    return logits, targets, logits + torch.randn(count, classes, generator=torch.Generator().manual_seed(seed + 1))
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_the_pair_form_is_what_the_student_says_of_the_teachers_answer_beyond_the_class(soft):
+    """From the other end: mean of sum_c P_x[c] log(S_x[c] / Q_y[c]), with centroids written out; no divergence is formed."""
+    logits, targets, student = _with_student(300, 6, 21, soft)
+    p, log_s = np.exp(log_softmax(logits.double().numpy(), axis=1)), log_softmax(student.double().numpy(), axis=1)
+    t = targets.double().numpy() if soft else np.eye(6)[targets.numpy()]
+    centroids = (t.T @ p) / t.sum(0)[:, None]
+    expected = np.einsum("xy,xc,xyc->", t, p, log_s[:, None, :] - np.log(centroids)[None]) / len(p)
+    record = cmi_score(logits, targets, form="pair", student_logits=student)
+    assert record.score == pytest.approx(expected, abs=1e-9)
+    assert record.student_divergence == pytest.approx((p * (np.log(p) - log_s)).sum() / len(p), abs=1e-9)
+    low, high = record.interval
+    assert low < record.score < high
+
+
+def test_a_student_that_answers_as_the_teacher_leaves_cmi_and_any_other_takes_some_away():
+    logits, targets, student = _with_student(200, 5, 22)
+    same = cmi_score(logits, targets, form="pair", student_logits=logits + 3.0)  # a softmax knows no shift
+    assert same.score == pytest.approx(same.cmi, abs=1e-12)
+    assert cmi_score(logits, targets, form="pair", student_logits=student).score < same.score
+
+
+def test_a_student_changes_no_other_figure():
+    logits, targets, student = _with_student(200, 5, 23)
+    alone, beside = cmi_score(logits, targets), cmi_score(logits, targets, student_logits=student)
+    assert alone.student_divergence is None
+    for name in ("score", "cmi", "centroid_divergence", "cross_entropy", "variance", "interval"):
+        assert getattr(alone, name) == getattr(beside, name)
+
+
+def test_students_that_cannot_be_compared_are_named():
+    logits, targets, student = _with_student(30, 5, 24)
+    with pytest.raises(QakdError, match=r"student's logits are known of 0 of 30 images: pass student_logits="):
+        cmi_score(logits, targets, form="pair")
+    with pytest.raises(
+        QakdError, match=r"student_logits must have the shape of the teacher's logits, \(30, 5\), got \(30, 4\)"
+    ):
+        cmi_score(logits, targets, form="pair", student_logits=student[:, :4])
+    student[7, 0] = float("nan")
+    with pytest.raises(QakdError, match="student's logits of image 7 are not finite"):
+        cmi_score(logits, targets, form="pair", student_logits=student)
+    statistics = CmiStatistics(5)
+    statistics.update(logits, targets, logits)
+    statistics.update(logits, targets)
+    with pytest.raises(QakdError, match="known of 30 of 60 images"):
+        statistics.result(form="pair")
+
+
 def test_memory_does_not_grow_with_the_number_of_images():
     statistics = CmiStatistics(5)
 

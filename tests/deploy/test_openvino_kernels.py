@@ -85,20 +85,20 @@ class Token(nn.Module):
 
 
 class Scaled(nn.Module):
-    """Blocks with layer scale, whose factors go below zero, and with a sum after it or none."""
+    """Three residual blocks with layer scale, whose factors go below zero."""
 
-    def __init__(self, adds):
+    def __init__(self):
         super().__init__()
-        self.stem, self.head, self.adds = nn.Conv2d(3, 32, 3, 2, 1), nn.Linear(32, 10), adds
-        self.depthwise = nn.ModuleList(nn.Conv2d(32, 32, 3, padding=1, groups=32) for _ in range(2))
-        self.pointwise = nn.ModuleList(nn.Conv2d(32, 32, 1) for _ in range(2))
-        self.gammas = nn.ParameterList(torch.randn(32, 1, 1) for _ in range(2))
+        self.stem, self.head = nn.Conv2d(3, 32, 4, 4), nn.Linear(32, 10)
+        self.depthwise = nn.ModuleList(nn.Conv2d(32, 32, 3, padding=1, groups=32) for _ in range(3))
+        self.wide = nn.ModuleList(nn.Conv2d(32, 64, 1) for _ in range(3))
+        self.narrow = nn.ModuleList(nn.Conv2d(64, 32, 1) for _ in range(3))
+        self.gammas = nn.ParameterList(torch.randn(32, 1, 1) for _ in range(3))
 
     def forward(self, x):
         x = self.stem(x)
-        for depthwise, pointwise, gamma in zip(self.depthwise, self.pointwise, self.gammas, strict=True):
-            y = pointwise(depthwise(x)) * gamma
-            x = y + x if self.adds else y
+        for depthwise, wide, narrow, gamma in zip(self.depthwise, self.wide, self.narrow, self.gammas, strict=True):
+            x = narrow(wide(depthwise(x))) * gamma + x
         return self.head(x.mean((2, 3)))
 
 
@@ -178,13 +178,11 @@ def test_all_that_read_a_convolution_without_bias_see_the_same_numbers(tmp_path)
     assert len(clamps) == 2  # of the first and the transposed one; the others have a bias
 
 
-@pytest.mark.parametrize("adds", [False, True])
 @pytest.mark.parametrize("toolkit", ["modelopt", "pt2e"])
-def test_factors_below_zero_keep_their_sign(toolkit, adds, tmp_path):
+def test_factors_below_zero_keep_their_sign(toolkit, tmp_path):
     torch.manual_seed(0)
-    sqnr_db, graph = _exported(Scaled(adds).eval(), toolkit, tmp_path)
-    assert sqnr_db > 40
-    assert [node.op_type for node in graph.node].count("LeakyRelu") >= 4
+    sqnr_db, _ = _exported(Scaled().eval(), toolkit, tmp_path)
+    assert sqnr_db > 40  # below 20 where the runtime takes the factors into scales
 
 
 def test_a_bias_counts_for_its_own_channel_where_a_size_is_read(tmp_path):

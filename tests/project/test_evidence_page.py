@@ -255,3 +255,34 @@ def test_docs_show_committed_figures_only(document, tmp_path, monkeypatch, capsy
     with pytest.raises(SystemExit):
         evidence_page.main()
     assert "pass --out" in capsys.readouterr().err
+
+
+def test_the_interval_of_a_rank_correlation_covers_it_as_often_as_it_says():
+    """Normal pairs, whose true rank correlation is known: 6/pi asin(rho / 2)."""
+    draws, truth = np.random.default_rng(0), 6 / np.pi * np.arcsin(0.7 / 2)
+    pairs = draws.multivariate_normal([0, 0], [[1, 0.7], [0.7, 1]], size=(400, 16))
+    found = [stats.spearmanr(pair[:, 0], pair[:, 1]).statistic for pair in pairs]
+    intervals = [evidence_page.augmentation_study.spearman_interval(rho, 16) for rho in found]
+    assert 0.92 <= np.mean([low <= truth <= high for low, high in intervals]) <= 0.99
+
+
+def test_students_whose_accuracy_follows_the_pair_form_correlate_with_it(tmp_path, monkeypatch):
+    script, names = evidence_page.augmentation_study, ["none", "a", "b", "c", "d"]
+    regime = script.FASHION_REGIMES[0]
+    parts = ("cmi", "centroid_divergence", "cross_entropy", "variance", "student_cmi", "student_cross_entropy")
+    records = {name: dict.fromkeys(parts, 0.1) | {"student_divergence": index / 10} for index, name in enumerate(names)}
+    for name, place in zip(names, (3, 1, 4, 2, 5), strict=True):  # the other figures say little
+        records[name] |= {"variance": place, "cross_entropy": place, "centroid_divergence": place, "cmi": place / 1000}
+    (tmp_path / f"metrics-{regime.slug}.json").write_text(json.dumps(records))
+    for index, name in enumerate(names):
+        (tmp_path / f"{regime.slug}-{name}-0.json").write_text(json.dumps({"accuracy": 0.9 - index / 100}))
+    monkeypatch.setattr(script, "regime_teacher", lambda regime, folder: None)
+    monkeypatch.setattr(script, "regime_data", lambda regime, folder: (None, (None, None)))
+    monkeypatch.setattr(script, "accuracy", lambda *_: 0.95)
+    found = script.evaluate(regime, names, 1, tmp_path)
+    assert found["metrics"]["CMI - student's divergence"]["spearman"] == pytest.approx(1)
+    assert found["metrics"]["CMI - student's divergence"]["pick"] == "none"
+    assert found["metrics"]["- variance"]["spearman"] == pytest.approx(0.5)
+    header, _, row, mean = script.make_fashion_table({"rows": [found]}).splitlines()
+    assert "1.00 (1.00 to 1.00)" in row
+    assert header.count("|") == row.count("|") == mean.count("|")

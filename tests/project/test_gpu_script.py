@@ -29,7 +29,7 @@ LEAVES = "import pathlib, sys; (pathlib.Path(sys.argv[1]) / 'found.json').write_
 
 def carry_out(stages, out, budget=60.0, **options):
     environment = gpu.environment_for("cuda", None)  # limits as they are there
-    return gpu.carry_out(stages, out, device="cuda", dry=True, budget=budget, environment=environment, **options)
+    return gpu.carry_out(stages, out, device="cuda", dry=True, budget=budget, data=out, environment=environment, **options)
 
 
 def test_a_stage_that_hangs_is_cut_with_all_that_it_started_and_leaves_what_it_found(tmp_path):
@@ -85,7 +85,7 @@ def test_wheels_that_are_too_large_to_be_carried_are_refused(tmp_path, monkeypat
 
     monkeypatch.setattr(gpu.subprocess, "run", downloaded)
     with pytest.raises(SystemExit, match="too large"):
-        gpu.collect(tmp_path)
+        gpu.collect(tmp_path, tmp_path / "images")
 
 
 def test_an_empty_folder_of_wheels_is_refused_with_the_line_to_write(tmp_path):
@@ -106,8 +106,8 @@ def test_what_the_package_and_its_toolkits_need_is_carried_or_there():
 
 @pytest.mark.slow
 @pytest.mark.matrix
-def test_every_stage_runs_on_tiny_sizes(tmp_path):
-    run = [sys.executable, gpu.__file__, "--device", "cpu", "--dry", "--out", str(tmp_path)]
+def test_every_stage_runs_on_tiny_sizes(tmp_path, garments):
+    run = [sys.executable, gpu.__file__, "--device", "cpu", "--dry", "--data", str(garments), "--out", str(tmp_path)]
     found = subprocess.run(run, capture_output=True, text=True, check=False)
     document = json.loads((tmp_path / "gpu.json").read_text())
     assert {name: stage["ended"] for name, stage in document["stages"].items()} == dict.fromkeys(
@@ -116,3 +116,26 @@ def test_every_stage_runs_on_tiny_sizes(tmp_path):
     assert found.returncode == 0
     assert document["stages"]["tests"]["results"]["passed"] > 0
     assert "SQAKD, LSQ" in json.dumps(document["stages"]["steps"]["results"])
+    (student,) = (found for name, found in document["stages"]["evidence"]["results"].items() if "QAT" in name)
+    assert 0 <= student["accuracy"] <= 1
+
+
+@pytest.mark.slow
+def test_evidence_leaves_each_student_and_teacher_as_a_file_of_its_own(tmp_path, garments):
+    (evidence,) = (one for one in gpu.STAGES if one.name == "evidence")
+    environment = gpu.environment_for("cpu", None)
+    document = gpu.carry_out([evidence], tmp_path, device="cpu", dry=True, budget=300, data=garments, environment=environment)
+    found = document["stages"]["evidence"]
+    assert found["ended"] == "well", found["output"]
+    names = {Path(name).name for name in found["results"]}
+    assert {"teacher-ResNet-20.json", "ResNet-20-LSQ-w2-QAT-0.005-1.json", "fashion.json"} <= names
+    assert found["results"]["fashion.json"]["teachers"]["ResNet-20"]["epochs"] == 1
+
+
+def test_images_are_carried_beside_the_wheels(tmp_path, monkeypatch):
+    images, wheels = tmp_path / "images", tmp_path / "wheels"
+    images.mkdir()
+    (images / "train-images-idx3-ubyte.gz").write_bytes(b"12345")
+    monkeypatch.setattr(gpu.subprocess, "run", lambda command, check: (wheels / "a-1.0-py3-none-any.whl").write_bytes(b"123"))
+    assert gpu.collect(wheels, images) == 8
+    assert (wheels / gpu.IMAGES / "train-images-idx3-ubyte.gz").read_bytes() == b"12345"

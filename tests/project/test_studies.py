@@ -1,7 +1,6 @@
 """Studies on real data, on data that are made up here: what they split, count and say."""
 
 import email
-import gzip
 
 import efficientnet_study
 import fashion
@@ -26,19 +25,6 @@ def test_missing_data_are_refused_with_the_line_that_installs_them(tmp_path):
     ):
         with pytest.raises(SystemExit, match=line):
             load(tmp_path)
-
-
-@pytest.fixture
-def garments(tmp_path):
-    """Fashion-MNIST's files, of 1,400 and 100 images: a class is a bright row."""
-    draw = np.random.default_rng(0)
-    for split, count in (("train", 1400), ("t10k", 100)):
-        labels = draw.integers(0, 10, count).astype(np.uint8)
-        pixels = draw.integers(0, 60, (count, 28, 28)).astype(np.uint8)
-        pixels[np.arange(count), 2 * labels + 4] = 255
-        for kind, header, found in (("images-idx3", 16, pixels), ("labels-idx1", 8, labels)):
-            (tmp_path / f"{split}-{kind}-ubyte.gz").write_bytes(gzip.compress(b"\0" * header + found.tobytes()))
-    return tmp_path
 
 
 def test_images_keep_their_labels_when_they_are_shuffled(garments):

@@ -12,7 +12,6 @@ from evidence_drawing import places_of
 
 TABLES = [
     "step_time",
-    "deployment",
     "weight_only",
     "distill_step",
     "engines",
@@ -31,8 +30,8 @@ def test_a_table_of_what_was_measured_is_made_from_the_committed_figures(name):
     assert page_tables.read_table(name) == import_module(name).make_table(committed(name))
 
 
-def test_the_tables_of_all_toolkits_are_made_from_the_committed_figures():
-    for name, table in import_module("deployment").make_toolkit_tables(committed("deployment")).items():
+def test_all_tables_of_deployment_are_made_from_the_committed_figures():
+    for name, table in import_module("deployment").make_tables(committed("deployment")).items():
         assert page_tables.read_table(name) == table, name
 
 
@@ -66,6 +65,12 @@ def test_the_tables_of_studies_on_real_data_are_made_from_the_committed_figures(
 def test_the_table_of_what_to_choose_is_made_from_the_committed_figures():
     table = evidence_page.tables.make_choice_table(committed("evidence"))
     assert page_tables.read_table("evidence_choice", evidence_page.CHOICE) == table
+
+
+def test_the_table_of_augmentations_on_garments_is_made_from_the_committed_figures():
+    study = evidence_page.augmentation_study
+    table = study.make_fashion_table(study.fashion_committed())
+    assert page_tables.read_table("augmentation_fashion", study.FASHION_PAGE) == table
 
 
 def test_the_table_of_the_default_rate_is_made_from_the_committed_figures():

@@ -11,6 +11,7 @@ from qakd_plugin.training.config import Checkpoints, Settings
     ("options", "message"),
     [
         ({"mixed_precision": "fp16"}, "mixed_precision='fp16' is unknown"),
+        ({"compile_quantizers": "cuda"}, "compile_quantizers='cuda' must be True or False"),
         ({"accumulate": 0}, "accumulate=0 must be a positive whole number"),
         ({"accumulate": 1.5}, "accumulate=1.5 must be a positive whole number"),
         ({"patience": 0}, "patience=0 must be a positive whole number or None"),

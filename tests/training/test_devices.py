@@ -36,6 +36,7 @@ from qakd_plugin.augment import data as augment_data
 from qakd_plugin.augment.candidates import resolve_candidates
 from qakd_plugin.augment.selector import FixedAugmentation, SelectedAugmentation
 from qakd_plugin.placement.calibration import RangeObserver, _counted
+from qakd_plugin.quantizers import compiled as kernels
 from qakd_plugin.quantizers.fake_quantize import fake_quantize
 from qakd_plugin.toolkits import adapter_for
 
@@ -391,3 +392,24 @@ class TestOnAGpu:
             observer.observe(values.to(device))
             clips.append(observer.best_clip(7))
         assert clips[1] == clips[2] == pytest.approx(clips[0], rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiled_quantizers_take_the_same_steps(device, student, net, x, monkeypatch):
+    monkeypatch.setattr(kernels, "_SMALLEST", 256)
+    ran, kernel = [], kernels.backward
+    monkeypatch.setattr(kernels, "backward", lambda *args, **options: ran.append(1) or kernel(*args, **options))
+    options = {"epochs": 1, "seed": 0, "lr": 1e-3, "optimizer": SGD, "grad_clip": None}
+    runs = [distill(student("modelopt", LSQ()), net, [x] * 2, compile_quantizers=choice, **options) for choice in (False, True)]
+    assert ran
+    assert not kernels.are_on()
+    for name, value in runs[0].model.state_dict().items():
+        torch.testing.assert_close(runs[1].model.state_dict()[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_compiled_quantizers_are_refused_where_none_is_learned(student, net, x):
+    with pytest.raises(
+        QakdError, match=r"the prepared model has none. Call qakd.use_quantizers\(prepared_model, qakd.LSQ\(\)\)"
+    ):
+        distill(student("modelopt"), net, [x], epochs=1, compile_quantizers=True)
