@@ -90,23 +90,23 @@ def _impose(
     after_relu: bool,
 ) -> Tensor:
     """What the module shall output for ``x`` in the place of its own ``output``: the codes that were ``given``."""
-    own = (output / module.scale).round_()
+    own = output.div_(module.scale).round_()  # in place: nobody else has what the module just computed
     if given.shape != own.shape:
         outcome.differs(name, f"codes of shape {tuple(given.shape)} and {tuple(own.shape)}")
-        return own * module.scale
+        return own.mul_(module.scale)
     # The codes that the ReLU of the other program took away: should there be none here, all that follows would differ.
     given = torch.where((given == 0) & (own < 0), own, given) if after_relu else given
-    differ = own != given
     outcome.compared += own.numel()
-    count = int(differ.count_nonzero())
-    if count:
-        distance = (x[differ] / module.scale - (own[differ] + given[differ]) / 2).abs()
-        steps = (own[differ] - given[differ]).abs()
-        if not (float(steps.max()) <= 1 and float(distance.max()) <= outcome.tolerance):
+    differ = own != given
+    mine, others = own[differ], given[differ]
+    if count := len(mine):
+        distance = float((x[differ] / module.scale - (mine + others) / 2).abs().max())
+        steps = float((mine - others).abs().max())
+        if not (steps <= 1 and distance <= outcome.tolerance):
             outcome.differs(
                 name,
-                f"{count} of {own.numel()} codes differ, by up to {float(steps.max()):.0f} steps, "
-                f"{float(distance.max()):.2g} steps away from a rounding tie",
+                f"{count} of {own.numel()} codes differ, by up to {steps:.0f} steps, "
+                f"{distance:.2g} steps away from a rounding tie",
             )
         outcome.ties += count
-    return given * module.scale
+    return torch.mul(given, module.scale, out=own)
