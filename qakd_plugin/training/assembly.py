@@ -123,9 +123,9 @@ def assembled(
     places = placed(processes, adapter, lesson.model, lesson.teacher, teacher_learns=lesson.teacher_learns)
     kernels = compiled_kernels(processes.device) if settings.compile_quantizers else nullcontext()
     with (
+        scales_alone(adapter, lesson.model, settings.trainable),  # before DDP asks which gradients it is to wait for
         places as (model, teacher),
         float32_quantizers(adapter, model),
-        scales_alone(adapter, model, settings.trainable),
         kernels,
     ):
         prepared, lesson = lesson.model, replace(lesson, model=model, teacher=teacher)

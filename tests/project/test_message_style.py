@@ -3,6 +3,7 @@
 import ast
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -101,18 +102,23 @@ def whole_messages():
     return [site for site in sites() if not FRAGMENT.match(site.text)]
 
 
+@cache
+def trees():
+    """Of all files of the package, by their path within it."""
+    return {str(path.relative_to(PACKAGE)): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+@cache
 def sites():
-    found = []
-    for path in sorted(PACKAGE.rglob("*.py")):
-        found += _sites(ast.parse(path.read_text()), str(path.relative_to(PACKAGE)), names())
+    found = [site for path, tree in trees().items() for site in _sites(tree, path, names())]
     assert len(found) > 400
     return found
 
 
+@cache
 def names():
     """Of the error classes, and of parameters that stand for one."""
-    trees = [ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))]
-    classes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    classes = [node for tree in trees().values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
     found, before = {"error", "kind", QakdError.__name__}, set()
     while found != before:
         before = set(found)

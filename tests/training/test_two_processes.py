@@ -121,6 +121,14 @@ def test_two_processes_accumulate_average_and_share_cached_logits_as_one_does(se
     assert sizes == [32 * BATCHES] * 2
 
 
+def test_two_processes_train_scales_alone_as_one_does(server, tmp_path):
+    order = {"method": "SQAKD", "toolkit": "modelopt", "quantizers": "LSQ", "options": {"trainable": "scales"}, **ALIKE, "lr": None}
+    expected, *_ = _run(server, tmp_path / "one", 1, **order)
+    found = _run(server, tmp_path / "two", 2, **order)
+    _require_equal_ranks(found)
+    _require_close(found[0]["student"], expected["student"], 2e-4)
+
+
 @pytest.mark.parametrize(
     ("method", "toolkit", "quantizers"), [("QKD", "pt2e", "own"), ("SQAKD", "pt2e", "EWGS"), ("QKD", "modelopt", "LSQ")]
 )
