@@ -122,7 +122,8 @@ def test_two_processes_accumulate_average_and_share_cached_logits_as_one_does(se
 
 
 def test_two_processes_train_scales_alone_as_one_does(server, tmp_path):
-    order = {"method": "SQAKD", "toolkit": "modelopt", "quantizers": "LSQ", "options": {"trainable": "scales"}, **ALIKE, "lr": None}
+    order = {"method": "SQAKD", "toolkit": "modelopt", "quantizers": "LSQ", **ALIKE, "lr": None}
+    order["options"] = {"trainable": "scales"}
     expected, *_ = _run(server, tmp_path / "one", 1, **order)
     found = _run(server, tmp_path / "two", 2, **order)
     _require_equal_ranks(found)
