@@ -46,7 +46,7 @@ from qakd_plugin.deploy.diagnosis import diagnose
 from qakd_plugin.deploy.tuning import tune_for_host
 from qakd_plugin.report import console_table
 from qakd_plugin.runtimes.base import FileRuntime, random_inputs
-from qakd_plugin.runtimes.host import environment, is_busy
+from qakd_plugin.runtimes.host import environment
 from qakd_plugin.runtimes.interleaving import WARM_UP_CALLS, turns
 from qakd_plugin.runtimes.openvino import OpenVINORunner
 
@@ -200,13 +200,12 @@ def _candidates(name: str, folder: Path) -> list[Candidate]:
 
 
 def _timed(name: str, candidates: Sequence[Candidate], calls: int, batch: int, threads: int) -> dict[str, Any]:
-    """One interleaved run: rows, speeds over FP32, and whether the machine was busy before it."""
+    """One interleaved run: rows, which say whether the machine was busy meanwhile, and speeds over FP32."""
     from rich.console import Console
 
-    busy = is_busy()
     rows = benchmark(candidates, runtimes=tuple(RUNTIMES.values()), calls=calls, batch_sizes=(batch,), threads=(threads,))
     Console(width=150).print(console_table(rows, title=f"{name}, batch {batch}, threads {threads}"))
-    return {"busy": busy, "rows": [{**row.as_dict(), "model": row.model} for row in rows], "ratios": _ratios(rows, threads)}
+    return {"rows": [{**row.as_dict(), "model": row.model} for row in rows], "ratios": _ratios(rows, threads)}
 
 
 def _ratios(rows: list[Row], threads: int) -> dict[str, float]:
@@ -285,7 +284,7 @@ def verdicts(name: str, cell: dict[str, Any]) -> list[str]:
     lines.append(f"{row['integer_layers']} integer layers, {floating} with weights in floating point: {_met(floating == 0)}")
     cost = f"export {made['export_seconds']:.1f} s, process peak {made['peak_gib']:.2f} GiB"
     lines.append(f"{cost}, bar for resnet50 10 s and 2.5 GiB: {_met(made['export_seconds'] <= 10 and made['peak_gib'] <= 2.5)}")
-    if cell["busy"]:
+    if any(row["conditions"]["busy"] for row in cell["rows"]):
         lines.append("the machine was busy when this was measured: take ratios with care")
     return lines
 

@@ -12,8 +12,9 @@ training split, accuracy is of the test split, which takes part in nothing else.
 corrected by Holm within the table. One rate for all, chosen before on held-out images with a seed that is not among the study's
 (--rates). SQuaT is SQAKD that also matches the inputs of three layers through the student's quantizer.
 
-The small study is meant for two cores: ResNet-20 has half its width, students see 4,000 images three times. Every student is a
-file in --cells, the most telling come first: a run that was stopped goes on, and rows say how many seeds they have.
+The small study is meant for two cores: ResNet-20 has half its width, students see each of 4,000 images three
+times on average. Every student is a file in --cells, the most telling come first: a run that was stopped goes on, and rows say
+how many seeds they have.
 """
 
 from __future__ import annotations

@@ -160,9 +160,8 @@ def distill(
         seed: of torch, numpy and random, set before anything is drawn; each further process takes the next number.
         mixed_precision: "no" or "bf16"; quantizers compute in float32 either way.
         compile_quantizers: learned quantizers run in kernels of torch.compile: one pass over memory in each direction, and no
-            output of theirs is kept. Meant for GPUs; on a CPU it saves memory rather than time. Compiling takes up to a minute
-            before the first step, once on a machine. Outputs and gradients of inputs are the same bits, sums for scales are
-            added up in another order.
+            output of theirs is kept. Meant for GPUs. Compiling takes time before the first step, once on a machine. Outputs and
+            gradients of inputs are the same bits, sums for scales are added up in another order.
         callbacks: objects; ``on_step_end(step, losses)`` and ``on_epoch_end(row)`` are called where they exist.
         batch_fn: splits a batch into (inputs, targets or None); inputs are a tensor, a tuple of positional arguments or a
             mapping of keywords. The default takes what forward knows by name; labels, label, targets, target or y are targets.
