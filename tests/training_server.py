@@ -363,6 +363,11 @@ class Server:
         self.process.wait(30)
 
 
+def was_killed(codes):
+    """Whether a run of these exit codes was killed: those not killed in the same moment may end by its loss (1)."""
+    return -signal.SIGKILL in codes and set(codes) <= {-signal.SIGKILL, 1}
+
+
 def main():
     torch.set_num_threads(1)
     trainings = Trainings()
