@@ -1,11 +1,12 @@
 """Which networks go all the way: prepared, trained for a step, exported exactly for three targets, built into an engine.
 
-    python benchmarks/zoo.py [--network NAME] [--toolkit pt2e] [--bits 8] [--jobs 2]
+    python benchmarks/zoo.py [--library timm] [--network NAME] [--toolkit pt2e] [--bits 8] [--jobs 2]
 
 For every network of zoo_networks.py, toolkit and bit width: prepare, one step of SQAKD, export for TensorRT, ONNX Runtime and
 OpenVINO (the parity gate is on), count the layers that ONNX Runtime computes in integers, and build a TensorRT-RTX
 engine, which needs no GPU. Weights are random: exactness does not depend on training. What a library makes with zeros (gammas
-of residual branches) is prepared with them as well. Each cell says which layers with weights are quantized, which stay in
+of residual branches) is prepared with them as well. The three files of a cell share one torch.export, which takes most of a
+cell's time and does not depend on the target. Each cell says which layers with weights are quantized, which stay in
 floating point, and whether something named them; a step that fails leaves its reason, and whether that is one of the package's
 own errors.
 
@@ -27,12 +28,14 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Any
+from unittest.mock import patch
 
 import page_tables
 import torch
@@ -42,6 +45,7 @@ from zoo_networks import NETS, Net, as_made, has_zero_branches, random_weights
 import qakd_plugin as qakd
 from qakd_plugin._common.files import write_atomic
 from qakd_plugin.bench.census import census
+from qakd_plugin.deploy import export
 from qakd_plugin.deploy.engine.precheck import inspect_onnx
 from qakd_plugin.errors import QakdError
 from qakd_plugin.placement.attention import open_attention
@@ -54,6 +58,7 @@ from qakd_plugin.toolkits import adapter_for
 RESULTS = page_tables.RESULTS / "zoo.json"
 TOOLKITS = ("modelopt", "pt2e")
 BITS = (8, 4)
+LIBRARIES = ("timm", "torchvision", "transformers")
 TARGETS = ("tensorrt", "onnxruntime", "openvino")
 _SECONDS, _GIBIBYTES = 1200, 20
 """What a network's process may take, of time and of address space."""
@@ -85,6 +90,7 @@ CELLS = (*(Cell(toolkit, bits) for toolkit in TOOLKITS for bits in BITS), Cell("
 def main() -> None:
     """Run what is not done yet, write the results and the tables in docs/measured.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--library", action="append", choices=LIBRARIES, help="may be repeated; all by default")
     parser.add_argument("--network", action="append", help="name in its library; may be repeated; all by default")
     parser.add_argument("--toolkit", action="append", choices=TOOLKITS, help="may be repeated; both by default")
     parser.add_argument("--bits", action="append", type=int, choices=BITS, help="may be repeated; both by default")
@@ -106,6 +112,7 @@ def main() -> None:
             (net, todo)
             for net in NETS
             if net.name in (options.network or [net.name])
+            and net.library in (options.library or LIBRARIES)
             and (
                 todo := [
                     cell
@@ -132,10 +139,10 @@ def run_all(wanted: list[tuple[Net, list[Cell]]], cells: dict[str, dict[str, Any
 
     def keep(key: str, cell: dict[str, Any]) -> None:
         with lock:
-            cells[key] = cell
+            print(f"{key}: {_line(cell)}", flush=True)
+            cells[key] = {name: value for name, value in cell.items() if name != "times"}
             ordered = {name: cells[name] for name in _all_keys() if name in cells}
             write_atomic(out, json.dumps({"environment": environment(), "cells": ordered}, indent=1) + "\n")
-            print(f"{key}: {_line(cell)}", flush=True)
 
     with ThreadPoolExecutor(jobs) as pool:
         for _ in pool.map(lambda pair: run_network(*pair, keep), wanted):
@@ -198,12 +205,11 @@ class _Said(logging.Handler):
 
 def run_cell(net: Net, cell: Cell) -> dict[str, Any]:
     """One network at one bit width by one toolkit, all steps; a step that fails leaves its reason."""
-    start = time.perf_counter()
     model, inputs = (as_made if cell.made else random_weights)(net)
     found: dict[str, Any] = {"input": net.size, "samples": net.samples, "options": dict(net.options)}
     found["parameters"] = sum(parameter.numel() for parameter in model.parameters())
     if cell.made and not has_zero_branches(model):
-        return found | {"problem": None, "same": True, "seconds": 0.0}
+        return found | {"problem": None, "same": True}
     said = _Said()
     package = logging.getLogger("qakd_plugin")
     package.addHandler(said)
@@ -213,7 +219,7 @@ def run_cell(net: Net, cell: Cell) -> dict[str, Any]:
             found |= _steps(model, inputs, cell, Path(folder), said)
     finally:
         package.removeHandler(said)
-    return found | {"seconds": round(time.perf_counter() - start, 1)}
+    return found
 
 
 def _steps(model: nn.Module, inputs: Inputs, cell: Cell, folder: Path, said: _Said) -> dict[str, Any]:
@@ -224,8 +230,9 @@ def _steps(model: nn.Module, inputs: Inputs, cell: Cell, folder: Path, said: _Sa
     found: dict[str, Any] = {}
     if student is not None:
         attempt("distill", lambda: _distill(student, model, inputs))
-        for target in TARGETS:
-            found[target] = _export(attempt, student, inputs, target, folder)
+        with one_torch_export():
+            for target in TARGETS:
+                found[target] = _export(attempt, student, inputs, target, folder)
         found |= _accounts(model, student, said)
     return {"problem": attempt.first, "problems": attempt.problems, "times": attempt.times, **found}
 
@@ -249,6 +256,34 @@ def _export(attempt: _Attempts, student: nn.Module, inputs: Inputs, target: Any,
     if target == "tensorrt":
         found |= _engine(attempt, file, folder)
     return found
+
+
+@contextmanager
+def one_torch_export() -> Iterator[None]:
+    """Within the block, :func:`qakd.export_onnx` traces and translates the first model that it gets, and takes that again.
+
+    For one model and several targets: until there, an export does the same for each.
+    """
+    with patch.object(export, "trace", _once(export.trace)), patch.object(export, "to_canonical", _once(export.to_canonical)):
+        yield
+
+
+def _once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Calls a function once; what it returned or raised is what all later calls return or raise."""
+    outcomes: list[tuple[Any, Exception | None]] = []
+
+    def outcome(*args: Any, **kwargs: Any) -> Any:
+        if not outcomes:
+            try:
+                outcomes.append((function(*args, **kwargs), None))
+            except Exception as error:  # raised below, each time  # noqa: BLE001
+                outcomes.append((None, error))
+        result, error = outcomes[0]
+        if error is not None:
+            raise error
+        return result
+
+    return outcome
 
 
 def _engine(attempt: _Attempts, file: qakd.ExportedModel, folder: Path) -> dict[str, Any]:
@@ -314,11 +349,15 @@ class _Attempts:
 
 def _line(cell: dict[str, Any]) -> str:
     if problem := cell["problem"]:
-        return f"{'REFUSED' if problem['own'] else 'RAW'} at {problem['step']}: {problem['message']}"
+        return f"{'REFUSED' if problem['own'] else 'RAW'} at {problem['step']}: {problem['message']}{_times(cell)}"
     if cell.get("same"):
         return "nothing is made with zeros"
     unnamed = f", UNNAMED {cell['unnamed'][:3]}" if cell["unnamed"] else ""
-    return f"passes, {cell['quantized']} of {cell['layers']} layers quantized{unnamed}, {cell['seconds']:.0f} s"
+    return f"passes, {cell['quantized']} of {cell['layers']} layers quantized{unnamed}{_times(cell)}"
+
+
+def _times(cell: dict[str, Any]) -> str:
+    return "".join(f", {step} {seconds:.0f} s" for step, seconds in cell.get("times", {}).items())
 
 
 def passes(cell: dict[str, Any]) -> bool:
