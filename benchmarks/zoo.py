@@ -233,7 +233,7 @@ def _steps(model: nn.Module, inputs: Inputs, cell: Cell, folder: Path, said: _Sa
         with one_torch_export():
             for target in TARGETS:
                 found[target] = _export(attempt, student, inputs, target, folder)
-        found |= _accounts(model, student, said)
+        found |= _accounts(model, student, said, found["onnxruntime"].get("float_layers", ()))
     return {"problem": attempt.first, "problems": attempt.problems, "times": attempt.times, **found}
 
 
@@ -301,14 +301,22 @@ def _engine(attempt: _Attempts, file: qakd.ExportedModel, folder: Path) -> dict[
     return found | {"engine_float_weights": with_weights, "engine_float_products": len(floating) - len(with_weights)}
 
 
-def _accounts(model: nn.Module, student: nn.Module, said: _Said) -> dict[str, Any]:
-    """Layers with weights: how many are quantized, why others are not, and which of them nothing names."""
+def _accounts(model: nn.Module, student: nn.Module, said: _Said, in_float: Iterable[str] = ()) -> dict[str, Any]:
+    """Layers with weights: how many are quantized, why others are not, and which of them nothing names.
+
+    Args:
+        model: the float network.
+        student: the prepared one.
+        said: what was said meanwhile.
+        in_float: layers of a file that a runtime computes in floating point, by names that begin with the module's.
+    """
     layers = [name for name, module in open_attention(model).named_modules() if isinstance(module, _LAYERS)]
     adapter = adapter_for(student)
     prefix = adapter.wrapper_prefix(student)
     quantized = {
         name.removeprefix(prefix) for q in adapter.quantizers(student) if q.role == "weight" for name in q.layers or (q.fqn,)
     }
+    quantized -= {name.partition("/")[0] for name in in_float}
     floating = {name: said.reason(name) for name in layers if name not in quantized}
     return {
         "layers": len(layers),

@@ -489,3 +489,5 @@ def test_layers_that_nothing_names_are_found():
     assert (accounts["layers"], accounts["quantized"], accounts["unnamed"]) == (2, 1, ["0.0"])
     said.lines = ["0.00, 10.0: other layers", "0.0: kept in floating point"]
     assert zoo._accounts(network, student, said)["floating"] == {"0.0": "0.0: kept in floating point"}
+    accounts = zoo._accounts(network, student, said, ["2/Gemm", "1/MatMul"])
+    assert (accounts["quantized"], accounts["unnamed"]) == (0, ["2"])
