@@ -10,8 +10,9 @@ cell's time and does not depend on the target. Each cell says which layers with 
 floating point, and whether something named them; a step that fails leaves its reason, and whether that is one of the package's
 own errors.
 
-Every network has a process of its own, with bounded time and memory. Every finished cell is written to
-benchmarks/results/zoo.json at once and not run again unless --fresh; the tables in docs/measured.md are written from that file.
+Every network has a process of its own, with bounded time and memory, forked from one that has imported the libraries. Every
+finished cell is written to benchmarks/results/zoo.json at once and not run again unless --fresh; the tables in docs/measured.md
+are written from that file.
 """
 
 from __future__ import annotations
@@ -19,11 +20,10 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import multiprocessing
 import os
 import re
 import resource
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -63,6 +63,10 @@ TARGETS = ("tensorrt", "onnxruntime", "openvino")
 _SECONDS, _GIBIBYTES = 1200, 20
 """What a network's process may take, of time and of address space."""
 
+_PROCESSES = multiprocessing.get_context("forkserver")
+_LIBRARIES = ("modelopt.torch.quantization", "torchao", "timm", "transformers", "torchvision", "onnxruntime", "openvino")
+"""Importing them takes longer than a step of most cells."""
+
 _LAYERS = (*WEIGHTED, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
 
 
@@ -98,11 +102,7 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="run cells again that are done")
     parser.add_argument("--out", type=Path, default=RESULTS, help="JSON file for the cells")
     parser.add_argument("--table-only", action="store_true", help="only rewrite the tables in the docs")
-    parser.add_argument("--cell", nargs=2, metavar=("KEY", "INDICES"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.cell:
-        _run_in_this_process(options.cell[0], [int(index) for index in options.cell[1].split(",")])
-        return
     unknown = set(options.network or ()) - {net.name for net in NETS}
     if unknown:
         parser.error(f"--network: {sorted(unknown)} are none of the zoo's")
@@ -136,6 +136,8 @@ def main() -> None:
 def run_all(wanted: list[tuple[Net, list[Cell]]], cells: dict[str, dict[str, Any]], out: Path, jobs: int) -> None:
     """Each network in a process; ``cells`` and the file hold what is done so far."""
     lock = Lock()
+    os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    _PROCESSES.set_forkserver_preload(list(_LIBRARIES))
 
     def keep(key: str, cell: dict[str, Any]) -> None:
         with lock:
@@ -151,37 +153,38 @@ def run_all(wanted: list[tuple[Net, list[Cell]]], cells: dict[str, dict[str, Any
 
 def run_network(net: Net, todo: list[Cell], keep: Callable[[str, dict[str, Any]], None]) -> None:
     """All cells of a network in one process; what a process that dies leaves undone is recorded as that."""
-    indices = ",".join(str(CELLS.index(cell)) for cell in todo)
     left = [cell.key(net) for cell in todo]
-    command = [sys.executable, __file__, "--cell", net.key, indices]
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env={**os.environ, **threads})
-        assert process.stdout is not None
+    receiving, sending = _PROCESSES.Pipe(duplex=False)
+    with tempfile.NamedTemporaryFile("w+") as output:
+        process = _PROCESSES.Process(target=_run_in_this_process, args=(net, todo, sending, output.name))
+        process.start()
+        sending.close()
         try:
-            for line in process.stdout:
-                if line.startswith("{"):
-                    done = json.loads(line)
-                    left.remove(done["key"])
-                    keep(done.pop("key"), done)
+            while left:
+                done = receiving.recv()
+                keep(left.pop(0), done)
+        except EOFError:  # it died
+            pass
         finally:
-            process.kill() if process.poll() is None and left else None
-            code = process.wait()
-        errors.seek(0)
-        last = (errors.read().strip().splitlines() or [""])[-1][:300]
+            process.kill() if left else None
+            process.join()
+        last = (output.read().strip().splitlines() or [""])[-1][:300]
     for key in left:
-        keep(key, {"problem": {"step": "process", "own": False, "message": f"the process ended with {code}: {last}"}})
+        message = f"the process ended with {process.exitcode}: {last}"
+        keep(key, {"problem": {"step": "process", "own": False, "message": message}})
 
 
-def _run_in_this_process(key: str, indices: list[int]) -> None:
-    """Print a line of JSON for each cell."""
+def _run_in_this_process(net: Net, todo: list[Cell], sending: Any, output: str) -> None:
+    """Send what each cell gives; what is printed goes to a file."""
+    with open(output, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_CPU, (_SECONDS, _SECONDS + 60))
     resource.setrlimit(resource.RLIMIT_AS, (_GIBIBYTES << 30, _GIBIBYTES << 30))
-    net = next(net for net in NETS if net.key == key)
-    for index in indices:
-        print(json.dumps({"key": CELLS[index].key(net), **run_cell(net, CELLS[index])}), flush=True)
+    for cell in todo:
+        sending.send(run_cell(net, cell))
 
 
 # -- one cell
