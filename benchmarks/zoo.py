@@ -201,8 +201,8 @@ class _Said(logging.Handler):
         self.lines.append(record.getMessage())
 
     def reason(self, layer: str) -> str | None:
-        """What names a layer, or a module around it; None where nothing does."""
-        name = re.compile(rf"(?<![\w.]){re.escape(layer)}(?![\w]|\.\w)")
+        """What names a layer, its weight or a quantizer of it; None where nothing does."""
+        name = re.compile(rf"(?<![\w.]){re.escape(layer)}(?:\.weight|\.\w+_quantizer)?(?![\w]|\.\w)")
         return next((line for line in self.lines if name.search(line)), None)
 
 

@@ -8,6 +8,7 @@ float module. Nothing of the toolkit is left in it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -162,7 +163,10 @@ class QuantizedLayer(nn.Module):
 
 
 class QuantizedModule(nn.Module):
-    """Any other module with quantizers on its first input or its output."""
+    """Any other module with quantizers on its first input or its output.
+
+    What a network asks it for, such as a weight's dtype, it answers as that module would.
+    """
 
     def __init__(self, inner: nn.Module, input_qdq: ActivationQDQ | None, output_qdq: ActivationQDQ | None) -> None:
         super().__init__()
@@ -175,6 +179,12 @@ class QuantizedModule(nn.Module):
             x = self.input_qdq(x)
         out: Tensor = self.inner(x, *args, **kwargs)
         return out if self.output_qdq is None else self.output_qdq(out)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
 
 
 def quantize_output(module: nn.Module, quantizer: ActivationQDQ) -> nn.Module:

@@ -1,5 +1,6 @@
 """Structures of common networks, each in a small module: exact for every target, in integers wherever there is a weight."""
 
+import copy
 import importlib.util
 import json
 
@@ -17,6 +18,7 @@ from qakd_plugin.deploy.canonical.write import export_canonical, to_proto
 from qakd_plugin.deploy.parity.gate import check_parity
 from qakd_plugin.deploy.targets.onnxruntime import to_onnxruntime_form
 from qakd_plugin.errors import ExportError
+from qakd_plugin.export_form.modules import QuantizedModule
 from qakd_plugin.placement.attention import OpenAttention, open_attention
 from qakd_plugin.placement.placement import place_quantizers
 from qakd_plugin.toolkits import adapter_for
@@ -400,6 +402,14 @@ def test_layers_that_read_constants_stay_in_floating_point_and_are_named(toolkit
     assert "bias: what they read does not depend on the input" in caplog.text
     for target in ("tensorrt", "onnxruntime"):
         assert export_onnx(student, inputs, tmp_path / "x.onnx", target).parity.toolkit_deviation < 1e-6
+
+
+def test_a_module_between_quantizers_answers_as_itself():
+    layer = nn.Conv2d(2, 3, 1, stride=2)
+    module = copy.deepcopy(QuantizedModule(layer, None, None))
+    assert (module.weight.dtype, module.stride) == (torch.float32, (2, 2))  # what XCiT's positional encoding asks for
+    with pytest.raises(AttributeError, match="'Conv2d' object has no attribute 'nothing'"):
+        module.nothing  # noqa: B018
 
 
 def test_the_zoo_holds_a_network_of_every_family_of_timm():

@@ -30,6 +30,7 @@ from ..canonical.graph import (
 from ..canonical.quantizers import make_unsigned
 from ..canonical.sign_analysis import non_negative_values
 from .onnxruntime_bias import loses_bias, scale_codes_up, split_bias
+from .onnxruntime_matmul import free_matmuls
 from .onnxruntime_weights import WeightOnlyLayers
 from .weight_packing import WeightStorage, store_weights
 
@@ -45,6 +46,7 @@ def to_onnxruntime_form(model: ir.Model, storage: WeightStorage = "int4") -> ir.
         _to_unsigned(graph, quantize, non_negative)
     common.RemoveUnusedNodesPass()(model)  # the clamps that quantizers absorbed
     WeightOnlyLayers()(model)
+    free_matmuls(graph)
     for dequantize in weight_dequantizers(graph):
         if not dequantize.attributes.get_int("block_size", 0):
             scale_codes_up(graph, dequantize)
