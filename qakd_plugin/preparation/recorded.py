@@ -29,6 +29,8 @@ class Preparation:
         inputs: shape and type of each tensor of one batch, of two samples at most, in the batch's own structure.
         placement: :data:`qakd_plugin.toolkits.PLACEMENT`; files of earlier versions do not say it, and mean 1.
         edges: bits of the first and the last layer's weights; files of earlier versions do not say it, and mean 8.
+        quantize_attention: whether the products of attention are quantized; files of earlier versions do not say it, and mean
+            False.
     """
 
     toolkit: str
@@ -39,6 +41,7 @@ class Preparation:
     inputs: Any
     placement: int
     edges: int
+    quantize_attention: bool
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
