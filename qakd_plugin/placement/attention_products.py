@@ -127,8 +127,8 @@ def operands(model: nn.Module, keep: Sequence[str]) -> tuple[Operand, ...]:
 def open_products(model: nn.Module, inputs: Inputs, keep: Sequence[str] = ()) -> nn.Module:
     """A copy of a network whose attention is computed by :class:`AttentionProducts`, and computes the same.
 
-    Of every :class:`.attention.OpenAttention`, and of every module that calls ``F.scaled_dot_product_attention`` itself, once in
-    its forward pass. Others that compute attention stay as they are, with a warning that says why.
+    Of every :class:`.attention.OpenAttention`, and of every module that calls ``F.scaled_dot_product_attention`` itself, once
+    in its forward pass. Others that compute attention stay as they are, with a warning that says why.
 
     Args:
         model: the float model; it is not changed.
@@ -139,16 +139,15 @@ def open_products(model: nn.Module, inputs: Inputs, keep: Sequence[str] = ()) ->
         QakdError: there is no attention that can be computed so.
     """
     found, left = _attention(copy.deepcopy(model), inputs)
-    for name, reason in left.items():
-        _log.warning("%s: the products of its attention stay in floating point: %s.", name or "(root)", reason)
     wanted = [name for name in found if not any(within(name, pattern) for pattern in keep)]
     if not wanted:
-        kept = f" beside those that keep={list(keep)} leaves in floating point" if found else ""
+        among = f"keep={list(keep)} leaves all of it" if found else "; ".join(f"{', '.join(left[why])}: {why}" for why in left)
         raise QakdError(
-            f"quantize_attention=True: {type(model).__name__} holds no attention whose products can be quantized{kept}: a module "
-            f"that calls F.scaled_dot_product_attention once{''.join(f'; {name}: {why}' for name, why in left.items())}. Leave "
-            "quantize_attention out."
+            f"quantize_attention=True: {type(model).__name__} holds no attention to quantize"
+            f"{f' ({among})' if among else ''}. Leave quantize_attention out."
         )
+    for reason, names in left.items():
+        _log.warning("%s: products of attention stay in floating point: %s.", ", ".join(names), reason)
     opened = copy.deepcopy(model)
     insert_products(opened, wanted)
     return opened
@@ -159,7 +158,8 @@ def insert_products(model: nn.Module, names: Iterable[str]) -> None:
     for module in [model.get_submodule(name) for name in names]:
         setattr(module, PRODUCTS, AttentionProducts().train(module.training))
         if not isinstance(module, OpenAttention):
-            module.__class__ = _redirected(type(module))
+            kind: Any = type(module)
+            module.__class__ = _redirected(kind)
 
 
 class _ToProducts(TorchFunctionMode):
@@ -234,10 +234,17 @@ class _Calls(TorchFunctionMode):
 _SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax}
 _PRODUCTS = {torch.matmul, torch.bmm, torch.baddbmm, torch.einsum, Tensor.matmul, Tensor.bmm, Tensor.__matmul__}
 
+_TWICE = "call F.scaled_dot_product_attention once in a module's forward, and write another module for another call"
+_OCCUPIED = f"they have an attribute {PRODUCTS!r}, or a forward that their class does not have"
+_BY_HAND = (
+    "they multiply matrices themselves. Where they can, let them call F.scaled_dot_product_attention (transformers: "
+    'attn_implementation="sdpa", timm: fused_attn=True)'
+)
+
 
 @torch.no_grad()
-def _attention(model: nn.Module, inputs: Inputs) -> tuple[list[str], dict[str, str]]:
-    """Names of modules whose attention can be computed by :class:`AttentionProducts`, and of others, with the reason.
+def _attention(model: nn.Module, inputs: Inputs) -> tuple[list[str], dict[str, list[str]]]:
+    """Names of modules whose attention can be computed by :class:`AttentionProducts`, and of others, by the reason.
 
     Args:
         model: a copy, which is consumed.
@@ -249,21 +256,26 @@ def _attention(model: nn.Module, inputs: Inputs) -> tuple[list[str], dict[str, s
         module.register_forward_hook(lambda *_: calls.close(), always_call=True)
     with eval_mode(model), calls:
         call(model, inputs)
+    problems: dict[str, str] = {}
     found: dict[str, None] = {}
-    left: dict[str, str] = {}
-    for one in calls.done:
-        module = model.get_submodule(one.name)
-        if isinstance(module, OpenAttention) or one.attention:
-            found[one.name] = None
-        if isinstance(module, OpenAttention):
-            continue
-        if one.attention + one.within > 1 and one.attention:
-            left[one.name] = "it calls F.scaled_dot_product_attention more than once, write a module for each call"
-        elif one.attention and (hasattr(module, PRODUCTS) or "forward" in vars(module)):
-            left[one.name] = f"it has an attribute {PRODUCTS!r}, or a forward that its class does not have"
-        elif one.products > 1 and one.softmax and not one.within:
-            left[one.name] = (
-                "it multiplies matrices itself, call F.scaled_dot_product_attention (in transformers: "
-                'attn_implementation="sdpa"; in timm: fused_attn=True)'
-            )
-    return [name for name in found if name not in left], left
+    for ended in calls.done:
+        problem = _problem(ended, model.get_submodule(ended.name))
+        if problem is not None:
+            problems[ended.name] = problem
+        elif ended.attention or isinstance(model.get_submodule(ended.name), OpenAttention):
+            found[ended.name] = None
+    left: dict[str, list[str]] = {}
+    for name, problem in problems.items():
+        left.setdefault(problem, []).append(name or "(root)")
+    return [name for name in found if name not in problems], left
+
+
+def _problem(ended: _Call, module: nn.Module) -> str | None:
+    """Why :class:`AttentionProducts` cannot compute the attention of a module; None where it can, or there is none."""
+    if isinstance(module, OpenAttention):
+        return None
+    if ended.attention and ended.attention + ended.within > 1:
+        return _TWICE
+    if ended.attention and (hasattr(module, PRODUCTS) or "forward" in vars(module)):
+        return _OCCUPIED
+    return _BY_HAND if ended.products > 1 and ended.softmax and not ended.attention + ended.within else None

@@ -53,8 +53,8 @@ def output_name(output: OutputQuantizer, precision: Precision) -> str:
 def quantized_modules(placement: Placement, precision: Precision) -> list[str]:
     """Names of the modules that hold a quantizer, some of them twice."""
     outputs = (output_name(output, precision).rpartition(".")[0] for output in placement.outputs)
-    others = (place.name for place in (*placement.sums, *placement.operands))
-    return [*placement.layers, *outputs, *others]
+    sums, operands = (total.name for total in placement.sums), (operand.name for operand in placement.operands)
+    return [*placement.layers, *outputs, *sums, *operands]
 
 
 def joined_quantizers(placement: Placement, precision: Precision) -> dict[str, str]:

@@ -83,8 +83,9 @@ def restore_modelopt(model: nn.Module, path: str | os.PathLike[str]) -> nn.Modul
     """Put what ``modelopt.torch.opt.save`` wrote of a model from :func:`qakd_plugin.prepare` back into its float model.
 
     ``modelopt.torch.opt.restore`` does the same where the model holds neither residual blocks whose sums are quantized, nor
-    ``nn.MultiheadAttention``, nor products of attention with quantizers, nor frozen BatchNorms, nor recurrent layers, nor layers of classes that are not PyTorch's own; it
-    knows nothing of those, and of the first and the last says what to call.
+    ``nn.MultiheadAttention``, nor attention whose products are quantized, nor frozen BatchNorms, nor recurrent layers, nor
+    layers of classes that are not PyTorch's own; it knows nothing of those, and says what to call for quantizers of modules
+    that it does not take.
 
     Args:
         model: the float model; it is not changed.
