@@ -37,7 +37,7 @@ import page_tables
 import paired
 import torch
 from canvases import Canvases
-from students import add_arguments, train_missing
+from students import add_arguments, best_rates, train_missing
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 from torchmetrics.detection import MeanAveragePrecision
@@ -54,7 +54,7 @@ HELD_OUT_GARMENTS = 5000
 """Of the training split, for canvases that pick the epoch and the rate."""
 
 BITS = (4, 8)
-RATES: dict[int, tuple[float, ...]] = {4: (5e-4, 2.5e-3, 1.25e-2), 8: (1e-4, 5e-4, 2.5e-3)}
+RATES: dict[int, tuple[float, ...]] = {4: (5e-4, 2.5e-3, 1.25e-2), 8: (1e-5, 1e-4, 1e-3)}
 """Peak rates that each method is given a choice of, by bits of weights and activations."""
 
 RATES_SEED, FIRST_SEED = 0, 1
@@ -293,14 +293,8 @@ def read_rates(folder: Path) -> list[dict[str, Any]]:
 
 
 def chosen(rates: Sequence[Mapping[str, Any]]) -> dict[tuple[int, str], float]:
-    """The best rate by bits and method, where all of its grid were tried."""
-    found: dict[tuple[int, str], float] = {}
-    for bits in BITS:
-        for method in TRAINED:
-            own = [row for row in rates if (row["bits"], row["method"]) == (bits, method)]
-            if {row["lr"] for row in own} == set(RATES[bits]):
-                found[bits, method] = max(own, key=lambda row: row["held_out"])["lr"]
-    return found
+    """The best rate by bits and method."""
+    return best_rates(rates, ("bits", "method"), lambda bits, method: RATES[bits])  # type: ignore[return-value]
 
 
 def read(size: Size, folder: Path, rates: Mapping[tuple[int, str], float]) -> list[dict[str, Any]]:
