@@ -17,8 +17,8 @@ from torch import Tensor
 SIDE = 64
 """Pixels of a canvas."""
 
-MIN_SIDE, MAX_SIDE, OBJECTS = 14, 30, 4
-SCRAPS, SCRAP = 6, 10
+MIN_SIDE, MAX_SIDE, OBJECTS = 18, 32, 4
+SCRAPS, SCRAP = 5, 10
 """Scraps on a canvas, and pixels of a side."""
 
 OVERLAP = 0.15
@@ -29,7 +29,7 @@ NOTHING = -1
 """Label of the rows that fill up a canvas's boxes."""
 
 MEAN, STD = 0.38, 0.19
-"""Of their pixels."""
+"""About those of their pixels."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ def paste(garments: Tensor, kinds: Tensor, count: int, seed: int) -> Canvases:
             found.boxes[index, len(taken)] = torch.tensor(place)
             found.labels[index, len(taken)] = kinds[garment]
             taken.append(place)
-            _blend(canvas, picture, place, draw.uniform(0.5, 1.0))
-        noisy = canvas + draw.normal(0, 0.06, canvas.shape)
+            _blend(canvas, picture, place, draw.uniform(0.7, 1.0))
+        noisy = canvas + draw.normal(0, 0.04, canvas.shape)
         found.images[index, 0] = torch.from_numpy((noisy.clip(0, 1) * 255).round().astype(np.uint8))
     return found
 

@@ -92,7 +92,7 @@ class Size:
     test: int
 
 
-SMALL = Size(4000, 2000, 6, 5, 12, 12_000, 8, 300, 1000)
+SMALL = Size(4000, 2000, 6, 5, 12, 12_000, 12, 300, 1000)
 FULL = Size(40_000, 40_000, 12, 5, 24, 120_000, 16, 1000, 5000)
 TINY = Size(64, 64, 1, 1, 4, 64, 1, 16, 16)
 """A student of each method: whether the study runs."""
