@@ -187,18 +187,20 @@ def _executed(path: Path) -> Counter[tuple[str, str]]:
     return Counter((str(info["layerType"].value), str(info["runtimePrecision"].value)) for info in infos)
 
 
-def _reshaped(path: Path, *, scale: float = 0.02, read_twice: bool = False, channels: bool = False) -> Path:
-    """A convolution, reshaped, and quantized: by one number or one for each channel; the reshape may have a second reader."""
+def _reshaped(path: Path, *, read_twice: bool = False, channels: bool = False, transposed: bool = False) -> Path:
+    """A convolution, reshaped, and quantized: by one number or one for each channel; the reshape may have a second reader, and
+    a transpose before it."""
     graph = QdqGraph((1, 3, 4, 4))
     x = graph.conv(graph.quantize("input", "in"), "conv", (3, 8))
+    x = graph.add("Transpose", [x], "transpose", perm=[0, 1, 3, 2]) if transposed else x
     x = graph.add("Reshape", [x, graph.constant("shape", np.array([1, 8, 16], np.int64))], "reshape")
     clamped = graph.add("Clip", [x, graph.constant("low", np.float32(0)), graph.constant("high", np.float32(1))], "clamp")
     if channels:
-        numbers = [graph.constant("scales", np.full(8, scale, np.float32)), graph.constant("zeros", np.zeros(8, np.int8))]
+        numbers = [graph.constant("scales", np.full(8, 0.02, np.float32)), graph.constant("zeros", np.zeros(8, np.int8))]
         codes = graph.add("QuantizeLinear", [clamped, *numbers], "again/QuantizeLinear", axis=1)
         made = graph.add("DequantizeLinear", [codes, *numbers], "again/DequantizeLinear", axis=1)
     else:
-        made = graph.quantize(clamped, "again", scale)
+        made = graph.quantize(clamped, "again", 0.02)
     return graph.save(path, graph.add("Add", [made, x], "add") if read_twice else graph.add("Neg", [made], "neg"), rank=3)
 
 
@@ -207,8 +209,12 @@ def _one_sample(model: ir.Model, shape: tuple[int, ...]) -> np.ndarray:
     return start_session(ir.to_proto(model).SerializeToString(), session_options(fusions=False)).run(None, x)[0]
 
 
-@pytest.mark.parametrize(("graph", "moves"), [({}, True), ({"read_twice": True}, False), ({"channels": True}, False)], ids=str)
-def test_a_quantizer_is_moved_before_a_reshape_that_nobody_else_reads(graph, moves, tmp_path):
+@pytest.mark.parametrize(
+    ("graph", "moves"),
+    [({}, True), ({"read_twice": True}, False), ({"channels": True}, False), ({"transposed": True}, False)],
+    ids=str,
+)
+def test_a_quantizer_is_moved_before_a_reshape_of_what_is_computed_for_it_alone(graph, moves, tmp_path):
     model = ir.load(_reshaped(tmp_path / "reshaped.onnx", **graph))
     moved = openvino_kernels.QuantizeBeforeReshape()(copied(model)).model
     kinds = [node.op_type for node in moved.graph]

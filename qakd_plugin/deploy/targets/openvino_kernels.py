@@ -92,7 +92,7 @@ class DropRepeatedQuantizers(InPlacePass):
 
 
 class QuantizeBeforeReshape(InPlacePass):
-    """Quantize numbers where they are computed, not after a reshape of them that nobody else reads.
+    """Quantize numbers where they are computed, not after a reshape of them, where nobody else reads either.
 
         Reshape -> [Clip ->] Q -> DQ
     becomes
@@ -121,8 +121,10 @@ def _after_reshapes(quantize: ir.Node) -> tuple[list[ir.Node], list[ir.Node]]:
         return [], []
     steps.append(dequantize)
     source = reshapes[0].inputs[0]
-    alone = source is not None and only_consumer(source) is reshapes[0]
-    alone = alone and all(only_consumer(one.outputs[0]) is other for one, other in pairwise([*reshapes, *steps]))
+    made = None if source is None else source.producer()
+    if source is None or made is None or made.op_type in _MOVES or only_consumer(source) is not reshapes[0]:
+        return [], []  # a transpose is fused with a quantizer after it, and not with one before it
+    alone = all(only_consumer(one.outputs[0]) is other for one, other in pairwise([*reshapes, *steps]))
     return (reshapes, steps) if alone else ([], [])
 
 
