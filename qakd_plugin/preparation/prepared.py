@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,9 +25,10 @@ from ..placement.folded_batch_norm import fold_frozen_batch_norms, frozen_batch_
 from ..placement.placement import layer_graph
 from ..placement.targets import TARGETS, Target
 from ..tasks.batches import BatchFn, batch_splitter, default_batch
-from ..tasks.inputs import HALF, Inputs, call, device_of_network, dtypes_named, named_tensors, precision_of, to_device
+from ..tasks.inputs import HALF, Inputs, call, device_of_network, dtypes_named, named_tensors, precision_of
 from ..tasks.outputs import named_outputs
 from ..toolkits import PLACEMENT, Adapter, Precision, adapter_for, adapter_named
+from .calibration_batches import CalibrationBatches
 from .pretrained import mark_pretrained
 from .recorded import Preparation, described_inputs, record
 
@@ -64,7 +66,7 @@ def prepare(
     Args:
         model: the float model; it is not changed.
         calibration_batches: batches as the loader yields them (x, (x, y), a dict ...); several, since all ranges come from
-            them.
+            them. They are walked through once, and two are in memory at a time, however many there are.
         toolkit: "modelopt"; "pt2e" (torchao; the model then takes images of this one size); "torchao" (``QATConfig``: weights
             of linear layers only; activations and convolutions stay in floating point, and scales follow the weights);
             "torch_ao" (FX graph mode); "torch_ao_eager" (adds and concatenations must be written with ``FloatFunctional``).
@@ -147,26 +149,24 @@ def prepare_as(
     precision = replace(precision, placement=placement)
     _require_float(model)
     _require_plain_weights(adapter, model)
-    device = device_of_network(model)
-    split = batch_splitter(batch_fn, model)
-    batches = [to_device(_inputs(split, batch, index), device) for index, batch in enumerate(calibration_batches)]
-    if not batches:
-        raise QakdError("calibration_batches is empty: ranges need at least one batch, and are better with several.")
+    batches = CalibrationBatches(calibration_batches, batch_splitter(batch_fn, model), device_of_network(model))
+    example = batches.first
     if recurrent := [name for name, module in model.named_modules() if isinstance(module, nn.RNNBase | nn.RNNCellBase)]:
         _log.warning("%s: recurrent layers stay in floating point.", ", ".join(recurrent))
     _warn_of_sync_batch_norms(adapter, model)
     network = open_attention(model)
     added = _added(model)
-    with _added_named(adapter, added), _uncomputable_named(model, batches, calibration_batches):
+    with _added_named(adapter, added, batches), _uncomputable_named(model, batches, calibration_batches):
         if quantize_attention:
-            network = open_products(network, batches[0], keep or ())
+            network = open_products(network, example, keep or ())
         if frozen_batch_norms(network):
-            network = fold_frozen_batch_norms(network, layer_graph(network, batches[0]))
-        prepared = adapter.prepare(network, batches, precision)
+            network = fold_frozen_batch_norms(network, layer_graph(network, example))
+        prepared = adapter.prepare(network, example, batches, precision)
+        deque(batches, maxlen=0)  # a toolkit without ranges of activations asks for none; each is checked all the same
     if added:
-        _require_same(adapter, model, prepared, batches[0], added)
+        _require_same(adapter, model, prepared, example, added)
     kept = None if keep is None else list(keep)
-    inputs = described_inputs(batches[0])
+    inputs = described_inputs(example)
     asked = Preparation(adapter.name, weight_bits, activation_bits, kept, target, inputs, placement, edges, quantize_attention)
     record(prepared, asked)
     mark_pretrained(prepared)
@@ -300,14 +300,14 @@ def _added(model: nn.Module) -> list[str]:
 
 
 @contextmanager
-def _added_named(adapter: Adapter, added: Sequence[str]) -> Iterator[None]:
+def _added_named(adapter: Adapter, added: Sequence[str], batches: CalibrationBatches) -> Iterator[None]:
     """Say what a toolkit may have failed at; without anything of the kind, what it raises passes."""
     try:
         yield
     except QakdError:
         raise
     except Exception as error:
-        if not added:
+        if not added or error is batches.error:
             raise
         reason = " ".join(str(error).split())[:200]
         raise QakdError(
@@ -334,7 +334,7 @@ def _require_same(adapter: Adapter, model: nn.Module, prepared: nn.Module, input
 
 
 @contextmanager
-def _uncomputable_named(model: nn.Module, batches: Sequence[Inputs], given: object) -> Iterator[None]:
+def _uncomputable_named(model: nn.Module, batches: CalibrationBatches, given: object) -> Iterator[None]:
     """Within the block, an error that the float network raises on a batch, too, says which batch that is.
 
     Raises:
@@ -344,9 +344,9 @@ def _uncomputable_named(model: nn.Module, batches: Sequence[Inputs], given: obje
         yield
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, ValueError, TypeError, QakdError):  # a toolkit may find another reason for the same failure
-        for index, batch in enumerate(batches):
-            _require_computable(model, batch, index, given)
+    except (RuntimeError, ValueError, TypeError, QakdError) as error:  # a toolkit may find another reason for the same failure
+        if error is not batches.error:
+            _require_computable(model, batches.last, batches.index, given)
         raise
 
 
@@ -366,13 +366,3 @@ def _require_computable(model: nn.Module, batch: Inputs, index: int, given: obje
         raise QakdError(
             f"calibration_batches: {type(model).__name__} cannot compute batch {index}, {shapes}: {reason}. {advice}"
         ) from error
-
-
-def _inputs(split: BatchFn, batch: object, index: int) -> Inputs:
-    inputs, _ = split(batch)
-    for tensor in named_tensors(inputs).values():
-        if tensor.is_meta:
-            raise QakdError(f"calibration_batches: batch {index} lies on the meta device, without numbers. Pass real batches.")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise QakdError(f"calibration_batches: batch {index} holds NaN or infinite values. Clean the data.")
-    return inputs
