@@ -40,8 +40,8 @@ class ProductOperand(nn.Module):
 class AttentionProducts(nn.Module):
     """Scaled dot-product attention, Vaswani et al. 2017, in the operators that a runtime has integer kernels for.
 
-    ``P = softmax(scale * Q K^T + mask)`` and ``P V``, each operand of both products in a module of its own: ``q_bmm`` (scaled
-    already), ``k_bmm``, ``p_bmm`` (before dropout, in [0, 1]) and ``v_bmm``, as ModelOpt calls their quantizers.
+    ``P = softmax(scale * Q K^T + mask)`` and ``P V``, each operand of both products in a module of its own: ``q_bmm``,
+    ``k_bmm``, ``p_bmm`` (before dropout, in [0, 1]) and ``v_bmm``, as ModelOpt calls their quantizers.
     """
 
     def __init__(self) -> None:
@@ -84,9 +84,8 @@ class AttentionProducts(nn.Module):
             )
         if enable_gqa:
             key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
-        # The query is smaller than the scores.
-        query = query * (query.shape[-1] ** -0.5 if scale is None else scale)
-        scores = self.q_bmm(query) @ self.k_bmm(key.transpose(-2, -1))
+        # Scaled after the product: a factor in front of a quantizer costs ONNX Runtime more, though the query is smaller.
+        scores = self.q_bmm(query) @ self.k_bmm(key.transpose(-2, -1)) * (query.shape[-1] ** -0.5 if scale is None else scale)
         if is_causal:
             seen = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
             scores = scores.masked_fill(~seen, float("-inf"))

@@ -144,7 +144,8 @@ def test_for_tensorrt_all_codes_are_signed_and_activation_bits_change_nothing(ne
 def test_a_student_computes_products_of_rounded_operands_and_softmax_in_between(toolkit, causal):
     torch.manual_seed(0)
     model = nn.Sequential(Attention(causal)).eval()
-    student = prepare(model, [WORDS], toolkit, quantize_attention=True, target="openvino")
+    # Of larger numbers: with PT2E, the largest that is calibrated lies between two codes.
+    student = prepare(model, [1.1 * WORDS], toolkit, quantize_attention=True, target="openvino")
     rows, adapter = _of_products(student), adapter_for(student)
     adapter.freeze_ranges(student, True)
     for quantizer in adapter.quantizers(student):  # layers in floating point: products alone are compared
@@ -156,7 +157,7 @@ def test_a_student_computes_products_of_rounded_operands_and_softmax_in_between(
 
     own = copy.deepcopy(model[0]).double()
     q, k, v = own.qkv(WORDS.double()).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4).unbind(0)
-    scores = torch.einsum("nhld,nhsd->nhls", rounded(q * 8**-0.5, "q_bmm"), rounded(k, "k_bmm"))
+    scores = torch.einsum("nhld,nhsd->nhls", rounded(q, "q_bmm"), rounded(k, "k_bmm")) / 8**0.5
     if causal:
         scores = torch.where(torch.arange(9)[:, None] >= torch.arange(9), scores, -1e300)
     exponentials = (scores - scores.amax(-1, keepdim=True)).exp()
