@@ -134,8 +134,6 @@ class Size:
 
 SMALL, FULL = Size(4000, 10, 5), Size(15_000, 4, 10)
 """For two cores and an hour; and for a GPU, on which a student's steps cost what their kernels' launches cost."""
-TINY = Size(64, 1, 1, teacher_images=64, teacher_epochs=1, test_images=64, rendered=HELD_OUT + 64)
-"""To see whether everything runs."""
 
 
 def cells(size: Size) -> list[Cell]:
@@ -319,9 +317,7 @@ def summary(found: Results) -> list[dict[str, Any]]:
 def main() -> None:
     """Train what is missing, test, print, and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sizes = parser.add_mutually_exclusive_group()
-    sizes.add_argument("--full", dest="size", action="store_const", const=FULL, default=SMALL, help="the large study")
-    sizes.add_argument("--tiny", dest="size", action="store_const", const=TINY, help="one student on a few images")
+    parser.add_argument("--full", dest="size", action="store_const", const=FULL, default=SMALL, help="the large study")
     parser.add_argument("--rates", action="store_true", help="train also the students that the rate was chosen by")
     add_arguments(parser, "runs/evidence")
     parser.add_argument("--out", type=Path, help="JSON file; evidence_page.py makes tables, figure and page of it")
@@ -332,8 +328,6 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     study = open_study(size, folder)  # trains the teacher, if that is missing
     wanted = cells(size) + (rate_cells() if options.rates else [])
-    if size == TINY:
-        wanted = wanted[:1]
     students = {folder / f"{cell.slug}.json": (size, folder, cell) for cell in wanted}
     train_missing(train, students, processes=options.processes, minutes=options.minutes)
     found = read(size, folder)

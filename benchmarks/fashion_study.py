@@ -41,13 +41,20 @@ from students import add_arguments, train_missing
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
-from qakd_plugin import EWGS, KD, KL, LSQ, PACT, QAT, QKD, SQAKD, DoReFa, Features, distill, prepare, use_quantizers
+from qakd_plugin import EWGS, KD, LSQ, PACT, QAT, QKD, SQAKD, DoReFa, Features, distill, prepare, use_quantizers
 from qakd_plugin._common.files import atomic_path, write_atomic
 from qakd_plugin.runtimes.host import environment
 
 RESULTS = page_tables.RESULTS / "fashion_study.json"
 PAGE = page_tables.ROOT / "docs" / "evidence.md"
 RESNET, MOBILENET = "ResNet-20", "MobileNetV2 0.5"
+DEEPER = "ResNet-56"
+NETWORKS: dict[str, Callable[[int], nn.Module]] = {
+    RESNET: lambda width: fashion.ResNet(width=width),
+    DEEPER: lambda width: fashion.ResNet(blocks=9, width=width),
+    MOBILENET: lambda width: fashion.mobilenet(),
+}
+"""By the width of the residual ones; ResNet-56 is a teacher of qkd_study.py only."""
 FEATURES = {
     RESNET: ("blocks.3.conv1", "blocks.6.conv1", "head"),
     MOBILENET: ("features.7.conv.0.0", "features.14.conv.0.0", "classifier.1"),
@@ -61,11 +68,7 @@ METHODS: dict[str, Callable[[str], Any]] = {
     "KD with labels": lambda network: KD(),
     "QKD": lambda network: QKD(),
     "SQuaT": lambda network: SQAKD(features=Features(FEATURES[network], through_quantizer=True)),
-    "dampening": lambda network: SQAKD(dampening=1e-2),
-    "standardized logits": lambda network: SQAKD(match={"logits": KL(temperature=2.0, standardize=True)}),
 }
-LATE = ("standardized logits", "dampening")
-"""Trained last: options of SQAKD of which the study says whether they stay."""
 BATCH, LR = 64, 5e-3
 RATES = (LR / 4, LR, LR * 4)
 """Of which LR has the best mean over the students of rate_cells()."""
@@ -137,11 +140,10 @@ def cells(size: Size) -> list[Cell]:
             for method in methods
         ]
 
-    others = tuple(name for name in METHODS if name not in ("QAT", "SQAKD", *LATE))
+    others = tuple(name for name in METHODS if name not in ("QAT", "SQAKD"))
     found = some(("LSQ",), (2, 3), ("QAT", "SQAKD")) + some(("LSQ",), (2,), others) + some(("LSQ",), (4, 8), ("QAT", "SQAKD"))
     found += some(("PACT", "DoReFa", "EWGS"), (2, 3, 4), ("QAT", "SQAKD"))
-    found += some(("LSQ",), (3, 4, 8), others) + some(("PACT", "DoReFa", "EWGS"), (8,), ("QAT", "SQAKD"))
-    return found + some(("LSQ",), (2, 3, 4), LATE)
+    return found + some(("LSQ",), (3, 4, 8), others) + some(("PACT", "DoReFa", "EWGS"), (8,), ("QAT", "SQAKD"))
 
 
 def rate_cells() -> list[Cell]:
@@ -176,7 +178,7 @@ class Study:
     def teacher(self, name: str) -> nn.Module:
         """The network in full precision, trained once and kept."""
         torch.manual_seed(0)
-        network = fashion.ResNet(width=self._size.width) if name == RESNET else fashion.mobilenet()
+        network = NETWORKS[name](self._size.width)
         path = self.record(name).with_suffix(".pt")
         if not path.is_file():
             started, epochs = time.perf_counter(), self._train(network.to(self._device))
@@ -224,34 +226,49 @@ class Study:
         steps(5)  # the first are slower
         return steps(20)
 
-    def student(self, cell: Cell) -> nn.Module:
+    def student(self, network: str, quantizer: str, bits: int) -> nn.Module:
         """Prepared and calibrated, not trained."""
         batches = [self.train[0][:256].to(self._device)]
-        student = prepare(self.teacher(cell.network), batches, weight_bits=cell.bits, activation_bits=cell.bits)
-        return use_quantizers(student, QUANTIZERS[cell.quantizer])
+        student = prepare(self.teacher(network), batches, weight_bits=bits, activation_bits=bits)
+        return use_quantizers(student, QUANTIZERS[quantizer])
 
-    def trained(self, cell: Cell) -> nn.Module:
-        """A cell's student, with the weights of its best epoch."""
-        torch.manual_seed(cell.seed)
-        pool, draw = TensorDataset(*self.train), torch.Generator().manual_seed(cell.seed)
+    def trained(self, student: nn.Module, method: Any, seed: int, teacher: str | None, **rates: float) -> nn.Module:
+        """A student after its training, with the weights of its best epoch.
+
+        Args:
+            student: that is trained.
+            method: by which.
+            seed: of images and their order.
+            teacher: its name; None for none.
+            rates: of ``distill``.
+        """
+        torch.manual_seed(seed)
+        pool, draw = TensorDataset(*self.train), torch.Generator().manual_seed(seed)
         sampler = RandomSampler(pool, num_samples=self._size.epoch, generator=draw)
         return distill(
-            self.student(cell),
-            None if cell.method == "QAT" else self.teacher(cell.network),
+            student,
+            None if teacher is None else self.teacher(teacher),
             DataLoader(pool, batch_size=None, sampler=BatchSampler(sampler, BATCH, drop_last=True)),
-            method=METHODS[cell.method](cell.network),
+            method=method,
             epochs=self._size.epochs,
             val_loader=DataLoader(TensorDataset(*self.validation), 500),
-            seed=cell.seed,
-            lr=cell.lr,
+            seed=seed,
             recalibrate_batches=8,
+            **rates,  # type: ignore[arg-type]
         ).model
 
     def run(self, cell: Cell) -> dict[str, float]:
-        """Accuracies of a cell's student: on held-out images, and but for students that choose the rate on the test split."""
-        student = self.trained(cell)
+        """Accuracies of a cell's student: see :meth:`accuracies`."""
+        student = self.student(cell.network, cell.quantizer, cell.bits)
+        teacher = None if cell.method == "QAT" else cell.network
+        return self.accuracies(
+            self.trained(student, METHODS[cell.method](cell.network), cell.seed, teacher, lr=cell.lr), cell.seed
+        )
+
+    def accuracies(self, student: nn.Module, seed: int) -> dict[str, float]:
+        """On held-out images, and but for students that choose a rate on the test split."""
         found = {"held_out": accuracy(student, *self.validation)}
-        return found if cell.seed == RATES_SEED else found | {"accuracy": accuracy(student, *self.test)}
+        return found if seed == RATES_SEED else found | {"accuracy": accuracy(student, *self.test)}
 
 
 @cache
@@ -294,11 +311,11 @@ def calibrated(study: Study, rows: list[dict[str, Any]], folder: Path) -> dict[s
     path = folder / "calibrated.json"
     found: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
     for row in rows:
-        cell = Cell(row["network"], row["quantizer"], row["bits"], "QAT", 0)
-        if (name := f"{cell.network}, {cell.quantizer} W{cell.bits}A{cell.bits}") not in found:
-            found[name] = accuracy(study.student(cell), *study.test)
-        if cell.network not in found:
-            found[cell.network] = accuracy(study.teacher(cell.network), *study.test)
+        network, quantizer, bits = row["network"], row["quantizer"], row["bits"]
+        if (name := f"{network}, {quantizer} W{bits}A{bits}") not in found:
+            found[name] = accuracy(study.student(network, quantizer, bits), *study.test)
+        if network not in found:
+            found[network] = accuracy(study.teacher(network), *study.test)
     write_atomic(path, json.dumps(found, indent=1) + "\n")
     return found
 

@@ -40,7 +40,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import page_tables
 import torch
@@ -59,6 +59,8 @@ from qakd_plugin.runtimes.host import environment, is_busy
 
 RESULTS = page_tables.RESULTS / "peers.json"
 CODE = Path(__file__).resolve().parent / "peer_code"
+LR = 1e-3
+"""Peak rate of every student here; peers_fashion.py gives each tool its own."""
 RUNTIMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 
 
@@ -125,42 +127,88 @@ def cell(cells: Path, peer: Peer, bits: int, size: Size, seed: int) -> Path:
     return cells / f"{peer.name}-w{bits}-{size.images}x{size.epochs}-{seed}.json"
 
 
-def run(peer: Peer, bits: int, study: Study, seed: int, folder: Path) -> dict[str, Any]:
+class Setting(Protocol):
+    """What students are trained and judged on.
+
+    Attributes:
+        teacher: that they start from, in full precision.
+        train: images and labels.
+        validation: of which the best epoch is picked.
+        test: that accuracy is taken on.
+        epochs: of each student.
+    """
+
+    teacher: nn.Module
+    train: Split
+    validation: Split
+    test: Split
+
+    @property
+    def epochs(self) -> int: ...
+
+    def loader(self, split: Split, seed: int) -> DataLoader[Any]:
+        """Batches of an epoch."""
+
+
+class Glyphs(Study):
+    """The study of evidence.py."""
+
+    @property
+    def epochs(self) -> int:
+        return self.size.epochs
+
+    def loader(self, split: Split, seed: int) -> DataLoader[Any]:
+        return DataLoader(TensorDataset(*split), BATCH, shuffle=True, generator=torch.Generator().manual_seed(seed))
+
+
+def run(
+    peer: Peer, bits: int, setting: Setting, seed: int, folder: Path, lr: float = LR, *, deploy: bool = True
+) -> dict[str, Any]:
     """Train, export and score one student.
 
     Args:
         peer: whose code runs.
         bits: of weights and activations.
-        study: data and teacher.
+        setting: data and teacher.
         seed: of the order of images and of training.
         folder: of the exported files.
+        lr: peak rate.
+        deploy: whether files are exported and scored.
 
     Returns:
-        Accuracy, seconds by the clock and of the processor, and for each runtime the file and its accuracy, or an error.
+        Accuracy on held-out and on test images, seconds by the clock and of the processor, and for each runtime the file and
+        its accuracy, or an error.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    images = study.train[0]
-    val_loader = DataLoader(TensorDataset(*study.validation), 500)
+    images = setting.train[0]
+    val_loader = DataLoader(TensorDataset(*setting.validation), 500)
 
     def train(code: ModuleType, split: Split, epochs: int) -> nn.Module:
         torch.manual_seed(seed)
-        loader = DataLoader(TensorDataset(*split), BATCH, shuffle=True, generator=torch.Generator().manual_seed(seed))
-        return code.train(copy.deepcopy(study.teacher), list(images[:256].split(64)), loader, val_loader, epochs, bits)
+        batches, loader = list(images[:256].split(64)), setting.loader(split, seed)
+        return code.train(copy.deepcopy(setting.teacher), batches, loader, val_loader, epochs, bits, lr)
 
     try:
         code = importlib.import_module(f"peer_code.{peer.name}")
-        train(code, (images[: 2 * BATCH], study.train[1][: 2 * BATCH]), 1)  # lazy imports and compilations do not count
+        train(code, (images[: 2 * BATCH], setting.train[1][: 2 * BATCH]), 1)  # lazy imports and compilations do not count
         started, started_cpu = time.perf_counter(), time.process_time()
-        student = train(code, study.train, study.size.epochs)
+        student = train(code, setting.train, setting.epochs)
         seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - started_cpu
     except Exception as error:  # another tool's failure is a result  # noqa: BLE001
         return {"error": _message(error, folder)}
-    found = {"accuracy": _accuracy(student, study.test), "seconds": round(seconds, 2), "cpu_seconds": round(cpu_seconds, 2)}
+    found: dict[str, Any] = {
+        "held_out": accuracy(student, setting.validation),
+        "accuracy": accuracy(student, setting.test),
+        "seconds": round(seconds, 2),
+        "cpu_seconds": round(cpu_seconds, 2),
+    }
+    if not deploy:
+        return found
     try:
         files = code.export(student, images[:32], folder)
     except Exception as error:  # noqa: BLE001
         return {**found, "deployed": {runtime: {"error": _message(error, folder)} for runtime in FILE_RUNTIMES}}
-    return {**found, "deployed": {runtime: _deployed(path, runtime, study.test, folder) for runtime, path in files.items()}}
+    return {**found, "deployed": {runtime: _deployed(path, runtime, setting.test, folder) for runtime, path in files.items()}}
 
 
 def _deployed(path: Path, runtime: str, test: Split, folder: Path) -> dict[str, Any]:
@@ -169,14 +217,14 @@ def _deployed(path: Path, runtime: str, test: Split, folder: Path) -> dict[str, 
         runner = make_runner(path, runtime, 1)
         return {
             "file": path.name,
-            "accuracy": _accuracy(lambda x: torch.from_numpy(next(iter(runner.run({"0": x.numpy()}).values()))), test),
+            "accuracy": accuracy(lambda x: torch.from_numpy(next(iter(runner.run({"0": x.numpy()}).values()))), test),
         }
     except Exception as error:  # noqa: BLE001
         return {"error": _message(error, folder)}
 
 
 @torch.no_grad()
-def _accuracy(network: Callable[[Tensor], Tensor], test: Split) -> float:
+def accuracy(network: Callable[[Tensor], Tensor], test: Split) -> float:
     """Share of correct answers, of a network or a runtime; a converted network of torch.ao has no parameters."""
     images, labels = test
     answers = torch.cat([network(x).argmax(1) for x in images.split(500)])
@@ -201,7 +249,7 @@ def train_all(size: Size, seeds: int, cells: Path) -> None:
         subprocess.run(command, check=True, env={"NNCF_EXTENSION_LOAD_TIMEOUT": "600", **os.environ})
 
 
-def train_peer(peer: Peer, study: Study, seed: int, cells: Path) -> None:
+def train_peer(peer: Peer, study: Glyphs, seed: int, cells: Path) -> None:
     """The students of one peer and seed that are missing."""
     warnings.simplefilter("ignore")  # of the toolkits, about themselves
     for bits in peer.bits:
@@ -212,7 +260,7 @@ def train_peer(peer: Peer, study: Study, seed: int, cells: Path) -> None:
             print(f"{path.stem:40s} {found}", flush=True)
 
 
-def latencies(study: Study, cells: Path, calls: int) -> list[dict[str, Any]]:
+def latencies(study: Glyphs, cells: Path, calls: int) -> list[dict[str, Any]]:
     """Rows of the teacher in float and of all files of the first seed, interleaved."""
     float_file = export_float(study.teacher, study.train[0][:32], cells / "fp32.onnx")
     candidates = [Candidate(float_file, "FP32")]
@@ -251,9 +299,9 @@ def summary(size: Size, seeds: int, cells: Path) -> list[dict[str, Any]]:
 def make_table(document: dict[str, Any]) -> str:
     """Markdown: a row per peer and number of bits, means over seeds; errors as notes below it."""
     rows = {(row["method"], row["weight_bits"], row["runtime"]): row for row in document["rows"]}
-    trained = [student for student in document["students"] if _error(student["cells"]) is None]
+    trained = [student for student in document["students"] if first_error(student["cells"]) is None]
     reference = {
-        student["bits"]: _mean("cpu_seconds", student["cells"]) for student in trained if student["peer"] == PEERS[0].name
+        student["bits"]: mean("cpu_seconds", student["cells"]) for student in trained if student["peer"] == PEERS[0].name
     }
     table = [["FP32 teacher", "", "", f"{100 * document['teacher']:.2f}"]]
     table[0] += [_shown(rows.get(("FP32", 32, runtime)), document["teacher"]) for runtime in RUNTIMES]
@@ -262,14 +310,14 @@ def make_table(document: dict[str, Any]) -> str:
         cells, bits = student["cells"], student["bits"]
         line = [f"{student['label']}, W{bits}A{bits}", str(student["lines"])]
         if student in trained:
-            seconds = _mean("cpu_seconds", cells)
+            seconds = mean("cpu_seconds", cells)
             line.append(f"{seconds:.1f}" + (f" ({seconds / reference[bits]:.2f}x)" if bits in reference else ""))
-            line.append(f"{100 * _mean('accuracy', cells):.2f}")
+            line.append(f"{100 * mean('accuracy', cells):.2f}")
             for runtime in RUNTIMES:
                 deployed = [found["deployed"][runtime] for found in cells if runtime in found["deployed"]]
-                line.append(_deployed_shown(deployed, rows.get((student["peer"], bits, runtime)), notes))
+                line.append(deployed_shown(deployed, rows.get((student["peer"], bits, runtime)), notes))
         else:
-            line += [_noted(str(_error(cells)), notes), "", *("" for _ in RUNTIMES)]
+            line += [noted(str(first_error(cells)), notes), "", *("" for _ in RUNTIMES)]
         table.append(line)
     size = document["size"]
     told = f"student ({size['images']} images, {size['epochs']} epochs; seeds: {size['seeds']})"
@@ -278,21 +326,21 @@ def make_table(document: dict[str, Any]) -> str:
     return "\n".join([page_tables.markdown(header, table), *(f"\n{note}" for note in notes)])
 
 
-def _error(found: list[dict[str, Any]]) -> str | None:
+def first_error(found: list[dict[str, Any]]) -> str | None:
     """The first there is."""
     return next((one["error"] for one in found if "error" in one), None)
 
 
-def _mean(key: str, found: list[dict[str, Any]]) -> float:
+def mean(key: str, found: list[dict[str, Any]]) -> float:
     return fmean(one[key] for one in found)
 
 
-def _deployed_shown(deployed: list[dict[str, Any]], row: dict[str, Any] | None, notes: list[str]) -> str:
+def deployed_shown(deployed: list[dict[str, Any]], row: dict[str, Any] | None, notes: list[str]) -> str:
     """What one runtime makes of the students of all seeds."""
     if not deployed:
         return "no export for it"
-    error = _error(deployed)
-    return _shown(row, _mean("accuracy", deployed)) if error is None else _noted(error, notes)
+    error = first_error(deployed)
+    return _shown(row, mean("accuracy", deployed)) if error is None else noted(error, notes)
 
 
 def _shown(row: dict[str, Any] | None, accuracy: float) -> str:
@@ -300,7 +348,7 @@ def _shown(row: dict[str, Any] | None, accuracy: float) -> str:
     return f"{100 * accuracy:.2f}{measured}"
 
 
-def _noted(error: str, notes: list[str]) -> str:
+def noted(error: str, notes: list[str]) -> str:
     """A reference to a note, which is added."""
     number = len(notes) + 1
     notes.append(f"({number}) `{error.replace('`', chr(39))}`")
@@ -323,7 +371,7 @@ def main() -> None:
     torch.set_num_threads(1)
     options.cells.mkdir(parents=True, exist_ok=True)
     size = Size(options.images, options.epochs, options.seeds)
-    study = Study(size, options.cells)
+    study = Glyphs(size, options.cells)
     if options.peer:
         peer = next(peer for peer in PEERS if peer.name == options.peer)
         train_peer(peer, study, options.seed, options.cells)
@@ -338,7 +386,7 @@ def main() -> None:
         "environment": environment(),
         "busy": busy,
         "size": vars(size),
-        "teacher": _accuracy(study.teacher, study.test),
+        "teacher": accuracy(study.teacher, study.test),
         "students": summary(size, options.seeds, options.cells),
         "rows": latencies(study, options.cells, options.calls),
         "missing": [peer.name for peer in PEERS if not peer.version],

@@ -6,7 +6,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -64,3 +64,20 @@ def keep(path: Path, until: float, train: Train, *arguments: Any) -> str:
     found = train(*arguments)
     write_atomic(path, json.dumps(found | {"seconds": round(time.perf_counter() - started, 1)}) + "\n")
     return f"{path.stem}: " + ", ".join(f"{name} {value:.4f}" for name, value in found.items())
+
+
+def best_rates(
+    tried: Iterable[Mapping[str, Any]], names: Sequence[str], grid: Callable[..., Sequence[float]]
+) -> dict[tuple[Any, ...], float]:
+    """The rate that was best on held-out data, of every kind of student of which all rates of its grid were tried.
+
+    Args:
+        tried: a row per student, with its "lr" and what it reached, "held_out"; one that failed reached nothing.
+        names: what tells kinds of students apart.
+        grid: of those, by position -> the rates.
+    """
+    kinds: dict[tuple[Any, ...], dict[float, float]] = {}
+    for row in tried:
+        if "held_out" in row:
+            kinds.setdefault(tuple(row[name] for name in names), {})[row["lr"]] = row["held_out"]
+    return {kind: max(found, key=found.__getitem__) for kind, found in kinds.items() if set(found) == set(grid(*kind))}

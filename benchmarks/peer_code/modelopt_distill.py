@@ -39,7 +39,7 @@ def accuracy(student: mtd.DistillationModel, loader: DataLoader) -> float:
 
 
 def train(
-    teacher: nn.Module, calibration: list[Tensor], loader: DataLoader, val_loader: DataLoader, epochs: int, bits: int
+    teacher: nn.Module, calibration: list[Tensor], loader: DataLoader, val_loader: DataLoader, epochs: int, bits: int, lr: float
 ) -> nn.Module:
     """The best student of all epochs."""
 
@@ -50,7 +50,7 @@ def train(
     student = mtq.quantize(copy.deepcopy(teacher), configuration(bits), forward_loop)
     criterion = mtd.LogitsDistillationLoss(temperature=4.0, reduction="batchmean")
     student = mtd.convert(student, mode=[("kd_loss", {"teacher_model": teacher, "criterion": criterion})])
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=lr, weight_decay=1e-4)
     steps = epochs * len(loader)
     warmup = max(1, round(0.05 * steps))
     rise, fall = LinearLR(optimizer, 1 / (warmup + 1), total_iters=warmup), CosineAnnealingLR(optimizer, steps - warmup)

@@ -12,6 +12,7 @@ import nncf
 import openvino
 import torch
 import torch.nn.functional as F
+from nncf.quantization.advanced_parameters import QuantizationParameters
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from torch.utils.data import DataLoader
@@ -26,11 +27,13 @@ def accuracy(student: nn.Module, loader: DataLoader) -> float:
 
 
 def train(
-    teacher: nn.Module, calibration: list[Tensor], loader: DataLoader, val_loader: DataLoader, epochs: int, bits: int
+    teacher: nn.Module, calibration: list[Tensor], loader: DataLoader, val_loader: DataLoader, epochs: int, bits: int, lr: float
 ) -> nn.Module:
-    """The best student of all epochs; ``bits`` is 8, the only number that ``nncf.quantize`` knows."""
-    student = nncf.quantize(copy.deepcopy(teacher), nncf.Dataset(calibration))
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=1e-4)
+    """The best student of all epochs. Other numbers of bits than 8 can be asked for, and are refused by ``nncf.quantize``."""
+    width = QuantizationParameters(num_bits=bits)
+    widths = nncf.AdvancedQuantizationParameters(weights_quantization_params=width, activations_quantization_params=width)
+    student = nncf.quantize(copy.deepcopy(teacher), nncf.Dataset(calibration), advanced_parameters=widths)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=lr, weight_decay=1e-4)
     steps = epochs * len(loader)
     warmup = max(1, round(0.05 * steps))
     rise, fall = LinearLR(optimizer, 1 / (warmup + 1), total_iters=warmup), CosineAnnealingLR(optimizer, steps - warmup)

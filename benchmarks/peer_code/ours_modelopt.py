@@ -11,12 +11,12 @@ import qakd_plugin as qakd
 
 
 def train(
-    teacher: nn.Module, calibration: list[Tensor], loader: DataLoader, val_loader: DataLoader, epochs: int, bits: int
+    teacher: nn.Module, calibration: list[Tensor], loader: DataLoader, val_loader: DataLoader, epochs: int, bits: int, lr: float
 ) -> nn.Module:
     """The best student of all epochs."""
     student = qakd.prepare(teacher, calibration, "modelopt", weight_bits=bits, activation_bits=bits)
     student = qakd.use_quantizers(student, qakd.LSQ())
-    return qakd.distill(student, teacher, loader, epochs=epochs, val_loader=val_loader).model
+    return qakd.distill(student, teacher, loader, epochs=epochs, val_loader=val_loader, lr=lr).model
 
 
 def export(student: nn.Module, images: Tensor, folder: Path) -> dict[str, Path]:

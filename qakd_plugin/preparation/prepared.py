@@ -20,6 +20,7 @@ from .._common.one_at_a_time import one_at_a_time
 from .._common.precision import dtype_name
 from ..errors import NotPreparedError, QakdError
 from ..placement.attention import open_attention
+from ..placement.attention_products import open_products
 from ..placement.folded_batch_norm import fold_frozen_batch_norms, frozen_batch_norms
 from ..placement.placement import layer_graph
 from ..placement.targets import TARGETS, Target
@@ -32,6 +33,8 @@ from .pretrained import mark_pretrained
 from .recorded import Preparation, described_inputs, record
 
 _log = logging.getLogger(__name__)
+_WITH_PRODUCTS = ("modelopt", "pt2e")
+"""Toolkits that can quantize what the products of attention multiply."""
 
 
 @one_at_a_time
@@ -44,6 +47,7 @@ def prepare(
     keep: Sequence[str] | None = None,
     *,
     edges: int = 8,
+    quantize_attention: bool = False,
     target: Target = "tensorrt",
     batch_fn: BatchFn = default_batch,
 ) -> nn.Module:
@@ -73,6 +77,11 @@ def prepare(
         edges: bits of the weights of the first and the last layer, 2 to 8. A large classifier in 4 bits makes the file of a
             2- or 4-bit model a good deal smaller, for some accuracy. Their inputs keep 8 bits: an image in fewer would lose
             much and save nothing.
+        quantize_attention: quantize what the two products of attention multiply, to 8 bits each whatever ``activation_bits``
+            is: query, key, value, and the weights that softmax makes. Of every ``nn.MultiheadAttention`` and of every module
+            that calls ``F.scaled_dot_product_attention`` once, as those of timm and transformers do; others are named in a
+            warning. They compute the two products one after the other from then on, in training as well, which takes more
+            memory and time than PyTorch's one operator. With "modelopt" and "pt2e".
         target: "tensorrt": every target takes the model. "onnxruntime" or "openvino": TensorRT does not, because 8-bit
             activations that cannot be negative get codes 0..255 in the place of 0..127: a grid twice as fine, and no clamp
             after each ReLU. With "openvino" a convolution that a SiLU, Hardswish, GELU or the like reads has no quantizer in
@@ -86,12 +95,22 @@ def prepare(
         A prepared copy in eval mode, with calibrated ranges: post-training quantization, and the starting point of ``distill``.
 
     Raises:
-        QakdError: an argument is out of range, a pattern of ``keep`` matches nothing, or there is no calibration batch.
+        QakdError: an argument is out of range, a pattern of ``keep`` matches nothing, there is no calibration batch, or no
+            attention to quantize.
         NotPreparedError: the model is prepared already.
         MissingPackageError: the toolkit is not installed.
     """
     return prepare_as(
-        model, calibration_batches, toolkit, weight_bits, activation_bits, keep, edges=edges, target=target, batch_fn=batch_fn
+        model,
+        calibration_batches,
+        toolkit,
+        weight_bits,
+        activation_bits,
+        keep,
+        edges=edges,
+        quantize_attention=quantize_attention,
+        target=target,
+        batch_fn=batch_fn,
     )
 
 
@@ -107,6 +126,7 @@ def prepare_as(
     target: str,
     batch_fn: BatchFn,
     edges: int = 8,
+    quantize_attention: bool = False,
     placement: int = PLACEMENT,
 ) -> nn.Module:
     """:func:`prepare`, also as earlier versions placed quantizers.
@@ -115,6 +135,11 @@ def prepare_as(
         QakdError: as :func:`prepare`, or ``placement`` is of a later version.
     """
     adapter, precision = _parse_request(toolkit, weight_bits, activation_bits, keep, edges, target)
+    if quantize_attention and adapter.name not in _WITH_PRODUCTS:
+        raise QakdError(
+            f"quantize_attention=True: toolkit={adapter.name!r} cannot quantize products of two activations. Use toolkit="
+            f"{' or '.join(map(repr, _WITH_PRODUCTS))}."
+        )
     if not 1 <= placement <= PLACEMENT:
         raise QakdError(
             f"placement {placement} is of a later version of qakd_plugin; this one knows 1 to {PLACEMENT}: update it."
@@ -132,6 +157,8 @@ def prepare_as(
     network = open_attention(model)
     added = _added(model)
     with _added_named(adapter, added, batches), _uncomputable_named(model, batches, calibration_batches):
+        if quantize_attention:
+            network = open_products(network, example, keep or ())
         if frozen_batch_norms(network):
             network = fold_frozen_batch_norms(network, layer_graph(network, example))
         prepared = adapter.prepare(network, example, batches, precision)
@@ -140,7 +167,7 @@ def prepare_as(
         _require_same(adapter, model, prepared, example, added)
     kept = None if keep is None else list(keep)
     inputs = described_inputs(example)
-    asked = Preparation(adapter.name, weight_bits, activation_bits, kept, target, inputs, placement, edges)
+    asked = Preparation(adapter.name, weight_bits, activation_bits, kept, target, inputs, placement, edges, quantize_attention)
     record(prepared, asked)
     mark_pretrained(prepared)
     return prepared

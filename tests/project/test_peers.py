@@ -6,7 +6,7 @@ import glyphs
 import peers
 import pytest
 import torch
-from evidence import Size, Study
+from evidence import Size
 from torch import nn
 
 from qakd_plugin.demo.net import DigitNet
@@ -20,8 +20,8 @@ def study(tmp_path, monkeypatch):
     torch.manual_seed(0)
     network = DigitNet(width=8)
     network.head = nn.Linear(32, len(glyphs.CLASSES))
-    monkeypatch.setattr(Study, "__post_init__", lambda self: None)
-    study = Study(Size(images=200, epochs=1, seeds=1), tmp_path)
+    monkeypatch.setattr(peers.Glyphs, "__post_init__", lambda self: None)
+    study = peers.Glyphs(Size(images=200, epochs=1, seeds=1), tmp_path)
     (images, labels), study.test = splits
     study.train, study.validation = (images[:200], labels[:200]), (images[200:300], labels[200:300])
     study.teacher = network.eval()

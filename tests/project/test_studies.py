@@ -10,6 +10,7 @@ import minilm_study
 import numpy as np
 import photographs
 import pytest
+import qkd_study
 import torch
 from PIL import Image
 from scipy.stats import spearmanr
@@ -51,6 +52,35 @@ def test_features_are_compared_at_layers_that_networks_have():
 def test_cells_have_files_of_their_own():
     for every in (fashion_study.cells(fashion_study.SMALL), efficientnet_study.cells(), minilm_study.cells()):
         assert len({cell.slug for cell in every}) == len(every)
+
+
+def test_each_method_of_the_study_of_qkd_takes_the_rates_that_are_best_for_it():
+    tried = [{"lr": 1e-3, "teacher_lr": 1e-4, "held_out": 0.8}, {"lr": 5e-3, "teacher_lr": 5e-4, "held_out": 0.9}]
+    rates = {"QKD": [*tried, {"lr": 2e-2, "teacher_lr": 5e-4, "held_out": 0.9}], "QAT": tried[:1]}
+    found = list(qkd_study.cells(qkd_study.SIZE, rates))
+    assert {(cell.method, cell.lr, cell.teacher_lr) for cell in found} == {("QKD", 5e-3, 5e-4), ("QAT", 1e-3, 1e-4)}
+    every = [*found, *qkd_study.rate_cells()]
+    assert len({cell.slug for cell in every}) == len(every)
+    table = qkd_study.make_rates_table({"rates": rates}).splitlines()
+    assert [line.count("**90.00**") for line in table[2:]] == [0, 1, 0]
+
+
+def test_qkd_is_compared_with_its_controls_over_the_seeds_that_both_have():
+    accuracies = {"QAT": {"1": 0.5, "2": 0.6}, "SQAKD": {"1": 0.6, "2": 0.6}, "QKD": {"2": 0.7}}
+    rows = [{"bits": 2, "method": method, "accuracies": found} for method, found in accuracies.items()]
+    lines = [line.split(" | ")[1:] for line in qkd_study.make_table({"rows": rows}).splitlines()[2:]]
+    assert [line[0] for line in lines] == ["QAT", "SQAKD", "QKD"]
+    assert [line[-1].rstrip(" |") for line in lines] == ["-", "+10.00", "-"]
+    assert lines[1][3].startswith("+5.00 ± ")
+    assert lines[2][3] == "+10.00"
+
+
+@pytest.mark.matrix
+def test_a_student_of_qkd_learns_from_a_deeper_teacher(garments, tmp_path):
+    size = fashion_study.Size(64, 64, 4, 1, 4, 256, 1, 64)
+    found = qkd_study.train(size, tmp_path, garments, "cpu", qkd_study.Cell(4, "QKD", 1e-3, 1e-4, seed=1))
+    assert found.keys() == {"held_out", "accuracy"}
+    assert {path.name for path in tmp_path.glob("*.pt")} == {"teacher-ResNet-20.pt", "teacher-ResNet-56.pt"}
 
 
 def test_fashion_compares_only_seeds_that_both_have():

@@ -50,13 +50,21 @@ def test_the_page_of_the_evidence_and_its_figure_are_made_from_the_committed_fig
 
 
 def test_the_tables_of_studies_on_real_data_are_made_from_the_committed_figures():
-    encoder, fashion_study = import_module("minilm_study"), evidence_page.fashion_study
+    encoder, fashion_study, qkd_study = import_module("minilm_study"), evidence_page.fashion_study, import_module("qkd_study")
+    detection, peers = import_module("detection_study"), import_module("peers_fashion")
     made = {
         "efficientnet_study": import_module("efficientnet_study").make_table(committed("efficientnet_study")),
         "minilm_study": encoder.make_table(committed("minilm_study")),
         "minilm_latency": encoder.make_latency_table(committed("minilm_study")),
         "fashion_study": fashion_study.make_table(fashion_study.committed()),
         "fashion_rates": fashion_study.make_rates_table(fashion_study.committed()),
+        "peers_fashion": peers.make_table(peers.committed()),
+        "peers_rates": peers.make_rates_table(peers.committed()),
+        "detection_study": detection.make_table(detection.committed()),
+        "detection_tests": detection.make_tests_table(detection.committed()),
+        "detection_rates": detection.make_rates_table(detection.committed()),
+        "qkd_study": qkd_study.make_table(qkd_study.committed()),
+        "qkd_rates": qkd_study.make_rates_table(qkd_study.committed()),
     }
     for name, table in made.items():
         assert page_tables.read_table(name, fashion_study.PAGE) == table, name
