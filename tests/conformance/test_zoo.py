@@ -14,10 +14,11 @@ from torch import nn
 from qakd_plugin import build_engine, describe, export_onnx, prepare
 from qakd_plugin.bench.census import census
 from qakd_plugin.deploy.canonical.clamps import quantizers_after_relu
+from qakd_plugin.deploy.canonical.graph import WEIGHT_KEY, weight_dequantizers
 from qakd_plugin.deploy.canonical.write import export_canonical, to_proto
 from qakd_plugin.deploy.parity.gate import check_parity
 from qakd_plugin.deploy.targets.onnxruntime import to_onnxruntime_form
-from qakd_plugin.errors import ExportError
+from qakd_plugin.errors import ExportError, ParityError
 from qakd_plugin.export_form.modules import QuantizedModule
 from qakd_plugin.placement.attention import OpenAttention, open_attention
 from qakd_plugin.placement.placement import place_quantizers
@@ -402,6 +403,43 @@ def test_layers_that_read_constants_stay_in_floating_point_and_are_named(toolkit
     assert "bias: what they read does not depend on the input" in caplog.text
     for target in ("tensorrt", "onnxruntime"):
         assert export_onnx(student, inputs, tmp_path / "x.onnx", target).parity.toolkit_deviation < 1e-6
+
+
+class _Unused(nn.Module):
+    """A head whose result the network drops, as SigLIP's classifier does with its pooling head: (N, 8) to (N, 5)."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix, self.pool, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.mix(x)
+        self.pool(x)
+        return self.head(x)
+
+
+def test_layers_that_no_output_depends_on_are_not_in_the_file_and_named(tmp_path, caplog):
+    torch.manual_seed(0)
+    inputs = torch.randn(4, 8)
+    student = prepare(_Unused().eval(), [inputs])
+    file = export_onnx(student, inputs, tmp_path / "x.onnx")
+    assert "pool: no output depends on these layers" in caplog.text
+    assert file.parity.weight_codes == 8 * 8 + 8 * 5
+    assert not any("pool" in tensor.name for tensor in onnx.load(file).graph.initializer)
+
+
+def test_a_layer_that_a_file_lost_is_refused():
+    torch.manual_seed(0)
+    inputs = torch.randn(4, 8)
+    student = prepare(_Unused().eval(), [inputs])
+    adapter = adapter_for(student)
+    form = adapter.export_form(student)
+    canonical = export_canonical(form, inputs)
+    for node in weight_dequantizers(canonical.graph):
+        if node.metadata_props[WEIGHT_KEY].startswith("mix"):
+            node.metadata_props[WEIGHT_KEY] = "of no layer"
+    with pytest.raises(ParityError, match=r"^mix: its stored weight is missing in the file"):
+        check_parity(canonical, form, student, inputs, fused=False)
 
 
 def test_a_module_between_quantizers_answers_as_itself():

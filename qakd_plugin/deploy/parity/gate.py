@@ -57,7 +57,7 @@ def check_parity(
         ParityError: with the name of the first layer, quantizer or output that differs.
         ExportError: ONNX Runtime cannot load or run the file.
     """
-    weight_codes = check_weight_codes(file, form)
+    weight_codes = check_weight_codes(file, form, samples)
     after_relu = quantizers_after_relu(file.graph) if after_relu is None else after_relu
     names = [value.name or "" for value in file.graph.outputs]
     reference = Reference(form, samples, names, float_tail_layers(file, form))

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+import torch
 from torch import nn
 
 from ...errors import KEEP_FLOAT, ParityError
 from ...export_form.modules import StoredWeight
+from ...tasks.inputs import Inputs, call
 from ..canonical.graph import COARSE_KEY, WEIGHT_KEY, constant, stored_codes, weight_dequantizers
 from ..targets.onnxruntime_weights import weight_only_codes
+from .report import arrays
+
+_log = logging.getLogger(__name__)
 
 
-def check_weight_codes(file: ir.Model, form: nn.Module) -> int:
+def check_weight_codes(file: ir.Model, form: nn.Module, samples: Inputs) -> int:
     """Compare every stored weight, up to the sign that BatchNorm folding gives a channel, and return how many codes they hold.
+
+    Layers that no output depends on are not in a file; a warning names them.
 
     Raises:
         ParityError: a code or a scale of the file is not the trained model's; names the layer.
@@ -43,11 +51,29 @@ def check_weight_codes(file: ir.Model, form: nn.Module) -> int:
             )
         if not np.all(np.isfinite(scale) & (scale > 0)):
             raise ParityError(f"{layer}: the file holds a weight scale that is not finite and positive. {KEEP_FLOAT}", layer)
-    for name in stored:
-        if name not in found:
+    missing = [name for name in stored if name not in found]
+    for name in missing:
+        if _matters(stored[name], form, samples):
             layer = name.removesuffix(".weight")
             raise ParityError(f"{layer}: its stored weight is missing in the file. {KEEP_FLOAT}", layer)
-    return sum(weight.codes.numel() for weight in stored.values())
+    if missing:
+        _log.warning(
+            "%s: no output depends on these layers, so the file does not hold them.",
+            ", ".join(name.removesuffix(".weight") for name in missing),
+        )
+    return sum(weight.codes.numel() for name, weight in stored.items() if name in found)
+
+
+@torch.no_grad()
+def _matters(weight: StoredWeight, form: nn.Module, samples: Inputs) -> bool:
+    """Whether an output of the export form depends on a weight."""
+    own = arrays(call(form, samples))
+    hook = weight.register_forward_hook(lambda module, args, output: 1 - 3 * output)
+    try:
+        other = arrays(call(form, samples))
+    finally:
+        hook.remove()
+    return not all(np.array_equal(one, another, equal_nan=True) for one, another in zip(own, other, strict=True))
 
 
 def _dequantized(graph: ir.Graph) -> Iterator[tuple[ir.Node, npt.NDArray[Any], npt.NDArray[Any]]]:
