@@ -35,7 +35,7 @@ def _separate(graph: ir.Graph, dequantize: ir.Node) -> None:
         for number, (reader, index) in enumerate(list(transpose.outputs[0].uses())[1:], 1):
             own = ir.node("Transpose", [dequantize.outputs[0]], attributes=dict(transpose.attributes))
             own.name = f"{transpose.name}#{number}"
-            own.outputs[0].name, own.outputs[0].dtype = f"{own.name}:out", transpose.outputs[0].dtype
+            own.outputs[0].name, own.outputs[0].dtype = f"{own.name}:out", ir.DataType.FLOAT
             graph.insert_after(transpose, own)
             reader.replace_input_with(index, own.outputs[0])
 
@@ -47,7 +47,7 @@ def _to_extrema(graph: ir.Graph, clamp: ir.Node) -> None:
         if bound is not None:
             node = ir.node(kind, [value, bound], name=f"{clamp.name}/{kind}")
             value = node.outputs[0]
-            value.name, value.dtype, value.shape = f"{node.name}:out", output.dtype, output.shape
+            value.name, value.dtype, value.shape = f"{node.name}:out", ir.DataType.FLOAT, output.shape
             graph.insert_before(clamp, node)
     assert value is not None
     replace(clamp, value)
