@@ -284,7 +284,7 @@ def verdicts(name: str, cell: dict[str, Any]) -> list[str]:
     lines.append(f"{row['integer_layers']} integer layers, {floating} with weights in floating point: {_met(floating == 0)}")
     cost = f"export {made['export_seconds']:.1f} s, process peak {made['peak_gib']:.2f} GiB"
     lines.append(f"{cost}, bar for resnet50 10 s and 2.5 GiB: {_met(made['export_seconds'] <= 10 and made['peak_gib'] <= 2.5)}")
-    if any(row["conditions"]["busy"] for row in cell["rows"]):
+    if _is_busy(cell):
         lines.append("the machine was busy when this was measured: take ratios with care")
     return lines
 
@@ -359,6 +359,11 @@ def make_toolkit_tables(document: dict[str, Any]) -> dict[str, str]:
     return tables
 
 
+def _is_busy(measured: dict[str, Any]) -> bool:
+    """Whether something else ran beside an interleaved run."""
+    return any(row["conditions"]["busy"] for row in measured["rows"])
+
+
 FURTHER = ("ORT INT8", "ORT INT8, tuned", "quantize_static", "OpenVINO BF16", "OpenVINO INT8", "OpenVINO INT8, tuned", "NNCF")
 """What is measured at further settings, over FP32 in ONNX Runtime at the same one."""
 
@@ -369,7 +374,8 @@ def make_further_table(document: dict[str, Any]) -> str:
     for name, cell in document["networks"].items():
         for setting, found in cell["further"].items():
             row = next(row for row in found["rows"] if (row["method"], row["runtime"]) == ("FP32", "onnxruntime"))
-            lines.append([name, setting, f"{row['p50_ms']:.1f}", *_ratio_cells(found, FURTHER)])
+            beside = " (busy)" if _is_busy(found) else ""
+            lines.append([name, f"{setting}{beside}", f"{row['p50_ms']:.1f}", *_ratio_cells(found, FURTHER)])
     return page_tables.markdown(["network", "setting", "ORT FP32, ms", *FURTHER], lines)
 
 
@@ -387,7 +393,8 @@ def make_files(name: str, cells: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     model, images = _network(name)
     export_float(model, images, folder / "fp32.onnx")
-    student = prepare(model, [images], "modelopt", weight_bits=8, activation_bits=8)
+    transformer = name.startswith("vit")  # whose products of attention NNCF quantizes, too
+    student = prepare(model, [images], "modelopt", weight_bits=8, activation_bits=8, quantize_attention=transformer)
     start = time.perf_counter()
     export_onnx(student, images, folder / "w8.ort.onnx", target="onnxruntime")
     seconds = time.perf_counter() - start
@@ -396,9 +403,18 @@ def make_files(name: str, cells: Path) -> None:
     for bits, storage in ((4, "int4"), (2, "int2")):
         student = prepare(model, [images], "modelopt", weight_bits=bits, activation_bits=max(bits, 4), edges=4)
         export_onnx(student, images, folder / f"w{bits}.ort.onnx", target="onnxruntime", weight_storage=storage)
-    # FX has no quantizers for a ViT's attention, and hardly anything in it is never negative.
-    for label, (toolkit, target) in {} if name.startswith("vit") else PREPARED.items():
-        student = prepare(model, [images], toolkit, weight_bits=8, activation_bits=8, target=target)
+    for label, (toolkit, target) in PREPARED.items():
+        if transformer and toolkit == "torch_ao":  # which has no quantizers for a ViT's attention
+            continue
+        student = prepare(
+            model,
+            [images],
+            toolkit,
+            weight_bits=8,
+            activation_bits=8,
+            target=target,
+            quantize_attention=transformer,
+        )
         for runtime in ("onnxruntime", "openvino"):
             export_onnx(student, images, _prepared_path(folder, label, runtime), target=runtime)
     missing: dict[str, str] = {}
@@ -410,7 +426,7 @@ def make_files(name: str, cells: Path) -> None:
     if importlib.util.find_spec("nncf") is None:
         missing["NNCF"] = "nncf is not installed (pip install nncf)"
     else:
-        _quantize_nncf(folder / "fp32.onnx", folder / "nncf.xml", images, transformer=name.startswith("vit"))
+        _quantize_nncf(folder / "fp32.onnx", folder / "nncf.xml", images, transformer=transformer)
     files = {"fp32": "fp32", "W8": "w8.ort", "W4": "w4.ort", "W2": "w2.ort"}
     made = {
         "bytes": {label: (folder / f"{file}.onnx").stat().st_size for label, file in files.items()},

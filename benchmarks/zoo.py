@@ -1,16 +1,18 @@
 """Which networks go all the way: prepared, trained for a step, exported exactly for three targets, built into an engine.
 
-    python benchmarks/zoo.py [--network NAME] [--toolkit pt2e] [--bits 8] [--jobs 2]
+    python benchmarks/zoo.py [--library timm] [--network NAME] [--toolkit pt2e] [--bits 8] [--jobs 2]
 
 For every network of zoo_networks.py, toolkit and bit width: prepare, one step of SQAKD, export for TensorRT, ONNX Runtime and
 OpenVINO (the parity gate is on), count the layers that ONNX Runtime computes in integers, and build a TensorRT-RTX
 engine, which needs no GPU. Weights are random: exactness does not depend on training. What a library makes with zeros (gammas
-of residual branches) is prepared with them as well. Each cell says which layers with weights are quantized, which stay in
+of residual branches) is prepared with them as well. The three files of a cell share one torch.export, which takes most of a
+cell's time and does not depend on the target. Each cell says which layers with weights are quantized, which stay in
 floating point, and whether something named them; a step that fails leaves its reason, and whether that is one of the package's
 own errors.
 
-Every network has a process of its own, with bounded time and memory. Every finished cell is written to
-benchmarks/results/zoo.json at once and not run again unless --fresh; the tables in docs/measured.md are written from that file.
+Every network has a process of its own, with bounded time and memory, forked from one that has imported the libraries. Every
+finished cell is written to benchmarks/results/zoo.json at once and not run again unless --fresh; the tables in docs/measured.md
+are written from that file.
 """
 
 from __future__ import annotations
@@ -18,21 +20,22 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import multiprocessing
 import os
 import re
 import resource
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Any
+from unittest.mock import patch
 
 import page_tables
 import torch
@@ -42,6 +45,7 @@ from zoo_networks import NETS, Net, as_made, has_zero_branches, random_weights
 import qakd_plugin as qakd
 from qakd_plugin._common.files import write_atomic
 from qakd_plugin.bench.census import census
+from qakd_plugin.deploy import export
 from qakd_plugin.deploy.engine.precheck import inspect_onnx
 from qakd_plugin.errors import QakdError
 from qakd_plugin.placement.attention import open_attention
@@ -54,9 +58,14 @@ from qakd_plugin.toolkits import adapter_for
 RESULTS = page_tables.RESULTS / "zoo.json"
 TOOLKITS = ("modelopt", "pt2e")
 BITS = (8, 4)
+LIBRARIES = ("timm", "torchvision", "transformers")
 TARGETS = ("tensorrt", "onnxruntime", "openvino")
 _SECONDS, _GIBIBYTES = 1200, 20
 """What a network's process may take, of time and of address space."""
+
+_PROCESSES = multiprocessing.get_context("forkserver")
+_LIBRARIES = ("modelopt.torch.quantization", "torchao", "timm", "transformers", "torchvision", "onnxruntime", "openvino")
+"""Importing them takes longer than a step of most cells."""
 
 _LAYERS = (*WEIGHTED, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
 
@@ -85,6 +94,7 @@ CELLS = (*(Cell(toolkit, bits) for toolkit in TOOLKITS for bits in BITS), Cell("
 def main() -> None:
     """Run what is not done yet, write the results and the tables in docs/measured.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--library", action="append", choices=LIBRARIES, help="may be repeated; all by default")
     parser.add_argument("--network", action="append", help="name in its library; may be repeated; all by default")
     parser.add_argument("--toolkit", action="append", choices=TOOLKITS, help="may be repeated; both by default")
     parser.add_argument("--bits", action="append", type=int, choices=BITS, help="may be repeated; both by default")
@@ -92,11 +102,7 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="run cells again that are done")
     parser.add_argument("--out", type=Path, default=RESULTS, help="JSON file for the cells")
     parser.add_argument("--table-only", action="store_true", help="only rewrite the tables in the docs")
-    parser.add_argument("--cell", nargs=2, metavar=("KEY", "INDICES"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.cell:
-        _run_in_this_process(options.cell[0], [int(index) for index in options.cell[1].split(",")])
-        return
     unknown = set(options.network or ()) - {net.name for net in NETS}
     if unknown:
         parser.error(f"--network: {sorted(unknown)} are none of the zoo's")
@@ -106,6 +112,7 @@ def main() -> None:
             (net, todo)
             for net in NETS
             if net.name in (options.network or [net.name])
+            and net.library in (options.library or LIBRARIES)
             and (
                 todo := [
                     cell
@@ -129,13 +136,15 @@ def main() -> None:
 def run_all(wanted: list[tuple[Net, list[Cell]]], cells: dict[str, dict[str, Any]], out: Path, jobs: int) -> None:
     """Each network in a process; ``cells`` and the file hold what is done so far."""
     lock = Lock()
+    os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    _PROCESSES.set_forkserver_preload(list(_LIBRARIES))
 
     def keep(key: str, cell: dict[str, Any]) -> None:
         with lock:
-            cells[key] = cell
+            print(f"{key}: {_line(cell)}", flush=True)
+            cells[key] = {name: value for name, value in cell.items() if name != "times"}
             ordered = {name: cells[name] for name in _all_keys() if name in cells}
             write_atomic(out, json.dumps({"environment": environment(), "cells": ordered}, indent=1) + "\n")
-            print(f"{key}: {_line(cell)}", flush=True)
 
     with ThreadPoolExecutor(jobs) as pool:
         for _ in pool.map(lambda pair: run_network(*pair, keep), wanted):
@@ -144,37 +153,38 @@ def run_all(wanted: list[tuple[Net, list[Cell]]], cells: dict[str, dict[str, Any
 
 def run_network(net: Net, todo: list[Cell], keep: Callable[[str, dict[str, Any]], None]) -> None:
     """All cells of a network in one process; what a process that dies leaves undone is recorded as that."""
-    indices = ",".join(str(CELLS.index(cell)) for cell in todo)
     left = [cell.key(net) for cell in todo]
-    command = [sys.executable, __file__, "--cell", net.key, indices]
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env={**os.environ, **threads})
-        assert process.stdout is not None
+    receiving, sending = _PROCESSES.Pipe(duplex=False)
+    with tempfile.NamedTemporaryFile("w+") as output:
+        process = _PROCESSES.Process(target=_run_in_this_process, args=(net, todo, sending, output.name))
+        process.start()
+        sending.close()
         try:
-            for line in process.stdout:
-                if line.startswith("{"):
-                    done = json.loads(line)
-                    left.remove(done["key"])
-                    keep(done.pop("key"), done)
+            while left:
+                done = receiving.recv()
+                keep(left.pop(0), done)
+        except EOFError:  # it died
+            pass
         finally:
-            process.kill() if process.poll() is None and left else None
-            code = process.wait()
-        errors.seek(0)
-        last = (errors.read().strip().splitlines() or [""])[-1][:300]
+            process.kill() if left else None
+            process.join()
+        last = (output.read().strip().splitlines() or [""])[-1][:300]
     for key in left:
-        keep(key, {"problem": {"step": "process", "own": False, "message": f"the process ended with {code}: {last}"}})
+        message = f"the process ended with {process.exitcode}: {last}"
+        keep(key, {"problem": {"step": "process", "own": False, "message": message}})
 
 
-def _run_in_this_process(key: str, indices: list[int]) -> None:
-    """Print a line of JSON for each cell."""
+def _run_in_this_process(net: Net, todo: list[Cell], sending: Any, output: str) -> None:
+    """Send what each cell gives; what is printed goes to a file."""
+    with open(output, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_CPU, (_SECONDS, _SECONDS + 60))
     resource.setrlimit(resource.RLIMIT_AS, (_GIBIBYTES << 30, _GIBIBYTES << 30))
-    net = next(net for net in NETS if net.key == key)
-    for index in indices:
-        print(json.dumps({"key": CELLS[index].key(net), **run_cell(net, CELLS[index])}), flush=True)
+    for cell in todo:
+        sending.send(run_cell(net, cell))
 
 
 # -- one cell
@@ -198,12 +208,11 @@ class _Said(logging.Handler):
 
 def run_cell(net: Net, cell: Cell) -> dict[str, Any]:
     """One network at one bit width by one toolkit, all steps; a step that fails leaves its reason."""
-    start = time.perf_counter()
     model, inputs = (as_made if cell.made else random_weights)(net)
     found: dict[str, Any] = {"input": net.size, "samples": net.samples, "options": dict(net.options)}
     found["parameters"] = sum(parameter.numel() for parameter in model.parameters())
     if cell.made and not has_zero_branches(model):
-        return found | {"problem": None, "same": True, "seconds": 0.0}
+        return found | {"problem": None, "same": True}
     said = _Said()
     package = logging.getLogger("qakd_plugin")
     package.addHandler(said)
@@ -213,7 +222,7 @@ def run_cell(net: Net, cell: Cell) -> dict[str, Any]:
             found |= _steps(model, inputs, cell, Path(folder), said)
     finally:
         package.removeHandler(said)
-    return found | {"seconds": round(time.perf_counter() - start, 1)}
+    return found
 
 
 def _steps(model: nn.Module, inputs: Inputs, cell: Cell, folder: Path, said: _Said) -> dict[str, Any]:
@@ -224,9 +233,10 @@ def _steps(model: nn.Module, inputs: Inputs, cell: Cell, folder: Path, said: _Sa
     found: dict[str, Any] = {}
     if student is not None:
         attempt("distill", lambda: _distill(student, model, inputs))
-        for target in TARGETS:
-            found[target] = _export(attempt, student, inputs, target, folder)
-        found |= _accounts(model, student, said)
+        with one_torch_export():
+            for target in TARGETS:
+                found[target] = _export(attempt, student, inputs, target, folder)
+        found |= _accounts(model, student, said, found["onnxruntime"].get("float_layers", ()))
     return {"problem": attempt.first, "problems": attempt.problems, "times": attempt.times, **found}
 
 
@@ -251,6 +261,34 @@ def _export(attempt: _Attempts, student: nn.Module, inputs: Inputs, target: Any,
     return found
 
 
+@contextmanager
+def one_torch_export() -> Iterator[None]:
+    """Within the block, :func:`qakd.export_onnx` traces and translates the first model that it gets, and takes that again.
+
+    For one model and several targets: until there, an export does the same for each.
+    """
+    with patch.object(export, "trace", _once(export.trace)), patch.object(export, "to_canonical", _once(export.to_canonical)):
+        yield
+
+
+def _once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Calls a function once; what it returned or raised is what all later calls return or raise."""
+    outcomes: list[tuple[Any, Exception | None]] = []
+
+    def outcome(*args: Any, **kwargs: Any) -> Any:
+        if not outcomes:
+            try:
+                outcomes.append((function(*args, **kwargs), None))
+            except Exception as error:  # raised below, each time  # noqa: BLE001
+                outcomes.append((None, error))
+        result, error = outcomes[0]
+        if error is not None:
+            raise error
+        return result
+
+    return outcome
+
+
 def _engine(attempt: _Attempts, file: qakd.ExportedModel, folder: Path) -> dict[str, Any]:
     contents = inspect_onnx(file)
     engine = attempt("engine", lambda: qakd.build_engine(file, folder / "net.engine", runtime="tensorrt_rtx"))
@@ -266,14 +304,22 @@ def _engine(attempt: _Attempts, file: qakd.ExportedModel, folder: Path) -> dict[
     return found | {"engine_float_weights": with_weights, "engine_float_products": len(floating) - len(with_weights)}
 
 
-def _accounts(model: nn.Module, student: nn.Module, said: _Said) -> dict[str, Any]:
-    """Layers with weights: how many are quantized, why others are not, and which of them nothing names."""
+def _accounts(model: nn.Module, student: nn.Module, said: _Said, in_float: Iterable[str] = ()) -> dict[str, Any]:
+    """Layers with weights: how many are quantized, why others are not, and which of them nothing names.
+
+    Args:
+        model: the float network.
+        student: the prepared one.
+        said: what was said meanwhile.
+        in_float: layers of a file that a runtime computes in floating point, by names that begin with the module's.
+    """
     layers = [name for name, module in open_attention(model).named_modules() if isinstance(module, _LAYERS)]
     adapter = adapter_for(student)
     prefix = adapter.wrapper_prefix(student)
     quantized = {
         name.removeprefix(prefix) for q in adapter.quantizers(student) if q.role == "weight" for name in q.layers or (q.fqn,)
     }
+    quantized -= {name.partition("/")[0] for name in in_float}
     floating = {name: said.reason(name) for name in layers if name not in quantized}
     return {
         "layers": len(layers),
@@ -314,11 +360,15 @@ class _Attempts:
 
 def _line(cell: dict[str, Any]) -> str:
     if problem := cell["problem"]:
-        return f"{'REFUSED' if problem['own'] else 'RAW'} at {problem['step']}: {problem['message']}"
+        return f"{'REFUSED' if problem['own'] else 'RAW'} at {problem['step']}: {problem['message']}{_times(cell)}"
     if cell.get("same"):
         return "nothing is made with zeros"
     unnamed = f", UNNAMED {cell['unnamed'][:3]}" if cell["unnamed"] else ""
-    return f"passes, {cell['quantized']} of {cell['layers']} layers quantized{unnamed}, {cell['seconds']:.0f} s"
+    return f"passes, {cell['quantized']} of {cell['layers']} layers quantized{unnamed}{_times(cell)}"
+
+
+def _times(cell: dict[str, Any]) -> str:
+    return "".join(f", {step} {seconds:.0f} s" for step, seconds in cell.get("times", {}).items())
 
 
 def passes(cell: dict[str, Any]) -> bool:

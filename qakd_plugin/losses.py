@@ -15,13 +15,7 @@ from .errors import ArgumentError
 
 
 def kl_divergence(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    temperature: float,
-    dim: int = 1,
-    where: Tensor | None = None,
-    *,
-    standardize: bool = False,
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float, dim: int = 1, where: Tensor | None = None
 ) -> Tensor:
     """Kullback-Leibler divergence of softened predictions, ``T^2 * KL(teacher || student)``.
 
@@ -35,15 +29,12 @@ def kl_divergence(
         dim: of the classes; at least two of them, since a single class has probability 1 whatever its logit.
         where: which positions count, and how much: bool or not negative, of the shape of the logits without ``dim``, or of its
             first dimensions. All alike if None. A sample of which nothing counts has loss 0.
-        standardize: both networks' logits to mean 0 and standard deviation 1 over the classes, before the temperature divides
-            them: the student need not match how large the teacher's logits are, nor then how sure it is.
 
     Returns:
         float32 or float64 (N,), not negative up to rounding.
 
     Raises:
-        ArgumentError: shapes differ or do not belong together, the temperature is not positive, or fewer than three classes are
-            to be standardized.
+        ArgumentError: shapes differ or do not belong together, or the temperature is not positive.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.0, -1.0]])
@@ -51,19 +42,12 @@ def kl_divergence(
         tensor([0.])
 
     Source: Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv 1503.02531; as SQAKD's only loss,
-        Zhao and Zhao, AISTATS 2024, arXiv 2403.11106. Standardized logits: Sun et al., CVPR 2024, arXiv 2403.01427.
+        Zhao and Zhao, AISTATS 2024, arXiv 2403.11106.
     """
     _check_pair(student_logits, teacher_logits)
     dim = _class_dim(student_logits, dim)
     _check_temperature(temperature)
     student, teacher = _precise(student_logits), _precise(teacher_logits)
-    if standardize:
-        if student.shape[dim] < 3:
-            raise ArgumentError(
-                f"standardize=True leaves of {student.shape[dim]} logits only which is larger: it needs three classes or more. "
-                "Leave it out."
-            )
-        student, teacher = _standardized(student, dim), _standardized(teacher, dim)
     student_log = F.log_softmax(student / temperature, dim=dim)
     teacher_log = F.log_softmax(teacher / temperature, dim=dim)
     # Log-probabilities of finite logits are finite, and exp() of them underflows to 0: never NaN.
@@ -206,13 +190,6 @@ def cross_entropy(logits: Tensor, labels: Tensor, dim: int = 1, ignore_index: in
         label_range(labels[counts], classes)
     found = F.cross_entropy(logits.movedim(dim, 1), labels, reduction="none", ignore_index=ignore_index)
     return found if labels.ndim == 1 else _per_sample(found, counts)
-
-
-def _standardized(logits: Tensor, dim: int) -> Tensor:
-    """Mean 0 and standard deviation 1 over the classes; logits that are all equal become 0."""
-    centred = logits - logits.mean(dim, keepdim=True)
-    # The root of a sum that is 0 has no gradient: the small number stands under it.
-    return centred / (centred.square().mean(dim, keepdim=True) + 1e-12).sqrt()
 
 
 def _per_sample(values: Tensor, where: Tensor | None) -> Tensor:

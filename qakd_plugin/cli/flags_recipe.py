@@ -98,6 +98,7 @@ def recipe_of_flags(
     toolkit: ToolkitName = "modelopt",
     bits: str = "w8a8",
     edges: int = 8,
+    quantize_attention: bool = False,
     method: MethodName = "sqakd",
     target: str = "tensorrt",
     batch: int = 64,
@@ -128,6 +129,7 @@ def recipe_of_flags(
         weight_bits=weight_bits,
         activation_bits=activation_bits,
         edges=edges,
+        quantize_attention=quantize_attention,
         target=target,
     )
     if min(weight_bits, activation_bits) < 8 and toolkit != "torchao":

@@ -238,7 +238,8 @@ _CHECKS: tuple[tuple[str, Callable[[ir.Graph], Iterator[str]], str], ...] = (
     (
         "products of activations",
         _products_of_activations,
-        "Products of two activations (attention) have no weights and stay in floating point.",
+        "Products of two activations (attention) whose operands are not quantized stay in floating point. "
+        "prepare(..., quantize_attention=True) quantizes them.",
     ),
     (
         "narrow",

@@ -22,6 +22,10 @@ class OpenAttention(nn.Module):
 
     Args:
         closed: the module to take the weights of; without ``add_bias_kv`` and ``add_zero_attn``.
+
+    Attributes:
+        products: computes the scaled dot products in the place of PyTorch's operator, where they are to be quantized:
+            :class:`.attention_products.AttentionProducts`.
     """
 
     in_proj_bias = None
@@ -32,6 +36,7 @@ class OpenAttention(nn.Module):
         super().__init__()
         self.embed_dim, self.num_heads, self.head_dim = closed.embed_dim, closed.num_heads, closed.head_dim
         self.batch_first, self.dropout = closed.batch_first, closed.dropout
+        self.products: nn.Module | None = None
         if closed._qkv_same_embed_dim:
             weights = closed.in_proj_weight.detach().chunk(3)
         else:
@@ -58,14 +63,19 @@ class OpenAttention(nn.Module):
         mask = self._mask(attn_mask, key_padding_mask, q)
         dropout = self.dropout if self.training else 0.0
         weights = None
-        if need_weights:
+        if self.products is not None:
+            mixed, weights = self.products(q, k, v, mask, dropout)
+        elif need_weights:
             scores = (q * math.sqrt(1.0 / self.head_dim)) @ k.transpose(-2, -1)
             weights = torch.softmax(scores if mask is None else scores + mask, dim=-1)
             weights = F.dropout(weights, dropout) if dropout else weights
             mixed = weights @ v
-            weights = weights.mean(dim=-3) if average_attn_weights else weights
         else:
             mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        if not need_weights:
+            weights = None
+        elif average_attn_weights and weights is not None:
+            weights = weights.mean(dim=-3)
         joined = mixed.transpose(-3, -2) if self.batch_first else mixed.movedim(-2, 0)
         return self.out_proj(joined.flatten(-2)), weights
 
@@ -77,12 +87,12 @@ class OpenAttention(nn.Module):
     def _mask(self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor) -> Tensor | None:
         """Both masks as one that is added to the scores."""
         if attn_mask is not None:
-            attn_mask = _additive(attn_mask, q.dtype)
+            attn_mask = additive(attn_mask, q.dtype)
             if attn_mask.ndim == 3 and q.ndim == 4:  # (N * heads, L, S)
                 attn_mask = attn_mask.reshape(-1, self.num_heads, *attn_mask.shape[1:])
         if key_padding_mask is None:
             return attn_mask
-        padding = _additive(key_padding_mask, q.dtype)[..., None, None, :]  # (N, S) to (N, heads, L, S)
+        padding = additive(key_padding_mask, q.dtype)[..., None, None, :]  # (N, S) to (N, heads, L, S)
         return padding if attn_mask is None else attn_mask + padding
 
     def extra_repr(self) -> str:
@@ -122,6 +132,6 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return layer
 
 
-def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A mask of booleans, True where nothing may pass, as one of numbers."""
     return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, float("-inf")) if mask.dtype == torch.bool else mask.to(dtype)

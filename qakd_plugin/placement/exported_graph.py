@@ -20,6 +20,7 @@ from torch import fx, nn
 from .._common.silenced import silenced
 from ..errors import QakdError
 from ..tasks.inputs import Inputs, arguments, runs_on_one_sample
+from .attention_products import AttentionProducts
 from .folded_batch_norm import is_frozen_batch_norm
 from .layer_names import WEIGHTED
 from .sums import RESULT_OF
@@ -213,7 +214,7 @@ def _is_computed(node: fx.Node) -> bool:
 
 def _is_leaf(module: nn.Module) -> bool:
     """As ``torch.fx`` has it, but for modules of PyTorch that call layers, which are looked into."""
-    if isinstance(module, (*WEIGHTED, nn.MultiheadAttention)) or is_frozen_batch_norm(module):
+    if isinstance(module, (*WEIGHTED, nn.MultiheadAttention, AttentionProducts)) or is_frozen_batch_norm(module):
         return True
     return type(module).__module__.startswith("torch.nn") and next(module.children(), None) is None
 

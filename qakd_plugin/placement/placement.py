@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..tasks.inputs import Inputs
+from .attention_products import AttentionProducts, Operand, operands
 from .detection_heads import detection_heads
 from .exported_graph import exported_layer_graph
 from .folded_batch_norm import is_frozen_batch_norm
@@ -30,6 +31,7 @@ from .sign_analysis import non_negative
 from .sums import RESULT_OF, Sum, grids, joined, made_by, returning
 
 _log = logging.getLogger(__name__)
+_LEAVES = (*WEIGHTED, AttentionProducts)
 _LAYER_CLASSES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
 
 
@@ -62,6 +64,7 @@ class Placement:
         joined: groups of quantizers that should have one grid: those of outputs and sums, and layers' names for their inputs'.
         floating_sums: sums that belong on a grid, and that no module returns: what they add, for messages.
         transposed: layers whose weight counts output channels along its second dimension.
+        operands: what the products of attention multiply, where modules compute them for quantizers.
     """
 
     layers: tuple[str, ...]
@@ -73,6 +76,7 @@ class Placement:
     joined: tuple[tuple[OutputQuantizer | Sum | str, ...], ...] = ()
     floating_sums: tuple[str, ...] = ()
     transposed: frozenset[str] = frozenset()
+    operands: tuple[Operand, ...] = ()
 
 
 def place_quantizers(
@@ -106,9 +110,12 @@ def place_quantizers(
             "stay in floating point in ONNX Runtime.",
             ", ".join(layers),
         )
-        return Placement(tuple(layers), edges=frozenset({layers[0], layers[-1]}), transposed=_transposed(model, layers))
+        outer = frozenset({layers[0], layers[-1]})
+        return Placement(
+            tuple(layers), edges=outer, transposed=_transposed(model, layers), operands=operands(model, keep or ())
+        )
     placement = _Analysis(model, graph, set(layers)).placement(sums, before_activations)
-    placement = replace(placement, transposed=_transposed(model, placement.layers))
+    placement = replace(placement, transposed=_transposed(model, placement.layers), operands=operands(model, keep or ()))
     if constant := sorted(_constant(graph) & set(layers)):
         _log.warning(
             "%s: what they read does not depend on the input, so neither does what they return: they stay in floating point, "
@@ -201,7 +208,7 @@ class _Tracer(fx.Tracer):
         return result
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, WEIGHTED) or is_frozen_batch_norm(m) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, _LEAVES) or is_frozen_batch_norm(m) or super().is_leaf_module(m, module_qualified_name)
 
 
 class _Analysis:

@@ -18,8 +18,9 @@ from ..placement.targets import TARGETS, Target
 from ..quantizers import QuantizerConfig, Rule
 from ..quantizers.qparams import QParams
 from ..tasks.batches import BatchFn, batch_splitter, default_batch
-from ..tasks.inputs import device_of_network, dtypes_named, to_device
+from ..tasks.inputs import device_of_network, dtypes_named
 from ..toolkits import Adapter, Quantizer, adapter_for
+from .calibration_batches import CalibrationBatches
 
 _log = logging.getLogger(__name__)
 
@@ -236,17 +237,13 @@ def _observe(
     changed = [swap.quantizer.fqn for swap in swaps if swap.changes_activation]
     if batches is None or not changed:
         return {}
-    device = device_of_network(model)
-    split = batch_splitter(batch_fn, model)
-    inputs = [to_device(split(batch)[0], device) for batch in batches]
-    if not inputs:
-        raise QakdError("calibration_batches is empty: ranges need at least one batch, and are better with several.")
+    inputs = CalibrationBatches(batches, batch_splitter(batch_fn, model), device_of_network(model))
     # A copy: what observing asks for, and what passes through the model leave behind, is no business of the model's.
     observed = copied(model)
     adapter.set_mode(observed, False)
     adapter.freeze_ranges(observed, True)
     adapter.set_fake_quant(observed, False)
-    with dtypes_named(observed, inputs[0], "calibration_batches"):
+    with dtypes_named(observed, inputs.first, "calibration_batches"):
         return observe_inputs(observed, {fqn: observed.get_submodule(fqn) for fqn in changed}, inputs, {})
 
 

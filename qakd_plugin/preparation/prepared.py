@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,17 +20,21 @@ from .._common.one_at_a_time import one_at_a_time
 from .._common.precision import dtype_name
 from ..errors import NotPreparedError, QakdError
 from ..placement.attention import open_attention
+from ..placement.attention_products import open_products
 from ..placement.folded_batch_norm import fold_frozen_batch_norms, frozen_batch_norms
 from ..placement.placement import layer_graph
 from ..placement.targets import TARGETS, Target
 from ..tasks.batches import BatchFn, batch_splitter, default_batch
-from ..tasks.inputs import HALF, Inputs, call, device_of_network, dtypes_named, named_tensors, precision_of, to_device
+from ..tasks.inputs import HALF, Inputs, call, device_of_network, dtypes_named, named_tensors, precision_of
 from ..tasks.outputs import named_outputs
 from ..toolkits import PLACEMENT, Adapter, Precision, adapter_for, adapter_named
+from .calibration_batches import CalibrationBatches
 from .pretrained import mark_pretrained
 from .recorded import Preparation, described_inputs, record
 
 _log = logging.getLogger(__name__)
+_WITH_PRODUCTS = ("modelopt", "pt2e")
+"""Toolkits that can quantize what the products of attention multiply."""
 
 
 @one_at_a_time
@@ -42,6 +47,7 @@ def prepare(
     keep: Sequence[str] | None = None,
     *,
     edges: int = 8,
+    quantize_attention: bool = False,
     target: Target = "tensorrt",
     batch_fn: BatchFn = default_batch,
 ) -> nn.Module:
@@ -60,7 +66,7 @@ def prepare(
     Args:
         model: the float model; it is not changed.
         calibration_batches: batches as the loader yields them (x, (x, y), a dict ...); several, since all ranges come from
-            them.
+            them. They are walked through once, and two are in memory at a time, however many there are.
         toolkit: "modelopt"; "pt2e" (torchao; the model then takes images of this one size); "torchao" (``QATConfig``: weights
             of linear layers only; activations and convolutions stay in floating point, and scales follow the weights);
             "torch_ao" (FX graph mode); "torch_ao_eager" (adds and concatenations must be written with ``FloatFunctional``).
@@ -71,6 +77,11 @@ def prepare(
         edges: bits of the weights of the first and the last layer, 2 to 8. A large classifier in 4 bits makes the file of a
             2- or 4-bit model a good deal smaller, for some accuracy. Their inputs keep 8 bits: an image in fewer would lose
             much and save nothing.
+        quantize_attention: quantize what the two products of attention multiply, to 8 bits each whatever ``activation_bits``
+            is: query, key, value, and the weights that softmax makes. Of every ``nn.MultiheadAttention`` and of every module
+            that calls ``F.scaled_dot_product_attention`` once, as those of timm and transformers do; others are named in a
+            warning. They compute the two products one after the other from then on, in training as well, which takes more
+            memory and time than PyTorch's one operator. With "modelopt" and "pt2e".
         target: "tensorrt": every target takes the model. "onnxruntime" or "openvino": TensorRT does not, because 8-bit
             activations that cannot be negative get codes 0..255 in the place of 0..127: a grid twice as fine, and no clamp
             after each ReLU. With "openvino" a convolution that a SiLU, Hardswish, GELU or the like reads has no quantizer in
@@ -84,12 +95,22 @@ def prepare(
         A prepared copy in eval mode, with calibrated ranges: post-training quantization, and the starting point of ``distill``.
 
     Raises:
-        QakdError: an argument is out of range, a pattern of ``keep`` matches nothing, or there is no calibration batch.
+        QakdError: an argument is out of range, a pattern of ``keep`` matches nothing, there is no calibration batch, or no
+            attention to quantize.
         NotPreparedError: the model is prepared already.
         MissingPackageError: the toolkit is not installed.
     """
     return prepare_as(
-        model, calibration_batches, toolkit, weight_bits, activation_bits, keep, edges=edges, target=target, batch_fn=batch_fn
+        model,
+        calibration_batches,
+        toolkit,
+        weight_bits,
+        activation_bits,
+        keep,
+        edges=edges,
+        quantize_attention=quantize_attention,
+        target=target,
+        batch_fn=batch_fn,
     )
 
 
@@ -105,6 +126,7 @@ def prepare_as(
     target: str,
     batch_fn: BatchFn,
     edges: int = 8,
+    quantize_attention: bool = False,
     placement: int = PLACEMENT,
 ) -> nn.Module:
     """:func:`prepare`, also as earlier versions placed quantizers.
@@ -113,6 +135,11 @@ def prepare_as(
         QakdError: as :func:`prepare`, or ``placement`` is of a later version.
     """
     adapter, precision = _parse_request(toolkit, weight_bits, activation_bits, keep, edges, target)
+    if quantize_attention and adapter.name not in _WITH_PRODUCTS:
+        raise QakdError(
+            f"quantize_attention=True: toolkit={adapter.name!r} cannot quantize products of two activations. Use toolkit="
+            f"{' or '.join(map(repr, _WITH_PRODUCTS))}."
+        )
     if not 1 <= placement <= PLACEMENT:
         raise QakdError(
             f"placement {placement} is of a later version of qakd_plugin; this one knows 1 to {PLACEMENT}: update it."
@@ -122,25 +149,25 @@ def prepare_as(
     precision = replace(precision, placement=placement)
     _require_float(model)
     _require_plain_weights(adapter, model)
-    device = device_of_network(model)
-    split = batch_splitter(batch_fn, model)
-    batches = [to_device(_inputs(split, batch, index), device) for index, batch in enumerate(calibration_batches)]
-    if not batches:
-        raise QakdError("calibration_batches is empty: ranges need at least one batch, and are better with several.")
+    batches = CalibrationBatches(calibration_batches, batch_splitter(batch_fn, model), device_of_network(model))
+    example = batches.first
     if recurrent := [name for name, module in model.named_modules() if isinstance(module, nn.RNNBase | nn.RNNCellBase)]:
         _log.warning("%s: recurrent layers stay in floating point.", ", ".join(recurrent))
     _warn_of_sync_batch_norms(adapter, model)
     network = open_attention(model)
     added = _added(model)
-    with _added_named(adapter, added), _uncomputable_named(model, batches, calibration_batches):
+    with _added_named(adapter, added, batches), _uncomputable_named(model, batches, calibration_batches):
+        if quantize_attention:
+            network = open_products(network, example, keep or ())
         if frozen_batch_norms(network):
-            network = fold_frozen_batch_norms(network, layer_graph(network, batches[0]))
-        prepared = adapter.prepare(network, batches, precision)
+            network = fold_frozen_batch_norms(network, layer_graph(network, example))
+        prepared = adapter.prepare(network, example, batches, precision)
+        deque(batches, maxlen=0)  # a toolkit without ranges of activations asks for none; each is checked all the same
     if added:
-        _require_same(adapter, model, prepared, batches[0], added)
+        _require_same(adapter, model, prepared, example, added)
     kept = None if keep is None else list(keep)
-    inputs = described_inputs(batches[0])
-    asked = Preparation(adapter.name, weight_bits, activation_bits, kept, target, inputs, placement, edges)
+    inputs = described_inputs(example)
+    asked = Preparation(adapter.name, weight_bits, activation_bits, kept, target, inputs, placement, edges, quantize_attention)
     record(prepared, asked)
     mark_pretrained(prepared)
     return prepared
@@ -273,14 +300,14 @@ def _added(model: nn.Module) -> list[str]:
 
 
 @contextmanager
-def _added_named(adapter: Adapter, added: Sequence[str]) -> Iterator[None]:
+def _added_named(adapter: Adapter, added: Sequence[str], batches: CalibrationBatches) -> Iterator[None]:
     """Say what a toolkit may have failed at; without anything of the kind, what it raises passes."""
     try:
         yield
     except QakdError:
         raise
     except Exception as error:
-        if not added:
+        if not added or error is batches.error:
             raise
         reason = " ".join(str(error).split())[:200]
         raise QakdError(
@@ -307,7 +334,7 @@ def _require_same(adapter: Adapter, model: nn.Module, prepared: nn.Module, input
 
 
 @contextmanager
-def _uncomputable_named(model: nn.Module, batches: Sequence[Inputs], given: object) -> Iterator[None]:
+def _uncomputable_named(model: nn.Module, batches: CalibrationBatches, given: object) -> Iterator[None]:
     """Within the block, an error that the float network raises on a batch, too, says which batch that is.
 
     Raises:
@@ -317,9 +344,9 @@ def _uncomputable_named(model: nn.Module, batches: Sequence[Inputs], given: obje
         yield
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, ValueError, TypeError, QakdError):  # a toolkit may find another reason for the same failure
-        for index, batch in enumerate(batches):
-            _require_computable(model, batch, index, given)
+    except (RuntimeError, ValueError, TypeError, QakdError) as error:  # a toolkit may find another reason for the same failure
+        if error is not batches.error:
+            _require_computable(model, batches.last, batches.index, given)
         raise
 
 
@@ -339,13 +366,3 @@ def _require_computable(model: nn.Module, batch: Inputs, index: int, given: obje
         raise QakdError(
             f"calibration_batches: {type(model).__name__} cannot compute batch {index}, {shapes}: {reason}. {advice}"
         ) from error
-
-
-def _inputs(split: BatchFn, batch: object, index: int) -> Inputs:
-    inputs, _ = split(batch)
-    for tensor in named_tensors(inputs).values():
-        if tensor.is_meta:
-            raise QakdError(f"calibration_batches: batch {index} lies on the meta device, without numbers. Pass real batches.")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise QakdError(f"calibration_batches: batch {index} holds NaN or infinite values. Clean the data.")
-    return inputs

@@ -29,6 +29,8 @@ class Preparation:
         inputs: shape and type of each tensor of one batch, of two samples at most, in the batch's own structure.
         placement: :data:`qakd_plugin.toolkits.PLACEMENT`; files of earlier versions do not say it, and mean 1.
         edges: bits of the first and the last layer's weights; files of earlier versions do not say it, and mean 8.
+        quantize_attention: whether the products of attention are quantized; files of earlier versions do not say it, and mean
+            False.
     """
 
     toolkit: str
@@ -39,6 +41,7 @@ class Preparation:
     inputs: Any
     placement: int
     edges: int
+    quantize_attention: bool
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -62,7 +65,9 @@ def described_inputs(inputs: Inputs) -> Any:
 
 
 def inputs_like(description: Any, device: torch.device) -> Inputs:
-    """A batch of the structure that :func:`described_inputs` describes: floats in [0, 1), whole numbers 0, bools True.
+    """A batch of the structure that :func:`described_inputs` describes: floats in [0, 1), bools True, whole
+    numbers the largest of the batch: ids that the network knows, and masks that hide nothing. (Earlier descriptions do not say
+    it: 0.)
 
     Raises:
         KeyError, TypeError, ValueError, AttributeError: it is no such description.
@@ -73,7 +78,9 @@ def inputs_like(description: Any, device: torch.device) -> Inputs:
 
 def _described(node: Any) -> Any:
     if isinstance(node, Tensor):
-        return {"tensor": list(node.shape), "dtype": dtype_name(node.dtype)}
+        described = {"tensor": list(node.shape), "dtype": dtype_name(node.dtype)}
+        whole = not (node.is_floating_point() or node.is_complex() or node.dtype == torch.bool) and node.numel()
+        return described | ({"largest": int(node.max())} if whole else {})
     if isinstance(node, Mapping):
         return {"keywords": {str(key): _described(entry) for key, entry in node.items()}}
     if isinstance(node, tuple | list):
@@ -87,7 +94,8 @@ def _made(node: Any, draw: torch.Generator, device: torch.device) -> Any:
         shape = [int(size) for size in node["tensor"]]
         if dtype.is_floating_point:
             return torch.rand(shape, generator=draw).to(device, dtype)
-        return torch.full(shape, dtype == torch.bool, dtype=dtype, device=device)  # ids 0, and masks that hide nothing
+        value = dtype == torch.bool or node.get("largest", 0)
+        return torch.full(shape, value, dtype=dtype, device=device)
     if "keywords" in node:
         return {key: _made(entry, draw, device) for key, entry in node["keywords"].items()}
     if "value" in node:

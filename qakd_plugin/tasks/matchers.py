@@ -58,18 +58,16 @@ class KL(_Comparison):
         where: which positions count: the name of a mask among inputs or targets ("attention_mask"), or a
             ``callable(inputs, student_outputs, teacher_outputs)`` that returns bools or weights, of the shape of the output
             without ``dim``, or of its first dimensions.
-        standardize: both networks' logits over the classes first, arXiv 2403.01427, for which a temperature of 2 is usual.
     """
 
     dim: int = 1
     temperature: float | None = None
     weight: float = 1.0
     where: Where = None
-    standardize: bool = False
 
     def loss(self, student: Tensor, teacher: Tensor, where: Tensor | None) -> Tensor:
         assert self.temperature is not None
-        return kl_divergence(student, teacher, self.temperature, self.dim, where, standardize=self.standardize)
+        return kl_divergence(student, teacher, self.temperature, self.dim, where)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ An adapter knows one toolkit. It knows nothing of losses, methods, ONNX or runti
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -182,8 +182,15 @@ class Adapter(Protocol):
     def configuration(self, model: nn.Module, precision: Precision) -> Any:
         """What :meth:`prepare` hands to the toolkit; see :func:`qakd_plugin.configuration`."""
 
-    def prepare(self, model: nn.Module, batches: Sequence[Inputs], precision: Precision) -> nn.Module:
-        """A prepared and calibrated copy of a float model, in eval mode; see :func:`qakd_plugin.prepare`."""
+    def prepare(self, model: nn.Module, example: Inputs, batches: Iterator[Inputs], precision: Precision) -> nn.Module:
+        """A prepared and calibrated copy of a float model, in eval mode; see :func:`qakd_plugin.prepare`.
+
+        Args:
+            model: the float model.
+            example: inputs to trace it with.
+            batches: inputs of all calibration batches, which come once; ``example`` is the first.
+            precision: what is asked for.
+        """
 
     def install(self, model: nn.Module, quantizer: Quantizer, rule: Rule, clip: Tensor) -> None:
         """Let a learned quantizer work in the place of the toolkit's own.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
@@ -111,7 +111,7 @@ def observe_unquantized(
     adapter: Adapter,
     model: nn.Module,
     watched: Mapping[str, nn.Module],
-    batches: Sequence[Inputs],
+    batches: Iterable[Inputs],
     clamps: Mapping[str, tuple[float, float] | None],
     groups: Mapping[str, str] | None = None,
 ) -> dict[str, RangeObserver]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -128,11 +128,11 @@ class TorchAOQATAdapter:
             pairs.append((qat.QATConfig(weight_config=config, step="prepare"), lambda _, name, chosen=chosen: name in chosen))
         return pairs
 
-    def prepare(self, model: nn.Module, batches: Sequence[Inputs], precision: Precision) -> nn.Module:
+    def prepare(self, model: nn.Module, example: Inputs, batches: Iterator[Inputs], precision: Precision) -> nn.Module:
         purpose = "prepare a model with toolkit='torchao'"
         quantize_ = require("torchao.quantization", extra="torchao", purpose=purpose).quantize_
         prepared: nn.Module = copy.deepcopy(model).eval()
-        placement = place_quantizers(model, precision.keep, batches[0])
+        placement = place_quantizers(model, precision.keep, example)
         for config, chosen in self._configuration(model, placement, precision):
             quantize_(prepared, config, chosen)
         return prepared

@@ -235,7 +235,6 @@ def attach(
     method = SQAKD() if method is None else method
     check_task_loss(task_loss)
     phases = planned(method, 100, task_loss)  # how many epochs each has is up to the caller's loop
-    refuse_dampening(method, phases, "a loop of your own")
     adapter = adapter_for(unwrapped(prepared_model))
     teacher = one_teacher(teacher)
     require_teacher(method, phases, teacher)
@@ -257,18 +256,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def refuse_dampening(method: Method, phases: Sequence[Phase], loop: str) -> None:
-    """Raise QakdError where a method dampens weights, more and more until an end that ``loop`` does not know."""
-    if any(phase.dampening for phase in phases):
-        raise QakdError(
-            f"{type(method).__name__}(dampening=...): {loop} does not know how much of training is done, by which its weight "
-            "grows. Use qakd.distill, or leave dampening out."
-        )
-
-
 def refuse_features(method: Method, phases: Sequence[Phase], bridge: str) -> None:
-    """Raise QakdError where a method compares features or dampens weights, which a bridge to another library does not do."""
-    refuse_dampening(method, phases, bridge)
+    """Raise QakdError where a method compares features, which a bridge to another library does not pick up."""
     if any(phase.features for phase in phases):
         raise QakdError(
             f"{type(method).__name__}(features=...): {bridge} compares logits only. Use qakd.distill or qakd.attach, or leave "

@@ -275,8 +275,6 @@ def _check(lesson: Lesson, data: Data, settings: Settings, cache_teacher: str | 
     _check_loader(data, cache_teacher)
     if settings.trainable == "scales":
         require_scales(lesson.adapter, lesson.model)
-        if any(phase.dampening for phase in lesson.phases):
-            raise QakdError('dampening draws weights to their grid, and trainable="scales" leaves them: take one of them.')
     if settings.patience is not None and data.val_loader is None:
         raise QakdError("patience needs val_loader: held-out batches say whether an epoch is better.")
     if isinstance(data.augment, CMISelector) and lesson.teacher is None:

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .._common.arguments import not_negative
 from ..errors import LabelsRequiredError, QakdError
 from ..tasks.inputs import named_tensors
 from ..tasks.matchers import Match, Matcher, with_temperature
@@ -128,7 +127,6 @@ class Phase:
         student: terms of the student's loss.
         teacher: terms of the teacher's loss; empty: the teacher is frozen, in eval mode.
         features: that the student is to match as well; None for none.
-        dampening: weight of the student's distance from its grid at the end of training; 0 for none.
     """
 
     name: str
@@ -136,7 +134,6 @@ class Phase:
     student: tuple[Term, ...]
     teacher: tuple[Term, ...] = ()
     features: Features | None = None
-    dampening: float = 0.0
 
     @property
     def needs_labels(self) -> bool:
@@ -194,26 +191,20 @@ class SQAKD:
         features: layers whose inputs are compared as well; None as in the paper.
         match: which outputs are compared, and how: ``{"out": qakd.KL(dim=1), "boxes": qakd.SmoothL1()}``; None where exactly
             one reading is possible, see docs/tasks.md.
-        dampening: weight, at the end of training, of the squared distance of weights from the grid points they round to, which
-            keeps them from oscillating between two; it grows from 0 by half a cosine. For depthwise networks at 3 and 4 bits;
-            0.01 in its paper, 0 for none. ``distill`` alone takes it.
 
-    Source: Zhao and Zhao, AISTATS 2024, arXiv 2403.11106. Dampening: Nagel et al., ICML 2022, arXiv 2203.11086.
+    Source: Zhao and Zhao, AISTATS 2024, arXiv 2403.11106.
     """
 
     temperature: float = 4.0
     features: Features | None = None
     match: Match | None = None
-    dampening: float = 0.0
 
     def __post_init__(self) -> None:
         _positive("temperature", self.temperature)
         _check_match(self.match)
-        not_negative("dampening", self.dampening)
 
     def phases(self, epochs: int) -> tuple[Phase, ...]:
-        terms = (Imitation(self.temperature, match=self.match),)
-        return (Phase("distill", epochs, terms, features=self.features, dampening=self.dampening),)
+        return (Phase("distill", epochs, (Imitation(self.temperature, match=self.match),), features=self.features),)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from ..tasks.outputs import Outputs, frozen_output, named_outputs
 from ..tasks.task_loss import with_targets
 from ..toolkits import Adapter
 from .batches import Batch
-from .dampening import Dampening
 from .features import FeatureTaps
 from .methods import Imitation, MatchCheck, Phase, total_loss
 from .networks import Networks
@@ -50,7 +49,7 @@ class Objective:
         autocast: makes the context of forward passes.
 
     Raises:
-        QakdError: a network has no layer whose features a phase compares, or weights that dampening does not fit.
+        QakdError: a network has no layer whose features a phase compares.
     """
 
     def __init__(
@@ -66,10 +65,9 @@ class Objective:
         self._taps = None
         if features is not None and networks.teacher is not None:
             self._taps = FeatureTaps(adapter, networks.model, networks.teacher, features)
-        self._dampening = Dampening(adapter, networks.model) if any(phase.dampening for phase in phases) else None
 
-    def __call__(self, phase: Phase, batch: Batch, progress: float = 1.0) -> Losses:
-        """Forward passes of both networks, and the losses of a phase; ``progress``: share of training that is done."""
+    def __call__(self, phase: Phase, batch: Batch) -> Losses:
+        """Forward passes of both networks, and the losses of a phase."""
         with self._autocast():
             student = named_outputs(call(self._networks.called_student, self._inputs(phase, self._networks.model, batch)))
             other = self.taught(phase, batch)
@@ -77,8 +75,6 @@ class Objective:
         loss, parts = total_loss(phase.student, student, other, batch.targets, batch.inputs)
         if phase.features is not None and self._taps is not None:
             loss = self._taps.added(loss, parts)
-        if phase.dampening and self._dampening is not None:
-            loss = self._dampening.added(loss, parts, phase.dampening, progress)
         numbers = {"loss": loss, **parts}
         teacher_loss = None
         if phase.teacher and other is not None:
@@ -137,5 +133,3 @@ class Objective:
         """Take hooks off again."""
         if self._taps is not None:
             self._taps.remove()
-        if self._dampening is not None:
-            self._dampening.remove()

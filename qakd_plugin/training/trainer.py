@@ -161,10 +161,9 @@ class Trainer:
         """One optimizer step on one batch, or on several whose gradients add up to that of their union."""
         learners = [self.student, *([self.teacher] if self.teacher is not None and phase.teacher else [])]
         samples, numbers = sum(batch.total for batch in group), []
-        progress = self.state.position.step / (len(self.epochs) * self.batches.steps)
         for index, batch in enumerate(group):
             with self._gradients_stay_here(learners, index + 1 < len(group)):
-                losses = self.objective(phase, batch, progress)
+                losses = self.objective(phase, batch)
                 self.processes.agree()
                 with self.processes.waiting():
                     self._backward(losses, batch.weight * self.processes.count / samples)

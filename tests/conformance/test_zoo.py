@@ -16,6 +16,7 @@ from qakd_plugin.deploy.canonical.clamps import quantizers_after_relu
 from qakd_plugin.deploy.canonical.write import export_canonical, to_proto
 from qakd_plugin.deploy.parity.gate import check_parity
 from qakd_plugin.deploy.targets.onnxruntime import to_onnxruntime_form
+from qakd_plugin.errors import ExportError
 from qakd_plugin.placement.attention import OpenAttention, open_attention
 from qakd_plugin.placement.placement import place_quantizers
 from qakd_plugin.toolkits import adapter_for
@@ -420,7 +421,7 @@ def test_a_cell_that_is_done_is_not_run_again(tmp_path, monkeypatch):
         ran.extend(cell.key(net) for cell in todo)
         for cell in todo:
             problem = {"step": "prepare", "own": True, "message": "nothing was tried"}
-            keep(cell.key(net), {"problem": problem, "problems": [problem], "seconds": 0.0})
+            keep(cell.key(net), {"problem": problem, "problems": [problem], "times": {"prepare": 1.0}})
 
     monkeypatch.setattr(zoo, "run_network", run)
     command = ["zoo.py", "--network", "resnet18", "--out", str(tmp_path / "zoo.json")]
@@ -435,18 +436,50 @@ def test_a_cell_that_is_done_is_not_run_again(tmp_path, monkeypatch):
     zoo.main()
     assert ran[5:] == ["torchvision/resnet18 pt2e W4A4"]
     cells = json.loads((tmp_path / "zoo.json").read_text())["cells"]
+    assert not any("times" in cell for cell in cells.values())
     table = zoo.make_table(cells).splitlines()
     assert table[2] == "| resnet18 | 64 | 0 of 4 | none | none | none | prepare: (1) |"
     assert table[-1] == "(1) `nothing was tried`"
     assert "| torchvision | modelopt, W8A8 | 0 of 1 (0 %) | 1 | 0 |" in zoo.make_summary(cells)
 
 
-def test_a_process_that_dies_is_a_failure_of_its_cells(monkeypatch):
-    monkeypatch.setattr(zoo, "__file__", "no_such_script.py")
+def test_files_that_share_a_torch_export_are_those_that_do_not(tmp_path):
+    torch.manual_seed(0)
+    network = nn.Sequential(_conv(3, 8, nn.ReLU), nn.Flatten(), nn.Linear(8, 10)).eval()
+    images = torch.randn(2, 3, 1, 1)
+    student = prepare(network, [images], weight_bits=4, activation_bits=4)
+
+    def files(folder):
+        folder.mkdir()
+        return [export_onnx(student, images, folder / name, name).path.read_bytes() for name in zoo.TARGETS]
+
+    alone = files(tmp_path / "alone")
+    with zoo.one_torch_export():
+        assert files(tmp_path / "shared") == alone
+    assert len(set(alone)) == 3
+
+
+def test_a_torch_export_that_fails_fails_for_every_target():
+    calls = []
+
+    def fails(model):
+        calls.append(model)
+        raise ExportError("no operator for this")
+
+    shared = zoo._once(fails)
+    for _ in range(2):
+        with pytest.raises(ExportError, match="no operator for this"):
+            shared("model")
+    assert calls == ["model"]
+
+
+def test_a_process_that_dies_is_a_failure_of_its_cells():
     kept = {}
-    zoo.run_network(zoo.NETS[0], list(zoo.CELLS[:2]), kept.__setitem__)
-    assert list(kept) == ["torchvision/resnet18 modelopt W8A8", "torchvision/resnet18 modelopt W4A4"]
-    assert all("the process ended with 2" in cell["problem"]["message"] and not zoo.passes(cell) for cell in kept.values())
+    zoo.run_network(zoo.Net("no_such_network"), list(zoo.CELLS[:2]), kept.__setitem__)
+    assert list(kept) == ["torchvision/no_such_network modelopt W8A8", "torchvision/no_such_network modelopt W4A4"]
+    for cell in kept.values():
+        assert "the process ended with 1: ValueError: Unknown model no_such_network" in cell["problem"]["message"]
+        assert not zoo.passes(cell)
 
 
 def test_layers_that_nothing_names_are_found():
@@ -457,3 +490,5 @@ def test_layers_that_nothing_names_are_found():
     assert (accounts["layers"], accounts["quantized"], accounts["unnamed"]) == (2, 1, ["0.0"])
     said.lines = ["0.00, 10.0: other layers", "0.0: kept in floating point"]
     assert zoo._accounts(network, student, said)["floating"] == {"0.0": "0.0: kept in floating point"}
+    accounts = zoo._accounts(network, student, said, ["2/Gemm", "1/MatMul"])
+    assert (accounts["quantized"], accounts["unnamed"]) == (0, ["2"])

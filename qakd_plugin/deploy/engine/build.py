@@ -290,7 +290,7 @@ def _precisions(contents: PlanContents | None, layers: Sequence[PlanLayer] | Non
 
 
 def _require_integers(layers: Sequence[PlanLayer] | None, weighted: Sequence[WeightLayer], share: float | None) -> None:
-    """Of layers with weights, as the plan or the ONNX file has it: products of two activations cannot be prepared otherwise."""
+    """Of layers with weights, as the plan or the ONNX file has it: products of two activations count in the manifest alone."""
     if share is None:
         return
     if layers is None:

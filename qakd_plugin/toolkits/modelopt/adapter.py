@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -18,16 +18,16 @@ from torch import Tensor, nn
 
 from ..._common.optional import require
 from ...errors import NotPreparedError, UnsupportedQuantizerError
-from ...placement.calibration import observe_inputs
+from ...placement.calibration import RangeObserver
 from ...placement.layer_names import never_called
 from ...placement.placement import place_quantizers
 from ...quantizers import Rule, remove_tensors, rule_from_dict
-from ...tasks.inputs import Inputs, call
+from ...tasks.inputs import Inputs
 from ..adapter import Precision, QParams, Quantizer, Role, rows_of, weight_of
 from ..fake_quantizers import is_paused, per_channel, set_paused
 from ..frozen_statistics import set_training
 from ..left_out import name_left_out
-from .calibration import minimize_error
+from .calibration import minimize_error, observe
 from .configuration import modelopt_config, quantized_modules
 from .export_form import export_form
 from .registration import registered, without_prints
@@ -122,12 +122,12 @@ class ModelOptAdapter:
         placement = place_quantizers(model, precision.keep, sums=False, before_activations=precision.before_activations)
         return modelopt_config(placement, replace(precision, placement=1))
 
-    def prepare(self, model: nn.Module, batches: Sequence[Inputs], precision: Precision) -> nn.Module:
+    def prepare(self, model: nn.Module, example: Inputs, batches: Iterator[Inputs], precision: Precision) -> nn.Module:
         mtq = require("modelopt.torch.quantization", extra="modelopt", purpose="prepare a model with toolkit='modelopt'")
         placement = place_quantizers(
             model,
             precision.keep,
-            batches[0],
+            example,
             sums=precision.placement > 1,
             before_activations=precision.before_activations,
         )
@@ -141,23 +141,18 @@ class ModelOptAdapter:
             )
         prepared: nn.Module = copy.deepcopy(model).eval()
 
+        observed: dict[str, RangeObserver] = {}
+
         def forward_loop(network: nn.Module) -> None:
-            with torch.no_grad():
-                for batch in batches:
-                    call(network, batch)
+            observed.update(observe(network, batches, placement, precision))
 
         with without_prints(), registered(prepared, quantized_modules(placement, precision)) as foreign:
             if foreign:
                 from .restore_mode import require_our_restore
 
                 prepared = require_our_restore(prepared, foreign)
-            try:
-                prepared = mtq.quantize(prepared, config, forward_loop)
-            except AssertionError:  # by which max calibration says that something is infinite, but not where
-                float_model = copy.deepcopy(model).eval()
-                observe_inputs(float_model, {name: float_model.get_submodule(name) for name in placement.layers}, batches, {})
-                raise
-        minimize_error(self, prepared, batches, placement, precision)
+            prepared = mtq.quantize(prepared, config, forward_loop)
+        minimize_error(self, prepared, observed)
         name_left_out(self, prepared, placement)
         return prepared
 

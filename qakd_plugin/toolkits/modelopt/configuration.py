@@ -37,6 +37,9 @@ def modelopt_config(placement: Placement, precision: Precision) -> dict[str, Any
         enable(output_name(output, precision), num_bits=8, axis=None, unsigned=_is_after_clamp(output, precision))
     for total in placement.sums:
         enable(_name(total, precision), num_bits=8, axis=None, unsigned=precision.is_unsigned(8, total.unsigned))
+    for operand in placement.operands:
+        unsigned = precision.is_unsigned(8, operand.unsigned)
+        enable(f"{operand.name}.input_quantizer", num_bits=8, axis=None, unsigned=unsigned)
     return {"quant_cfg": entries, "algorithm": "max"}
 
 
@@ -50,7 +53,8 @@ def output_name(output: OutputQuantizer, precision: Precision) -> str:
 def quantized_modules(placement: Placement, precision: Precision) -> list[str]:
     """Names of the modules that hold a quantizer, some of them twice."""
     outputs = (output_name(output, precision).rpartition(".")[0] for output in placement.outputs)
-    return [*placement.layers, *outputs, *(total.name for total in placement.sums)]
+    sums, operands = (total.name for total in placement.sums), (operand.name for operand in placement.operands)
+    return [*placement.layers, *outputs, *sums, *operands]
 
 
 def joined_quantizers(placement: Placement, precision: Precision) -> dict[str, str]:

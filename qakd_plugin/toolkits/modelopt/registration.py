@@ -18,6 +18,7 @@ from ..._common.silenced import silenced
 from ..._common.torch_file import load_plain
 from ...errors import CheckpointError, QakdError
 from ...placement.attention import open_attention
+from ...placement.attention_products import PRODUCTS, insert_products
 from ...placement.folded_batch_norm import fold_as_saved
 from ...placement.layer_names import WEIGHTED
 
@@ -82,8 +83,9 @@ def restore_modelopt(model: nn.Module, path: str | os.PathLike[str]) -> nn.Modul
     """Put what ``modelopt.torch.opt.save`` wrote of a model from :func:`qakd_plugin.prepare` back into its float model.
 
     ``modelopt.torch.opt.restore`` does the same where the model holds neither residual blocks whose sums are quantized, nor
-    ``nn.MultiheadAttention``, nor frozen BatchNorms, nor recurrent layers, nor layers of classes that are not PyTorch's own; it
-    knows nothing of those, and of the first and the last says what to call.
+    ``nn.MultiheadAttention``, nor attention whose products are quantized, nor frozen BatchNorms, nor recurrent layers, nor
+    layers of classes that are not PyTorch's own; it knows nothing of those, and says what to call for quantizers of modules
+    that it does not take.
 
     Args:
         model: the float model; it is not changed.
@@ -108,6 +110,7 @@ def restore_modelopt(model: nn.Module, path: str | os.PathLike[str]) -> nn.Modul
         weights = saved["model_state_dict"]
         fold_as_saved(copied, weights)
         names = {key.rpartition("_quantizer.")[0].rpartition(".")[0] for key in weights if "_quantizer." in key}
+        insert_products(copied, _attention_of(names))
         with without_prints(), registered(copied, sorted(names - {""})):
             restored: nn.Module = mto.restore_from_modelopt_state(copied, saved["modelopt_state"])
         restored.load_state_dict(weights)
@@ -118,3 +121,9 @@ def restore_modelopt(model: nn.Module, path: str | os.PathLike[str]) -> nn.Modul
             "prepared, and a file of modelopt.torch.opt.save."
         ) from error
     return restored.eval()
+
+
+def _attention_of(names: Iterable[str]) -> list[str]:
+    """The modules whose products of attention have quantizers, of the names of all modules that have some."""
+    products = {name.rpartition(".")[0] for name in names if name.endswith("_bmm")}
+    return sorted({name.removesuffix(PRODUCTS).removesuffix(".") for name in products if name.split(".")[-1] == PRODUCTS})

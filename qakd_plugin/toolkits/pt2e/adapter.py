@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -135,15 +135,15 @@ class PT2EAdapter(FakeQuantizeAdapter):
         placement = place_quantizers(model, precision.keep, before_activations=precision.before_activations)
         return _configuration(placement, precision)
 
-    def prepare(self, model: nn.Module, batches: Sequence[Inputs], precision: Precision) -> nn.Module:
+    def prepare(self, model: nn.Module, example: Inputs, batches: Iterator[Inputs], precision: Precision) -> nn.Module:
         pt2e = require(
             "torchao.quantization.pt2e.quantize_pt2e", extra="torchao", purpose="prepare a model with toolkit='pt2e'"
         )
-        placement = place_quantizers(model, precision.keep, batches[0], before_activations=precision.before_activations)
+        placement = place_quantizers(model, precision.keep, example, before_activations=precision.before_activations)
         quantizer = _configuration(placement, precision)
         network = copy.deepcopy(model).eval()
         unify_batch_norms(network)
-        graph = exported(network, batches[0])
+        graph = exported(network, example)
         refuse_zero_gammas(graph)
         refuse_grouped_transposes(graph)
         prepared: fx.GraphModule = pt2e.prepare_qat_pt2e(graph, quantizer)

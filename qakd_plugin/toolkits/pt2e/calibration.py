@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from ..fake_quantizers import dead_activations, observe_unquantized, set_range
 
 
 @torch.no_grad()
-def calibrate(adapter: Adapter, prepared: nn.Module, batches: Sequence[Inputs]) -> None:
+def calibrate(adapter: Adapter, prepared: nn.Module, batches: Iterable[Inputs]) -> None:
     """Ranges of least squared error over all batches. Eight-bit ranges go on following the data in training, lower ones do
     not."""
     activations = [q for q in adapter.quantizers(prepared) if q.role == "activation"]

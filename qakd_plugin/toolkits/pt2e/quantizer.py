@@ -106,6 +106,9 @@ class SymmetricQuantizer(Quantizer):  # type: ignore[misc]
         for node in adds if self.placement is None else ():
             inputs = {source: self._activation_spec(8, source in positive) for source in node.args[:2] if source not in grids}
             node.meta["quantization_annotation"] = QuantizationAnnotation(input_qspec_map=inputs, _annotated=True)
+        for node, unsigned in self._operands(model.graph):
+            spec = self._activation_spec(8, unsigned)
+            node.meta["quantization_annotation"] = QuantizationAnnotation(output_qspec=spec, _annotated=True)
         signed = {grids.first(node) for node in grids.outputs if node not in positive}
         for node in grids.outputs:
             annotation = node.meta.setdefault("quantization_annotation", QuantizationAnnotation(_annotated=True))
@@ -144,6 +147,15 @@ class SymmetricQuantizer(Quantizer):  # type: ignore[misc]
             bits = 8 if edge else self.precision.activation_bits
             layers[node] = _Layer(self.precision.bits_of_weight(edge), bits, name in placement.unsigned)
         return layers
+
+    def _operands(self, graph: fx.Graph) -> list[tuple[fx.Node, bool]]:
+        """The operands of attention's products, each with whether it cannot be negative."""
+        wanted = {} if self.placement is None else {operand.name: operand.unsigned for operand in self.placement.operands}
+        return [
+            (node, wanted[layer_name(node)])
+            for node in graph.nodes
+            if node.target is _aten.alias.default and layer_name(node) in wanted
+        ]
 
     def _all(self, calls: Sequence[fx.Node], graph: fx.Graph, positive: set[fx.Node]) -> dict[fx.Node, _Layer]:
         """Every layer but those kept in floating point, by the exported graph alone."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from ...tasks.inputs import Inputs, device_of
+from ...tasks.inputs import Inputs, device_of_network
 from ..adapter import Adapter, require_no_negative, require_no_zero_gamma
 from ..fake_quantizers import observe_unquantized, set_range, substitute
 from .configuration import fixed_fake_quantize
@@ -16,7 +16,7 @@ from .qat_layers import FUSED_BATCH_NORM
 
 
 @torch.no_grad()
-def calibrate(adapter: Adapter, prepared: nn.Module, batches: Sequence[Inputs], low_bit: Mapping[str, tuple[int, int]]) -> None:
+def calibrate(adapter: Adapter, prepared: nn.Module, batches: Iterable[Inputs], low_bit: Mapping[str, tuple[int, int]]) -> None:
     """Ranges of least squared error over all batches. Eight-bit ranges go on following the data in training, lower ones do
     not.
 
@@ -41,5 +41,5 @@ def calibrate(adapter: Adapter, prepared: nn.Module, batches: Sequence[Inputs], 
             require_no_negative(quantizer.fqn, observed.minimum)
         set_range(q, torch.tensor(observed.best_clip(int(limits.quant_max))))
     for name, (low, high) in low_bit.items():
-        fixed = fixed_fake_quantize(observers[name].best_clip(high), low, high, device_of(batches[0]))
+        fixed = fixed_fake_quantize(observers[name].best_clip(high), low, high, device_of_network(prepared))
         substitute(prepared, prepared.get_submodule(name), fixed)

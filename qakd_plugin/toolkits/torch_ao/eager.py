@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -69,9 +69,9 @@ class TorchAOEagerAdapter(TorchAOAdapter):
         found = ((name, _qconfig(name, module, placement, precision)) for name, module in model.named_modules())
         return {name: qconfig for name, qconfig in found if qconfig is not None}
 
-    def prepare(self, model: nn.Module, batches: Sequence[Inputs], precision: Precision) -> nn.Module:
-        model = fold_linear_batch_norms(model, lambda: layer_graph(model, batches[0]))
-        placement = place_quantizers(model, precision.keep, batches[0])
+    def prepare(self, model: nn.Module, example: Inputs, batches: Iterator[Inputs], precision: Precision) -> nn.Module:
+        model = fold_linear_batch_norms(model, lambda: layer_graph(model, example))
+        placement = place_quantizers(model, precision.keep, example)
         plan = _Plan(model, placement)
         prepared: nn.Module = copy.deepcopy(model).train()
         if plan.fusions:
@@ -84,7 +84,7 @@ class TorchAOEagerAdapter(TorchAOAdapter):
         prepared = prepare_qat(prepared.train(), inplace=True)
         network = prepared.get_submodule("module") if prefix else prepared
         _finish_outputs(network, plan, precision)
-        low_bit = _use_low_bits(network, plan, precision.activation_bits, device_of(batches[0]))
+        low_bit = _use_low_bits(network, plan, precision.activation_bits, device_of(example))
         calibrate(self, prepared.eval(), batches, {prefix + name: codes for name, codes in low_bit.items()})
         name_left_out(self, prepared, placement)
         return prepared

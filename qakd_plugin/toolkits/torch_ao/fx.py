@@ -9,7 +9,7 @@ one QAT module that divides by the folded scale again; the arithmetic is ``round
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -107,13 +107,13 @@ class TorchAOAdapter(FakeQuantizeAdapter):
         require_signed_bytes(self.name, precision)
         return torch_ao_qconfig_mapping(model, place_quantizers(model, precision.keep), precision)
 
-    def prepare(self, model: nn.Module, batches: Sequence[Inputs], precision: Precision) -> nn.Module:
-        model = fold_linear_batch_norms(model, lambda: layer_graph(model, batches[0]))
-        placement = place_quantizers(model, precision.keep, batches[0])
+    def prepare(self, model: nn.Module, example: Inputs, batches: Iterator[Inputs], precision: Precision) -> nn.Module:
+        model = fold_linear_batch_norms(model, lambda: layer_graph(model, example))
+        placement = place_quantizers(model, precision.keep, example)
         mapping = torch_ao_qconfig_mapping(model, placement, precision)
         with traceable(model, self.name):
             prepared = prepare_qat_fx(
-                copy.deepcopy(model).eval(), mapping, _positional(batches[0]), backend_config=get_tensorrt_backend_config()
+                copy.deepcopy(model).eval(), mapping, _positional(example), backend_config=get_tensorrt_backend_config()
             )
         carry_hooks(model, prepared)  # the tracer sees forward alone
         follow_the_mode(prepared)
