@@ -56,7 +56,7 @@ HELD_OUT_GARMENTS = 5000
 BITS = (4, 8)
 """Of weights and activations, the most telling first."""
 
-RATES: dict[int, tuple[float, ...]] = {4: (5e-4, 2.5e-3, 1.25e-2), 8: (1e-5, 1e-4, 1e-3)}
+RATES: dict[int, tuple[float, ...]] = {4: (1e-4, 5e-4, 2.5e-3), 8: (1e-5, 1e-4, 1e-3)}
 """Peak rates that each method is given a choice of, by bits of weights and activations."""
 
 RATES_SEED, FIRST_SEED = 0, 1
