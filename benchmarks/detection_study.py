@@ -308,8 +308,13 @@ def read(size: Size, folder: Path, rates: Mapping[tuple[int, str], float]) -> li
             row = rows.setdefault(
                 (cell.bits, cell.method), {"bits": cell.bits, "method": cell.method, "lr": cell.lr, "runs": {}}
             )
-            row["runs"][str(cell.seed)] = json.loads(path.read_text())
+            row["runs"][str(cell.seed)] = _precisions(path)
     return list(rows.values())
+
+
+def _precisions(path: Path) -> dict[str, float]:
+    """What a file says of accuracy; how long training took depends on what else the machine did."""
+    return {name: value for name, value in json.loads(path.read_text()).items() if name != "seconds"}
 
 
 def committed() -> dict[str, Any]:
@@ -434,7 +439,7 @@ def main() -> None:
         "environment": environment(),
         "size": vars(size),
         "device": options.device,
-        "teacher": json.loads(study.record.read_text()),
+        "teacher": _precisions(study.record),
         "rates": rates,
         "rows": read(size, folder, chosen(rates)),
     }
