@@ -442,6 +442,21 @@ def test_a_layer_that_a_file_lost_is_refused():
         check_parity(canonical, form, student, inputs, fused=False)
 
 
+class _Standardized(nn.Conv2d):
+    """Weight standardization as timm writes it: a BatchNorm of the weight, without statistics."""
+
+    def forward(self, x):
+        weight = F.batch_norm(self.weight.reshape(1, len(self.weight), -1), None, None, training=True, momentum=0.0)
+        return self._conv_forward(x, weight.reshape_as(self.weight), self.bias)
+
+
+def test_pt2e_takes_weight_standardization():
+    torch.manual_seed(0)
+    images = torch.randn(4, 3, 8, 8)
+    network = nn.Sequential(_Standardized(3, 8, 3), nn.ReLU(), _conv(8, 8), nn.Flatten(), nn.Linear(288, 5)).eval()
+    assert describe(prepare(network, [images], "pt2e")).weight_quantizers == 3
+
+
 def test_a_module_between_quantizers_answers_as_itself():
     layer = nn.Conv2d(2, 3, 1, stride=2)
     module = copy.deepcopy(QuantizedModule(layer, None, None))

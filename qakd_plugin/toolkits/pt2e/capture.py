@@ -81,7 +81,7 @@ def refuse_grouped_transposes(graph: fx.GraphModule) -> None:
 def restore_momenta(prepared: fx.GraphModule, network: nn.Module) -> None:
     """prepare_qat_pt2e gives every BatchNorm a momentum of 0.1."""
     for node in prepared.graph.nodes:
-        if node.target is BATCH_NORM:
+        if node.target is BATCH_NORM and node.args[3] is not None:  # weight standardization calls one without statistics
             norm = network.get_submodule(str(node.args[3].target).rpartition(".")[0])
             momentum = getattr(norm, "momentum", None)
             node.update_arg(6, 0.1 if momentum is None else momentum)
