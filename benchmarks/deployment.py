@@ -284,7 +284,7 @@ def verdicts(name: str, cell: dict[str, Any]) -> list[str]:
     lines.append(f"{row['integer_layers']} integer layers, {floating} with weights in floating point: {_met(floating == 0)}")
     cost = f"export {made['export_seconds']:.1f} s, process peak {made['peak_gib']:.2f} GiB"
     lines.append(f"{cost}, bar for resnet50 10 s and 2.5 GiB: {_met(made['export_seconds'] <= 10 and made['peak_gib'] <= 2.5)}")
-    if any(row["conditions"]["busy"] for row in cell["rows"]):
+    if _is_busy(cell):
         lines.append("the machine was busy when this was measured: take ratios with care")
     return lines
 
@@ -359,6 +359,11 @@ def make_toolkit_tables(document: dict[str, Any]) -> dict[str, str]:
     return tables
 
 
+def _is_busy(measured: dict[str, Any]) -> bool:
+    """Whether something else ran beside an interleaved run."""
+    return any(row["conditions"]["busy"] for row in measured["rows"])
+
+
 FURTHER = ("ORT INT8", "ORT INT8, tuned", "quantize_static", "OpenVINO BF16", "OpenVINO INT8", "OpenVINO INT8, tuned", "NNCF")
 """What is measured at further settings, over FP32 in ONNX Runtime at the same one."""
 
@@ -369,7 +374,8 @@ def make_further_table(document: dict[str, Any]) -> str:
     for name, cell in document["networks"].items():
         for setting, found in cell["further"].items():
             row = next(row for row in found["rows"] if (row["method"], row["runtime"]) == ("FP32", "onnxruntime"))
-            lines.append([name, setting, f"{row['p50_ms']:.1f}", *_ratio_cells(found, FURTHER)])
+            beside = " (busy)" if _is_busy(found) else ""
+            lines.append([name, f"{setting}{beside}", f"{row['p50_ms']:.1f}", *_ratio_cells(found, FURTHER)])
     return page_tables.markdown(["network", "setting", "ORT FP32, ms", *FURTHER], lines)
 
 

@@ -54,6 +54,8 @@ HELD_OUT_GARMENTS = 5000
 """Of the training split, for canvases that pick the epoch and the rate."""
 
 BITS = (4, 8)
+"""Of weights and activations, the most telling first."""
+
 RATES: dict[int, tuple[float, ...]] = {4: (5e-4, 2.5e-3, 1.25e-2), 8: (1e-5, 1e-4, 1e-3)}
 """Peak rates that each method is given a choice of, by bits of weights and activations."""
 
@@ -118,7 +120,7 @@ def rate_cells() -> list[Cell]:
 
 
 def cells(size: Size, rates: Mapping[tuple[int, str], float]) -> list[Cell]:
-    """Of the study, seed by seed, as far as rates are chosen."""
+    """Of the study, seed by seed; those whose rates are chosen, and PTQ, which has none."""
     return [
         Cell(bits, method, seed, rates.get((bits, method), 0.0))
         for seed in range(FIRST_SEED, FIRST_SEED + size.seeds)
@@ -422,9 +424,12 @@ def main() -> None:
         minutes = options.minutes - (time.monotonic() - began) / 60
         train_missing(train, students, processes=options.processes, minutes=minutes)
 
-    complete(rate_cells())
+    complete(cells(size, {}))  # PTQ needs no rate, and little time
+    for bits in BITS:
+        complete([cell for cell in rate_cells() if cell.bits == bits])
+        best = chosen(read_rates(folder))
+        complete([cell for cell in cells(size, best) if cell.bits == bits])
     rates = read_rates(folder)
-    complete(cells(size, chosen(rates)))
     document = {
         "environment": environment(),
         "size": vars(size),

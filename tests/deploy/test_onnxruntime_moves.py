@@ -82,6 +82,41 @@ def test_parts_of_a_concatenation_learn_one_range(shuffle, tmp_path):
     assert [node.op_type for node in optimized_nodes(exported)].count("Concat") == 2
 
 
+def test_clips_are_left_where_something_new_may_be_clipped_alone(shuffle, tmp_path):
+    model, images = shuffle
+    exported = export_onnx(prepare(model, [images], "torch_ao"), images, tmp_path / "s.onnx", target="onnxruntime")
+    assert exported.parity.runtime_deviation < 1e-4
+    nodes = onnx.load(exported.path).graph.node
+    made = {output: node for node in nodes for output in node.output}
+    of = [made[node.input[0]] for node in nodes if node.op_type == "Clip"]  # codes of a layer, or on a finer grid
+    moved = {"DequantizeLinear", "Reshape", "Transpose", "Split"}
+    assert of
+    assert all(node.op_type == "QuantizeLinear" and made[node.input[0]].op_type not in moved for node in of)
+
+
+class Kept(nn.Module):
+    """The half of a tensor that is read by a layer which stays in floating point, beside the other half."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.relu = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU()), nn.ReLU()
+        self.kept, self.last = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(16, 8, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        left, right = self.stem(x).chunk(2, 1)
+        result: torch.Tensor = self.last(torch.cat([left, self.relu(self.kept(right))], 1))
+        return result
+
+
+def test_a_layer_that_was_kept_in_floating_point_computes_in_it_after_a_split(tmp_path):
+    torch.manual_seed(0)
+    images = torch.randn(4, 3, 16, 16)
+    student = prepare(Kept().eval(), [images], "torch_ao", keep=["kept"])
+    exported = export_onnx(student, images, tmp_path / "k.onnx", target="onnxruntime")
+    kinds = [node.op_type for node in optimized_nodes(exported)]
+    assert kinds.count("QLinearConv") == 1  # the stem: two, where the runtime quantizes the weight of the kept one on its own
+
+
 def _joined(path: Path, scale: float) -> Path:
     """Two parts, of scales 0.05 and this one, that are concatenated, transposed, quantized again and clipped."""
     graph = QdqGraph((1, 2, 3, 4))

@@ -1,23 +1,28 @@
 """OpenVINO's kernels compute what the file says, to the codes."""
 
+from collections import Counter
 from pathlib import Path
 
 import modelopt.torch.quantization as mtq
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
+from qdq_graphs import QdqGraph
 from torch import nn
 
 import qakd_plugin as qakd
 import qakd_plugin.deploy.parity.openvino as gate
 from qakd_plugin._common.cpu_features import onednn_adds_products_in_16_bits
+from qakd_plugin.deploy.canonical.graph import copied, is_quantized
 from qakd_plugin.deploy.parity import openvino as openvino_parity
+from qakd_plugin.deploy.targets import openvino_kernels
 from qakd_plugin.errors import ParityError
 from qakd_plugin.runtimes.onnxruntime import session_options, start_session
 from qakd_plugin.runtimes.openvino import OpenVINORunner
 
-pytest.importorskip("openvino")
+openvino = pytest.importorskip("openvino")
 pytestmark = pytest.mark.skipif(onednn_adds_products_in_16_bits(), reason="sums of integer kernels saturate here")
 
 
@@ -145,6 +150,102 @@ def test_a_shortcut_is_not_quantized_once_more(tmp_path):
         source = sources.get(source.input[0]) if source is not None and source.op_type == "Clip" else source
         assert source is None or source.op_type != "DequantizeLinear", quantize.name
     assert sum(node.op_type == "QuantizeLinear" for node in graph.node) == 4  # the input, the stem, the branch, the sum
+
+
+class Pooled(nn.Module):
+    """A MaxPool between two convolutions, and a pooling that is flattened for a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.pool = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU()), nn.MaxPool2d(2)
+        self.middle = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU())
+        self.flat, self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(self.flat(self.middle(self.pool(self.stem(x)))))
+        return logits
+
+
+@pytest.mark.parametrize("toolkit", ["modelopt", "pt2e", "torch_ao"])
+def test_what_is_pooled_and_flattened_stays_integers(toolkit, tmp_path):
+    torch.manual_seed(0)
+    sqnr_db, _ = _exported(Pooled(), toolkit, tmp_path)
+    assert sqnr_db > 40
+    executed = _executed(tmp_path / "student.onnx")
+    assert {("Reshape", "u8"), ("Pooling", "u8")} <= executed.keys()
+    assert executed["Subgraph", "f32"] == 1  # the quantizer of the input, and nothing after it
+    assert not any(kind == "FakeQuantize" or (kind == "Reorder" and precision == "f32") for kind, precision in executed)
+
+
+def _executed(path: Path) -> Counter[tuple[str, str]]:
+    """Operators that OpenVINO runs for a single sample, with the types that they compute in."""
+    core = openvino.Core()
+    model = core.read_model(path)
+    model.reshape([1, *(size.get_length() for size in list(model.inputs[0].partial_shape)[1:])])
+    graph = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).get_runtime_model()
+    infos = [node.get_rt_info() for node in graph.get_ops()]
+    return Counter((str(info["layerType"].value), str(info["runtimePrecision"].value)) for info in infos)
+
+
+def _reshaped(path: Path, *, read_twice: bool = False, channels: bool = False, transposed: bool = False) -> Path:
+    """A convolution, reshaped, and quantized: by one number or one for each channel; the reshape may have a second reader, and
+    a transpose before it."""
+    graph = QdqGraph((1, 3, 4, 4))
+    x = graph.conv(graph.quantize("input", "in"), "conv", (3, 8))
+    x = graph.add("Transpose", [x], "transpose", perm=[0, 1, 3, 2]) if transposed else x
+    x = graph.add("Reshape", [x, graph.constant("shape", np.array([1, 8, 16], np.int64))], "reshape")
+    clamped = graph.add("Clip", [x, graph.constant("low", np.float32(0)), graph.constant("high", np.float32(1))], "clamp")
+    if channels:
+        numbers = [graph.constant("scales", np.full(8, 0.02, np.float32)), graph.constant("zeros", np.zeros(8, np.int8))]
+        codes = graph.add("QuantizeLinear", [clamped, *numbers], "again/QuantizeLinear", axis=1)
+        made = graph.add("DequantizeLinear", [codes, *numbers], "again/DequantizeLinear", axis=1)
+    else:
+        made = graph.quantize(clamped, "again", 0.02)
+    return graph.save(path, graph.add("Add", [made, x], "add") if read_twice else graph.add("Neg", [made], "neg"), rank=3)
+
+
+def _one_sample(model: ir.Model, shape: tuple[int, ...]) -> np.ndarray:
+    x = {"input": np.random.default_rng(0).normal(0, 1, shape).astype(np.float32)}
+    return start_session(ir.to_proto(model).SerializeToString(), session_options(fusions=False)).run(None, x)[0]
+
+
+@pytest.mark.parametrize(
+    ("graph", "moves"),
+    [({}, True), ({"read_twice": True}, False), ({"channels": True}, False), ({"transposed": True}, False)],
+    ids=str,
+)
+def test_a_quantizer_is_moved_before_a_reshape_of_what_is_computed_for_it_alone(graph, moves, tmp_path):
+    model = ir.load(_reshaped(tmp_path / "reshaped.onnx", **graph))
+    moved = openvino_kernels.QuantizeBeforeReshape()(copied(model)).model
+    kinds = [node.op_type for node in moved.graph]
+    assert (kinds.index("Reshape") > kinds.index("Clip")) is moves
+    assert np.array_equal(_one_sample(model, (1, 3, 4, 4)), _one_sample(moved, (1, 3, 4, 4)))
+
+
+def _repeated(path: Path, scale: float, top: int) -> Path:
+    """Two tensors on the grid 0.05, clamped at code 100, joined, pooled, split and quantized for a layer up to code ``top``."""
+    graph = QdqGraph((1, 4, 4, 4))
+
+    def clamped(x: str, name: str, step: float, highest: int) -> str:
+        bounds = [graph.constant(f"{name}.{end}", np.float32(code * step)) for end, code in (("low", 0), ("high", highest))]
+        return graph.quantize(graph.add("Clip", [x, *bounds], f"{name}.clamp"), name, step)
+
+    left, right = (clamped(graph.conv("input", name, (4, 4), kernel=1), f"{name}.out", 0.05, 100) for name in ("left", "right"))
+    pooled = graph.add("MaxPool", [graph.add("Concat", [left, right], "concat", axis=1)], "pool", kernel_shape=[2, 2])
+    graph.add("Split", [pooled], "split", axis=1, num_outputs=2)
+    graph.nodes[-1].output.append("other")
+    again = clamped("split:out", "again", scale, top)
+    return graph.save(path, graph.add("Add", [graph.conv(again, "conv", (4, 4), kernel=1), "other"], "add"), rank=4)
+
+
+@pytest.mark.parametrize(("scale", "top", "dropped"), [(0.05, 100, True), (0.05, 99, False), (0.06, 100, False)])
+def test_a_quantizer_is_dropped_where_its_grid_and_range_are_those_of_all_parts(scale, top, dropped, tmp_path):
+    model = ir.load(_repeated(tmp_path / "repeated.onnx", scale, top))
+    fewer = openvino_kernels.DropRepeatedQuantizers()(copied(model)).model
+    conv = next(node for node in fewer.graph if node.name == "conv/Conv")
+    assert sum(node.op_type == "QuantizeLinear" for node in fewer.graph) == (2 if dropped else 3)
+    assert is_quantized(conv.inputs[0])
+    assert np.array_equal(_one_sample(model, (1, 4, 4, 4)), _one_sample(fewer, (1, 4, 4, 4)))
 
 
 def _exported(network: nn.Module, toolkit: str, folder: Path) -> tuple[float, onnx.GraphProto]:

@@ -1,12 +1,14 @@
 """What ModelOpt can do and no export form has is refused by name, before the training and at the export."""
 
 import modelopt.torch.quantization as mtq
+import onnx
 import pytest
 import torch
 from modelopt.torch.quantization.nn import TensorQuantizer
+from onnx import TensorProto, numpy_helper
 from torch import nn
 
-from qakd_plugin import KD, UnsupportedQuantizerError, describe, distill, export_onnx, use_quantizers
+from qakd_plugin import KD, UnsupportedQuantizerError, describe, distill, export_onnx, prepare, use_quantizers
 from qakd_plugin.quantizers import LSQ
 from qakd_plugin.toolkits import adapter_for
 
@@ -69,3 +71,22 @@ def test_a_quantizer_within_a_module_is_refused_by_name_before_training_and_at_t
     assert all("no export form" in problem for problem in row.problems.values())
     mtq.set_quantizer_attribute(student, "*q_bmm_quantizer", {"enable": False})
     assert export_onnx(student, torch.randn(8, 16), tmp_path / "s.onnx").parity.runtime_deviation < 1e-5
+
+
+def test_what_a_sparsity_mask_leaves_out_stays_zero_in_training_and_in_the_file(tmp_path):
+    mts = pytest.importorskip("modelopt.torch.sparsity")
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(4, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.Linear(256, 8)).eval()
+    images = torch.randn(8, 4, 8, 8)
+    sparse = mts.sparsify(network, "sparse_magnitude")
+    mask = sparse[2].weight == 0
+    assert float(mask.float().mean()) == 0.5
+    student = prepare(sparse, [images])
+    distill(student, network, [images], epochs=2, lr=1e-3, seed=0)
+    file = export_onnx(student, images, tmp_path / "sparse.onnx")
+    assert file.parity.toolkit_deviation < 1e-6
+    codes = {
+        tuple(x.dims): numpy_helper.to_array(x) for x in onnx.load(file).graph.initializer if x.data_type == TensorProto.INT8
+    }
+    assert not codes[16, 16, 3, 3][mask.numpy()].any()
+    assert codes[16, 16, 3, 3][~mask.numpy()].any()

@@ -298,12 +298,19 @@ def _evaluate(value: ir.Value | None) -> npt.NDArray[Any]:
 
 
 def dequantizer_before(value: ir.Value | None) -> ir.Node | None:
-    """The DequantizeLinear that an activation comes straight from, if it comes from a quantizer."""
-    between = ("DequantizeLinear", "Flatten", "Reshape", "Transpose", "MaxPool", "Squeeze", "Pad")
-    node = producer(value, *between)
-    while node is not None and node.op_type != "DequantizeLinear":
-        node = producer(node.inputs[0], *between)
-    return node if node is not None and not is_stored(node) else None
+    """The DequantizeLinear that an activation comes straight from, if it comes from a quantizer; of a concatenation, whose
+    parts all have to, the first part's."""
+    node = producer(value, "DequantizeLinear", "Concat", *_NEW_PLACES)
+    if node is None:
+        return None
+    if node.op_type == "DequantizeLinear":
+        return None if is_stored(node) else node
+    found = [dequantizer_before(source) for source in (node.inputs if node.op_type == "Concat" else node.inputs[:1])]
+    return None if None in found else found[0]
+
+
+_NEW_PLACES = ("Flatten", "Identity", "MaxPool", "Pad", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
+"""What gives the numbers of one tensor new places: codes pass through it."""
 
 
 def is_quantized(value: ir.Value | None) -> bool:

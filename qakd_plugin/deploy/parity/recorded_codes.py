@@ -109,14 +109,15 @@ def with_codes(file: ir.Model) -> tuple[ir.Model, list[tuple[str, float]]]:
 
 
 def check_same_bits(file: ir.Model, rewritten: ir.Model, samples: Inputs) -> None:
-    """Run a file and a rewrite of it, from which quantizers may have been dropped, without fusions: not one bit may differ.
+    """Run a file and a rewrite of it, without fusions: not one bit may differ. Quantizers may have been dropped, and may stand
+    before a reshape that they stood after.
 
     Raises:
         ParityError: names the first quantizer whose codes differ, or the output.
     """
     (outputs, codes), (others, kept) = (run_labelled(one, samples, optimize=False) for one in (file, rewritten))
-    known = dict(codes)
-    pairs = [(first_quantizer(labels), known.get(labels), array) for labels, array in kept]
+    known = {labels: array.ravel() for labels, array in codes}
+    pairs = [(first_quantizer(labels), known.get(labels), array.ravel()) for labels, array in kept]
     names = [value.name or "output" for value in file.graph.outputs]
     pairs += zip(names, outputs, others, strict=True)
     for name, expected, array in pairs:

@@ -3,8 +3,11 @@
 The parity gate asks for the codes of every quantizer, and these passes take some away. Each leaves the numbers as they are,
 bit for bit, and the gate looks at that in ONNX Runtime.
 
-torch.ao FX repeats a quantizer after every operator that only moves numbers. Quantizing what lies on the grid already changes
-nothing, but the runtime would do it each time.
+torch.ao FX repeats a quantizer after every operator that only moves numbers, and all toolkits do after some. Quantizing what
+lies on the grid already changes nothing, but the runtime would do it each time, or clamp where the range ends before the codes.
+
+A quantizer after a reshape is a node of its own for the runtime, which reads floating point. Before the reshape, what computes
+the numbers quantizes them, and codes are reshaped.
 
 Tensors of different grids that are concatenated and then quantized are brought onto one coarser grid by the runtime, which
 changes the numbers. Quantizing each of them is the same as quantizing all. Where a shuffle or a split stands between the two,
@@ -46,6 +49,7 @@ from ..canonical.graph import (
     dynamic_sizes,
     identity,
     initializer,
+    is_quantized,
     kernel_shape,
     only_consumer,
     producer,
@@ -54,6 +58,9 @@ from ..canonical.graph import (
 from ..canonical.quantizers import make_unsigned
 
 _MOVES = ("Concat", "Flatten", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
+_RESHAPES = ("Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze")
+"""Those that leave the numbers in their order."""
+
 _PASS_ON = (*_MOVES, "Clip", "DequantizeLinear", "MaxPool", "Resize")
 """What the runtime may look through, between a quantizer and a Concat."""
 
@@ -66,8 +73,8 @@ def settled_for_kernels(model: ir.Model) -> ir.Model:
 class DropRepeatedQuantizers(InPlacePass):
     """Remove quantizers whose input lies on their own grid and within their range. Exact.
 
-    Where layers, sums and concatenations read a quantizer, it is removed only if they read another one without it: by them
-    everybody sees, :mod:`.diagnosis` among them, that their inputs are quantized.
+    Where layers, sums and concatenations read a quantizer, it is removed only if they read another one without it, as
+    :func:`.graph.is_quantized` says: by them everybody sees, :mod:`.diagnosis` among them, that their inputs are quantized.
     """
 
     def call(self, model: ir.Model) -> PassResult:
@@ -77,11 +84,62 @@ class DropRepeatedQuantizers(InPlacePass):
             found = _moved_range(source)
             repeats = found is not None and found[0] == grid and low <= found[1] and found[2] <= high
             for dequantize in [use.node for use in quantize.outputs[0].uses()] if repeats else ():
-                if producer(source, "DequantizeLinear") is not None or _leads_on(dequantize.outputs[0]):
+                if is_quantized(source) or _leads_on(dequantize.outputs[0]):
                     replace(dequantize, source)
                     modified = True
         common.RemoveUnusedNodesPass()(model)
         return PassResult(model, modified)
+
+
+class QuantizeBeforeReshape(InPlacePass):
+    """Quantize numbers where they are computed, not after a reshape of them, where nobody else reads either.
+
+        Reshape -> [Clip ->] Q -> DQ
+    becomes
+        [Clip ->] Q -> DQ -> Reshape
+    """
+
+    def call(self, model: ir.Model) -> PassResult:
+        modified = False
+        for quantize in list(activation_quantizers(model.graph)):
+            reshapes, steps = _after_reshapes(quantize)
+            if reshapes:
+                _reshape_after(reshapes, steps)
+                modified = True
+        return PassResult(model, modified)
+
+
+def _after_reshapes(quantize: ir.Node) -> tuple[list[ir.Node], list[ir.Node]]:
+    """Reshapes, and the clamp after them, a quantizer and its dequantizer, where nobody else reads what is between; or none."""
+    dequantize, scale = only_consumer(quantize.outputs[0]), constant(quantize.inputs[1])
+    clip = producer(quantize.inputs[0], "Clip")
+    steps = [*([] if clip is None else [clip]), quantize]
+    reshapes: list[ir.Node] = []
+    while (before := producer([*reshapes, *steps][0].inputs[0], *_RESHAPES)) is not None:
+        reshapes.insert(0, before)
+    if not reshapes or dequantize is None or dequantize.outputs[0].is_graph_output() or scale is None or scale.size > 1:
+        return [], []
+    steps.append(dequantize)
+    source = reshapes[0].inputs[0]
+    made = None if source is None else source.producer()
+    if source is None or made is None or made.op_type in _MOVES or only_consumer(source) is not reshapes[0]:
+        return [], []  # a transpose is fused with a quantizer after it, and not with one before it
+    alone = all(only_consumer(one.outputs[0]) is other for one, other in pairwise([*reshapes, *steps]))
+    return (reshapes, steps) if alone else ([], [])
+
+
+def _reshape_after(reshapes: list[ir.Node], steps: list[ir.Node]) -> None:
+    """Let steps read what reshapes do, and reshapes what the last step makes."""
+    graph, source, made = steps[0].graph, reshapes[0].inputs[0], steps[-1].outputs[0]
+    assert graph is not None
+    assert source is not None
+    ir.convenience.replace_all_uses_with(made, reshapes[-1].outputs[0])
+    steps[0].replace_input_with(0, source)
+    reshapes[0].replace_input_with(0, made)
+    for step in steps:
+        step.outputs[0].shape = source.shape
+    graph.remove(reshapes)
+    graph.insert_after(steps[-1], reshapes)
 
 
 class QuantizeBeforeConcat(InPlacePass):
@@ -186,8 +244,9 @@ def _range(quantize: ir.Node) -> tuple[ir.Value, object, int, int]:
 
 
 def _moved_range(value: ir.Value | None) -> tuple[object, int, int] | None:
-    """Grid, lowest and highest code of a value that comes from quantizers with one grid by operators that only move numbers."""
-    node = producer(value, "DequantizeLinear", *_MOVES)
+    """Grid, lowest and highest code of a value that comes from quantizers with one grid by operators that only move numbers,
+    or choose among them."""
+    node = producer(value, "DequantizeLinear", "MaxPool", *_MOVES)
     if node is None:
         return None
     if node.op_type == "DequantizeLinear":
@@ -384,6 +443,7 @@ def _insert_after(node: ir.Node, new: ir.Node) -> None:
 
 PASSES: tuple[InPlacePass, ...] = (
     DropRepeatedQuantizers(),
+    QuantizeBeforeReshape(),
     QuantizeBeforeConcat(),
     RoundBeforeConcat(),  # what is still of different grids
     KeepRoundingBeforeSums(),

@@ -67,7 +67,7 @@ def _exported(adapter: Adapter, module: Any, name: str, active: dict[str, Quanti
     stored = None
     if weight is not None:
         with torch.no_grad():
-            fake_quantized: Tensor = weight.module(module._parameters["weight"])
+            fake_quantized: Tensor = weight.module(_unpruned(module))
         qparams = adapter.qparams(weight)
         if qparams.block is not None:  # ModelOpt fills the last block of a row up with zeros, and so does the export form
             fake_quantized = F.pad(fake_quantized, (0, -fake_quantized.shape[1] % qparams.block))
@@ -90,6 +90,13 @@ def _exported(adapter: Adapter, module: Any, name: str, active: dict[str, Quanti
         output_qdq=output_qdq,
         input_factor=factor,
     )
+
+
+def _unpruned(module: Any) -> Tensor:
+    """The weight that a layer quantizes: its parameter, without what a mask of ModelOpt's sparsity leaves out."""
+    weight: Tensor = module._parameters["weight"]
+    mask = getattr(module, "_weight_mask", None)
+    return weight if mask is None or not module.is_sparse else weight * mask
 
 
 def plain(module: Any) -> nn.Module:
