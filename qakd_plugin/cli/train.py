@@ -36,7 +36,7 @@ def distill(
     toolkit: ToolkitName | None = None,
     bits: str | None = None,
     edges: PositiveInt | None = None,
-    quantize_attention: bool | None = None,
+    quantize_attention: bool = False,
     method: MethodName | None = None,
     target: Target | None = None,
     size: str | None = None,
@@ -58,7 +58,7 @@ def distill(
         toolkit: that prepares --model (modelopt)
         bits: of weights and activations, w8a8, w4a4 ... (w8a8)
         edges: bits of the weights of the first and the last layer (8)
-        quantize_attention: true: quantize what the products of attention multiply, too (false)
+        quantize_attention: quantize what the products of attention multiply, too
         method: of training (sqakd)
         target: that --model is prepared and exported for (tensorrt)
         size: of images, 224 or 224x192 (height x width); of --model's authors by default
@@ -67,15 +67,8 @@ def distill(
         batch: images per batch (64)
     """
     by_flags = {"weights": weights, "data": data, "toolkit": toolkit, "bits": bits, "edges": edges}
-    by_flags |= {
-        "quantize_attention": quantize_attention,
-        "method": method,
-        "target": target,
-        "size": size,
-        "mean": mean,
-        "std": std,
-        "batch": batch,
-    }
+    by_flags |= {"method": method, "target": target, "size": size, "mean": mean, "std": std, "batch": batch}
+    by_flags |= {"quantize_attention": quantize_attention or None}
     given = {name: value for name, value in by_flags.items() if value is not None}
     if recipe is not None and (model is not None or given):
         named = flag(next(iter(given))) if model is None else "--model"

@@ -177,6 +177,10 @@ def _pairs(folder):
         (["--model", "my_net:build", "--data", "none", *GRAY], "--data: none cannot be read: No such file"),
         (["--model", "my_net:build", "--data", "data/dark", *GRAY], "--data: data/dark holds 0 folders"),
         (["--model", "my_net:build", "--data", "data", *GRAY, "--bits", "w9a8"], "--bits: expected w8a8, w4a4 or the like"),
+        (
+            ["--model", "my_net:build", "--data", "data", *GRAY, "--quantize-attention"],
+            "holds no attention to quantize",
+        ),
         (["--model", "my_net:build", "--data", "data", *GRAY[:1], "16,16", *GRAY[2:]], "--size: expected 224, or height and"),
         (["--model", "my_net:wide", "--data", "data", *GRAY], "answers one image with [1, 7]; logits [1, 3] are needed"),
         (["--model", "my_net:build", "--data", "data", "--size", "8", *GRAY[2:]], "does not take images [1, 1, 8, 8]"),
