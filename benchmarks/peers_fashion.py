@@ -40,7 +40,7 @@ import page_tables
 import paired
 import peers
 import torch
-from fashion_study import BATCH, RESNET, SMALL, TINY, Size
+from fashion_study import BATCH, RESNET, SMALL, Size
 from peers import PEERS, RUNTIMES, Peer
 from small_nets import Split
 from students import best_rates
@@ -61,6 +61,8 @@ RATES: dict[int, tuple[float, ...]] = {
 """Peak rates that each tool is given a choice of, by bits of weights and activations; 8 bits first."""
 
 RATES_SEED, FIRST_SEED = 0, 1
+TINY = Size(256, 128, 2, 1, 4, 256, 1, 64)
+"""Whether every tool runs; a schedule of several steps, which tools' own schedules need."""
 
 
 @dataclass(frozen=True)

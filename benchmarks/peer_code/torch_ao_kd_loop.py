@@ -35,9 +35,11 @@ def configuration(bits: int) -> QConfigMapping:
     if bits == 8:
         return mapping
     half = 2 ** (bits - 1)
-    activation = FakeQuantize.with_args(MovingAverageMinMaxObserver, quant_min=0, quant_max=2 * half - 1, dtype=torch.quint8)
+    activation = FakeQuantize.with_args(
+        observer=MovingAverageMinMaxObserver, quant_min=0, quant_max=2 * half - 1, dtype=torch.quint8
+    )
     weight = FakeQuantize.with_args(
-        MovingAveragePerChannelMinMaxObserver,
+        observer=MovingAveragePerChannelMinMaxObserver,
         quant_min=-half,
         quant_max=half - 1,
         dtype=torch.qint8,

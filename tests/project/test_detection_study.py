@@ -114,6 +114,9 @@ def test_a_rate_is_chosen_where_all_of_its_grid_were_tried_and_cells_have_files_
     rows = [{"bits": 4, "method": "QAT", "lr": lr, "held_out": 0.5 + 0.1 * (lr == grid[1])} for lr in grid]
     assert detection_study.chosen(rows) == {(4, "QAT"): grid[1]}
     assert detection_study.chosen(rows[:2]) == {}
+    table = detection_study.make_rates_table({"rates": rows}).splitlines()
+    assert f"| **{grid[1]:g}: 60.00** |" in table[4]
+    assert len({line.count("|") for line in table}) == 1
     every = detection_study.rate_cells() + detection_study.cells(detection_study.SMALL, {(4, "QAT"): grid[1]})
     assert len({cell.slug for cell in every}) == len(every)
     assert {cell.lr for cell in every if cell.method == "QAT" and cell.seed > 0} == {grid[1]}

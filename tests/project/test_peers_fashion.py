@@ -1,13 +1,13 @@
 """Beside other tools on real images: every tool gets its rates, what fails is told, and figures are compared by seed."""
 
+import importlib
 import sys
 
 import peers
 import peers_fashion
 import pytest
 import torch
-from fashion_study import TINY
-from peers_fashion import RATES, Cell
+from peers_fashion import RATES, TINY, Cell
 
 
 def test_a_student_of_two_bits_is_trained_in_the_studys_setting(garments, tmp_path):
@@ -35,6 +35,20 @@ def test_few_bits_in_nncf_are_refused_in_its_own_words(garments, tmp_path):
     setting = peers_fashion.Garments(TINY, tmp_path, garments)
     peer = next(peer for peer in peers.PEERS if peer.name == "nncf_qat")
     assert "incompatible" in peers.run(peer, 4, setting, 0, tmp_path / "files", deploy=False)["error"]
+
+
+def test_few_bits_in_torch_ao_are_codes_of_few_bits_between_the_first_layer_and_the_last(garments, tmp_path):
+    code = importlib.import_module("peer_code.torch_ao_kd_loop")
+    mapping, defaults = code.configuration(2), code.configuration(8).global_qconfig
+    assert [mapping.module_name_qconfigs[layer].weight().quant_max for layer in ("stem", "head")] == [127, 127]
+    assert defaults.weight().quant_max == 127
+    codes = [
+        (made.quant_min, made.quant_max) for made in (mapping.global_qconfig.weight(), mapping.global_qconfig.activation())
+    ]
+    assert codes == [(-2, 1), (0, 3)]
+    setting = peers_fashion.Garments(TINY, tmp_path, garments)
+    peer = next(peer for peer in peers.PEERS if peer.name == "torch_ao_kd_loop")
+    assert 0 <= peers.run(peer, 4, setting, 0, tmp_path / "files", deploy=False)["accuracy"] <= 1
 
 
 def test_the_order_of_images_is_the_seeds(garments, tmp_path):
