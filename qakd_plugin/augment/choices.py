@@ -11,10 +11,3 @@ LABELS: tuple[Labels, ...] = get_args(Labels)
 Form = Literal["centroid", "ce", "pair"]
 """What is subtracted from CMI: the centroid divergence, the cross-entropy, or the divergence of the student."""
 FORMS: tuple[Form, ...] = get_args(Form)
-
-PARTS: dict[str, tuple[str, str]] = {
-    "ce": ("cross_entropy", "cross-entropy"),
-    "centroid": ("centroid_divergence", "centroid divergence"),
-    "pair": ("student_divergence", "student's divergence"),
-}
-"""By form: the attribute that is subtracted from CMI, and its name."""

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from .._common.console import cell
 from .._common.files import write_atomic
-from .choices import PARTS
+from .._common.score_parts import PARTS
 from .cmi import AugmentationScore
 from .ranking import Ranking
 

@@ -13,11 +13,12 @@ from .._common.arguments import positive_whole
 from .._common.module_mode import eval_mode
 from .._common.one_at_a_time import one_at_a_time
 from .._common.rng_state import generators_of, undisturbed
+from .._common.score_parts import PARTS
 from ..errors import QakdError
 from ..tasks.batches import BatchFn, default_batch
 from ..toolkits import adapter_for
 from .candidates import Candidate, Candidates, resolve_candidates
-from .choices import LABELS, PARTS
+from .choices import LABELS
 from .cmi import DEFAULT_FORM, AugmentationScore, check_form
 from .compositions import Search, mixture
 from .data import Source, Stats, UnitRange

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .._common.score_parts import PARTS
 from ..errors import QakdError
-from .choices import PARTS
 
 
 @dataclass(frozen=True)

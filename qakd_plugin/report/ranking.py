@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .._common.files import with_extension, write_atomic
+from .._common.score_parts import PARTS
 from ..errors import QakdError
 from .scatter import Axis
 from .templates import static, template
@@ -18,12 +19,6 @@ _LARGEST = 1e100
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, 10.0, 10.0, 36.0
 _FILE_SIZE = (800.0, 520.0)
-_PARTS = {
-    "ce": ("cross_entropy", "cross-entropy"),
-    "centroid": ("centroid_divergence", "centroid divergence"),
-    "pair": ("student_divergence", "student's divergence"),
-}
-"""By form of the score: the figure that is subtracted from CMI, and its name."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +86,7 @@ def ranking_plot(
         width: of the drawing.
         height: likewise.
     """
-    part, x_name = _PARTS.get(str(records[0].get("form")) if records else "", _PARTS["ce"])
+    part, x_name = PARTS.get(str(records[0].get("form")) if records else "", PARTS["ce"])
     places = [(number(record.get(part)), number(record.get("cmi")), record) for record in records]
     found = [(a, b, record) for a, b, record in places if a is not None and b is not None]
     if not found:

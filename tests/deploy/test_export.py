@@ -488,8 +488,8 @@ def test_openvino_gets_no_quantizer_that_repeats_another_and_the_same_numbers(tm
         ("m = Reshape(x0, shape)", 1.27, 1.27, 0.02, 3),  # another grid
         ("m = Concat<axis=0>(x0, input)", 1.27, 1.27, 0.01, 3),  # partly not quantized
         ("m = Add(x0, x1)", 1.27, 1.27, 0.01, 3),  # sums lie on the grid but may leave the range
-        ("m = Identity(x0) l = MatMul(d, w)", 1.27, 1.27, 0.01, 3),  # a layer reads it
-        ("m = Identity(x0) l = Concat<axis=0>(d, x1)", 1.27, 1.27, 0.01, 3),  # a concatenation reads it
+        ("m = Identity(x0) l = MatMul(d, w)", 1.27, 1.27, 0.01, 2),  # a layer reads it, and reads the first one then
+        ("m = Identity(x0) l = Concat<axis=0>(d, x1)", 1.27, 1.27, 0.01, 2),  # likewise a concatenation
     ],
 )
 def test_only_quantizers_of_what_lies_on_their_grid_and_in_their_range_are_dropped(moves, top, high, scale, left):

@@ -49,7 +49,6 @@ from ..canonical.graph import (
     dynamic_sizes,
     identity,
     initializer,
-    is_quantized,
     kernel_shape,
     only_consumer,
     producer,
@@ -73,8 +72,7 @@ def settled_for_kernels(model: ir.Model) -> ir.Model:
 class DropRepeatedQuantizers(InPlacePass):
     """Remove quantizers whose input lies on their own grid and within their range. Exact.
 
-    Where layers, sums and concatenations read a quantizer, it is removed only if they read another one without it, as
-    :func:`.graph.is_quantized` says: by them everybody sees, :mod:`.diagnosis` among them, that their inputs are quantized.
+    What reads them reads the quantizer before, by operators that codes pass through: :func:`.graph.is_quantized` sees it.
     """
 
     def call(self, model: ir.Model) -> PassResult:
@@ -84,9 +82,8 @@ class DropRepeatedQuantizers(InPlacePass):
             found = _moved_range(source)
             repeats = found is not None and found[0] == grid and low <= found[1] and found[2] <= high
             for dequantize in [use.node for use in quantize.outputs[0].uses()] if repeats else ():
-                if is_quantized(source) or _leads_on(dequantize.outputs[0]):
-                    replace(dequantize, source)
-                    modified = True
+                replace(dequantize, source)
+                modified = True
         common.RemoveUnusedNodesPass()(model)
         return PassResult(model, modified)
 
@@ -229,12 +226,6 @@ def _quantize_parts(graph: ir.Graph, steps: list[ir.Node]) -> None:
     graph.insert_before(concat, joined)
     ir.convenience.replace_all_uses_with(rest[-1].outputs[0], joined.outputs[0])
     graph.remove([*reversed(rest), concat], safe=True)
-
-
-def _leads_on(value: ir.Value) -> bool:
-    """Whether only operators that move numbers of a single tensor, and quantizers, read a value."""
-    readers = {use.node.op_type for use in value.uses()}
-    return not value.is_graph_output() and readers <= {*_MOVES, "Clip", "QuantizeLinear"} - {"Concat"}
 
 
 def _range(quantize: ir.Node) -> tuple[ir.Value, object, int, int]:
