@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import onnx
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
@@ -247,6 +248,35 @@ def test_what_a_network_keeps_for_the_shape_it_saw_last_does_not_fix_the_batch()
     prepared = prepare(network, [images], "pt2e")
     other = torch.rand(7, 3, 8, 8)
     assert torch.allclose(prepared(other), network(other), atol=0.05)
+
+
+class WrittenPieceByPiece(nn.Module):
+    """Relative places, as ConViT makes them, and a part of what comes in."""
+
+    def __init__(self):
+        super().__init__()
+        self.places, self.mixed, self.head = nn.Linear(2, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        places = torch.zeros(5, 2)
+        places[:, 0] = torch.arange(5.0)
+        places[:, 1] = torch.arange(5.0) ** 2 / 4
+        rest = torch.zeros(5, 4)
+        rest[1:] = x[0, 1:]
+        return self.head(torch.relu(self.mixed(x + rest) + self.places(places)))
+
+
+def test_tensors_that_are_written_piece_by_piece_are_exported_with_all_pieces(tmp_path):
+    torch.manual_seed(0)
+    network, x = WrittenPieceByPiece().eval(), torch.randn(6, 5, 4)
+    prepared = prepare(network, [x], "pt2e")
+    quantized = {quantizer.name.rpartition(".")[0] for quantizer in describe(prepared).quantizers if quantizer.role == "weight"}
+    assert {"mixed", "head"} <= quantized
+    file = export_onnx(prepared, x, tmp_path / "student.onnx", target="onnxruntime")
+    session = onnxruntime.InferenceSession(file.path, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"input": x.numpy()})
+    expected = network(x).detach().numpy()
+    assert abs(found - expected).max() < 0.03 * abs(expected).max()
 
 
 @pytest.mark.parametrize(("toolkit", "where"), [("pt2e", "stem.2.output_fake_quant"), ("modelopt", "stem.1.output_quantizer")])

@@ -22,6 +22,7 @@ from .graph import (
     join,
     only_user,
     writes,
+    written,
 )
 
 _aten = torch.ops.aten
@@ -38,7 +39,8 @@ class ExportForm:
         self.quantizers = {quantizer.module: quantizer for quantizer in adapter.quantizers(model)}
         self.qparams = adapter.qparams
         self._drop_inactive()
-        self.dynamic = from_inputs(model)
+        # What is written piece by piece is no constant: whoever computes it by its name alone misses the pieces.
+        self.dynamic = from_inputs(model, [memory for node in self.graph.nodes if (memory := written(node)) is not None])
         self._constants = Constants(model)
         self._value = self._constants.value
         self.targets: dict[str, Any] = {}

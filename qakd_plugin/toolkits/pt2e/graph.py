@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -49,14 +50,34 @@ def is_quantizer(model: fx.GraphModule, node: fx.Node) -> bool:
     return node.op == "call_module" and kind is not None and isinstance(model.get_submodule(str(node.target)), kind)
 
 
-def from_inputs(model: fx.GraphModule) -> set[fx.Node]:
-    """The nodes whose value depends on an input of the model, or on chance."""
-    dynamic: set[fx.Node] = set()
-    for node in model.graph.nodes:
-        random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-        if node.op == "placeholder" or random or any(source in dynamic for source in node.all_input_nodes):
-            dynamic.add(node)
+def from_inputs(model: fx.GraphModule, also: Iterable[fx.Node] = ()) -> set[fx.Node]:
+    """The nodes whose value depends on an input of the model, or on chance: what is written into memory counts for its readers.
+
+    Args:
+        model: a graph.
+        also: nodes that count as inputs, too.
+    """
+    dynamic: set[fx.Node] = set(also)
+    known = -1
+    while known < len(dynamic):
+        known = len(dynamic)
+        for node in model.graph.nodes:
+            random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+            if node.op == "placeholder" or random or any(source in dynamic for source in node.all_input_nodes):
+                dynamic.add(node)
+                if (memory := written(node)) is not None:
+                    dynamic.add(memory)
     return dynamic
+
+
+def written(node: fx.Node) -> fx.Node | None:
+    """The node that made the memory a node writes to; None where it writes nothing, or to what a model keeps."""
+    if not writes(node):
+        return None
+    memory = node.args[0]
+    while isinstance(memory, fx.Node) and may_be_view(memory):
+        memory = memory.args[0]
+    return memory if isinstance(memory, fx.Node) and memory.op == "call_function" else None
 
 
 def activation_name(model: fx.GraphModule, node: fx.Node, what: str) -> str:
