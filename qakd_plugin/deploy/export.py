@@ -343,7 +343,6 @@ def _tell_slow(model: ir.Model, ours: bool) -> None:
     """Say which quantized convolutions will run in floating point, and what to write unless the model is ``ours``."""
     names, quantized = left_in_float(model)
     if names:
-        shown = ", ".join(names[:_MOST_NAMES]) + (f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else "")
         remedy = (
             ""
             if ours
@@ -355,12 +354,9 @@ def _tell_slow(model: ir.Model, ours: bool) -> None:
             "addition, a concatenation, a pooling or the like reads what they output: %s.%s",
             len(names),
             quantized,
-            shown,
+            ", ".join(names),
             remedy,
         )
-
-
-_MOST_NAMES = 3
 
 
 def _check_quantizers(adapter: Adapter, model: nn.Module, target: str) -> None:
