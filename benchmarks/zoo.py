@@ -226,7 +226,7 @@ def run_cell(net: Net, cell: Cell) -> dict[str, Any]:
 
 
 def _steps(model: nn.Module, inputs: Inputs, cell: Cell, folder: Path, said: _Said) -> dict[str, Any]:
-    attempt = _Attempts()
+    attempt = _Attempts(folder)
     half = max(1, len(next(iter(named_tensors(inputs).values()))) // 2)
     batches = [first_samples(inputs, half), inputs]
     student = attempt("prepare", lambda: qakd.prepare(model, batches, cell.toolkit, cell.bits, cell.bits))
@@ -330,9 +330,14 @@ def _accounts(model: nn.Module, student: nn.Module, said: _Said, in_float: Itera
 
 
 class _Attempts:
-    """Runs steps, and keeps what went wrong and how long they took."""
+    """Runs steps, and keeps what went wrong and how long they took.
 
-    def __init__(self) -> None:
+    Args:
+        folder: of what they write; another in each run, so that reasons leave it out.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.problems: list[dict[str, Any]] = []
         self.times: dict[str, float] = {}
 
@@ -348,7 +353,7 @@ class _Attempts:
         except Exception as error:  # whatever a toolkit raises: that it is not one of the package's own is what is recorded  # noqa: BLE001
             own = isinstance(error, QakdError)
             kind = "" if own else f"{type(error).__name__}: "
-            message = kind + " ".join(str(error).split())
+            message = kind + " ".join(str(error).replace(f"{self.folder}{os.sep}", "").split())
             self.problems.append({"step": name, "own": own, "message": message[: 1000 if own else 400]})
             return None
         finally:
