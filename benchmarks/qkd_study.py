@@ -91,7 +91,7 @@ def best(rates: list[dict[str, float]]) -> dict[str, float]:
 
 
 def cells(size: Size, rates: dict[str, list[dict[str, float]]]) -> Iterator[Cell]:
-    """The study's students, seed by seed; none of methods whose rates are not chosen."""
+    """The study's students, seed by seed, of the methods that rates were tried for."""
     for seed in range(FIRST_SEED, FIRST_SEED + size.seeds):
         for bits in BITS:
             for method, tried in rates.items():
