@@ -1,6 +1,7 @@
 """INT8 in ONNX Runtime and OpenVINO, beside what their own tools make of the same networks; one interleaved run per network.
 
     python benchmarks/deployment.py --cells runs/deployment --out benchmarks/results/deployment.json
+    python benchmarks/deployment.py --cells runs/deployment --out benchmarks/results/deployment_amx.json  # on one with AMX
 
 Networks are calibrated, not trained: latency does not depend on the weights. Rows of a network: FP32 in both runtimes (OpenVINO
 pinned to f32); ours at W8A8 and W4A4, prepared by ModelOpt, and at W8A8 by torch.ao FX and torchao PT2E (convolutional
@@ -129,9 +130,8 @@ def main() -> None:
     print(*lead_verdicts(document["networks"]), sep="\n")
     tables = make_tables(document)
     print(*tables.values(), sep="\n\n")
-    if options.out and options.out.resolve() == RESULTS:
-        for name, table in tables.items():
-            page_tables.write_table(name, table)
+    if options.out:
+        page_tables.write_tables(options.out, RESULTS, tables)
 
 
 def _write(out: Path | None, networks: dict[str, Any]) -> None:

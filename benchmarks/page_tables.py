@@ -12,6 +12,8 @@ from qakd_plugin._common.files import write_atomic
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 MEASURED = ROOT / "docs" / "measured.md"
+AMX = "_amx"
+"""How names of files and tables end whose figures are of a processor with AMX; the others are of one without."""
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -31,11 +33,22 @@ def write_table(name: str, table: str, page: Path = MEASURED) -> None:
 
 
 def write_results(out: Path, document: Any, results: Path, tables: Mapping[str, str], page: Path = MEASURED) -> None:
-    """Write figures as JSON; where they go to the committed file, ``results``, their tables go to the page, too."""
+    """Write figures as JSON; where they go to a committed file their tables go to the page, too."""
     write_atomic(out, json.dumps(document, indent=1) + "\n")
-    if out.resolve() == results:
+    write_tables(out, results, tables, page)
+
+
+def write_tables(out: Path, results: Path, tables: Mapping[str, str], page: Path = MEASURED) -> None:
+    """Put tables on the page if their figures are committed ones: in ``results``, or the file of a processor with AMX."""
+    endings = {results: "", with_amx(results): AMX}
+    if (ending := endings.get(out.resolve())) is not None:
         for name, table in tables.items():
-            write_table(name, table, page)
+            write_table(name + ending, table, page)
+
+
+def with_amx(results: Path) -> Path:
+    """The committed file of a processor with AMX."""
+    return results.with_stem(results.stem + AMX)
 
 
 def read_table(name: str, page: Path = MEASURED) -> str:

@@ -5,7 +5,7 @@
 CIFAR ResNet-20, batch 128, two threads, W4A4 as qakd_plugin.prepare makes it (first and last layer at 8 bits, a quantizer on
 each residual branch). A step is forward, cross-entropy, backward and SGD with momentum. Every round runs each variant once, in
 turn; ratios are medians over rounds of (variant / FP32 of the same round). Memory is the growth of a fresh process's peak over
-what it held before the first step.
+what it held before the first step, the median of three such processes.
 
 By default glibc gives memory back to the kernel after each step and gets it again, page by page, in the next, which costs a
 variant the more, the more memory it needs. The script therefore tells it not to (for all
@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
-import json
 import multiprocessing
 import os
 import statistics
@@ -142,20 +141,22 @@ def memory_mib(key: str) -> float:
     return int(line.split()[1]) / 1024
 
 
-def peak_growth_mib(make: Callable[..., Callable[[], None]], *arguments: Any) -> float:
+def peak_growth_mib(make: Callable[..., Callable[[], None]], *arguments: Any, processes: int = 3) -> float:
     """Peak resident memory of four steps in a fresh process, above what was there before the first.
 
     Args:
         make: a function of a module, which makes a step.
         *arguments: for it.
+        processes: whose median it is; what the allocator keeps differs by a tenth from one to the next.
     """
     context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=_peak_growth, args=(make, arguments, queue))
-    process.start()
-    grown = float(queue.get(timeout=600))
-    process.join()
-    return grown
+    queue, grown = context.Queue(), []
+    for _ in range(processes):
+        process = context.Process(target=_peak_growth, args=(make, arguments, queue))
+        process.start()
+        grown.append(float(queue.get(timeout=600)))
+        process.join()
+    return statistics.median(grown)
 
 
 def main() -> None:
@@ -208,16 +209,13 @@ def main() -> None:
     if busy:
         print("The machine was busy when this began: take the ratios with care.")
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         document = {
             "environment": environment(),
             "settings": {k: v for k, v in vars(options).items() if k != "out"},
             "rows": rows,
         }
-        options.out.write_text(json.dumps(document, indent=1) + "\n")
+        page_tables.write_results(options.out, document, RESULTS, {"step_time": make_table(document)})
         print(options.out)
-        if options.out.resolve() == RESULTS:
-            page_tables.write_table("step_time", make_table(document))
 
 
 def make_table(document: dict[str, Any]) -> str:

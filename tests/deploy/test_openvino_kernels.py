@@ -21,6 +21,7 @@ from qakd_plugin.deploy.targets import openvino_kernels
 from qakd_plugin.errors import ParityError
 from qakd_plugin.runtimes.onnxruntime import session_options, start_session
 from qakd_plugin.runtimes.openvino import OpenVINORunner
+from qakd_plugin.toolkits import adapter_for
 
 openvino = pytest.importorskip("openvino")
 pytestmark = pytest.mark.skipif(onednn_adds_products_in_16_bits(), reason="sums of integer kernels saturate here")
@@ -286,6 +287,42 @@ def test_factors_below_zero_keep_their_sign(toolkit, tmp_path):
     assert sqnr_db > 40  # below 20 where the runtime takes the factors into scales
 
 
+class ByHand(nn.Module):
+    """A normalization of each channel, written as operators."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mean = x.mean((2, 3), keepdim=True)
+        variance = (x - mean).pow(2).mean((2, 3), keepdim=True)
+        return (x - mean) / torch.sqrt(variance + 1e-2)
+
+
+class Normalized(nn.Module):
+    """A convolution of small numbers, whose variance is next to epsilon, normalized in between."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.norm, self.head = nn.Conv2d(3, 16, 3, padding=1), norm, nn.Conv2d(16, 8, 1)
+        with torch.no_grad():
+            self.stem.weight.mul_(0.1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.stem(x))
+        logits: torch.Tensor = self.head(self.norm(x + x.roll(1, 1)))
+        return logits
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [nn.LayerNorm((16, 24, 24), eps=1e-2), nn.GroupNorm(4, 16, eps=1e-2), nn.InstanceNorm2d(16, eps=1e-2), ByHand()],
+    ids=lambda norm: type(norm).__name__,
+)
+@pytest.mark.parametrize("toolkit", ["modelopt", "pt2e"])
+def test_a_normalization_keeps_its_epsilon(norm, toolkit, tmp_path):
+    torch.manual_seed(0)
+    sqnr_db, _ = _exported(Normalized(norm), toolkit, tmp_path)
+    assert sqnr_db > 40  # 10 and less where the runtime takes the scale of what is normalized out, and not out of epsilon
+
+
 def test_a_bias_counts_for_its_own_channel_where_a_size_is_read(tmp_path):
     torch.manual_seed(0)
     sqnr_db, graph = _exported(Token(), "modelopt", tmp_path)
@@ -324,6 +361,26 @@ def test_an_output_may_differ_by_what_ties_explain(reference, output, unrounded,
     reference, output, unrounded = (np.asarray(one, np.float32) for one in (reference, output, unrounded))
     assert openvino_parity._explained(reference, output, reference, unrounded) is explained
     assert openvino_parity._explained(-reference, output, reference, unrounded) is False
+
+
+def test_ties_differ_by_no_more_than_some_draw_of_codes_that_are_rounded_otherwise():
+    reference, draws = np.zeros((1, 2), np.float32), [np.full((1, 2), move, np.float32) for move in (0.1, -0.3, 0.2)]
+    output = np.full((1, 2), 0.29, np.float32)
+    assert openvino_parity._within_draws(reference, output, reference, draws)
+    assert not openvino_parity._within_draws(reference, output, reference, draws[:1])
+    assert not openvino_parity._within_draws(reference, output[:, :1], reference, draws)
+
+
+def test_draws_change_codes_as_often_as_independent_rounding_would():
+    torch.manual_seed(0)
+    x = torch.randn(64, 3, 24, 24)
+    student = qakd.prepare(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()).eval(), [x])
+    form = adapter_for(student).export_form(student)
+    (quantizer,) = [module for module in openvino_parity._activation_quantizers(form) if module.scale.numel() == 1][:1]
+    only = nn.Sequential(quantizer)
+    expected = 2 * float(((only(x) - x.clamp(-127 * quantizer.scale, 127 * quantizer.scale)) ** 2).mean())
+    for (draw,) in openvino_parity._draws(only, x):
+        assert float(((torch.from_numpy(draw) - only(x)) ** 2).mean()) == pytest.approx(expected, rel=0.05)
 
 
 @pytest.mark.parametrize(("differ", "by_rounding", "explained"), [(1, 0, True), (2, 0, False), (4, 2, True), (5, 2, False)])

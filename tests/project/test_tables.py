@@ -21,18 +21,37 @@ TABLES = [
 ]
 
 
+def path_of(name):
+    return page_tables.RESULTS / f"{name}.json"
+
+
 def committed(name):
-    return json.loads((page_tables.RESULTS / f"{name}.json").read_text())
+    return json.loads(path_of(name).read_text())
 
 
-@pytest.mark.parametrize("name", TABLES)
-def test_a_table_of_what_was_measured_is_made_from_the_committed_figures(name):
-    assert page_tables.read_table(name) == import_module(name).make_table(committed(name))
+def of_each_processor(names):
+    """Names of committed files, and how they and their tables end."""
+    return [(name, ending) for name in names for ending in ("", page_tables.AMX) if path_of(name + ending).is_file()]
 
 
-def test_all_tables_of_deployment_are_made_from_the_committed_figures():
-    for name, table in import_module("deployment").make_tables(committed("deployment")).items():
-        assert page_tables.read_table(name) == table, name
+@pytest.mark.parametrize(("name", "ending"), of_each_processor(TABLES))
+def test_a_table_of_what_was_measured_is_made_from_the_committed_figures(name, ending):
+    assert page_tables.read_table(name + ending) == import_module(name).make_table(committed(name + ending))
+
+
+@pytest.mark.parametrize(("name", "ending"), of_each_processor(["deployment"]))
+def test_all_tables_of_deployment_are_made_from_the_committed_figures(name, ending):
+    for table, text in import_module(name).make_tables(committed(name + ending)).items():
+        assert page_tables.read_table(table + ending) == text, table
+
+
+def test_files_of_a_processor_with_amx_hold_figures_of_such_a_one():
+    found = list(page_tables.RESULTS.glob(f"*{page_tables.AMX}.json"))
+    assert found
+    for path in found:
+        document = json.loads(path.read_text())
+        for cell in document.get("networks", {"": document}).values():
+            assert "amx_int8" in cell["environment"]["cpu_flags"], path
 
 
 def test_the_page_of_the_evidence_and_its_figure_are_made_from_the_committed_figures():

@@ -21,6 +21,10 @@ quantizer.
 A factor per channel (layer scale) goes into the scales of quantizers before and after it, and the runtime takes none below
 zero: where a channel's factor is negative, the same leaky ReLU keeps them apart.
 
+Of what a normalization reads, the runtime takes the scale out, since dividing by the deviation undoes it, and leaves the
+epsilon of the normalization as it is, which should have become smaller, too: where the variance is not large beside epsilon,
+everything comes out too small. A maximum with the lowest number keeps the scale in its place.
+
 What else it computes wrongly, each by as much as 0 to 25 dB:
   - signed codes that are concatenated in front of a convolution: it rounds them to whole numbers. Codes with a zero point are
     read as they are, in the same time;
@@ -291,6 +295,38 @@ class KeepSignsOfFactors(InPlacePass):
         return PassResult(model, modified)
 
 
+class KeepEpsilons(InPlacePass):
+    """Keep normalizations apart from the scales of what they read.
+
+        DQ -> LayerNormalization
+    becomes
+        DQ -> Max(lowest float32) -> LayerNormalization
+
+    and the same where a normalization is written as operators, which the runtime puts together again: those that take the mean
+    and subtract it.
+    """
+
+    def call(self, model: ir.Model) -> PassResult:
+        graph, modified = model.graph, False
+        for readers in [found for node in graph if (found := _normalizes(node))]:
+            lowest = initializer(graph, "lowest_float32", np.asarray(np.finfo(np.float32).min, dtype=np.float32))
+            maximum = ir.node("Max", [readers[0].inputs[0], lowest], name=f"{readers[0].name}/apart")
+            maximum.outputs[0].name, maximum.outputs[0].dtype = f"{maximum.name}:out", ir.DataType.FLOAT
+            graph.insert_before(readers[0], maximum)
+            for reader in readers:
+                reader.replace_input_with(0, maximum.outputs[0])
+            modified = True
+        return PassResult(model, modified)
+
+
+def _normalizes(node: ir.Node) -> list[ir.Node]:
+    """The nodes, in their order, that read what a normalization normalizes, where one begins with this node."""
+    if node.op_type in {"GroupNormalization", "InstanceNormalization", "LayerNormalization"}:
+        return [node]
+    mean = producer(node.inputs[1], "ReduceMean") if node.op_type == "Sub" else None
+    return [mean, node] if mean is not None and mean.inputs[0] is node.inputs[0] else []
+
+
 def _keep_apart(node: ir.Node, index: int) -> None:
     """Put an operator that changes nothing, and that the runtime fuses with nothing, in front of an input."""
     identity_op = ir.node("LeakyRelu", [node.inputs[index]], {"alpha": 1.0}, name=f"{node.name}/identity")
@@ -439,6 +475,7 @@ PASSES: tuple[InPlacePass, ...] = (
     RoundBeforeConcat(),  # what is still of different grids
     KeepRoundingBeforeSums(),
     KeepSignsOfFactors(),
+    KeepEpsilons(),
     OffsetConcatenatedCodes(),  # of quantizers that are left
     ClampSharedConvolutions(),
     BiasAsSum(),
