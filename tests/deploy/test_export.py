@@ -386,6 +386,31 @@ def test_layers_that_are_kept_in_float_stay_so_in_onnxruntime(layer, tmp_path, t
     assert len(census(path).float_layers) == 1
 
 
+class BetweenConvolutions(nn.Module):
+    """A function of what one convolution makes, read by another."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.first, self.second, self.function = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1), function
+
+    def forward(self, x):
+        return self.second(self.function(self.first(x)))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [nn.Softmax(-1), nn.Sigmoid(), nn.LeakyReLU(0.3), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(1)],
+    ids=lambda function: type(function).__name__,
+)
+def test_functions_between_quantizers_are_computed_as_trained_in_onnxruntime(function, tmp_path):
+    """The runtime has integer kernels of its own for all of these; that of softmax rounds exponentials to whole numbers."""
+    torch.manual_seed(0)
+    images = 3 * torch.randn(8, 8, 16, 16)
+    student = prepare(BetweenConvolutions(function).eval(), [images], "pt2e")
+    file = export_onnx(student, images, tmp_path / "student.onnx", "onnxruntime")
+    assert file.parity.fused.sqnr_db > 40
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_agreement_in_openvino_is_recorded(bits, tmp_path, make_student, digits, monkeypatch):
     student, images, ran, run = make_student("modelopt", bits), digits.test[0][:128], [], openvino_parity._run

@@ -56,7 +56,9 @@ def to_onnxruntime_form(model: ir.Model, storage: WeightStorage = "int4") -> ir.
         if loses_bias(node):
             split_bias(graph, node)
         if node.op_type in _WEIGHTED and constant(node.inputs[1]) is not None and is_quantized(node.inputs[0]):
-            _prevent_weight_quantization(graph, node)
+            _keep_in_float(graph, node)  # the runtime would quantize this weight on its own (``WeightBiasQuantization``)
+        if node.op_type == "Softmax" and is_quantized(node.inputs[0]):
+            _keep_in_float(graph, node)  # its own, between quantizers, sums exponentials that it rounded to whole numbers
     common.RemoveUnusedNodesPass()(model)  # codes and scales that were replaced
     return model
 
@@ -97,20 +99,16 @@ def _add_zero_point(graph: ir.Graph, dequantize: ir.Node) -> None:
     dequantize.replace_input_with(2, initializer(graph, name, np.zeros(scale.shape, dtype=codes.dtype)))
 
 
-def _prevent_weight_quantization(graph: ir.Graph, layer: ir.Node) -> None:
-    """Clip a layer's quantized input to the range of float32, which changes nothing.
-
-    The runtime would quantize a float weight that it finds between DequantizeLinear and QuantizeLinear on its own
-    (``WeightBiasQuantization``); it does not look through a Clip.
-    """
-    if all(output.is_graph_output() for output in layer.outputs):
+def _keep_in_float(graph: ir.Graph, node: ir.Node) -> None:
+    """Clip a quantized input to the range of float32, which changes nothing: the runtime does not look through a Clip."""
+    if all(output.is_graph_output() for output in node.outputs):
         return
     limit = np.finfo(np.float32).max
     bounds = [
         initializer(graph, f"float32_{name}", np.asarray(sign * limit, np.float32))
         for name, sign in (("lowest", -1), ("highest", 1))
     ]
-    clip = ir.node("Clip", [layer.inputs[0], *bounds], name=f"{layer.name}/Clip")
+    clip = ir.node("Clip", [node.inputs[0], *bounds], name=f"{node.name}/Clip")
     clip.outputs[0].name, clip.outputs[0].dtype = f"{clip.name}:out", ir.DataType.FLOAT
-    graph.insert_before(layer, clip)
-    layer.replace_input_with(0, clip.outputs[0])
+    graph.insert_before(node, clip)
+    node.replace_input_with(0, clip.outputs[0])
