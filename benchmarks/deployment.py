@@ -5,7 +5,7 @@
 
 Networks are calibrated, not trained: latency does not depend on the weights. Rows of a network: FP32 in both runtimes (OpenVINO
 pinned to f32); ours at W8A8 and W4A4, prepared by ModelOpt, and at W8A8 by torch.ao FX and torchao PT2E (convolutional
-networks), each for every target and ("0..255") for these two runtimes alone; ours tuned for this machine, one file for each
+networks), each for every target and ("0..255") for the runtime alone; ours tuned for this machine, one file for each
 runtime (PT2E's "0..255", or else ModelOpt's); ``quantize_static`` at several settings (the fastest counts); NNCF's
 post-training quantization (where ``nncf`` is installed), and with bfloat16 for what it leaves in floating point, as ours may be
 tuned to.
@@ -43,6 +43,7 @@ from qakd_plugin._common.files import write_atomic
 from qakd_plugin.bench import Candidate, Row, benchmark
 from qakd_plugin.bench.census import census
 from qakd_plugin.bench.file_facts import record_of
+from qakd_plugin.bench.loading import make_runner
 from qakd_plugin.deploy.diagnosis import diagnose
 from qakd_plugin.deploy.tuning import tune_for_host
 from qakd_plugin.report import console_table
@@ -57,19 +58,19 @@ RUNTIMES: dict[str, FileRuntime] = {"ORT INT8": "onnxruntime", "OpenVINO INT8": 
 """By the rows of our files."""
 
 PREPARED = {
-    "FX": ("torch_ao", "tensorrt"),
-    "PT2E": ("pt2e", "tensorrt"),
-    "0..255": ("modelopt", "onnxruntime"),
-    "FX, 0..255": ("torch_ao", "onnxruntime"),
-    "PT2E, 0..255": ("pt2e", "onnxruntime"),
+    "FX": ("torch_ao", True),
+    "PT2E": ("pt2e", True),
+    "0..255": ("modelopt", False),
+    "FX, 0..255": ("torch_ao", False),
+    "PT2E, 0..255": ("pt2e", False),
 }
-"""Toolkits and targets of ``prepare`` beside ModelOpt for every target, as rows name them."""
+"""Toolkits beside ModelOpt for every target, as rows name them, and whether ``prepare`` is for every target or for the runtime."""
 
 SHOWN = ("PT2E", "PT2E, 0..255")
 """Those of them in the first table."""
 
 FEWEST_CALLS = 12
-"""Timed calls of each file at large batches, which take as long as many at batch 1."""
+"""Timed calls of each file, however long they take."""
 
 STATIC = ("QDQ", "QDQ, per channel", "QOperator, per channel")
 BARS = {
@@ -96,13 +97,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", action="append", choices=NETWORKS, help="may be repeated; all by default")
     parser.add_argument(
-        "--calls", type=int, default=100, help="timed calls of a file at batch 1, fewer at larger (%(default)s)"
+        "--seconds", type=float, default=10.0, help="of FP32's timed calls; the others get as many (%(default)s)"
     )
     parser.add_argument("--batch", action="append", type=int, help="samples per call; may be repeated, 1 is always measured")
     parser.add_argument("--threads", action="append", type=int, help="of the runtimes; may be repeated, 1 is always measured")
     parser.add_argument("--cells", type=Path, default=Path("runs/deployment"), help="folder of the files (%(default)s)")
     parser.add_argument(
         "--out", type=Path, help="JSON file for the figures; the tables in docs/measured.md too, if it is the default one"
+    )
+    parser.add_argument(
+        "--tuning", action=argparse.BooleanOptionalAction, default=True, help="tune for this machine, which may take long"
     )
     parser.add_argument("--fresh", action="store_true", help="measure networks again that --out holds")
     parser.add_argument("--table-only", action="store_true", help="only rewrite the tables")
@@ -118,11 +122,11 @@ def main() -> None:
     further = further_settings(options.batch or [], options.threads or [])
     for name in () if options.table_only else options.network or NETWORKS:
         if name not in done or options.fresh:
-            done[name] = measure(name, options.cells, options.calls)
+            done[name] = measure(name, options.cells, options.seconds, options.tuning)
             _write(options.out, done)
         for batch, threads in further:
             if (setting := f"batch {batch}, threads {threads}") not in done[name]["further"]:
-                done[name]["further"][setting] = measure_further(name, options.cells, options.calls, batch, threads)
+                done[name]["further"][setting] = measure_further(name, options.cells, options.seconds, batch, threads)
                 _write(options.out, done)
         for line in verdicts(name, done[name]):
             print(f"{name}: {line}", flush=True)
@@ -147,13 +151,17 @@ def further_settings(batches: Iterable[int], threads: Iterable[int]) -> list[tup
     return [pair for pair in pairs if pair != (1, 1)]
 
 
-def measure(name: str, cells: Path, calls: int) -> dict[str, Any]:
+def measure(name: str, cells: Path, seconds: float, tune: bool) -> dict[str, Any]:
     """All rows of one network at batch 1 with one thread, from one interleaved run, and what is found in its files."""
     folder = cells / name
     if not (folder / "made.json").is_file():
         command = [sys.executable, __file__, "--make", name, "--cells", str(cells)]
         subprocess.run(command, check=True)
-    tuning = {runtime: tune_for_host(_to_tune(folder, runtime), _tuned_path(folder, runtime)) for runtime in RUNTIMES.values()}
+    tuning = {
+        runtime: tune_for_host(_to_tune(folder, runtime), _tuned_path(folder, runtime))
+        for runtime in (RUNTIMES.values() if tune else ())
+    }
+    calls = _calls(folder, seconds, 1, 1)
     timed = _timed(name, _candidates(name, folder), calls, 1, 1)
     left = census(folder / "w8.ort.onnx").float_layers
     return {
@@ -168,11 +176,23 @@ def measure(name: str, cells: Path, calls: int) -> dict[str, Any]:
     }
 
 
-def measure_further(name: str, cells: Path, calls: int, batch: int, threads: int) -> dict[str, Any]:
+def measure_further(name: str, cells: Path, seconds: float, batch: int, threads: int) -> dict[str, Any]:
     """The rows of another batch size or number of threads; files are those of :func:`measure`."""
     left_out = {f"PTQ {label}" for label in PREPARED}
     chosen = [each for each in _candidates(name, cells / name) if each.method not in left_out and each.weight_bits != 4]
-    return {"environment": environment(), **_timed(name, chosen, max(calls // batch, FEWEST_CALLS), batch, threads)}
+    calls = _calls(cells / name, seconds, batch, threads)
+    return {"environment": environment(), **_timed(name, chosen, calls, batch, threads)}
+
+
+def _calls(folder: Path, seconds: float, batch: int, threads: int) -> int:
+    """How often each file of a network is called: the shorter a call, the more of them tell what is noise of the machine."""
+    runner = make_runner(folder / "fp32.onnx", "onnxruntime", threads)
+    inputs, times = random_inputs(runner.inputs, batch), []
+    for _ in range(WARM_UP_CALLS):
+        start = time.perf_counter()
+        runner.run(inputs)
+        times.append(time.perf_counter() - start)
+    return max(FEWEST_CALLS, int(seconds / statistics.median(times)))
 
 
 def _candidates(name: str, folder: Path) -> list[Candidate]:
@@ -403,20 +423,8 @@ def make_files(name: str, cells: Path) -> None:
     for bits, storage in ((4, "int4"), (2, "int2")):
         student = prepare(model, [images], "modelopt", weight_bits=bits, activation_bits=max(bits, 4), edges=4)
         export_onnx(student, images, folder / f"w{bits}.ort.onnx", target="onnxruntime", weight_storage=storage)
-    for label, (toolkit, target) in PREPARED.items():
-        if transformer and toolkit == "torch_ao":  # which has no quantizers for a ViT's attention
-            continue
-        student = prepare(
-            model,
-            [images],
-            toolkit,
-            weight_bits=8,
-            activation_bits=8,
-            target=target,
-            quantize_attention=transformer,
-        )
-        for runtime in ("onnxruntime", "openvino"):
-            export_onnx(student, images, _prepared_path(folder, label, runtime), target=runtime)
+    for label in PREPARED:
+        _prepare(folder, label, model, images, transformer=transformer)
     missing: dict[str, str] = {}
     for setting in STATIC:
         try:
@@ -437,6 +445,25 @@ def make_files(name: str, cells: Path) -> None:
     write_atomic(folder / "made.json", json.dumps(made, indent=1) + "\n")
 
 
+def _prepare(folder: Path, label: str, model: nn.Module, images: Tensor, *, transformer: bool) -> None:
+    """Write a toolkit's files for both runtimes."""
+    toolkit, every_target = PREPARED[label]
+    if transformer and toolkit == "torch_ao":  # which has no quantizers for a ViT's attention
+        return
+    for targets in [["tensorrt"]] if every_target else [[runtime] for runtime in RUNTIMES.values()]:
+        student = prepare(
+            model,
+            [images],
+            toolkit,
+            weight_bits=8,
+            activation_bits=8,
+            target=targets[0],  # type: ignore[arg-type]
+            quantize_attention=transformer,
+        )
+        for runtime in RUNTIMES.values() if every_target else targets:
+            export_onnx(student, images, _prepared_path(folder, label, runtime), target=runtime)  # type: ignore[arg-type]
+
+
 def _network(name: str) -> tuple[nn.Module, Tensor]:
     """With random weights and BatchNorm statistics that fit them, and a batch of random images."""
     torch.manual_seed(0)
@@ -450,8 +477,8 @@ def _network(name: str) -> tuple[nn.Module, Tensor]:
 
 
 def _prepared_path(folder: Path, label: str, runtime: str) -> Path:
-    toolkit, target = PREPARED[label]
-    return folder / f"w8.{toolkit}{'' if target == 'tensorrt' else '.0-255'}.{runtime}.onnx"
+    toolkit, every_target = PREPARED[label]
+    return folder / f"w8.{toolkit}{'' if every_target else '.0-255'}.{runtime}.onnx"
 
 
 def _to_tune(folder: Path, runtime: FileRuntime) -> Path:

@@ -61,6 +61,8 @@ class Placement:
         covered: layers whose input already lies on the 8-bit grid of an output quantizer.
         outputs: further quantizers, after a module.
         sums: quantizers of sums, on the output of the module that returns them.
+        summed: what would be further quantizers, had the convolutions that they would stand after not a sum to compute which is
+            quantized.
         joined: groups of quantizers that should have one grid: those of outputs and sums, and layers' names for their inputs'.
         floating_sums: sums that belong on a grid, and that no module returns: what they add, for messages.
         transposed: layers whose weight counts output channels along its second dimension.
@@ -73,6 +75,7 @@ class Placement:
     covered: frozenset[str] = frozenset()
     outputs: tuple[OutputQuantizer, ...] = field(default=())
     sums: tuple[Sum, ...] = ()
+    summed: tuple[OutputQuantizer, ...] = ()
     joined: tuple[tuple[OutputQuantizer | Sum | str, ...], ...] = ()
     floating_sums: tuple[str, ...] = ()
     transposed: frozenset[str] = frozenset()
@@ -86,6 +89,7 @@ def place_quantizers(
     *,
     sums: bool = True,
     before_activations: bool = True,
+    before_sums: bool = True,
 ) -> Placement:
     """Look at the graph of a float model and say where quantizers belong.
 
@@ -96,6 +100,7 @@ def place_quantizers(
         inputs: a batch of the model, with which ``torch.export`` reads what ``torch.fx`` cannot trace.
         sums: look for sums to quantize.
         before_activations: quantize what convolutions hand to a SiLU, GELU or the like.
+        before_sums: quantize both operands of sums that are quantized, even what a convolution hands to the sum alone.
 
     Raises:
         QakdError: as :func:`.layer_names.quantizable_layers`.
@@ -114,7 +119,7 @@ def place_quantizers(
         return Placement(
             tuple(layers), edges=outer, transposed=_transposed(model, layers), operands=operands(model, keep or ())
         )
-    placement = _Analysis(model, graph, set(layers)).placement(sums, before_activations)
+    placement = _Analysis(model, graph, set(layers)).placement(sums, before_activations, before_sums)
     placement = replace(placement, transposed=_transposed(model, placement.layers), operands=operands(model, keep or ()))
     if constant := sorted(_constant(graph) & set(layers)):
         _log.warning(
@@ -220,19 +225,21 @@ class _Analysis:
         self.layers = layers
         self.positive = non_negative(self.nodes, self.modules)
 
-    def placement(self, sums: bool, before_activations: bool) -> Placement:
+    def placement(self, sums: bool, before_activations: bool, before_sums: bool) -> Placement:
         calls = [node for node in self.nodes if node.op == "call_module" and node.target in self.layers]
         outputs = self._output_quantizers(calls, before_activations)
         found = grids(self.nodes, self.modules, self.layers, {node for node, _ in outputs}, self.positive, sums=sums)
         quantizers: dict[fx.Node, OutputQuantizer | Sum] = {**dict(outputs), **found.sums}
+        summed = {} if before_sums else self._summed(dict(outputs), [*found.sums, *found.by_layers])
         groups = joined(self.nodes, self.modules, self.layers, set(quantizers))
         return Placement(
             layers=tuple(dict.fromkeys(name for node in self.nodes for name in self._layers_of(node))),
             edges=frozenset(str(node.target) for node in outermost(self.nodes, set(calls))),
             unsigned=frozenset(self._for_all_calls(calls, self.positive)),
             covered=frozenset(self._for_all_calls(calls, found.on_grid)),
-            outputs=tuple(dict.fromkeys(quantizer for _, quantizer in outputs)),
+            outputs=tuple(dict.fromkeys(quantizer for node, quantizer in outputs if node not in summed)),
             sums=tuple(found.sums.values()),
+            summed=tuple(dict.fromkeys(summed.values())),
             joined=tuple((*(quantizers[node] for node in nodes), *names) for nodes, names in groups),
             floating_sums=tuple(" + ".join(map(made_by, node.all_input_nodes)) for node in found.floating),
         )
@@ -256,6 +263,17 @@ class _Analysis:
             quantizer = None if needs_none else chain.quantizer(self.modules)
             if quantizer is not None:
                 found.append((chain.end, quantizer))
+        return found
+
+    def _summed(self, outputs: Mapping[fx.Node, OutputQuantizer], sums: Iterable[fx.Node]) -> dict[fx.Node, OutputQuantizer]:
+        """Of each sum the first operand that a convolution makes for it alone, without a clamp in between."""
+        found = {}
+        for end in sums:
+            add = end if len(end.all_input_nodes) > 1 else end.all_input_nodes[0]  # the end may be its ReLU
+            for operand in add.all_input_nodes:
+                if operand in outputs and outputs[operand].clamp is None and only_reader(operand) is add:
+                    found[operand] = outputs[operand]
+                    break
         return found
 
     @staticmethod

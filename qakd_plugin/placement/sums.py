@@ -23,7 +23,7 @@ RESULT_OF = "result_of"
 """In the ``meta`` of a node: names of the modules that return it, innermost first; only of modules that are called once, with a
 tensor first."""
 
-_ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _CONCATS = {torch.cat, torch.concat}
 _MOVES = {operator.getitem, torch.chunk, torch.split, torch.reshape, torch.flatten, torch.transpose, torch.permute, "chunk",
           "split", "view", "reshape", "flatten", "unflatten", "transpose", "permute", "contiguous"}  # fmt: skip
@@ -47,11 +47,13 @@ class Grids:
     Attributes:
         on_grid: nodes.
         sums: quantizers of sums, by the nodes that they quantize.
+        by_layers: sums of what lies on grids, or their ReLUs, that one layer alone reads, which quantizes its input itself.
         floating: sums that belong on a grid, and that no module returns: they stay in floating point.
     """
 
     on_grid: set[fx.Node] = field(default_factory=set)
     sums: dict[fx.Node, Sum] = field(default_factory=dict)
+    by_layers: list[fx.Node] = field(default_factory=list)
     floating: list[fx.Node] = field(default_factory=list)
 
 
@@ -81,11 +83,13 @@ def grids(
         for known in (found.on_grid, wanted):
             if node in quantized or (_keeps_grid(node, modules) and known.issuperset(sources)):
                 known.add(node)
-        if not sums or called_function(node) not in _ADDS or len(sources) != 2 or not wanted.issuperset(sources):
+        if not sums or called_function(node) not in ADDS or len(sources) != 2 or not wanted.issuperset(sources):
             continue
         end = _after_relu(node, modules)
         reading = readers(end)
         alone = len(reading) == 1 and reading[0].op == "call_module" and reading[0].target in layers  # quantizes it itself
+        if alone and found.on_grid.issuperset(sources):
+            found.by_layers.append(end)
         if alone or any(reader.op == "output" for reader in reading):
             continue
         wanted.update((node, end))

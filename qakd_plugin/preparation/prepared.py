@@ -86,7 +86,8 @@ def prepare(
             activations that cannot be negative get codes 0..255 in the place of 0..127: a grid twice as fine, and no clamp
             after each ReLU. With "openvino" a convolution that a SiLU, Hardswish, GELU or the like reads has no quantizer in
             front of that, only after it: OpenVINO computes both in one kernel, while ONNX Runtime would compute the
-            convolution in floating point. (Quantizers in front of a ReLU stay signed: eager mode's of layers that are not
+            convolution in floating point. Nor has the last convolution of a residual block in front of the sum, which has one:
+            OpenVINO adds in floating point. (Quantizers in front of a ReLU stay signed: eager mode's of layers that are not
             fused with it, ModelOpt's where no module returns what the ReLU lets through. Eager mode keeps those in front of a
             SiLU. With "torchao", which leaves activations alone, this changes nothing.)
         batch_fn: splits a batch into (inputs, targets), as in ``distill``.
@@ -146,6 +147,8 @@ def prepare_as(
         )
     if placement < 3:
         precision = replace(precision, before_activations=True)
+    if placement < 4:
+        precision = replace(precision, before_sums=True)
     precision = replace(precision, placement=placement)
     _require_float(model)
     _require_plain_weights(adapter, model)
@@ -227,6 +230,7 @@ def _parse_request(
         unsigned_bytes=target != "tensorrt",
         edges=edges,
         before_activations=target != "openvino",
+        before_sums=target != "openvino",
     )
 
 

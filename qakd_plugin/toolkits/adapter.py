@@ -42,12 +42,13 @@ def loaded_class(module: str, name: str) -> type[nn.Module] | None:
     return None if loaded is None else getattr(loaded, name)  # type: ignore[no-any-return]
 
 
-PLACEMENT = 3
+PLACEMENT = 4
 """Version of where quantizers go, so that students of earlier ones are prepared again as they were.
 
 1: with ModelOpt, sums have none, those of 0..255 stand in front of the ReLU, and transposed convolutions have a scale per input
 channel; with PT2E, what is concatenated shares none; with torch.ao FX, what was split has another one than the whole.
 2: one stands between a convolution and a SiLU or the like for OpenVINO, too; with torch.ao FX, between a linear layer and one.
+3: one stands between a convolution and a sum that is quantized for OpenVINO, too.
 """
 
 
@@ -63,6 +64,8 @@ class Precision:
         placement: where quantizers go: :data:`PLACEMENT`, or what a student's file says.
         edges: bits of the weights of the first and the last layer.
         before_activations: quantize what a convolution hands to a SiLU, GELU or the like, which OpenVINO has no use for.
+        before_sums: quantize all that is added where the sum is quantized. OpenVINO adds in floating point, and has no use for
+            a quantizer between a convolution and a sum: rounding there takes up to a tenth of a network's time.
     """
 
     weight_bits: int = 8
@@ -72,6 +75,7 @@ class Precision:
     placement: int = PLACEMENT
     edges: int = 8
     before_activations: bool = True
+    before_sums: bool = True
 
     def bits_of_weight(self, edge: bool) -> int:
         """Of the first or the last layer, or of another one."""

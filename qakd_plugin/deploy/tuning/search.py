@@ -33,6 +33,7 @@ PARTS = 24
 """Groups of quantizers that a round tries, those first that save most by the times of single layers."""
 
 _FUSED = ("Add", "Clip", "LeakyRelu", "Relu")
+_PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ class Choice:
     def __or__(self, other: Choice) -> Choice:
         """Both changes."""
         finer = Finer(self.finer.unrounded | other.finer.unrounded, self.finer.halved | other.finer.halved)
-        return replace(self, finer=finer, shifted=self.shifted | other.shifted, blocked=self.blocked | other.blocked)
+        precision = max(self.precision, other.precision, key=_PRECISIONS.index)
+        return Choice(finer, self.shifted | other.shifted, self.blocked | other.blocked, precision)
 
 
 @dataclass
@@ -118,7 +120,7 @@ class Search:
 
         Each change must gain the minimum over what it was made from.
         """
-        choice = self._precision()
+        choice = Choice()
         for _ in range(ROUNDS):
             better = self._better(choice)
             if better == choice:
@@ -147,13 +149,6 @@ class Search:
         if (choice.finer, choice.precision) == (Finer(), "float32"):
             return TuningProof(True, 0, 0.0, None, None, sum(len(next(iter(batch.values()))) for batch in self.batches))
         return check_finer(self.model, choice.finer, data, self.runtime, self.batches)
-
-    def _precision(self) -> Choice:
-        """The file as it is, in bfloat16 where that is faster."""
-        plain = Choice()
-        if self.exact or self.runtime.runtime != "openvino" or not has_bfloat16():
-            return plain
-        return self._fastest(plain, [replace(plain, precision="bfloat16")])
 
     def _better(self, choice: Choice) -> Choice:
         """The best of what a round of proposals, and what they make together, gain on a choice."""
@@ -200,6 +195,8 @@ class Search:
             yield replace(choice, blocked=frozenset(self.blockable))
         if not self.grids:
             return
+        if self.runtime.runtime == "openvino" and has_bfloat16():
+            yield replace(choice, precision="bfloat16")  # where no sum is computed in floating point it may gain nothing yet
         halved = Finer(choice.finer.unrounded, halvable(self.model, self.runtime.runtime))
         yield replace(choice, finer=halved)
         left = [index for index in range(len(self.grids)) if index not in choice.finer.unrounded]

@@ -26,6 +26,8 @@ Inputs = Mapping[str, Array]
 
 WARM_UP_CALLS = 5
 PROFILED_CALLS = 15
+LEAST_SECONDS = 0.2
+"""That variants are timed for, each: fractions of it are at the mercy of what else the host does."""
 
 
 @dataclass(frozen=True)
@@ -111,12 +113,14 @@ class Variants:
         return {node.name: node.time_ms for node in nodes}
 
     def interleaved(self, variants: Sequence[Variant], batches: Sequence[Inputs], calls: int) -> list[float]:
-        """Median processor time of a call of each variant, milliseconds: in turns."""
+        """Median processor time of a call of each variant, milliseconds: in turns, of at least ``calls`` calls of each."""
         times: list[list[float]] = [[] for _ in variants]
         with self._loaded(variants) as runners:
             for runner in runners * WARM_UP_CALLS:
+                start = time.perf_counter()
                 runner.run(batches[0])
-            for turn in turns(calls):
+                seconds = time.perf_counter() - start
+            for turn in turns(max(calls, int(LEAST_SECONDS / seconds))):
                 for runner, taken in zip(runners, times, strict=True):
                     runner.run(batches[turn[0] % len(batches)])
                     for index in turn:

@@ -130,6 +130,7 @@ class ModelOptAdapter:
             example,
             sums=precision.placement > 1,
             before_activations=precision.before_activations,
+            before_sums=precision.before_sums,
         )
         config = modelopt_config(placement, precision)
         if placement.floating_sums:

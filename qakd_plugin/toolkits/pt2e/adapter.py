@@ -132,14 +132,13 @@ class PT2EAdapter(FakeQuantizeAdapter):
         setattr(model, "_exported_training", training)  # noqa: B010 - what torchao's two functions look at first
 
     def configuration(self, model: nn.Module, precision: Precision) -> Any:
-        placement = place_quantizers(model, precision.keep, before_activations=precision.before_activations)
-        return _configuration(placement, precision)
+        return _configuration(_placement(model, precision), precision)
 
     def prepare(self, model: nn.Module, example: Inputs, batches: Iterator[Inputs], precision: Precision) -> nn.Module:
         pt2e = require(
             "torchao.quantization.pt2e.quantize_pt2e", extra="torchao", purpose="prepare a model with toolkit='pt2e'"
         )
-        placement = place_quantizers(model, precision.keep, example, before_activations=precision.before_activations)
+        placement = _placement(model, precision, example)
         quantizer = _configuration(placement, precision)
         network = copy.deepcopy(model).eval()
         unify_batch_norms(network)
@@ -193,6 +192,16 @@ def _parameters(model: fx.GraphModule, batch_norm: fx.Node) -> tuple[Tensor | No
         is_stored = isinstance(argument, fx.Node) and argument.op == "get_attr"
         found.append(attribute(model, str(argument.target)) if is_stored else None)  # type: ignore[union-attr]
     return found[0], found[1]
+
+
+def _placement(model: nn.Module, precision: Precision, example: Inputs | None = None) -> Placement:
+    return place_quantizers(
+        model,
+        precision.keep,
+        example,
+        before_activations=precision.before_activations,
+        before_sums=precision.before_sums,
+    )
 
 
 def _configuration(placement: Placement, precision: Precision) -> Any:

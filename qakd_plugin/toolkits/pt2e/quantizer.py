@@ -24,7 +24,7 @@ from ...errors import QakdError
 from ...placement.exported_graph import layer_name
 from ...placement.fx_graph import outermost
 from ...placement.layer_names import within
-from ...placement.placement import Placement
+from ...placement.placement import OutputQuantizer, Placement
 from ..adapter import Precision
 from .graph import ADDS, CONVOLUTIONS, RELUS, TRANSPOSED, WEIGHTED, from_inputs, is_tensor, readers
 from .grids import Grids
@@ -99,7 +99,11 @@ class SymmetricQuantizer(Quantizer):  # type: ignore[misc]
                 "model: its exported graph holds no convolution or linear layer to quantize. Prepare one that does."
             )
         adds = {node for node in model.graph.nodes if node.target in ADDS and _adds_activations(node, dynamic)}
-        ends = _operands(adds, set(layers)) if self.placement is None else self._ends(model.graph, self.placement)
+        if self.placement is None:
+            ends, summed = _operands(adds, set(layers)), set()
+        else:
+            summed = self._ends(model.graph, self.placement.summed)
+            ends = self._ends(model.graph, self.placement.outputs) | summed
         grids = Grids(model.graph, adds, set(layers), ends, share=self.share_grids)
         for node, layer in layers.items():
             self._annotate_layer(node, layer, grids)
@@ -110,7 +114,7 @@ class SymmetricQuantizer(Quantizer):  # type: ignore[misc]
             spec = self._activation_spec(8, unsigned)
             node.meta["quantization_annotation"] = QuantizationAnnotation(output_qspec=spec, _annotated=True)
         signed = {grids.first(node) for node in grids.outputs if node not in positive}
-        for node in grids.outputs:
+        for node in grids.outputs - summed:
             annotation = node.meta.setdefault("quantization_annotation", QuantizationAnnotation(_annotated=True))
             first = grids.first(node)
             annotation.output_qspec = (
@@ -168,9 +172,9 @@ class SymmetricQuantizer(Quantizer):  # type: ignore[misc]
         return layers
 
     @staticmethod
-    def _ends(graph: fx.Graph, placement: Placement) -> set[fx.Node]:
-        """The nodes whose outputs the placement wants quantized: after the ReLU, where one follows."""
-        wanted = {output.name: output.clamp for output in placement.outputs}
+    def _ends(graph: fx.Graph, outputs: Iterable[OutputQuantizer]) -> set[fx.Node]:
+        """The nodes that quantizers of outputs stand after: the ReLU, where one follows."""
+        wanted = {output.name: output.clamp for output in outputs}
         ends = set()
         for node in graph.nodes:
             if node.target not in {*CONVOLUTIONS, *TRANSPOSED, _aten.batch_norm.default} or layer_name(node) not in wanted:

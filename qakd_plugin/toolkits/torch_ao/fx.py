@@ -38,6 +38,7 @@ from .fx_graph import (
     is_fake_quant,
     leave_activations_in_float,
     leave_output_in_float,
+    leave_summands_in_float,
     share_after_splits,
     traceable,
     use_unsigned_bytes,
@@ -122,6 +123,8 @@ class TorchAOAdapter(FakeQuantizeAdapter):
             share_after_splits(prepared)
         if precision.placement > 2:
             leave_activations_in_float(prepared, after_convolutions=not precision.before_activations)
+        if not precision.before_sums:
+            leave_summands_in_float(prepared)
         if precision.unsigned_bytes:
             use_unsigned_bytes(prepared)
         bits = precision.activation_bits

@@ -15,9 +15,10 @@ from torch.ao.quantization.fake_quantize import FakeQuantizeBase
 from torch.nn.modules.conv import _ConvNd
 
 from ...errors import QakdError
-from ...placement.fx_graph import called_function, called_module, is_smooth_activation, relu_bounds
+from ...placement.fx_graph import called_function, called_module, is_smooth_activation, only_reader, relu_bounds
 from ...placement.placement import Placement
 from ...placement.sign_analysis import non_negative
+from ...placement.sums import ADDS
 from ..fake_quantizers import substitute
 from .configuration import unsigned_byte
 from .qat_layers import FUSED_RELU
@@ -111,6 +112,24 @@ def leave_activations_in_float(prepared: fx.GraphModule, *, after_convolutions: 
         if linear and all(is_smooth_activation(user, called_module(user, modules)) for user in node.users):
             node.replace_all_uses_with(node.args[0])
             prepared.graph.erase_node(node)
+    prepared.recompile()
+    prepared.delete_all_unused_submodules()
+
+
+def leave_summands_in_float(prepared: fx.GraphModule) -> None:
+    """Remove, of each sum that is quantized, the quantizer of the first operand that a convolution makes for it alone."""
+    modules = dict(prepared.named_modules())
+    for add in [node for node in prepared.graph.nodes if called_function(node) in ADDS]:
+        reader = only_reader(add)
+        end = add if reader is None or relu_bounds(reader, called_module(reader, modules)) is None else reader
+        if not end.users or not all(is_fake_quant(prepared, user) for user in end.users):
+            continue
+        for operand in add.all_input_nodes:
+            layer = called_module(operand.args[0], modules) if is_fake_quant(prepared, operand) else None
+            if isinstance(layer, _ConvNd) and not isinstance(layer, FUSED_RELU) and only_reader(operand) is add:
+                operand.replace_all_uses_with(operand.args[0])
+                prepared.graph.erase_node(operand)
+                break
     prepared.recompile()
     prepared.delete_all_unused_submodules()
 
