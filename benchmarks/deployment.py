@@ -64,7 +64,7 @@ PREPARED = {
     "FX, 0..255": ("torch_ao", False),
     "PT2E, 0..255": ("pt2e", False),
 }
-"""Toolkits beside ModelOpt for every target, as rows name them, and whether ``prepare`` is for every target or for the runtime."""
+"""Toolkits, as rows name them, and whether ``prepare`` is for every target or the runtime alone; but ModelOpt for every one."""
 
 SHOWN = ("PT2E", "PT2E, 0..255")
 """Those of them in the first table."""
