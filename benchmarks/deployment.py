@@ -157,6 +157,9 @@ def measure(name: str, cells: Path, seconds: float, tune: bool) -> dict[str, Any
     if not (folder / "made.json").is_file():
         command = [sys.executable, __file__, "--make", name, "--cells", str(cells)]
         subprocess.run(command, check=True)
+    for runtime in RUNTIMES.values():  # of an earlier run, which this one may not confirm
+        for path in (_tuned_path(folder, runtime), _tuned_path(folder, runtime).with_suffix(".tuning.json")):
+            path.unlink(missing_ok=True)
     tuning = {
         runtime: tune_for_host(_to_tune(folder, runtime), _tuned_path(folder, runtime))
         for runtime in (RUNTIMES.values() if tune else ())
@@ -333,7 +336,8 @@ def _met(holds: bool) -> str:
 
 def make_tables(document: dict[str, Any]) -> dict[str, str]:
     """Markdown of all tables, by name."""
-    further = {"deployment_further": make_further_table(document)}
+    measured = any(cell["further"] for cell in document["networks"].values())
+    further = {"deployment_further": make_further_table(document)} if measured else {}
     return {"deployment": make_table(document), **make_toolkit_tables(document), **further}
 
 

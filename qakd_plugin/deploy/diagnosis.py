@@ -59,6 +59,11 @@ def left_in_float(model: ir.Model) -> tuple[tuple[str, ...], int]:
     return tuple(dict.fromkeys(names)), sum(1 for _ in _quantized_convolutions(graph))
 
 
+def with_separate_biases(model: ir.Model) -> tuple[str, ...]:
+    """Convolutions of a model in ONNX Runtime's form whose bias is added after them, so that they run in floating point."""
+    return tuple(dict.fromkeys(_separate_biases(model.graph)))
+
+
 def _findings(graph: ir.Graph, float_layers: Iterable[str], runtime: str) -> list[Finding]:
     if not any(node.op_type in {"QuantizeLinear", "DequantizeLinear"} or WEIGHT_KEY in node.metadata_props for node in graph):
         return [Finding("not quantized", (), "The file has no quantizers. Prepare the model, train it, and export it again.")]

@@ -31,7 +31,7 @@ from ..toolkits import Adapter, adapter_for
 from .canonical.clamps import quantizers_after_relu
 from .canonical.graph import WEIGHT_KEY, weight_dequantizers
 from .canonical.write import to_canonical, to_proto
-from .diagnosis import left_in_float
+from .diagnosis import left_in_float, with_separate_biases
 from .file_record import FileRecord, finite
 from .parity.float16 import Float16Parity, check_float16
 from .parity.gate import check_parity
@@ -356,6 +356,15 @@ def _tell_slow(model: ir.Model, ours: bool) -> None:
             quantized,
             ", ".join(names),
             remedy,
+        )
+    if biases := with_separate_biases(model):
+        _log.warning(
+            "export: ONNX Runtime will compute %d of %d quantized convolutions in floating point, because it would round their "
+            "biases by more than a twelfth of a step of their outputs: %s. Input and weights have coarse steps beside the "
+            "output: a clamp far below what they reach, or channels that BatchNorm scales up by far more than others, do that.",
+            len(biases),
+            quantized,
+            ", ".join(biases),
         )
 
 

@@ -44,6 +44,17 @@ def test_a_file_for_tensorrt_is_told_to_be_slow_in_onnxruntime(tmp_path, make_st
     assert "float in the runtime" not in found(path, counted.float_layers)  # and every layer has its reason
 
 
+def test_export_names_convolutions_that_a_coarse_bias_leaves_in_floating_point(tmp_path, caplog):
+    torch.manual_seed(0)
+    images = 1000 * torch.randn(8, 3, 8, 8)
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU6(), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.MaxPool2d(2)).eval()
+    path = export_onnx(prepare(network, [images]), images, tmp_path / "student.onnx", "onnxruntime").path
+    assert found(path)["separate bias"] == ("0",)
+    assert "1 of 2 quantized convolutions in floating point, because it would round their biases" in caplog.text
+    assert "outputs: 0. Input" in caplog.text
+    assert census(path).integer == 1
+
+
 def test_a_float_file_is_told_to_be_one(tmp_path, teacher, digits):
     path = export_float(teacher, digits.test[0][:8], tmp_path / "s.onnx")
     assert found(path) == {"not quantized": ()}

@@ -192,6 +192,15 @@ def test_a_damaged_file_is_not_diagnosed(damage, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_the_file_of_an_earlier_run_is_named_where_nothing_gains_any_more(tmp_path, caplog):
+    path, earlier = _small(tmp_path), tmp_path / "tuned.onnx"
+    earlier.write_bytes(b"earlier")
+    tuning = tune_for_host(path, earlier, calls=5, minimum_gain=0.99)
+    assert tuning.path == path
+    assert earlier.read_bytes() == b"earlier"
+    assert f"{earlier} is of an earlier run, and stays" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("size", "problem"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -25,6 +26,8 @@ from .grids import floats_of, layer_name
 from .proof import TuningProof
 from .search import Choice, Search
 from .timing import Inputs, Variants
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -183,6 +186,8 @@ def tune_for_host(
     plain_ms, tuned_ms = search.compare(best or search.closest)
     if best is not None and tuned_ms > (1 - minimum_gain) * plain_ms:
         best = None  # the gain was the luck of the run that chose it
+    if best is None and target.exists():
+        _log.warning("%s is of an earlier run, and stays: nothing gains enough now, so deploy %s.", target, source)
     tuning = _tuning(search, best, (plain_ms, tuned_ms), source if best is None else target, batch)
     if best is not None:
         tuned = search.made(best)
