@@ -64,6 +64,11 @@ def with_separate_biases(model: ir.Model) -> tuple[str, ...]:
     return tuple(dict.fromkeys(_separate_biases(model.graph)))
 
 
+def transposed(model: ir.Model) -> tuple[str, ...]:
+    """Transposed convolutions with quantized weights, which ONNX Runtime computes in floating point."""
+    return tuple(dict.fromkeys(_transposed(model.graph)))
+
+
 def _findings(graph: ir.Graph, float_layers: Iterable[str], runtime: str) -> list[Finding]:
     if not any(node.op_type in {"QuantizeLinear", "DequantizeLinear"} or WEIGHT_KEY in node.metadata_props for node in graph):
         return [Finding("not quantized", (), "The file has no quantizers. Prepare the model, train it, and export it again.")]

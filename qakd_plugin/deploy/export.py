@@ -31,7 +31,7 @@ from ..toolkits import Adapter, adapter_for
 from .canonical.clamps import quantizers_after_relu
 from .canonical.graph import WEIGHT_KEY, weight_dequantizers
 from .canonical.write import to_canonical, to_proto
-from .diagnosis import left_in_float, with_separate_biases
+from .diagnosis import left_in_float, transposed, with_separate_biases
 from .file_record import FileRecord, finite
 from .parity.float16 import Float16Parity, check_float16
 from .parity.gate import check_parity
@@ -365,6 +365,12 @@ def _tell_slow(model: ir.Model, ours: bool) -> None:
             len(biases),
             quantized,
             ", ".join(biases),
+        )
+    if names := transposed(model):
+        _log.warning(
+            "export: ONNX Runtime will compute %s in floating point: it has no integer kernel for transposed convolutions. "
+            "Upsampling followed by a convolution has one.",
+            ", ".join(names),
         )
 
 

@@ -390,3 +390,13 @@ def test_what_is_larger_than_a_file_may_be_is_told_with_its_largest_tensor(monke
         export_float(Pooled(), torch.rand(2, 1, 16, 16), tmp_path / "net.onnx")
     one_line(caught)
     assert not list(tmp_path.iterdir())
+
+
+def test_constants_that_the_exporter_left_out_of_its_file_are_stored():
+    text = '<ir_version: 10, opset_import: ["": 21]> agraph (float[4] x) => (float[4] y) { y = Clip(x, low, high) }'
+    model = parsed(text, low=np.float32(-1), high=np.float32(0.5))
+    whole = to_proto(copied(model)).SerializeToString()
+    for name in ("low", "high"):
+        model.graph.initializers.pop(name)
+    write._store_constants(model.graph)
+    assert to_proto(model).SerializeToString() == whole

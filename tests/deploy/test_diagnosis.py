@@ -55,6 +55,17 @@ def test_export_names_convolutions_that_a_coarse_bias_leaves_in_floating_point(t
     assert census(path).integer == 1
 
 
+def test_export_names_transposed_convolutions_for_onnxruntime_alone(tmp_path, caplog):
+    torch.manual_seed(0)
+    images = torch.randn(4, 3, 8, 8)
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.ConvTranspose2d(4, 4, 2, 2), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
+    student = prepare(network, [images])
+    export_onnx(student, images, tmp_path / "student.onnx", "tensorrt")
+    assert "transposed" not in caplog.text
+    export_onnx(student, images, tmp_path / "student.ort.onnx", "onnxruntime")
+    assert "ONNX Runtime will compute 2 in floating point: it has no integer kernel for transposed" in caplog.text
+
+
 def test_a_float_file_is_told_to_be_one(tmp_path, teacher, digits):
     path = export_float(teacher, digits.test[0][:8], tmp_path / "s.onnx")
     assert found(path) == {"not quantized": ()}

@@ -166,8 +166,16 @@ def _export(traced: Traced) -> ir.Model:
         reason = first_line(error.__cause__ or error).rstrip(".")
         raise ExportError(f"the model cannot be written as ONNX: {reason}. {_REWRITE}") from error
     assert program is not None
+    _store_constants(program.model.graph)
     _rename(program.model, traced)
     return program.model
+
+
+def _store_constants(graph: ir.Graph) -> None:
+    """Store what nodes read and nothing makes: bounds of two clamps, which the exporter made one of, are not in its file."""
+    for value in [value for node in graph for value in node.inputs if value is not None and value.producer() is None]:
+        if value.const_value is not None and not (value.is_initializer() or value.is_graph_input()):
+            graph.register_initializer(value)
 
 
 def _rename(model: ir.Model, traced: Traced) -> None:
