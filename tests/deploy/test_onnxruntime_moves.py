@@ -142,3 +142,31 @@ def test_codes_are_moved_where_all_parts_lie_on_one_grid_and_nowhere_else(scale,
         for one in (onnx.load(path), ir.serde.serialize_model(moved))
     )
     assert np.array_equal(first, second)
+
+
+class ActivatedBefore(nn.Module):
+    """Two convolutions that read the ReLU of one quantized tensor, of both signs, which a third reads as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.left, self.right = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8, bias=False), nn.Conv2d(8, 8, 3)
+        self.last = nn.Conv2d(16, 8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        activated = torch.relu(x)
+        pooled: torch.Tensor = self.last(torch.cat([self.left(activated), self.right(activated) + self.right(x)], 1)).amax(
+            (2, 3)
+        )
+        return pooled
+
+
+@pytest.mark.parametrize("toolkit", ["modelopt", "pt2e"])
+@pytest.mark.parametrize("target", ["tensorrt", "onnxruntime"])
+def test_a_relu_of_a_quantized_tensor_clips_its_codes(toolkit, target, tmp_path):
+    torch.manual_seed(0)
+    images = torch.randn(4, 3, 12, 12)
+    student = prepare(ActivatedBefore().eval(), [images], toolkit, target=target)
+    path = export_onnx(student, images, tmp_path / "student.onnx", target="onnxruntime").path
+    assert "Relu" not in {node.op_type for node in onnx.load(path).graph.node}
+    assert [node.op_type for node in optimized_nodes(path)].count("QLinearConv") == 5

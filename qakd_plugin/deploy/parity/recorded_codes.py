@@ -100,7 +100,7 @@ def with_codes(file: ir.Model) -> tuple[ir.Model, list[tuple[str, float]]]:
         if not (labels := labels_of(node)):
             continue
         value = node.outputs[0]
-        clip = next((use.node for use in value.uses() if use.node.op_type == "Clip"), None)
+        clip = next((use.node for use in value.uses() if use.node.name == f"{node.name}/Clip"), None)  # its own range
         value = value if clip is None else clip.outputs[0]
         value.dtype = value.dtype or ir.DataType.INT8
         tapped.graph.outputs.append(value)

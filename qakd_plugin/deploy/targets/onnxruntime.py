@@ -8,7 +8,14 @@ integers instead:
 becomes
     Conv -> Q(u8, zero point 0, s) -> Clip_u8(0, q_max) -> DQ
 
-and every other tensor is shifted by 128. Asymmetric quantizers become the same, with the zero point that their lowest code asks
+and every other tensor is shifted by 128. A ReLU after a dequantizer, as in networks that activate before they convolve, moves
+in front of it, onto the integers, since the kernel of a convolution takes codes:
+
+    Q -> DQ -> Relu -> Conv
+becomes
+    Q -> Clip_u8(zero point, 255) -> DQ -> Conv
+
+ Asymmetric quantizers become the same, with the zero point that their lowest code asks
 for. Biases, which the runtime rounds, are the matter of :mod:`.onnxruntime_bias`.
 """
 
@@ -25,6 +32,7 @@ from ..canonical.graph import (
     copied,
     initializer,
     is_quantized,
+    producer,
     weight_dequantizers,
 )
 from ..canonical.quantizers import make_unsigned
@@ -44,6 +52,9 @@ def to_onnxruntime_form(model: ir.Model, storage: WeightStorage = "int4") -> ir.
     non_negative = non_negative_values(graph)
     for quantize in list(activation_quantizers(graph)):
         _to_unsigned(graph, quantize, non_negative)
+    for node in list(graph):
+        if node.op_type == "Relu":
+            _clip_codes(graph, node)
     common.RemoveUnusedNodesPass()(model)  # the clamps that quantizers absorbed
     WeightOnlyLayers()(model)
     free_matmuls(graph)
@@ -83,6 +94,21 @@ def _to_unsigned(graph: ir.Graph, quantize: ir.Node, non_negative: set[ir.Value]
         ir.convenience.replace_all_uses_with(codes, clip.outputs[0])
         clip.replace_input_with(0, codes)
         graph.insert_after(quantize, clip)
+
+
+def _clip_codes(graph: ir.Graph, relu: ir.Node) -> None:
+    """Let a ReLU that reads a dequantized activation clip its codes at their zero point."""
+    dequantize = producer(relu.inputs[0], "DequantizeLinear")
+    zero = None if dequantize is None or len(dequantize.inputs) < 3 else constant(dequantize.inputs[2])
+    if dequantize is None or zero is None or zero.dtype != np.uint8 or constant(dequantize.inputs[0]) is not None:
+        return
+    bounds = [initializer(graph, f"code_u8_{bound}", np.asarray(bound, dtype=np.uint8)) for bound in (int(zero), 255)]
+    clip = ir.node("Clip", [dequantize.inputs[0], *bounds], name=f"{relu.name}/Clip")
+    again = ir.node("DequantizeLinear", [clip.outputs[0], *dequantize.inputs[1:]], name=f"{relu.name}/DequantizeLinear")
+    for node, kind in ((clip, ir.DataType.UINT8), (again, ir.DataType.FLOAT)):
+        node.outputs[0].name, node.outputs[0].dtype, node.outputs[0].shape = f"{node.name}:out", kind, relu.outputs[0].shape
+    graph.insert_before(relu, [clip, again])
+    ir.convenience.replace_all_uses_with(relu.outputs[0], again.outputs[0])
 
 
 def _add_zero_point(graph: ir.Graph, dequantize: ir.Node) -> None:
