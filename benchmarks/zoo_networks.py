@@ -117,16 +117,9 @@ def has_zero_branches(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def settled(model: nn.Module, inputs: Inputs) -> nn.Module:
-    """The network in eval mode, after a forward pass that its BatchNorms took their statistics from, and from nothing else."""
-    norms = _batch_norms(model)
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-    if norms:
+    """The network in eval mode, after forward passes that its BatchNorms took their statistics from."""
+    for _ in range(8 if _batch_norms(model) else 0):
         call(model, inputs)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
     return model.eval()
 
 

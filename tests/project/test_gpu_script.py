@@ -120,7 +120,7 @@ def test_every_stage_runs_on_tiny_sizes(tmp_path, garments):
     assert 0 <= student["accuracy"] <= 1
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_evidence_leaves_each_student_and_teacher_as_a_file_of_its_own(tmp_path, garments):
     (evidence,) = (one for one in gpu.STAGES if one.name == "evidence")
     environment = gpu.environment_for("cpu", None)

@@ -59,7 +59,9 @@ def test_the_start_is_kept_where_training_only_harms(toolkit, make_student, teac
     prepared = _weights(student)
     result = distill(student, teacher, batches, epochs=2, val_loader=held_out, lr=HARMFUL, seed=0)
     start, *epochs = result.history
-    assert start == {"epoch": -1, "phase": "start", "best": True, **counted}
+    # Ranges of torch.ao and PT2E go on following what they see until training begins: a sample may fall otherwise.
+    numbers = {name: pytest.approx(value, abs=1.5 / 64) for name, value in counted.items()}
+    assert start == {"epoch": -1, "phase": "start", "best": True, **numbers}
     assert [row["epoch"] for row in epochs] == [0, 1]
     assert not any(row["best"] for row in epochs)
     assert result.metrics == start
