@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--threads", action="append", type=int, help="of the runtimes; may be repeated, 1 is always measured")
     parser.add_argument("--cells", type=Path, default=Path("runs/deployment"), help="folder of the files (%(default)s)")
     parser.add_argument(
-        "--out", type=Path, help="JSON file for the figures; the tables in docs/measured.md too, if it is the default one"
+        "--out", type=Path, help="JSON file for the figures; the tables in docs/measured.md too, if it is a committed one"
     )
     parser.add_argument(
         "--tuning", action=argparse.BooleanOptionalAction, default=True, help="tune for this machine, which may take long"
@@ -454,18 +454,20 @@ def _prepare(folder: Path, label: str, model: nn.Module, images: Tensor, *, tran
     toolkit, every_target = PREPARED[label]
     if transformer and toolkit == "torch_ao":  # which has no quantizers for a ViT's attention
         return
-    for targets in [["tensorrt"]] if every_target else [[runtime] for runtime in RUNTIMES.values()]:
+    both = list(RUNTIMES.values())
+    targets: dict[Any, list[FileRuntime]] = {"tensorrt": both} if every_target else {runtime: [runtime] for runtime in both}
+    for target, runtimes in targets.items():
         student = prepare(
             model,
             [images],
             toolkit,
             weight_bits=8,
             activation_bits=8,
-            target=targets[0],  # type: ignore[arg-type]
+            target=target,
             quantize_attention=transformer,
         )
-        for runtime in RUNTIMES.values() if every_target else targets:
-            export_onnx(student, images, _prepared_path(folder, label, runtime), target=runtime)  # type: ignore[arg-type]
+        for runtime in runtimes:
+            export_onnx(student, images, _prepared_path(folder, label, runtime), target=runtime)
 
 
 def _network(name: str) -> tuple[nn.Module, Tensor]:

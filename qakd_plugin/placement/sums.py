@@ -85,7 +85,7 @@ def grids(
                 known.add(node)
         if not sums or called_function(node) not in ADDS or len(sources) != 2 or not wanted.issuperset(sources):
             continue
-        end = _after_relu(node, modules)
+        end = after_relu(node, modules)
         reading = readers(end)
         alone = len(reading) == 1 and reading[0].op == "call_module" and reading[0].target in layers  # quantizes it itself
         if alone and found.on_grid.issuperset(sources):
@@ -164,7 +164,8 @@ def made_by(node: fx.Node) -> str:
     return str(node.target)
 
 
-def _after_relu(node: fx.Node, modules: Mapping[str, nn.Module]) -> fx.Node:
+def after_relu(node: fx.Node, modules: Mapping[str, nn.Module]) -> fx.Node:
+    """A node, or the ReLU that alone reads it."""
     reader = only_reader(node)
     return node if reader is None or relu_bounds(reader, called_module(reader, modules)) is None else reader
 

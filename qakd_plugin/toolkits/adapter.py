@@ -65,7 +65,7 @@ class Precision:
         edges: bits of the weights of the first and the last layer.
         before_activations: quantize what a convolution hands to a SiLU, GELU or the like, which OpenVINO has no use for.
         before_sums: quantize all that is added where the sum is quantized. OpenVINO adds in floating point, and has no use for
-            a quantizer between a convolution and a sum: rounding there takes up to a tenth of a network's time.
+            a quantizer between a convolution and a sum, where rounding takes time.
     """
 
     weight_bits: int = 8

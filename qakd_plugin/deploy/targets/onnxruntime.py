@@ -8,15 +8,15 @@ integers instead:
 becomes
     Conv -> Q(u8, zero point 0, s) -> Clip_u8(0, q_max) -> DQ
 
-and every other tensor is shifted by 128. A ReLU after a dequantizer, as in networks that activate before they convolve, moves
-in front of it, onto the integers, since the kernel of a convolution takes codes:
+and every other tensor is shifted by 128. Asymmetric quantizers become the same, with the zero point that their lowest code asks
+for. A ReLU after a dequantizer, as in networks that activate before they convolve, moves in front of it, onto the integers,
+since the kernel of a convolution takes codes:
 
     Q -> DQ -> Relu -> Conv
 becomes
     Q -> Clip_u8(zero point, 255) -> DQ -> Conv
 
- Asymmetric quantizers become the same, with the zero point that their lowest code asks
-for. Biases, which the runtime rounds, are the matter of :mod:`.onnxruntime_bias`.
+Biases, which the runtime rounds, are the matter of :mod:`.onnxruntime_bias`.
 """
 
 from __future__ import annotations

@@ -309,8 +309,7 @@ class KeepEpsilons(InPlacePass):
     def call(self, model: ir.Model) -> PassResult:
         graph, modified = model.graph, False
         for readers in [found for node in graph if (found := _normalizes(node))]:
-            lowest = initializer(graph, "lowest_float32", np.asarray(np.finfo(np.float32).min, dtype=np.float32))
-            maximum = ir.node("Max", [readers[0].inputs[0], lowest], name=f"{readers[0].name}/apart")
+            maximum = ir.node("Max", [readers[0].inputs[0], _lowest(graph)], name=f"{readers[0].name}/apart")
             maximum.outputs[0].name, maximum.outputs[0].dtype = f"{maximum.name}:out", ir.DataType.FLOAT
             graph.insert_before(readers[0], maximum)
             for reader in readers:
@@ -422,8 +421,7 @@ class ClampSharedConvolutions(InPlacePass):
         graph, modified = model.graph, False
         for conv in list(graph) if any(dynamic_sizes(graph)) else ():
             if conv.op_type in {"Conv", "ConvTranspose"} and _has_no_bias(conv) and only_consumer(conv.outputs[0]) is None:
-                lowest = initializer(graph, "lowest_float32", np.asarray(np.finfo(np.float32).min, dtype=np.float32))
-                _insert_after(conv, ir.node("Clip", [None, lowest], name=f"{conv.name}/shared"))
+                _insert_after(conv, ir.node("Clip", [None, _lowest(graph)], name=f"{conv.name}/shared"))
                 modified = True
         return PassResult(model, modified)
 
@@ -454,6 +452,11 @@ class BiasAsSum(InPlacePass):
                 modified = True
         common.RemoveUnusedNodesPass()(model)
         return PassResult(model, modified)
+
+
+def _lowest(graph: ir.Graph) -> ir.Value:
+    """The lowest float32, which clamps nothing."""
+    return initializer(graph, "lowest_float32", np.asarray(np.finfo(np.float32).min, dtype=np.float32))
 
 
 def _insert_after(node: ir.Node, new: ir.Node) -> None:

@@ -18,7 +18,7 @@ from ...errors import QakdError
 from ...placement.fx_graph import called_function, called_module, is_smooth_activation, only_reader, relu_bounds
 from ...placement.placement import Placement
 from ...placement.sign_analysis import non_negative
-from ...placement.sums import ADDS
+from ...placement.sums import ADDS, after_relu
 from ..fake_quantizers import substitute
 from .configuration import unsigned_byte
 from .qat_layers import FUSED_RELU
@@ -120,8 +120,7 @@ def leave_summands_in_float(prepared: fx.GraphModule) -> None:
     """Remove, of each sum that is quantized, the quantizer of the first operand that a convolution makes for it alone."""
     modules = dict(prepared.named_modules())
     for add in [node for node in prepared.graph.nodes if called_function(node) in ADDS]:
-        reader = only_reader(add)
-        end = add if reader is None or relu_bounds(reader, called_module(reader, modules)) is None else reader
+        end = after_relu(add, modules)
         if not end.users or not all(is_fake_quant(prepared, user) for user in end.users):
             continue
         for operand in add.all_input_nodes:
