@@ -153,7 +153,7 @@ def regime_teacher(regime: Regime, folder: Path) -> nn.Module:
 def regime_student(regime: Regime, folder: Path) -> nn.Module:
     """Prepared and calibrated, not trained."""
     if regime.data == "fashion":
-        return regime_study(folder).student(fashion_study.Cell(regime.network, "LSQ", regime.bits, "SQAKD", 0))
+        return regime_study(folder).student(regime.network, "LSQ", regime.bits)
     (images, _), _ = regime_data(regime, folder)
     network = regime_teacher(regime, folder)
     return prepare(network, [images[:256]], "modelopt", weight_bits=regime.bits, activation_bits=regime.bits)

@@ -94,6 +94,8 @@ def prepare(
 
     Returns:
         A prepared copy in eval mode, with calibrated ranges: post-training quantization, and the starting point of ``distill``.
+        Ranges hold still, whatever the copy is called on, until ``distill`` or ``attach`` lets those of torch.ao and PT2E
+        follow the training; who trains it in another way calls the toolkit's ``enable_observer``.
 
     Raises:
         QakdError: an argument is out of range, a pattern of ``keep`` matches nothing, there is no calibration batch, or no
@@ -166,6 +168,7 @@ def prepare_as(
             network = fold_frozen_batch_norms(network, layer_graph(network, example))
         prepared = adapter.prepare(network, example, batches, precision)
         deque(batches, maxlen=0)  # a toolkit without ranges of activations asks for none; each is checked all the same
+    adapter.freeze_ranges(prepared, True)  # FX and PT2E would move them with whatever they are called on, in eval mode as well
     if added:
         _require_same(adapter, model, prepared, example, added)
     kept = None if keep is None else list(keep)

@@ -75,6 +75,7 @@ class Attached:
             prepared_model.register_forward_hook(self._collect, with_kwargs=True),
             *float32_hooks(self._adapter, self._model),
         ]
+        self._adapter.freeze_ranges(self._model, False)  # here already, for loops that have their own way into training mode
 
     @property
     def phase(self) -> Phase:

@@ -6,7 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from .._common.history import START, Row, percentage
+from .._common.history import START, Picking, Row, percentage
+
+_MANY = 6
+"""Held-out numbers in a line; of a metric with more, such as a detector's mean average precision, those that pick are shown."""
 
 
 class Start:
@@ -28,11 +31,21 @@ class Start:
         self.weights = state["weights"]
 
 
-def line_of(row: Row, epochs: int) -> str:
-    """One row of the history, for a log."""
+def line_of(row: Row, epochs: int, picking: Picking) -> str:
+    """One row of the history, for a log.
+
+    Args:
+        row: of the history, which holds all numbers.
+        epochs: of the whole run.
+        picking: which numbers of a row pick the best epoch: with their teacher's, the only ones that are shown of many.
+    """
     where = "start" if row["epoch"] == START else f"epoch {row['epoch'] + 1} of {epochs}, {row['phase']}"
-    shown = {name: value for name, value in row.items() if name == "loss" or name == "lr" or name.startswith("val_")}
-    numbers = [f"{name.removeprefix('val_')} {percentage(name, value)}" for name, value in shown.items()]
+    held_out = [name for name in row if name.startswith("val_")]
+    if len(held_out) > _MANY:
+        picked = picking(row)[0]
+        held_out = [*picked, *(name for name in (f"val_teacher_{own.removeprefix('val_')}" for own in picked) if name in row)]
+    shown = [name for name in row if name in ("loss", "lr") or name in held_out]
+    numbers = [f"{name.removeprefix('val_')} {percentage(name, row[name])}" for name in shown]
     rate = [f"{row['images_per_second']:,.0f} images/s"] if "images_per_second" in row else []
     return f"{where}: {', '.join(numbers + rate)}"
 

@@ -127,7 +127,7 @@ class Trainer:
             if value is not None and not math.isnan(value):
                 row["best"], self.start.weights = True, self.view.weights()
         self.state.history.append(row)
-        progress.line(line_of(row, len(self.epochs)), _log)
+        progress.line(line_of(row, len(self.epochs), self.picking), _log)
 
     def _epoch(self, phase: Phase, progress: Progress) -> None:
         position = self.state.position
@@ -154,7 +154,7 @@ class Trainer:
         if position.epoch == 0 and phase.needs_labels:
             seen = self.processes.gather(self.batches.label_range)
             warn_of_one_class("loader", seen, "the student can learn nothing else")
-        progress.line(line_of(self.state.history[-1], len(self.epochs)), _log)
+        progress.line(line_of(self.state.history[-1], len(self.epochs), self.picking), _log)
         self._tell("on_epoch_end", self.state.history[-1])
 
     def _step(self, phase: Phase, group: Sequence[Batch]) -> dict[str, float]:

@@ -194,6 +194,7 @@ def _by_hand(student, teacher, batches, epochs, settings, losses, teacher_losses
         second = teacher_optimizer(teacher, settings)
         second_schedule = cosine_schedule(second, together * len(batches), settings.warmup)
     adapter.set_mode(student, True)
+    adapter.freeze_ranges(student, False)
     for epoch in range(epochs):
         learns = teacher_losses is not None and teacher_losses[epoch] is not None
         teacher.train(learns)

@@ -10,9 +10,11 @@ from torch import nn
 from torchvision.models import resnet18
 
 from qakd_plugin import (
+    QAT,
     MissingPackageError,
     NotPreparedError,
     QakdError,
+    attach,
     configuration,
     describe,
     export_onnx,
@@ -406,3 +408,28 @@ def test_a_missing_toolkit_is_named_with_its_pip_line(teacher, calibration, monk
     monkeypatch.setitem(sys.modules, "modelopt.torch.quantization", None)
     with pytest.raises(MissingPackageError, match=r"pip install -e '\.\[modelopt\]'"):
         prepare(teacher, calibration)
+
+
+@pytest.mark.parametrize("toolkit", [*TOOLKITS, "pt2e"])
+def test_looking_at_a_prepared_model_does_not_change_it(toolkit, make_student, digits):
+    """FX's and PT2E's ranges follow what the model is called on, in eval mode as well."""
+    student, images = make_student(toolkit), digits.train[0][:32]
+    with torch.no_grad():
+        before = student(images)
+        student(5 * images - 1)
+        assert torch.equal(student(images), before)
+
+
+@pytest.mark.parametrize("toolkit", ["torch_ao", "pt2e"])
+def test_ranges_of_a_prepared_model_follow_its_training(toolkit, make_student, digits):
+    student, images = make_student(toolkit), digits.train[0][:32]
+    before = _scales(student)
+    with attach(student, None, method=QAT()) as attached:
+        attached.train()
+        student(5 * images - 1)
+    assert any(not torch.equal(before[name], scale) for name, scale in _scales(student).items())
+
+
+def _scales(student):
+    adapter = adapter_for(student)
+    return {q.fqn: adapter.qparams(q).scale.clone() for q in adapter.quantizers(student) if q.role == "activation"}

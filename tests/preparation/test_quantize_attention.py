@@ -66,9 +66,7 @@ def net():
 
 @pytest.fixture(scope="module", params=TOOLKITS)
 def student(request, net):
-    made = prepare(net, [WORDS], request.param, quantize_attention=True, target="onnxruntime")
-    adapter_for(made).freeze_ranges(made, True)  # those of PT2E follow what it is called with
-    return made
+    return prepare(net, [WORDS], request.param, quantize_attention=True, target="onnxruntime")
 
 
 def _of_products(model):

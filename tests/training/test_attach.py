@@ -43,6 +43,7 @@ def test_a_step_equals_the_hand_written_one_with_every_method(toolkit, prepared,
     for method, loss in HAND_WRITTEN.items():
         by_hand, student = prepared(toolkit), prepared(toolkit)
         adapter_for(by_hand).set_mode(by_hand, True)
+        adapter_for(by_hand).freeze_ranges(by_hand, False)
         loss(by_hand(x), other, y).backward()
         with attach(student, mentor, method) as kd:
             kd.train()
@@ -112,6 +113,7 @@ def test_micro_batches_add_up(prepared, mentor, batches):
 def test_co_studying_with_two_optimizers_equals_a_hand_written_loop(toolkit, prepared, mentor, batches):
     student, by_hand, teacher = prepared(toolkit), prepared(toolkit), copy.deepcopy(mentor)
     adapter_for(by_hand).set_mode(by_hand, True)
+    adapter_for(by_hand).freeze_ranges(by_hand, False)
     mentor.train()
     first, second = torch.optim.SGD(by_hand.parameters(), 0.05), torch.optim.SGD(mentor.parameters(), 0.02)
     for x, y in batches[:3]:

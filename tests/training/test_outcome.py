@@ -32,7 +32,7 @@ from qakd_plugin.losses import kl_divergence
 from qakd_plugin.toolkits import adapter_for
 from qakd_plugin.training import optimizers
 from qakd_plugin.training.methods import left_out
-from qakd_plugin.training.outcome import at_chance
+from qakd_plugin.training.outcome import at_chance, line_of
 from qakd_plugin.training.trainer import Trainer
 
 HARMFUL = 0.3
@@ -55,7 +55,6 @@ def _held_out(digits):
 @pytest.mark.parametrize("toolkit", ["modelopt", "torch_ao", "pt2e"])
 def test_the_start_is_kept_where_training_only_harms(toolkit, make_student, teacher, batches, digits, caplog):
     student, held_out = make_student(toolkit), _held_out(digits)
-    adapter_for(student).freeze_ranges(student, True)  # those of torch.ao and PT2E follow whatever is evaluated
     counted = evaluate(copy.deepcopy(student), teacher, held_out, default_batch, torch.device("cpu"))
     prepared = _weights(student)
     result = distill(student, teacher, batches, epochs=2, val_loader=held_out, lr=HARMFUL, seed=0)
@@ -274,6 +273,13 @@ def test_a_line_is_logged_for_the_start_and_each_epoch(make_student, teacher, ba
     assert [line.partition(":")[0] for line in lines] == ["start", "epoch 1 of 2, distill", "epoch 2 of 2, distill"]
     for line, row in zip(lines, history, strict=True):
         assert f"agreement {row['val_agreement']:.2%}" in line
+
+
+def test_of_a_metric_with_many_numbers_a_line_shows_the_one_that_picks():
+    names = ("map", "map_50", "map_75", "map_small", "teacher_map", "teacher_map_50", "mar_1")
+    row = {**_row(1, **dict.fromkeys(names, 0.25)), "loss": 0.5, "lr": 0.1}
+    line = line_of(row, 3, lambda row: (["val_map"], 1))
+    assert line == "epoch 2 of 3, distill: map 0.25, teacher_map 0.25, loss 0.5, lr 0.1"
 
 
 @pytest.mark.parametrize(("level", "printed"), [("WARNING", True), ("INFO", False), ("ERROR", False)])
