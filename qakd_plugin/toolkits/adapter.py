@@ -180,6 +180,9 @@ class Adapter(Protocol):
     def freeze_ranges(self, model: nn.Module, frozen: bool) -> None:
         """Stop (or let go on) whatever updates ranges during forward passes."""
 
+    def has_frozen_ranges(self, model: nn.Module) -> bool:
+        """Whether :meth:`freeze_ranges` has stopped something that it would let go on."""
+
     def set_mode(self, model: nn.Module, training: bool) -> None:
         """``model.train(training)`` as the toolkit wants it done."""
 

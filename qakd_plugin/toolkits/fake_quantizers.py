@@ -71,6 +71,9 @@ class FakeQuantizeAdapter(ABC):
                 q.enable_observer(q._qakd_observed)
                 del q._qakd_observed
 
+    def has_frozen_ranges(self, model: nn.Module) -> bool:
+        return any(hasattr(q, "_qakd_observed") for q in self.fake_quantizers(model))
+
     def install(self, model: nn.Module, quantizer: Quantizer, rule: Rule, clip: Tensor) -> None:
         clip = per_channel(clip, rule, quantizer)
         substitute(model, quantizer.module, learned_fake_quantize(self.quantizer_class(), rule, clip, quantizer.module))

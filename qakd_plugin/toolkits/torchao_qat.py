@@ -100,6 +100,9 @@ class TorchAOQATAdapter:
     def freeze_ranges(self, model: nn.Module, frozen: bool) -> None:
         """Nothing to do: ranges follow the weight, or are trained like one."""
 
+    def has_frozen_ranges(self, model: nn.Module) -> bool:
+        return False
+
     def set_mode(self, model: nn.Module, training: bool) -> None:
         set_training(model, training)
 

@@ -20,15 +20,18 @@ from .ema import Ema
 
 
 @contextmanager
-def evaluated(adapter: Adapter, model: nn.Module) -> Iterator[None]:
-    """Within the block the model is in eval mode with frozen ranges; afterwards it is in training mode and they are free."""
-    adapter.set_mode(model, False)
+def evaluated(adapter: Adapter, model: nn.Module, *, training: bool = False) -> Iterator[None]:
+    """Within the block ranges are frozen, and the model is in eval mode, or in that of ``training``; afterwards both are as
+    they were."""
+    was_training, was_frozen = model.training, adapter.has_frozen_ranges(model)
+    adapter.set_mode(model, training)
     adapter.freeze_ranges(model, True)
     try:
         yield
     finally:
-        adapter.freeze_ranges(model, False)
-        adapter.set_mode(model, True)
+        if not was_frozen:
+            adapter.freeze_ranges(model, False)
+        adapter.set_mode(model, was_training)
 
 
 class DeployedView:
@@ -79,9 +82,7 @@ class DeployedView:
         if not self._recalibrate_batches:
             yield
             return
-        with buffers_kept(self._model):
-            self._adapter.set_mode(self._model, True)
-            self._adapter.freeze_ranges(self._model, True)
+        with buffers_kept(self._model), evaluated(self._adapter, self._model, training=True):
             with self._batches.aside() as batches, torch.no_grad(), self._autocast():
                 for batch in islice(batches, self._recalibrate_batches):
                     call(self._model, batch.inputs)

@@ -114,6 +114,9 @@ class ModelOptAdapter:
     def freeze_ranges(self, model: nn.Module, frozen: bool) -> None:
         """Nothing to do: ModelOpt's ranges change only when they are calibrated."""
 
+    def has_frozen_ranges(self, model: nn.Module) -> bool:
+        return False
+
     def set_mode(self, model: nn.Module, training: bool) -> None:
         set_training(model, training)
 
