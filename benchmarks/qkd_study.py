@@ -32,7 +32,7 @@ from qakd_plugin import KD, QAT, QKD, SQAKD
 from qakd_plugin.runtimes.host import environment
 
 RESULTS = page_tables.RESULTS / "qkd_study.json"
-SIZE = Size(4000, 1000, 20, 5, 8, 12_000, 8, 4000)
+SIZE = Size(59_000, 1000, 20, 5, 8, 59_000, 6, 10_000)
 CONTROL, STUDIED = "QAT", "QKD"
 METHODS: dict[str, Any] = {
     "QAT": QAT(),
