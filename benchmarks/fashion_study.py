@@ -9,8 +9,8 @@ Networks in full precision are trained once, with labels, and every student star
 learned quantizer, calibrated (that alone is post-training quantization, PTQ), then trained by ``distill``. Students of one seed
 see the same images in the same order and number; they differ in the method. The epoch is chosen on held-out images of the
 training split, accuracy is of the test split, which takes part in nothing else. Differences are tested in pairs over seeds and
-corrected by Holm within the table. One rate for all, chosen before on held-out images with a seed that is not among the study's
-(--rates). SQuaT is SQAKD that also matches the inputs of three layers through the student's quantizer.
+corrected by Holm within the table. One rate for all students of as many bits, chosen before on held-out images with a seed that
+is not among the study's (--rates). SQuaT is SQAKD that also matches the inputs of three layers through the student's quantizer.
 
 The small study is meant for two cores: ResNet-20 has half its width, networks in full precision see all images six times,
 students 12,000 of them. Every student is a file in --cells, the most telling come first: a run that was stopped goes on, and
@@ -70,8 +70,10 @@ METHODS: dict[str, Callable[[str], Any]] = {
     "SQuaT": lambda network: SQAKD(features=Features(FEATURES[network], through_quantizer=True)),
 }
 BATCH, LR = 64, 5e-3
-RATES = (LR / 4, LR, LR * 4)
-"""Of which LR has the best mean over the students of rate_cells()."""
+RATES = {2: (LR / 4, LR, LR * 4), 4: (LR / 256, LR / 64, LR / 16, LR / 4, LR), 8: (1e-5, 1e-4, 1e-3)}
+"""By bits of weights and activations."""
+BEST = {2: LR, 3: LR, 4: LR / 64, 8: 1e-4}
+"""Of RATES those with the best mean over the students of rate_cells(); with 3 bits that of 2."""
 
 HELD_OUT, RATES_SEED, FIRST_SEED = 1000, 0, 1
 
@@ -132,7 +134,7 @@ def cells(size: Size) -> list[Cell]:
 
     def some(quantizers: tuple[str, ...], widths: tuple[int, ...], methods: tuple[str, ...]) -> list[Cell]:
         return [
-            Cell(network, quantizer, bits, method, seed)
+            Cell(network, quantizer, bits, method, seed, BEST[bits])
             for seed in seeds
             for bits in widths
             for network in FEATURES
@@ -147,8 +149,13 @@ def cells(size: Size) -> list[Cell]:
 
 
 def rate_cells() -> list[Cell]:
-    """The students that choose the rate."""
-    return [Cell(RESNET, "LSQ", 2, method, RATES_SEED, lr) for lr in RATES for method in ("QAT", "SQAKD")]
+    """The students that choose rates."""
+    return [
+        Cell(RESNET, "LSQ", bits, method, RATES_SEED, lr)
+        for bits, rates in RATES.items()
+        for lr in rates
+        for method in ("QAT", "SQAKD")
+    ]
 
 
 class Study:
@@ -298,9 +305,9 @@ def read(size: Size, folder: Path) -> list[dict[str, Any]]:
 
 
 def read_rates(folder: Path) -> list[dict[str, Any]]:
-    """Of each student that chooses the rate: its accuracy on held-out images."""
+    """Of each student that chooses a rate: its accuracy on held-out images."""
     return [
-        {"lr": cell.lr, "method": cell.method, "held_out": json.loads(path.read_text())["held_out"]}
+        {"bits": cell.bits, "lr": cell.lr, "method": cell.method, "held_out": json.loads(path.read_text())["held_out"]}
         for cell in rate_cells()
         if (path := folder / f"{cell.slug}.json").is_file()
     ]
@@ -380,24 +387,24 @@ def make_table(document: dict[str, Any]) -> str:
 
 
 def make_rates_table(document: dict[str, Any]) -> str:
-    """Markdown: accuracy on held-out images by rate; a line that says so where no student has chosen it."""
+    """Markdown: accuracy on held-out images by bits and rate; a line that says so where no student has chosen them."""
     if not document.get("rates"):
-        return "The rate is not chosen yet: `python benchmarks/fashion_study.py --rates`."
-    found = {(row["lr"], row["method"]): row["held_out"] for row in document["rates"]}
-    methods = list(dict.fromkeys(method for _, method in found))
+        return "The rates are not chosen yet: `python benchmarks/fashion_study.py --rates`."
+    found = {(row["bits"], row["lr"], row["method"]): row["held_out"] for row in document["rates"]}
+    methods = list(dict.fromkeys(method for *_, method in found))
     lines = [
-        [f"{lr:g}", *(paired.percent(found[lr, method]) for method in methods)]
-        for lr in dict.fromkeys(lr for lr, _ in found)
-        if all((lr, method) in found for method in methods)
+        [f"W{bits}A{bits}", f"{lr:g}", *(paired.percent(found[bits, lr, method]) for method in methods)]
+        for bits, lr in dict.fromkeys((bits, lr) for bits, lr, _ in found)
+        if all((bits, lr, method) in found for method in methods)
     ]
-    return page_tables.markdown(["rate", *methods], lines)
+    return page_tables.markdown(["students", "rate", *methods], lines)
 
 
 def main() -> None:
     """Train what is missing, test, print, and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=fashion.DEBIAN, help="folder of Fashion-MNIST (%(default)s)")
-    parser.add_argument("--rates", action="store_true", help="train only the students that choose the rate")
+    parser.add_argument("--rates", action="store_true", help="train only the students that choose rates")
     sizes = parser.add_mutually_exclusive_group()
     sizes.add_argument("--full", dest="size", action="store_const", const=FULL, default=SMALL, help="the large study")
     sizes.add_argument("--brief", dest="size", action="store_const", const=BRIEF, help="the large study, in few epochs")

@@ -14,6 +14,7 @@ from .._common.console import say
 from ..errors import CheckpointError, QakdError
 from ..tasks.batches import BatchFn
 from .candidates import Candidate, Candidates, resolve_candidates
+from .choices import WORTH
 from .cmi import DEFAULT_FORM, AugmentationScore, check_form
 from .compositions import Composition, Mixture, Search
 from .data import Extremes, Stats, UnitRange
@@ -207,7 +208,7 @@ class SelectedAugmentation:
             parts.append("student_divergence")
         self._records = [{part: getattr(record, part) for part in parts} for record in records]
         self._score = records[0].score
-        line = f"augmentation by contextual mutual information: {explanation}"
+        line = f"augmentation by contextual mutual information: {explanation}. {WORTH[records[0].form]}"
         _log.info("%s", line)
         say(line)
 

@@ -401,6 +401,7 @@ def test_the_selector_trains_with_what_ranks_first_and_says_so(make_student, tea
         assert record["score"] == pytest.approx(record["cmi"] - record[part])
     assert "augmentation_scores" not in result.history[1]
     assert f"mutual information: {best.name}: score" in caplog.text
+    assert "Trust this to reject" in caplog.text
 
 
 def test_the_chosen_augmentation_by_hand_trains_the_same_student(make_student, teacher, loader, digits):
@@ -452,7 +453,10 @@ def test_the_report_shows_what_was_chosen_and_all_scores(tmp_path):
 
 
 @pytest.mark.parametrize("toolkit", ["modelopt", "pt2e", "torch_ao"])
-def test_the_pair_form_in_a_run_ranks_with_the_student_and_training_goes_on_as_if_named(make_student, teacher, loader, toolkit):
+def test_the_pair_form_in_a_run_ranks_with_the_student_and_training_goes_on_as_if_named(
+    make_student, teacher, loader, toolkit, caplog
+):
+    caplog.set_level("INFO")
     state = loader.generator.get_state()
     augment = CMISelector(["randomerasing"], max_samples=40, form="pair")
     chosen = distill(make_student(toolkit), teacher, loader, epochs=1, lr=1e-3, augment=augment, seed=0)
@@ -461,6 +465,7 @@ def test_the_pair_form_in_a_run_ranks_with_the_student_and_training_goes_on_as_i
     named = distill(make_student(toolkit), teacher, loader, epochs=1, lr=1e-3, augment=lambda x: candidate(x)[0], seed=0)
     (record,) = chosen.history[0]["augmentation_ranking"]
     assert record["score"] == pytest.approx(record["cmi"] - record["student_divergence"])
+    assert "put what trained worst first" in caplog.text
     for one, two in zip(chosen.model.state_dict().values(), named.model.state_dict().values(), strict=True):
         assert torch.equal(one, two)
 
