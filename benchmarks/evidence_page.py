@@ -33,7 +33,30 @@ DOCS = page_tables.ROOT / "docs"
 PAGE, FIGURE = "evidence.md", "evidence.svg"
 CHOICE = DOCS / "choosing.md"
 SIGNIFICANT = 0.05
-DRAWN = "glyphs, digits"
+DRAWN, GARMENTS = "glyphs, digits", "Fashion-MNIST"
+
+
+@dataclass(frozen=True)
+class Studies:
+    """The figures that the page is made of.
+
+    Attributes:
+        glyphs: of evidence.py.
+        augmentation: of augmentation_study.py.
+        fashion: of fashion_study.py.
+        fashion_augmentation: of augmentation_study.py --fashion.
+    """
+
+    glyphs: dict[str, Any]
+    augmentation: dict[str, Any]
+    fashion: dict[str, Any]
+    fashion_augmentation: dict[str, Any]
+
+
+def committed(glyphs: Path = evidence.RESULTS) -> Studies:
+    """Those in benchmarks/results, or others of evidence.py."""
+    of_glyphs, augmentation = (json.loads(path.read_text()) for path in (glyphs, augmentation_study.RESULTS))
+    return Studies(of_glyphs, augmentation, fashion_study.committed(), augmentation_study.fashion_committed())
 
 
 @dataclass(frozen=True)
@@ -121,13 +144,20 @@ def claims(document: dict[str, Any]) -> list[Claim]:
     return found
 
 
-def augmentation_claims(study: dict[str, Any]) -> list[Claim]:
-    """Of Kur and Zhao, on the students of augmentation_study.py; means are over its regimes."""
+def augmentation_claims(study: dict[str, Any], data: str) -> list[Claim]:
+    """Of Kur and Zhao, on the students of augmentation_study.py; means are over its regimes. None where it has fewer than two.
+
+    Args:
+        study: with its rows.
+        data: that its students were trained on.
+    """
     rows = [row["metrics"] for row in study["rows"]]
+    if len(rows) < 2:
+        return []
 
     def predicts(text: str, source: str, metric: str) -> Claim:
         single = tuple(Comparison(row[metric]["spearman"], row[metric]["spearman_p"]) for row in rows)
-        return Claim(text, source, compare([found.estimate for found in single]), single, True, DRAWN)
+        return Claim(text, source, compare([found.estimate for found in single]), single, True, data)
 
     gains = [[row[metric]["over_none"] for row in rows] for metric in ("CMI - CE", "CMI - centroid")]
     return [
@@ -138,7 +168,7 @@ def augmentation_claims(study: dict[str, Any]) -> list[Claim]:
             "Kur and Zhao; published +1.0 to +5.9 over SQAKD",
             compare(np.mean(gains, axis=0)),
             tuple(compare(found) for found in gains),
-            data=DRAWN,
+            data=data,
         ),
     ]
 
@@ -156,9 +186,7 @@ def fashion_claims(document: dict[str, Any]) -> list[Claim]:
             values = [np.array([differences[seed] for seed in seeds]) for differences in single]
             text = f"SQAKD without labels beats QAT with them at 2 and 3 bits, {network}"
             source = "SQAKD; published +0.4 to +3.3"
-            claims.append(
-                Claim(text, source, compare(np.mean(values, axis=0)), tuple(map(compare, values)), data="Fashion-MNIST")
-            )
+            claims.append(Claim(text, source, compare(np.mean(values, axis=0)), tuple(map(compare, values)), data=GARMENTS))
     return claims
 
 
@@ -179,14 +207,16 @@ def verdict(claim: Claim, adjusted: float) -> str:
     return "holds" if ahead == len(claim.single) else "holds on average"
 
 
-def all_claims(document: dict[str, Any], study: dict[str, Any], fashion: dict[str, Any]) -> list[Claim]:
+def all_claims(studies: Studies) -> list[Claim]:
     """In the order of the page; p-values are corrected for the number of these."""
-    return claims(document) + augmentation_claims(study) + fashion_claims(fashion)
+    of_augmentation = augmentation_claims(studies.augmentation, DRAWN)
+    of_augmentation += augmentation_claims(studies.fashion_augmentation, GARMENTS)
+    return claims(studies.glyphs) + of_augmentation + fashion_claims(studies.fashion)
 
 
-def make_claims_table(document: dict[str, Any], study: dict[str, Any], fashion: dict[str, Any]) -> str:
+def make_claims_table(studies: Studies) -> str:
     """Markdown: each claim, what was found, and the word that follows from it."""
-    every = all_claims(document, study, fashion)
+    every = all_claims(studies)
     rows = []
     for claim, adjusted in zip(every, holm([claim.mean.p for claim in every]), strict=True):
         scale, unit = (1, "Spearman ") if claim.correlation else (100, "")
@@ -210,13 +240,13 @@ def make_claims_table(document: dict[str, Any], study: dict[str, Any], fashion: 
     return page_tables.markdown([*header, "for / against, each alone", "source"], rows)
 
 
-def make_tests_table(document: dict[str, Any], study: dict[str, Any], fashion: dict[str, Any]) -> str:
+def make_tests_table(studies: Studies) -> str:
     """Markdown: how many tests were made, and what is left of those that look significant."""
-    every = all_claims(document, study, fashion)
+    every = all_claims(studies)
     families = {
         "claims": [claim.mean.p for claim in every],
         "their single comparisons": [found.p for claim in every for found in claim.single],
-        "students against QAT, in the tables": [row["p"] for row in document["rows"] if row.get("p") is not None],
+        "students against QAT, in the tables": [row["p"] for row in studies.glyphs["rows"] if row.get("p") is not None],
     }
     rows = [
         [
@@ -232,16 +262,17 @@ def make_tests_table(document: dict[str, Any], study: dict[str, Any], fashion: d
     return page_tables.markdown(header, rows)
 
 
-def page_tables_of(document: dict[str, Any], study: dict[str, Any], fashion: dict[str, Any]) -> dict[str, str]:
+def page_tables_of(studies: Studies) -> dict[str, str]:
     """The page's tables, by the names of their markers."""
+    document, study = studies.glyphs, studies.augmentation
     plain, fixed = ("QAT", "SQAKD"), [method for method in evidence.METHODS if method.startswith("KD")]
 
     def controls(chosen: Callable[[dict[str, Any]], bool]) -> str:
         return tables.make_controls_table(document | {"rows": [row for row in document["rows"] if chosen(row)]})
 
     return {
-        "evidence_claims": make_claims_table(document, study, fashion),
-        "evidence_tests": make_tests_table(document, study, fashion),
+        "evidence_claims": make_claims_table(studies),
+        "evidence_tests": make_tests_table(studies),
         "evidence": tables.make_table(document),
         "evidence_kd": controls(lambda row: row["labels"] == 1 and row["method"] in (*plain, *fixed)),
         "evidence_qkd": controls(lambda row: row["labels"] == 1 and row["bits"] == 2),
@@ -257,17 +288,15 @@ def page_tables_of(document: dict[str, Any], study: dict[str, Any], fashion: dic
     }
 
 
-def write(document: dict[str, Any], study: dict[str, Any], fashion: dict[str, Any], page: Path) -> None:
+def write(studies: Studies, page: Path) -> None:
     """Draw the figure beside the page, and put every table of the page in its place.
 
     Args:
-        document: of evidence.py.
-        study: of augmentation_study.py.
-        fashion: of fashion_study.py.
+        studies: that the page is made of.
         page: with its markers.
     """
-    write_atomic(page.with_name(FIGURE), evidence_figure.draw(document))
-    for name, table in page_tables_of(document, study, fashion).items():
+    write_atomic(page.with_name(FIGURE), evidence_figure.draw(studies.glyphs))
+    for name, table in page_tables_of(studies).items():
         page_tables.write_table(name, table, page)
 
 
@@ -285,15 +314,14 @@ def main() -> None:
     in_docs = options.out.resolve() == DOCS
     if in_docs and options.source.resolve() != evidence.RESULTS:
         parser.error("docs/ shows the committed figures only: pass --out FOLDER.")
-    document, study = (json.loads(path.read_text()) for path in (options.source, augmentation_study.RESULTS))
-    fashion = fashion_study.committed()
+    studies = committed(options.source)
     page = options.out / PAGE
     if not in_docs:
         options.out.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(DOCS / PAGE, page)
-    write(document, study, fashion, page)
+    write(studies, page)
     if in_docs:
-        page_tables.write_table("evidence_choice", tables.make_choice_table(document), CHOICE)
+        page_tables.write_table("evidence_choice", tables.make_choice_table(studies.glyphs), CHOICE)
     print(page, page.with_name(FIGURE), sep="\n")
 
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import sys
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import evidence
@@ -56,6 +57,11 @@ def fashion():
     return {"rows": rows}
 
 
+@pytest.fixture(scope="module")
+def studies(document, study, fashion):
+    return evidence_page.Studies(document, study, fashion, evidence_page.augmentation_study.fashion_committed())
+
+
 def row_of(document, quantizer, bits, method):
     key = quantizer, bits, method, 1.0
     return next(row for row in document["rows"] if (row["quantizer"], row["bits"], row["method"], row["labels"]) == key)
@@ -101,10 +107,10 @@ def test_the_verdict_follows_from_what_is_significant(mean, single, words):
     assert evidence_page.verdict(claim, comparisons[0].p) == words
 
 
-def test_a_claim_that_the_students_contradict_is_said_not_to_hold(document, study, fashion):
-    assert "| **holds on average" in evidence_page.make_claims_table(document, study, fashion).splitlines()[2]
+def test_a_claim_that_the_students_contradict_is_said_not_to_hold(document, studies):
+    assert "| **holds on average" in evidence_page.make_claims_table(studies).splitlines()[2]
     rows = [row | {"accuracies": [1 - accuracy for accuracy in row["accuracies"]]} for row in document["rows"]]
-    line = evidence_page.make_claims_table(document | {"rows": rows}, study, fashion).splitlines()[2]
+    line = evidence_page.make_claims_table(replace(studies, glyphs=document | {"rows": rows})).splitlines()[2]
     assert "| **does not hold: the reverse does** |" in line
 
 
@@ -120,9 +126,9 @@ def test_candidates_are_compared_with_no_augmentation_and_with_one_at_random(stu
         assert float(drawn) == pytest.approx(100 * (np.mean(list(means.values())) - means["none"]), abs=0.0051)
 
 
-def test_every_comparison_is_counted(document, study, fashion):
-    claims = evidence_page.all_claims(document, study, fashion)
-    table = evidence_page.make_tests_table(document, study, fashion)
+def test_every_comparison_is_counted(document, studies):
+    claims = evidence_page.all_claims(studies)
+    table = evidence_page.make_tests_table(studies)
     counted = [int(line.split("|")[2]) for line in table.splitlines()[2:]]
     single = sum(len(claim.single) for claim in claims)
     assert counted == [len(claims), single, sum("over_qat" in row for row in document["rows"])]
@@ -229,21 +235,20 @@ def test_a_difference_whose_interval_contains_0_is_hollow(document):
         assert ("fill: #ffffff" in mark.get("style")) == hollow
 
 
-def test_one_seed_is_drawn_without_intervals(document, study, fashion):
+def test_one_seed_is_drawn_without_intervals(document, studies):
     rows = [row | {"interval": None, "over_qat_interval": None, "p": None} for row in document["rows"]]
     single = document | {"rows": [row | {"accuracies": row["accuracies"][:1], "seeds": 1} for row in rows]}
     assert any(name.endswith("-interval") for name in places_of(evidence_figure.draw(document)))
     assert not any(name.endswith("-interval") for name in places_of(evidence_figure.draw(single)))
-    assert "cannot be told here" in evidence_page.page_tables_of(single, study, fashion)["evidence_claims"]
+    assert "cannot be told here" in evidence_page.page_tables_of(replace(studies, glyphs=single))["evidence_claims"]
 
 
-def test_a_study_of_ones_own_gets_a_page_and_leaves_docs_alone(document, study, tmp_path, monkeypatch):
+def test_a_study_of_ones_own_gets_a_page_and_leaves_docs_alone(document, tmp_path, monkeypatch):
     committed = (evidence_page.DOCS / evidence_page.PAGE).read_text()
     (tmp_path / "own.json").write_text(json.dumps(document))
     monkeypatch.setattr(sys, "argv", ["evidence_page.py", "--in", str(tmp_path / "own.json"), "--out", str(tmp_path / "page")])
     evidence_page.main()
-    of_fashion = evidence_page.fashion_study.committed()
-    for name, table in evidence_page.page_tables_of(document, study, of_fashion).items():
+    for name, table in evidence_page.page_tables_of(evidence_page.committed(tmp_path / "own.json")).items():
         assert page_tables.read_table(name, tmp_path / "page" / evidence_page.PAGE) == table
     assert (tmp_path / "page" / evidence_page.FIGURE).read_text() == evidence_figure.draw(document)
     assert committed == (evidence_page.DOCS / evidence_page.PAGE).read_text()

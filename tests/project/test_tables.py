@@ -55,10 +55,9 @@ def test_files_of_a_processor_with_amx_hold_figures_of_such_a_one():
 
 
 def test_the_page_of_the_evidence_and_its_figure_are_made_from_the_committed_figures():
-    document, study = committed("evidence"), committed("augmentation_study")
-    fashion = evidence_page.fashion_study.committed()
+    document = committed("evidence")
     page = evidence_page.DOCS / evidence_page.PAGE
-    for name, table in evidence_page.page_tables_of(document, study, fashion).items():
+    for name, table in evidence_page.page_tables_of(evidence_page.committed()).items():
         assert page_tables.read_table(name, page) == table, name
     shown = places_of(page.with_name(evidence_page.FIGURE).read_text())
     again = places_of(evidence_figure.draw(document))
