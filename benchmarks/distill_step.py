@@ -240,6 +240,7 @@ def _batch(batch: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
 def _prepared(toolkit: str, x: torch.Tensor, device: str) -> nn.Module:
     student = prepare(_resnet("cpu").eval(), [x[:32].cpu()], toolkit, weight_bits=4, activation_bits=4).to(device)
     adapter_for(student).set_mode(student, True)
+    adapter_for(student).freeze_ranges(student, False)  # a plain loop of torch.ao's pays for its observers
     return student
 
 

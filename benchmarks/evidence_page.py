@@ -145,7 +145,7 @@ def claims(document: dict[str, Any]) -> list[Claim]:
 
 
 def augmentation_claims(study: dict[str, Any], data: str) -> list[Claim]:
-    """Of Kur and Zhao, on the students of augmentation_study.py; means are over its regimes. None where it has fewer than two.
+    """Of Kur and Zhao, on the students of augmentation_study.py; means are over its regimes, two at least.
 
     Args:
         study: with its rows.

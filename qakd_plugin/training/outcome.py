@@ -43,7 +43,7 @@ def line_of(row: Row, epochs: int, picking: Picking) -> str:
     held_out = [name for name in row if name.startswith("val_")]
     if len(held_out) > _MANY:
         picked = picking(row)[0]
-        held_out = [*picked, *(name for name in (f"val_teacher_{own.removeprefix('val_')}" for own in picked) if name in row)]
+        held_out = [*picked, *(name.replace("val_", "val_teacher_", 1) for name in picked)]
     shown = [name for name in row if name in ("loss", "lr") or name in held_out]
     numbers = [f"{name.removeprefix('val_')} {percentage(name, row[name])}" for name in shown]
     rate = [f"{row['images_per_second']:,.0f} images/s"] if "images_per_second" in row else []

@@ -54,6 +54,18 @@ def test_cells_have_files_of_their_own():
         assert len({cell.slug for cell in every}) == len(every)
 
 
+def test_the_rate_of_each_width_is_the_best_of_those_that_were_tried():
+    by_bits = {}
+    for row in fashion_study.committed()["rates"]:
+        by_bits.setdefault(row["bits"], {}).setdefault(row["lr"], []).append(row["held_out"])
+    assert by_bits.keys() == fashion_study.RATES.keys()
+    for bits, tried in by_bits.items():
+        means = {lr: np.mean(found) for lr, found in tried.items()}
+        assert tuple(sorted(means)) == fashion_study.RATES[bits]
+        assert min(means) < fashion_study.BEST[bits] < max(means)
+        assert means[fashion_study.BEST[bits]] == max(means.values())
+
+
 def test_each_method_of_the_study_of_qkd_takes_the_rates_that_are_best_for_it():
     tried = [{"lr": 1e-3, "teacher_lr": 1e-4, "held_out": 0.8}, {"lr": 5e-3, "teacher_lr": 5e-4, "held_out": 0.9}]
     rates = {"QKD": [*tried, {"lr": 2e-2, "teacher_lr": 5e-4, "held_out": 0.9}], "QAT": tried[:1]}
